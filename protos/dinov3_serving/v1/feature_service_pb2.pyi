@@ -1,0 +1,292 @@
+from google.protobuf import any_pb2 as _any_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
+    DATA_TYPE_UINT8: _ClassVar[DataType]
+    DATA_TYPE_FLOAT32: _ClassVar[DataType]
+    DATA_TYPE_FLOAT16: _ClassVar[DataType]
+    DATA_TYPE_BFLOAT16: _ClassVar[DataType]
+
+class Preset(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRESET_UNSPECIFIED: _ClassVar[Preset]
+    PRESET_DINOV3: _ClassVar[Preset]
+    PRESET_HF: _ClassVar[Preset]
+    PRESET_NONE: _ClassVar[Preset]
+
+class Interpolation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INTERPOLATION_UNSPECIFIED: _ClassVar[Interpolation]
+    INTERPOLATION_NEAREST: _ClassVar[Interpolation]
+    INTERPOLATION_BILINEAR: _ClassVar[Interpolation]
+    INTERPOLATION_BICUBIC: _ClassVar[Interpolation]
+    INTERPOLATION_LANCZOS: _ClassVar[Interpolation]
+
+class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRIORITY_UNSPECIFIED: _ClassVar[Priority]
+    PRIORITY_INTERACTIVE: _ClassVar[Priority]
+    PRIORITY_BULK: _ClassVar[Priority]
+DATA_TYPE_UNSPECIFIED: DataType
+DATA_TYPE_UINT8: DataType
+DATA_TYPE_FLOAT32: DataType
+DATA_TYPE_FLOAT16: DataType
+DATA_TYPE_BFLOAT16: DataType
+PRESET_UNSPECIFIED: Preset
+PRESET_DINOV3: Preset
+PRESET_HF: Preset
+PRESET_NONE: Preset
+INTERPOLATION_UNSPECIFIED: Interpolation
+INTERPOLATION_NEAREST: Interpolation
+INTERPOLATION_BILINEAR: Interpolation
+INTERPOLATION_BICUBIC: Interpolation
+INTERPOLATION_LANCZOS: Interpolation
+PRIORITY_UNSPECIFIED: Priority
+PRIORITY_INTERACTIVE: Priority
+PRIORITY_BULK: Priority
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "data")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    dtype: DataType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Image(_message.Message):
+    __slots__ = ("encoded", "pixels")
+    ENCODED_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    encoded: bytes
+    pixels: Tensor
+    def __init__(self, encoded: _Optional[bytes] = ..., pixels: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Size(_message.Message):
+    __slots__ = ("height", "width")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    width: int
+    def __init__(self, height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+
+class Preprocessing(_message.Message):
+    __slots__ = ("preset", "size", "interpolation", "apply_exif_orientation")
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
+    APPLY_EXIF_ORIENTATION_FIELD_NUMBER: _ClassVar[int]
+    preset: Preset
+    size: Size
+    interpolation: Interpolation
+    apply_exif_orientation: bool
+    def __init__(self, preset: _Optional[_Union[Preset, str]] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., interpolation: _Optional[_Union[Interpolation, str]] = ..., apply_exif_orientation: bool = ...) -> None: ...
+
+class Outputs(_message.Message):
+    __slots__ = ("cls", "patches", "registers", "layers", "dtype")
+    CLS_FIELD_NUMBER: _ClassVar[int]
+    PATCHES_FIELD_NUMBER: _ClassVar[int]
+    REGISTERS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    cls: bool
+    patches: bool
+    registers: bool
+    layers: _containers.RepeatedCompositeFieldContainer[LayerOutputs]
+    dtype: DataType
+    def __init__(self, cls: bool = ..., patches: bool = ..., registers: bool = ..., layers: _Optional[_Iterable[_Union[LayerOutputs, _Mapping]]] = ..., dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
+
+class LayerOutputs(_message.Message):
+    __slots__ = ("layer", "cls", "patches", "registers", "skip_norm")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    CLS_FIELD_NUMBER: _ClassVar[int]
+    PATCHES_FIELD_NUMBER: _ClassVar[int]
+    REGISTERS_FIELD_NUMBER: _ClassVar[int]
+    SKIP_NORM_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    cls: bool
+    patches: bool
+    registers: bool
+    skip_norm: bool
+    def __init__(self, layer: _Optional[int] = ..., cls: bool = ..., patches: bool = ..., registers: bool = ..., skip_norm: bool = ...) -> None: ...
+
+class ExtractRequest(_message.Message):
+    __slots__ = ("images", "pixels", "preprocessing", "outputs", "priority", "model", "fingerprint")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedCompositeFieldContainer[Image]
+    pixels: Tensor
+    preprocessing: Preprocessing
+    outputs: Outputs
+    priority: Priority
+    model: str
+    fingerprint: str
+    def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., pixels: _Optional[_Union[Tensor, _Mapping]] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class FeatureBlock(_message.Message):
+    __slots__ = ("input_size", "grid_height", "grid_width", "image_indices", "cls", "patches", "registers", "layers")
+    INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
+    GRID_HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    GRID_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_INDICES_FIELD_NUMBER: _ClassVar[int]
+    CLS_FIELD_NUMBER: _ClassVar[int]
+    PATCHES_FIELD_NUMBER: _ClassVar[int]
+    REGISTERS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    input_size: Size
+    grid_height: int
+    grid_width: int
+    image_indices: _containers.RepeatedScalarFieldContainer[int]
+    cls: Tensor
+    patches: Tensor
+    registers: Tensor
+    layers: _containers.RepeatedCompositeFieldContainer[LayerFeatures]
+    def __init__(self, input_size: _Optional[_Union[Size, _Mapping]] = ..., grid_height: _Optional[int] = ..., grid_width: _Optional[int] = ..., image_indices: _Optional[_Iterable[int]] = ..., cls: _Optional[_Union[Tensor, _Mapping]] = ..., patches: _Optional[_Union[Tensor, _Mapping]] = ..., registers: _Optional[_Union[Tensor, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerFeatures, _Mapping]]] = ...) -> None: ...
+
+class LayerFeatures(_message.Message):
+    __slots__ = ("layer", "cls", "patches", "registers")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    CLS_FIELD_NUMBER: _ClassVar[int]
+    PATCHES_FIELD_NUMBER: _ClassVar[int]
+    REGISTERS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    cls: Tensor
+    patches: Tensor
+    registers: Tensor
+    def __init__(self, layer: _Optional[int] = ..., cls: _Optional[_Union[Tensor, _Mapping]] = ..., patches: _Optional[_Union[Tensor, _Mapping]] = ..., registers: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Status(_message.Message):
+    __slots__ = ("code", "message", "details")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    details: _containers.RepeatedCompositeFieldContainer[_any_pb2.Any]
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., details: _Optional[_Iterable[_Union[_any_pb2.Any, _Mapping]]] = ...) -> None: ...
+
+class ImageError(_message.Message):
+    __slots__ = ("image_index", "status")
+    IMAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    image_index: int
+    status: Status
+    def __init__(self, image_index: _Optional[int] = ..., status: _Optional[_Union[Status, _Mapping]] = ...) -> None: ...
+
+class Timings(_message.Message):
+    __slots__ = ("decode_seconds", "queue_seconds", "inference_seconds", "batch_images", "batches")
+    DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    INFERENCE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    decode_seconds: float
+    queue_seconds: float
+    inference_seconds: float
+    batch_images: int
+    batches: int
+    def __init__(self, decode_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ..., batch_images: _Optional[int] = ..., batches: _Optional[int] = ...) -> None: ...
+
+class ExtractResponse(_message.Message):
+    __slots__ = ("blocks", "errors", "timings", "frontend", "fingerprint")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    FRONTEND_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[FeatureBlock]
+    errors: _containers.RepeatedCompositeFieldContainer[ImageError]
+    timings: Timings
+    frontend: int
+    fingerprint: str
+    def __init__(self, blocks: _Optional[_Iterable[_Union[FeatureBlock, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ImageError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., frontend: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class ExtractStreamRequest(_message.Message):
+    __slots__ = ("id", "request", "timeout_seconds")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    request: ExtractRequest
+    timeout_seconds: float
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[ExtractRequest, _Mapping]] = ..., timeout_seconds: _Optional[float] = ...) -> None: ...
+
+class ExtractStreamResponse(_message.Message):
+    __slots__ = ("id", "response", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    response: ExtractResponse
+    error: Status
+    def __init__(self, id: _Optional[int] = ..., response: _Optional[_Union[ExtractResponse, _Mapping]] = ..., error: _Optional[_Union[Status, _Mapping]] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServerLimits(_message.Message):
+    __slots__ = ("max_message_bytes", "max_images_per_request", "max_image_pixels", "max_image_tokens", "stream_window")
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGES_PER_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGE_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_IMAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    max_message_bytes: int
+    max_images_per_request: int
+    max_image_pixels: int
+    max_image_tokens: int
+    stream_window: int
+    def __init__(self, max_message_bytes: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_image_tokens: _Optional[int] = ..., stream_window: _Optional[int] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    EMBED_DIM_FIELD_NUMBER: _ClassVar[int]
+    DEPTH_FIELD_NUMBER: _ClassVar[int]
+    PATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    FRONTENDS_FIELD_NUMBER: _ClassVar[int]
+    FRONTEND_FIELD_NUMBER: _ClassVar[int]
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    weights: str
+    random_weights: bool
+    fingerprint: str
+    dtype: DataType
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    embed_dim: int
+    depth: int
+    patch_size: int
+    register_tokens: int
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    std: _containers.RepeatedScalarFieldContainer[float]
+    parameters: int
+    limits: ServerLimits
+    frontends: int
+    frontend: int
+    server_version: str
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,158 @@
+"""What a worker drives: the runner's interface and the plain data that crosses it.
+
+Imports no torch, so that frontends, the scheduler and the tests' numpy runner can use it.
+
+Shapes: R rows of a batch, H x W pixels, P patches, G registers, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+PixelFormat = Literal["uint8", "float32"]
+TokenKind = Literal["cls", "patches", "registers"]
+FeatureDtype = Literal["float32", "float16", "bfloat16"]
+
+ITEM_SIZES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class PixelShape(NamedTuple):
+    """Of one model input: `uint8` is [H, W, 3] RGB, `float32` is [3, H, W] already normalised."""
+
+    height: int
+    width: int
+    format: PixelFormat
+
+    @property
+    def nbytes(self) -> int:
+        return self.height * self.width * 3 * (1 if self.format == "uint8" else 4)
+
+
+class Output(NamedTuple):
+    """One tensor of features a row: all tokens of one kind, of one layer.
+
+    `layer` None is the last one, after the final norm; else a 0-based block index, `norm` telling
+    whether the final norm is applied.
+    """
+
+    kind: TokenKind
+    layer: int | None = None
+    norm: bool = True
+
+
+class FeatureSpec(NamedTuple):
+    """Everything one request wants of each of its rows."""
+
+    outputs: tuple[Output, ...]
+    dtype: FeatureDtype
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the rest of the service knows of the loaded model. Pickled from worker to frontends."""
+
+    name: str
+    weights: str
+    random_weights: bool
+    fingerprint: str
+    dtype: FeatureDtype
+    device: str
+    embed_dim: int
+    depth: int
+    patch_size: int
+    registers: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    parameters: int
+
+    def grid(self, shape: PixelShape) -> tuple[int, int]:
+        return shape.height // self.patch_size, shape.width // self.patch_size
+
+    def tokens(self, shape: PixelShape) -> int:
+        """CLS + registers + patches of one image: the unit of the batch budget."""
+        rows, columns = self.grid(shape)
+        return 1 + self.registers + rows * columns
+
+    def token_count(self, kind: TokenKind, shape: PixelShape) -> int:
+        rows, columns = self.grid(shape)
+        return {"cls": 1, "patches": rows * columns, "registers": self.registers}[kind]
+
+    def output_nbytes(self, output: Output, dtype: FeatureDtype, shape: PixelShape) -> int:
+        """Bytes of one row of `output`: [D] for cls, else [tokens, D]."""
+        return self.token_count(output.kind, shape) * self.embed_dim * ITEM_SIZES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image in an arena: where its pixels lie and where each output of `spec` goes (byte offsets)."""
+
+    arena: int
+    pixels: int
+    outputs: tuple[int, ...]
+    spec: FeatureSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one pixel shape. They may differ in arena and in what they want."""
+
+    shape: PixelShape
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A batch whose features lie in the arenas.
+
+    `finite[i]` is False where row i's features hold NaN or infinity (in the dtype asked for): they are
+    an error and never an answer. The times are seconds on the device's own clock where it has one.
+    """
+
+    finite: tuple[bool, ...]
+    copy_in: float
+    forward: float
+    copy_out: float
+
+
+class DeviceOutOfMemory(Exception):
+    """The batch did not fit; the runner has freed what it took for it. A smaller one may fit."""
+
+
+class DeviceLost(Exception):
+    """The device (or its context) is beyond repair in this process; only a new process recovers it."""
+
+
+class Launched(Protocol):
+    """A batch on its way through the device; made by `launch`, consumed by `finish`."""
+
+
+class Runner(Protocol):
+    """A model on a device.
+
+    `launch` is called on the worker's scheduling thread and must not wait for the device; `finish` is
+    called once a launched batch, in launch order, on the worker's device thread, and returns when the
+    features are in the arenas. Either may raise DeviceOutOfMemory, DeviceLost, or anything else for a
+    batch that failed; after an exception from `launch` the batch is not finished.
+
+    `pipeline_depth` is how many batches may be launched and unfinished: 1 where preparing ahead gains
+    nothing (CPU), 2 where one batch is copied in while another runs (CUDA).
+    """
+
+    info: ModelInfo
+    pipeline_depth: int
+
+    def attach(self, arena: int, memory: memoryview) -> None:
+        """Make an arena known (and page-lock it where the device copies from it)."""
+
+    def detach(self, arena: int) -> None:
+        """Forget an arena; no launched batch uses it any more. Releases every view of its memory."""
+
+    def launch(self, batch: Batch) -> Launched: ...
+
+    def finish(self, launched: Launched) -> Finished: ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory by kind ("allocated", "reserved", ...); empty where unknown."""
+
+    def close(self) -> None: ...
