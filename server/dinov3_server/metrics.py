@@ -28,81 +28,18 @@ IMAGES_BUCKETS = tuple(float(2**power) for power in range(10))  # 1 .. 512
 TOKENS_BUCKETS = tuple(float(2**power) for power in range(8, 18))  # 256 .. 131072
 
 
+Kind = Literal["counter", "gauge", "histogram"]
+
+
 class Spec(NamedTuple):
-    """One metric. `merge` makes one gauge of the same one in several processes."""
+    """One metric. `merge` makes one number of the same series in several living processes."""
 
     name: str
-    kind: Literal["counter", "gauge", "histogram"]
+    kind: Kind
     help: str
-    labels: Labels = ()
+    labels: Labels
     buckets: tuple[float, ...] = ()
     merge: Callable[[Iterable[float]], float] = sum
-
-
-REQUESTS = Spec("dinov3_requests_total", "counter", "Calls answered, by gRPC method and status.", ("method", "code"))
-REQUEST_SECONDS = Spec(
-    "dinov3_request_seconds", "histogram", "Time from a call's arrival to its answer.", ("method",), SECONDS_BUCKETS
-)
-IMAGES = Spec("dinov3_images_total", "counter", "Images, by what became of them.", ("outcome",))
-STAGE_SECONDS = Spec(
-    "dinov3_stage_seconds",
-    "histogram",
-    "Time in each stage: decode (of an image), queue (an image's wait for its batch), copy_in, forward, copy_out (of a "
-    "batch) and respond (building an answer).",
-    ("stage",),
-    SECONDS_BUCKETS,
-)
-BATCH_IMAGES = Spec("dinov3_batch_images", "histogram", "Images in each batch that ran.", (), IMAGES_BUCKETS)
-BATCH_TOKENS = Spec("dinov3_batch_tokens", "histogram", "Tokens in each batch that ran.", (), TOKENS_BUCKETS)
-QUEUE_IMAGES = Spec("dinov3_queue_images", "gauge", "Images that wait for a device.")
-QUEUE_SECONDS = Spec(
-    "dinov3_queue_seconds", "histogram", "Time from an image's admission to its batch's start.", (), SECONDS_BUCKETS
-)
-REJECTED = Spec("dinov3_rejected_total", "counter", "Requests refused at admission, by reason.", ("reason",))
-ARENA_BYTES = Spec("dinov3_arena_bytes", "gauge", "Shared memory of the frontends, by state.", ("state",))
-DEVICE_MEMORY_BYTES = Spec(
-    "dinov3_device_memory_bytes", "gauge", "Memory that a worker holds on its device, by kind.", ("device", "kind")
-)
-DEVICE_BUSY_SECONDS = Spec(
-    "dinov3_device_busy_seconds_total", "counter", "Time in which a device had a batch to run.", ("device",)
-)
-WORKER_RESTARTS = Spec("dinov3_worker_restarts_total", "counter", "Workers started again after a death.", ("device",))
-MODEL_INFO = Spec(
-    "dinov3_model_info",
-    "gauge",
-    "1 for each model that is served.",
-    ("model", "weights", "fingerprint", "dtype", "device"),
-    merge=max,
-)
-MODEL_LOAD_SECONDS = Spec(
-    "dinov3_model_load_seconds", "gauge", "Time that each step of the last model load took.", ("step",), merge=max
-)
-CERTIFICATE_COSINE = Spec(
-    "dinov3_certificate_cosine",
-    "gauge",
-    "Least cosine between served features and the reference's, by output.",
-    ("output",),
-    merge=min,
-)
-
-SPECS: tuple[Spec, ...] = (
-    REQUESTS,
-    REQUEST_SECONDS,
-    IMAGES,
-    STAGE_SECONDS,
-    BATCH_IMAGES,
-    BATCH_TOKENS,
-    QUEUE_IMAGES,
-    QUEUE_SECONDS,
-    REJECTED,
-    ARENA_BYTES,
-    DEVICE_MEMORY_BYTES,
-    DEVICE_BUSY_SECONDS,
-    WORKER_RESTARTS,
-    MODEL_INFO,
-    MODEL_LOAD_SECONDS,
-    CERTIFICATE_COSINE,
-)
 
 
 class Snapshot(NamedTuple):
@@ -115,103 +52,125 @@ class Snapshot(NamedTuple):
     series: dict[str, dict[Labels, Numbers]]
 
 
-class _Instrument:
+class Instrument:
+    """The series of one metric, by label values. Methods may be called from any thread."""
+
     def __init__(self, spec: Spec) -> None:
-        self._spec = spec
+        self.spec = spec
         self._lock = threading.Lock()
+        self._series: dict[Labels, list[float]] = {}
+        if spec.kind == "histogram" and not spec.labels:
+            self._start(())  # So that the first observation shows in a rate.
 
-    def _check(self, labels: Labels) -> None:
-        """On a series' first use only: it costs nothing afterwards."""
-        if len(labels) != len(self._spec.labels):
-            raise TypeError(f"{self._spec.name} has the labels {self._spec.labels}, got {labels}")
-
-
-class Counter(_Instrument):
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        # Series without labels exist from the start: a rate over a first increment would miss it.
-        self._values: dict[Labels, float] = {} if spec.labels else {(): 0.0}
-
-    def inc(self, *labels: str, value: float = 1.0) -> None:
-        with self._lock:
-            if labels not in self._values:
-                self._check(labels)
-                self._values[labels] = value
-            else:
-                self._values[labels] += value
-
-    def snapshot(self) -> dict[Labels, Numbers]:
-        with self._lock:
-            return {labels: (value,) for labels, value in self._values.items()}
-
-
-class Gauge(_Instrument):
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        self._values: dict[Labels, float] = {}
-
-    def set(self, value: float, *labels: str) -> None:
-        with self._lock:
-            if labels not in self._values:
-                self._check(labels)
-            self._values[labels] = value
-
-    def snapshot(self) -> dict[Labels, Numbers]:
-        with self._lock:
-            return {labels: (value,) for labels, value in self._values.items()}
-
-
-class Histogram(_Instrument):
-    def __init__(self, spec: Spec) -> None:
-        super().__init__(spec)
-        self._buckets = spec.buckets
-        self._zero = [0.0] * (1 + len(spec.buckets) + 1)
-        self._series: dict[Labels, list[float]] = {} if spec.labels else {(): list(self._zero)}
-
-    def observe(self, value: float, *labels: str) -> None:
-        with self._lock:
-            numbers = self._series.get(labels)
-            if numbers is None:
-                self._check(labels)
-                numbers = self._series[labels] = list(self._zero)
-            numbers[0] += value
-            numbers[1 + bisect_left(self._buckets, value)] += 1.0
+    def _start(self, labels: Labels) -> list[float]:
+        if len(labels) != len(self.spec.labels):
+            raise TypeError(f"{self.spec.name} has the labels {self.spec.labels}, got {labels}")
+        size = 1 + len(self.spec.buckets) + 1 if self.spec.kind == "histogram" else 1
+        return self._series.setdefault(labels, [0.0] * size)
 
     def snapshot(self) -> dict[Labels, Numbers]:
         with self._lock:
             return {labels: tuple(numbers) for labels, numbers in self._series.items()}
 
 
+class Counter(Instrument):
+    """Its name ends in `_total`."""
+
+    def __init__(self, name: str, help: str, *labels: str) -> None:
+        super().__init__(Spec(name, "counter", help, labels))
+
+    def inc(self, *labels: str, value: float = 1.0) -> None:
+        with self._lock:
+            numbers = self._series.get(labels) or self._start(labels)
+            numbers[0] += value
+
+
+class Gauge(Instrument):
+    def __init__(self, name: str, help: str, *labels: str, merge: Callable[[Iterable[float]], float] = sum) -> None:
+        super().__init__(Spec(name, "gauge", help, labels, merge=merge))
+
+    def set(self, value: float, *labels: str) -> None:
+        with self._lock:
+            numbers = self._series.get(labels) or self._start(labels)
+            numbers[0] = value
+
+
+class Histogram(Instrument):
+    """`buckets` are upper bounds, ascending; a value equal to one counts in it."""
+
+    def __init__(self, name: str, help: str, *labels: str, buckets: tuple[float, ...]) -> None:
+        super().__init__(Spec(name, "histogram", help, labels, buckets))
+
+    def observe(self, value: float, *labels: str) -> None:
+        with self._lock:
+            numbers = self._series.get(labels) or self._start(labels)
+            numbers[0] += value
+            numbers[1 + bisect_left(self.spec.buckets, value)] += 1.0
+
+
 class Metrics:
-    """The metrics of one process. Every method of every instrument may be called from any thread."""
+    """The metrics of one process: the one declaration of them all."""
 
     def __init__(self) -> None:
-        self.requests = Counter(REQUESTS)
-        self.request_seconds = Histogram(REQUEST_SECONDS)
-        self.images = Counter(IMAGES)
-        self.stage_seconds = Histogram(STAGE_SECONDS)
-        self.batch_images = Histogram(BATCH_IMAGES)
-        self.batch_tokens = Histogram(BATCH_TOKENS)
-        self.queue_images = Gauge(QUEUE_IMAGES)
-        self.queue_seconds = Histogram(QUEUE_SECONDS)
-        self.rejected = Counter(REJECTED)
-        self.arena_bytes = Gauge(ARENA_BYTES)
-        self.device_memory_bytes = Gauge(DEVICE_MEMORY_BYTES)
-        self.device_busy_seconds = Counter(DEVICE_BUSY_SECONDS)
-        self.worker_restarts = Counter(WORKER_RESTARTS)
-        self.model_info = Gauge(MODEL_INFO)
-        self.model_load_seconds = Gauge(MODEL_LOAD_SECONDS)
-        self.certificate_cosine = Gauge(CERTIFICATE_COSINE)
+        self.requests = Counter("dinov3_requests_total", "Calls answered, by gRPC method and status.", "method", "code")
+        self.request_seconds = Histogram(
+            "dinov3_request_seconds", "Time from a call's arrival to its answer.", "method", buckets=SECONDS_BUCKETS
+        )
+        self.images = Counter("dinov3_images_total", "Images, by what became of them.", "outcome")
+        self.stage_seconds = Histogram(
+            "dinov3_stage_seconds",
+            "Time in each stage: decode (of an image), queue (an image's wait for its batch), copy_in, forward and "
+            "copy_out (of a batch), respond (building an answer).",
+            "stage",
+            buckets=SECONDS_BUCKETS,
+        )
+        self.batch_images = Histogram("dinov3_batch_images", "Images in each batch that ran.", buckets=IMAGES_BUCKETS)
+        self.batch_tokens = Histogram("dinov3_batch_tokens", "Tokens in each batch that ran.", buckets=TOKENS_BUCKETS)
+        self.queue_images = Gauge("dinov3_queue_images", "Images that wait for a device.")
+        self.queue_seconds = Histogram(
+            "dinov3_queue_seconds", "Time from an image's admission to its batch's start.", buckets=SECONDS_BUCKETS
+        )
+        self.rejected = Counter("dinov3_rejected_total", "Requests refused at admission, by reason.", "reason")
+        self.arena_bytes = Gauge("dinov3_arena_bytes", "Shared memory of the frontends, by state.", "state")
+        self.device_memory_bytes = Gauge(
+            "dinov3_device_memory_bytes", "Memory that a worker holds on its device, by kind.", "device", "kind"
+        )
+        self.device_busy_seconds = Counter(
+            "dinov3_device_busy_seconds_total", "Time in which a device had a batch to run.", "device"
+        )
+        self.worker_restarts = Counter("dinov3_worker_restarts_total", "Workers started again after a death.", "device")
+        # The same model on several workers is one model.
+        self.model_info = Gauge(
+            "dinov3_model_info",
+            "1 for each model that is served.",
+            "model",
+            "weights",
+            "fingerprint",
+            "dtype",
+            "device",
+            merge=max,
+        )
+        # The slowest and the worst worker are those that a person wants to know of.
+        self.model_load_seconds = Gauge(
+            "dinov3_model_load_seconds", "Time that each step of the last model load took.", "step", merge=max
+        )
+        self.certificate_cosine = Gauge(
+            "dinov3_certificate_cosine",
+            "Least cosine between served features and the reference's, by output.",
+            "output",
+            merge=min,
+        )
         self._instance = secrets.token_hex(8)
-        self._instruments: dict[str, Counter | Gauge | Histogram] = {
-            instrument._spec.name: instrument
-            for instrument in vars(self).values()
-            if isinstance(instrument, Counter | Gauge | Histogram)
-        }
+
+    def instruments(self) -> list[Instrument]:
+        return [each for each in vars(self).values() if isinstance(each, Instrument)]
 
     def snapshot(self) -> Snapshot:
         """Each instrument is consistent in itself; together they may be microseconds apart."""
-        return Snapshot(self._instance, {name: one.snapshot() for name, one in self._instruments.items()})
+        return Snapshot(self._instance, {each.spec.name: each.snapshot() for each in self.instruments()})
+
+
+SPECS: tuple[Spec, ...] = tuple(each.spec for each in Metrics().instruments())
 
 
 class Aggregate:
