@@ -1,0 +1,230 @@
+"""Encoded files to RGB: JPEG, PNG, WebP, BMP and TIFF, by Pillow.
+
+The pixels are those that a training loader gets from `Image.open(file).convert("RGB")`, except where that call destroys
+the picture (16-bit and floating-point grayscale). `docs/preprocessing.md` lists what becomes of every kind of file.
+
+Called by many threads at once: nothing here keeps state, and Pillow releases the GIL while it decodes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+# Plugins register themselves when imported. All are imported here, so that no thread has to do it on a first image.
+from PIL import (
+    BmpImagePlugin,  # noqa: F401
+    ExifTags,
+    Image,
+    ImageFile,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401
+)
+
+from dinov3_server.errors import InvalidInput
+
+# Settings of the whole process, made once: there is no way to change them for one thread.
+# Our own limit is checked on every header, and is an error; Pillow's is a global with a warning.
+Image.MAX_IMAGE_PIXELS = None
+# Pillow warns of damaged metadata (EXIF, TIFF tags, MPO and APNG indices) of pictures that decode well. Nobody reads
+# the server's stderr for one client's file, and `warnings.catch_warnings` is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_ALLOWED = "allowed are JPEG, PNG, WebP, BMP and TIFF files"
+
+# (offset, bytes there, name): of the allowed formats, and of those that people send in their stead.
+_SIGNATURES = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (8, b"WEBP", "WebP"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "TIFF"),
+    (0, b"MM\0+", "TIFF"),
+    (0, b"GIF8", "GIF"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftypheic", "HEIC"),
+    (4, b"ftypheix", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypmsf1", "HEIF"),
+    (4, b"ftyp", "MP4-like"),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%PDF", "PDF"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "XML"),
+    (0, b"<!DOCTYPE", "HTML"),
+    (0, b"<!doctype", "HTML"),
+    (0, b"<html", "HTML"),
+    (0, b"\x93NUMPY", "npy"),
+    (0, b"PK\x03\x04", "zip (or npz)"),
+    (0, b"\x1f\x8b", "gzip"),
+    (0, b"\0\0\x01\0", "ICO"),
+    (0, b"P6", "PPM"),
+    (0, b"P5", "PGM"),
+)
+_ALLOWED_NAMES = {"JPEG", "PNG", "WebP", "BMP", "TIFF"}
+
+# Exif 2.32, tag 0x0112: what brings the stored rows and columns upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_AXES = (5, 6, 7, 8)
+
+_PHOTOMETRIC_WHITE_IS_ZERO = 0  # TIFF 6.0, section 4
+
+
+def probe(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> tuple[int, int]:
+    """(height, width) that `decode` will give, from the header alone.
+
+    Raises InvalidInput like `decode`, except for what only the body shows. A PNG whose orientation is asked for is
+    decoded: its EXIF chunk may follow the pixels.
+    """
+    with _errors_of(data):
+        image = _open(data, max_pixels)
+        width, height = image.size
+        orientation = _orientation(image) if apply_exif_orientation else None
+    return (width, height) if orientation in _SWAPS_AXES else (height, width)
+
+
+def decode(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> Image.Image:
+    """The first (or only) picture of a file, in mode RGB.
+
+    Raises InvalidInput for everything that is wrong with the file: empty, truncated, corrupt, of another format, more
+    than `max_pixels` (height * width), or of samples that have no documented meaning.
+    """
+    with _errors_of(data):
+        image = _open(data, max_pixels)
+        image.load()
+        orientation = _orientation(image) if apply_exif_orientation else None
+        rgb = _to_rgb(image)
+        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+@contextmanager
+def _errors_of(data: bytes) -> Iterator[None]:
+    """Whatever Pillow raises on a file is the fault of that file: plugins let struct.error, ValueError, EOFError,
+    SyntaxError, ZeroDivisionError, MemoryError and more through."""
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except UnidentifiedImageError as error:
+        raise InvalidInput(_unidentified(data)) from error
+    except Exception as error:
+        reason = str(error) if isinstance(error, OSError | ValueError | SyntaxError) else repr(error)
+        raise InvalidInput(f"{_describe(data)} cannot be decoded: {reason}") from error
+
+
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """Header read, pixels not decoded, size checked."""
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    _check_pixels(data, "the image", *image.size, max_pixels)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # libtiff decodes whole tiles, however small the image that they cover: 16x16 pixels with a tile of 20000x20000
+        # is a file of 1 MB that takes 1.2 GB. (Strips end where the image ends.)
+        tile = image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 1), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 1)
+        _check_pixels(data, "a tile", *tile, max_pixels)
+    return image
+
+
+def _check_pixels(data: bytes, what: str, width: int, height: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise InvalidInput(
+            f"{_describe(data)} is too large: {what} has {height}x{width} (height x width) = {height * width} pixels, "
+            f"allowed are {max_pixels}"
+        )
+
+
+def _orientation(image: ImageFile.ImageFile) -> object:
+    """Orientation by EXIF (or XMP): 1 to 8, None without; anything else in a broken file."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # A tag of the format itself there: Pillow applies it when it loads, asked or not, and tells the size after it.
+        return None
+    return image.getexif().get(ExifTags.Base.Orientation)
+
+
+def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _gray_to_rgb(_integers_to_uint8(image), image)
+    if image.mode == "F":
+        return _gray_to_rgb(_floats_to_uint8(image), image)
+    # Which colour a palette or a tRNS chunk makes transparent: alpha is dropped, and converting it can fail.
+    image.info.pop("transparency", None)
+    if image.mode == "La":  # grayscale premultiplied by alpha, which Pillow converts to LA only
+        return image.convert("LA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _integers_to_uint8(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
+    """The high byte, as Pillow reduces 16-bit RGB; `convert("RGB")` would clip at 255, which is nearly all white."""
+    samples: npt.NDArray[np.integer] = np.asarray(image)
+    bits = 16
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):
+        bits = 12
+    low, high = int(samples.min()), int(samples.max())
+    if low < 0 or high >= 1 << bits:
+        raise InvalidInput(
+            f"grayscale of integers from {low} to {high}: allowed are 0 to {(1 << bits) - 1}; send 8- or 16-bit samples"
+        )
+    return (samples >> (bits - 8)).astype(np.uint8)
+
+
+def _floats_to_uint8(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
+    """0.0 is black and 1.0 white, as Adobe's TIFF Technical Note 3 has it; `convert("RGB")` would make both black."""
+    samples: npt.NDArray[np.float32] = np.asarray(image)
+    low, high = float(samples.min()), float(samples.max())
+    if not (low >= 0 and high <= 1):  # NaN too
+        raise InvalidInput(f"grayscale of floats from {low:g} to {high:g}: allowed are 0.0 (black) to 1.0 (white)")
+    return np.rint(samples * 255).astype(np.uint8)
+
+
+def _gray_to_rgb(gray: npt.NDArray[np.uint8], source: ImageFile.ImageFile) -> Image.Image:
+    if isinstance(source, TiffImagePlugin.TiffImageFile):
+        photometric = source.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
+        if photometric == _PHOTOMETRIC_WHITE_IS_ZERO:  # Pillow sees to it for samples of 8 bits and fewer only
+            gray = 255 - gray
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _format_name(data: bytes) -> str | None:
+    return next((name for offset, magic, name in _SIGNATURES if data.startswith(magic, offset)), None)
+
+
+def _describe(data: bytes) -> str:
+    return f"the {_format_name(data) or 'image'} file of {len(data)} bytes"
+
+
+def _unidentified(data: bytes) -> str:
+    if not data:
+        return f"the file is empty (0 bytes); {_ALLOWED}"
+    name = _format_name(data)
+    if name in _ALLOWED_NAMES:
+        return (
+            f"{_describe(data)} has no readable header: it is truncated or corrupt, or of a kind that is not supported"
+        )
+    looks = f"looks like {name}" if name else "is no image of a known format"
+    return f"the file of {len(data)} bytes {looks} (it begins with {data[:8].hex(' ')}); {_ALLOWED}"
