@@ -141,6 +141,7 @@ class Runner(Protocol):
 
     info: ModelInfo
     pipeline_depth: int
+    load_seconds: dict[str, float]  # by step of the load: dinov3_model_load_seconds
 
     def attach(self, arena: int, memory: memoryview) -> None:
         """Make an arena known (and page-lock it where the device copies from it)."""

@@ -1,0 +1,89 @@
+"""Dense layers with what follows them fused in where the device can.
+
+`Linear` runs anywhere; `PackedLinear` holds its weight in oneDNN's blocked layout, which on the CPUs measured is
+two to three times as fast in fp32 as the default BLAS. Both compute y = x W^T + b, with the exact (erf) GELU.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The number of input rows (tokens of a batch) that oneDNN lays the weights out for; others work as well.
+_TYPICAL_ROWS = 8 * 201
+
+
+class Linear:
+    """y = x W^T + b, for x [..., in] and W [out, in]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """gelu(y), the exact one."""
+        return F.gelu(self(x))
+
+    def silu(self, x: Tensor) -> Tensor:
+        """silu(y)."""
+        return F.silu(self(x))
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """y + other."""
+        return self(x) + other
+
+    def mul(self, x: Tensor, other: Tensor) -> Tensor:
+        """y * other."""
+        return self(x) * other
+
+
+class PackedLinear(Linear):
+    """A Linear on oneDNN primitives, with activation, addition and product computed on the fp32 accumulators."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._unary(x, "none")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self._unary(x, "gelu", "none")
+
+    def silu(self, x: Tensor) -> Tensor:
+        return self._unary(x, "swish")
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._binary(x, other, "add")
+
+    def mul(self, x: Tensor, other: Tensor) -> Tensor:
+        return self._binary(x, other, "mul")
+
+    def _unary(self, x: Tensor, name: str, algorithm: str = "") -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+        return y
+
+    def _binary(self, x: Tensor, other: Tensor, name: str) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, name)
+        return y
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """The fastest Linear for where `weight` is."""
+    return (PackedLinear if packs(weight) else Linear)(weight, bias)
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether oneDNN can hold this weight packed here."""
+    return (
+        weight.device.type == "cpu"
+        and platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )

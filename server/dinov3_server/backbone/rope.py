@@ -1,0 +1,62 @@
+"""Rotary position embedding of DINOv3: axial, on patch tokens only, from coordinates normalised to [-1, 1].
+
+With P patches of a grid of h rows and w columns, head dimension d and d/4 periods, a patch centred at
+(y, x) in [-1, 1]^2 has d/2 angles, `2 pi y / periods` then `2 pi x / periods`; channel j of a query or
+key head is rotated against channel j + d/2 by angle j (the DINOv3 paper, section 3.2; RoFormer,
+arXiv:2104.09864). `interleave` brings the two channels of each pair side by side, so that a rotation is
+one complex multiplication; the same permutation of queries and keys leaves their products unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+# Shapes whose tables are kept; the largest common one (ViT-7B at 1024 px: 4096 patches) takes 2 MB.
+_TABLES = 64
+
+
+def default_periods(head_dim: int, base: float) -> Tensor:
+    """The [d/4] fp32 periods of the official checkpoints, which hold them rounded to bfloat16."""
+    exponents = 2 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 2)
+    return (base**exponents).bfloat16().float()
+
+
+class Rope:
+    """Rotations for any grid, cached for the latest grids, on the device where `periods` [d/4] fp32 are."""
+
+    def __init__(self, periods: Tensor) -> None:
+        self.periods = periods
+        self.rotations = functools.lru_cache(maxsize=_TABLES)(self._rotations)
+
+    def _rotations(self, rows: int, columns: int) -> Tensor:
+        """[P, 1, d/2] complex64 unit numbers, patches in row-major order."""
+        # Made on the device itself: a copy from the host would make the first batch of a shape wait for it.
+        y = _centres(rows, self.periods)[:, None, None] / self.periods  # [h, 1, d/4]
+        x = _centres(columns, self.periods)[None, :, None] / self.periods  # [1, w, d/4]
+        shape = (rows, columns, self.periods.numel())
+        angles = torch.cat((y.expand(shape), x.expand(shape)), dim=-1).flatten(0, 1)
+        return torch.polar(torch.ones_like(angles), angles)[:, None]
+
+
+def _centres(count: int, like: Tensor) -> Tensor:
+    """2 pi times the centres of `count` equal parts of [-1, 1]."""
+    centres = torch.arange(0.5, count, dtype=torch.float32, device=like.device) / count
+    return 2 * math.pi * (2.0 * centres - 1.0)
+
+
+def interleave(projection: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of a [D, ...] query or key projection: channels j and j + d/2 of each head become 2j and 2j + 1."""
+    pairs = projection.unflatten(0, (heads, 2, -1))
+    return pairs.transpose(1, 2).reshape(projection.shape)
+
+
+def rotate_(vectors: Tensor, rotations: Tensor) -> None:
+    """Rotate interleaved [B, P, ..., d] queries or keys in place, in fp32 whatever their dtype (as upstream does)."""
+    exact = vectors.float()  # no copy where it is fp32 already
+    torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(rotations)
+    if exact is not vectors:
+        vectors.copy_(exact)

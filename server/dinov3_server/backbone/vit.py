@@ -1,0 +1,262 @@
+"""The DINOv3 vision transformer, for inference only.
+
+Written from the paper (arXiv:2508.10104) and the layout of the published checkpoints. Exact algebra done once, at
+load, in fp32: LayerScale is folded into the projection before it, the attention scale into the queries, mean, std
+and the division by 255 into the patch embedding of bytes; keys have no bias; query and key channels are interleaved
+for RoPE (see rope.py). What no requested output needs is not computed.
+
+Shapes: B images, H x W pixels, T = 1 + G + P tokens (CLS, registers, patches), D channels, h heads of d channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3_server.backbone.interface import Output
+from dinov3_server.backbone.linear import Linear, linear
+from dinov3_server.backbone.registry import Dataset, VitVariant
+from dinov3_server.backbone.rope import Rope, interleave, rotate_
+
+# Bytes enter the patch embedding as byte - 128: exact in bfloat16, and near zero mean, so that the folded mean
+# and std cost no precision.
+_BYTE_CENTRE = 128
+
+
+class VisionTransformer:
+    """`model(pixels, outputs)` gives the features of a batch.
+
+    `tensors` are canonical (see layouts.py), in any floating dtype and on any device; the model keeps none of them.
+    On the meta device it is built, and runs, without memory.
+    """
+
+    def __init__(
+        self,
+        variant: VitVariant,
+        tensors: Mapping[str, Tensor],
+        periods: Tensor,
+        dataset: Dataset,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.variant = variant
+        self.dtype = dtype
+        self.device = device
+
+        def exact(name: str) -> Tensor:
+            return tensors[name].to(device, torch.float32)
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype).contiguous()
+
+        def dense(weight: Tensor, bias: Tensor | None) -> Linear:
+            return linear(place(weight), None if bias is None else place(bias))
+
+        weight, bias = exact("patch_embed.proj.weight"), exact("patch_embed.proj.bias")
+        self._embed_floats = dense(weight.flatten(1), bias)
+        self._embed_bytes = dense(*_fold_normalisation(weight, bias, dataset))
+        self._prefix = place(torch.cat((exact("cls_token"), exact("storage_tokens")), dim=1))  # [1, 1 + G, D]
+        self._norm = _Norm(place(exact("norm.weight")), place(exact("norm.bias")), variant.norm_eps)
+        self._rope = Rope(periods.to(device, torch.float32))
+        self._blocks = [_block(variant, f"blocks.{i}.", exact, place, dense) for i in range(variant.depth)]
+        self._ranges = {
+            "cls": slice(0, 1),
+            "registers": slice(1, 1 + variant.registers),
+            "patches": slice(1 + variant.registers, None),
+        }
+
+    def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
+        """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of 16.
+
+        Gives for each output a [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major) tensor in the
+        model's dtype; they may be views of one another's memory. Raises ValueError for what the model does not have.
+        Nothing here waits for the device, and nothing depends on the values of the pixels.
+        """
+        wanted: dict[tuple[int, bool], list[Output]] = {}
+        for output in outputs:
+            wanted.setdefault(self._source(output), []).append(output)
+        if not wanted:
+            return {}
+        last = max(layer for layer, _ in wanted)
+        # The last block need not compute tokens that nobody wants of it; those of the earlier ones feed the next.
+        kept = {o.kind for (layer, _), group in wanted.items() if layer == last for o in group}
+        keep = None if "patches" in kept else max(self._ranges[kind].stop for kind in kept)
+
+        x, rows, columns = self._embed(pixels)
+        rotations = self._rope.rotations(rows, columns)
+        features: dict[Output, Tensor] = {}
+        for layer, block in enumerate(self._blocks[: last + 1]):
+            x = block(x, rotations, keep if layer == last else None)
+            for norm in (False, True):
+                if group := wanted.get((layer, norm)):
+                    features |= self._pick(x, group, norm)
+        return features
+
+    def _source(self, output: Output) -> tuple[int, bool]:
+        """The block whose output it is, and whether the final norm comes after it."""
+        depth = self.variant.depth
+        if output.kind not in self._ranges:
+            raise ValueError(f"no output kind {output.kind!r}; the kinds are {', '.join(self._ranges)}")
+        if output.layer is None:
+            return depth - 1, True
+        if not 0 <= output.layer < depth:
+            raise ValueError(f"no layer {output.layer} in {self.variant.name}: its layers are 0 to {depth - 1}")
+        return output.layer, output.norm
+
+    def _embed(self, pixels: Tensor) -> tuple[Tensor, int, int]:
+        """The [B, T, D] tokens that enter the first block, and the patch grid."""
+        patch = self.variant.patch_size
+        is_bytes = pixels.dtype == torch.uint8
+        height, width, channels = pixels.shape[1:] if is_bytes else (*pixels.shape[2:], pixels.shape[1])
+        if channels != 3 or height % patch or width % patch or not height or not width:
+            raise ValueError(
+                f"pixels of shape {tuple(pixels.shape)} {pixels.dtype}; wanted [B, H, W, 3] uint8 or [B, 3, H, W] "
+                f"floats with H and W positive multiples of {patch}"
+            )
+        rows, columns = height // patch, width // patch
+        if is_bytes:
+            grid = pixels.view(-1, rows, patch, columns, patch, 3).permute(0, 1, 3, 2, 4, 5)
+            # Made contiguous as bytes, when a copy is cheapest.
+            patches = grid.reshape(-1, rows * columns, patch * patch * 3).to(self.dtype).sub_(_BYTE_CENTRE)
+            tokens = self._embed_bytes(patches)
+        else:
+            grid = pixels.view(-1, 3, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+            tokens = self._embed_floats(grid.to(self.dtype).reshape(-1, rows * columns, 3 * patch * patch))
+        return torch.cat((self._prefix.expand(tokens.shape[0], -1, -1), tokens), dim=1), rows, columns
+
+    def _pick(self, x: Tensor, group: list[Output], norm: bool) -> dict[Output, Tensor]:
+        """The outputs of one layer, from its [B, T, D] tokens (fewer T where the rest was not computed)."""
+        start = min(self._ranges[output.kind].start for output in group)
+        if norm:
+            # Of one range of tokens that holds all that is wanted: one pass, and none over what is not.
+            stops = [self._ranges[output.kind].stop for output in group]
+            x = self._norm(x[:, start : None if None in stops else max(stops)])
+        else:
+            start = 0
+        picked = {}
+        for output in group:
+            tokens = self._ranges[output.kind]
+            part = x[:, tokens.start - start : None if tokens.stop is None else tokens.stop - start]
+            picked[output] = part[:, 0] if output.kind == "cls" else part
+        return picked
+
+
+class _Norm:
+    """Layer normalisation over the last axis."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class _FeedForward(Protocol):
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor: ...
+
+
+class _Mlp:
+    """residual + fc2(gelu(fc1 x))."""
+
+    def __init__(self, fc1: Linear, fc2: Linear) -> None:
+        self.fc1 = fc1
+        self.fc2 = fc2
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fc2.add(self.fc1.gelu(x), residual)
+
+
+class _SwiGlu:
+    """residual + w3(silu(w1 x) * w2 x)."""
+
+    def __init__(self, w1: Linear, w2: Linear, w3: Linear) -> None:
+        self.w1 = w1
+        self.w2 = w2
+        self.w3 = w3
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.w3.add(self.w2.mul(x, self.w1.silu(x)), residual)
+
+
+class _Block:
+    """Pre-norm attention and feed-forward, LayerScale already in the projections."""
+
+    def __init__(self, heads: int, norm1: _Norm, qkv: Linear, proj: Linear, norm2: _Norm, ffn: _FeedForward) -> None:
+        self.heads = heads
+        self.norm1 = norm1
+        self.qkv = qkv
+        self.proj = proj
+        self.norm2 = norm2
+        self.ffn = ffn
+
+    def __call__(self, x: Tensor, rotations: Tensor, keep: int | None) -> Tensor:
+        """[B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` [P, 1, d/2] are of the last P tokens."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.heads, -1))  # [B, T, 3 h, d]
+        rotate_(qkv[:, -rotations.shape[0] :, : 2 * self.heads], rotations)
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each [B, h, T, d]
+        if keep is not None:
+            q, x = q[:, :, :keep], x[:, :keep].contiguous()
+        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        x = self.proj.add(attended.transpose(1, 2).flatten(2), x)
+        return self.ffn(self.norm2(x), x)
+
+
+def _block(
+    variant: VitVariant,
+    prefix: str,
+    exact: Callable[[str], Tensor],
+    place: Callable[[Tensor], Tensor],
+    dense: Callable[[Tensor, Tensor | None], Linear],
+) -> _Block:
+    """One block of canonical tensors: `exact` reads in fp32, `place` and `dense` put into the model's dtype and device."""
+
+    def norm(name: str) -> _Norm:
+        weight, bias = exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias")
+        return _Norm(place(weight), place(bias), variant.norm_eps)
+
+    def plain(name: str) -> Linear:
+        return dense(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"))
+
+    def scaled(name: str, gamma: str) -> Linear:
+        scale = exact(f"{prefix}{gamma}.gamma")
+        return dense(
+            scale[:, None] * exact(f"{prefix}{name}.weight"),
+            scale * exact(f"{prefix}{name}.bias"),
+        )
+
+    def qkv() -> Linear:
+        heads, scale = variant.heads, variant.head_dim**-0.5
+        q, k, v = (exact(f"{prefix}attn.{part}.weight") for part in "qkv")
+        weight = torch.cat((interleave(q, heads) * scale, interleave(k, heads), v))
+        if not variant.qkv_bias:
+            return dense(weight, None)
+        q, v = (exact(f"{prefix}attn.{part}.bias") for part in "qv")
+        return dense(weight, torch.cat((interleave(q, heads) * scale, torch.zeros_like(q), v)))
+
+    ffn: _FeedForward
+    if variant.ffn == "mlp":
+        ffn = _Mlp(plain("mlp.fc1"), scaled("mlp.fc2", "ls2"))
+    else:
+        ffn = _SwiGlu(plain("mlp.w1"), plain("mlp.w2"), scaled("mlp.w3", "ls2"))
+    return _Block(variant.heads, norm("norm1"), qkv(), scaled("attn.proj", "ls1"), norm("norm2"), ffn)
+
+
+def _fold_normalisation(weight: Tensor, bias: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """A [D, 3, p, p] patch embedding of (byte / 255 - mean) / std as a [D, p p 3] one of byte - 128.
+
+    (byte / 255 - mean) / std = (byte - 128) / (255 std) + (128 / 255 - mean) / std
+    """
+    # In fp64: it is done once, and a sum of 768 products loses digits in fp32.
+    mean = torch.tensor(dataset.mean, dtype=torch.float64, device=weight.device)
+    std = torch.tensor(dataset.std, dtype=torch.float64, device=weight.device)
+    exact = weight.double()
+    offset = (exact.sum((2, 3)) * ((_BYTE_CENTRE / 255 - mean) / std)).sum(1)
+    scaled = exact / (255 * std)[:, None, None]
+    return scaled.permute(0, 2, 3, 1).flatten(1).float(), (bias.double() + offset).float()
