@@ -182,7 +182,7 @@ class Settings:
         5,
         integer(1, 1000),
         "processes",
-        "Failed starts of a worker in a row after which the server gives up and exits.",
+        "Failed starts of one process in a row after which the server gives up and exits.",
     )
 
     token_file: str | None = _setting(
