@@ -1,0 +1,52 @@
+# Everything runs in .venv, made here from constraints/dev.txt. Only `gpu-check` and `gpu-bench` use the
+# python that is there (GPU_PYTHON): a machine with a GPU has its own torch, and may have no network.
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+BIN := .venv/bin
+PROTO := protos/dinov3_serving/v1/feature_service.proto
+
+.PHONY: install demo test lint format bench gpu-check protos clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "dinov3-serving needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints/dev.txt -e '.[dev]'
+	@touch $@
+
+# protoc in an environment of its own: it wants an older protobuf than the server does.
+.venv-protoc/installed: constraints/protoc.txt
+	$(PYTHON) -m venv .venv-protoc
+	.venv-protoc/bin/python -m pip install --quiet -r constraints/protoc.txt
+	@touch $@
+
+protos: .venv-protoc/installed
+	.venv-protoc/bin/python -m grpc_tools.protoc -Iprotos --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTO)
+
+demo: install
+	$(BIN)/python -m tests.demo
+
+test: install .venv-protoc/installed
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+	.ci/buf-breaking
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python -m bench
+
+gpu-check:
+	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu
+
+clean:
+	rm -rf .venv .venv-protoc demo-out build dist

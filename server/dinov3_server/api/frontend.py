@@ -1,0 +1,75 @@
+"""The frontend process: one gRPC server on the shared port, one engine, one channel to the supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from dinov3_server.api.server import FrontendServer
+from dinov3_server.engine.arena import Arena
+from dinov3_server.engine.channel import Channel, ChannelClosed
+from dinov3_server.engine.client import Engine
+from dinov3_server.engine.messages import Connected, Drain, MetricsSnapshot, Ready, StartFrontend, WorkerGone
+from dinov3_server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_SECONDS = 1.0
+
+
+def serve(start: StartFrontend, control: Channel) -> None:
+    """Serve until the supervisor says drain or is gone."""
+    asyncio.run(_serve(start, control))
+
+
+async def _serve(start: StartFrontend, control: Channel) -> None:
+    loop = asyncio.get_running_loop()
+    metrics = Metrics()
+    arena = Arena(start.settings.arena_bytes)
+    engine = Engine(arena, start.settings.max_queue_images, metrics)
+    server = FrontendServer(engine, start.settings, metrics, start.index, start.frontends)
+    drain: asyncio.Future[float] = loop.create_future()
+
+    def read_control() -> None:
+        try:
+            for message, fds in control.receive():
+                match message:
+                    case Connected(index):
+                        engine.connect(index, fds[0])
+                    case WorkerGone(index, back_in):
+                        engine.worker_gone(index, back_in)
+                    case Drain(grace):
+                        if not drain.done():
+                            drain.set_result(grace)
+        except ChannelClosed:
+            loop.remove_reader(control.fileno())
+            if not drain.done():
+                drain.set_result(0.0)
+        server.set_serving(engine.model is not None and not drain.done())
+
+    def say(message: object) -> None:
+        control.send(message)
+        if not control.flush():
+            loop.add_writer(control.fileno(), flush)
+
+    def flush() -> None:
+        if control.flush():
+            loop.remove_writer(control.fileno())
+
+    engine.on_model = lambda: server.set_serving(not drain.done())
+    await server.start(start.host, start.port)
+    loop.add_reader(control.fileno(), read_control)
+    say(Ready())
+    last: object = None
+    while not drain.done():
+        await asyncio.wait([drain], timeout=SNAPSHOT_SECONDS)
+        snapshot = metrics.snapshot()
+        if snapshot != last:
+            say(MetricsSnapshot(snapshot))
+            last = snapshot
+    await server.drain(drain.result())
+    control.send(MetricsSnapshot(metrics.snapshot()))
+    loop.remove_writer(control.fileno())
+    control.flush_within(1.0)
+    loop.remove_reader(control.fileno())
+    engine.close()

@@ -1,0 +1,435 @@
+"""The frontend's side of the engine: admission, submitting rows to workers, and what happens when one dies.
+
+A request holds a *lease*: slots in the queue and a range of the arena, both taken before anything is
+decoded. Its rows go to workers in *parts*. A range is freed only when the request has released it and
+every row that a worker was given is answered or that worker is reaped: a cancelled call whose batch is
+running keeps its range until then, or the next request would be written over.
+
+When a worker dies, rows that were only queued are submitted again. Rows that it had announced as going
+to the device are suspects and run again each in a batch of its own; one that kills a worker all alone
+fails. That costs a poisonous image two workers, and its neighbours nothing but time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dinov3_server.backbone.interface import ModelInfo
+from dinov3_server.engine.arena import Arena
+from dinov3_server.engine.block import Block
+from dinov3_server.engine.channel import Channel, ChannelClosed
+from dinov3_server.engine.messages import Attach, Cancel, Dropped, Hello, PartResult, Results, Started, Submit
+from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, ServingError, Unavailable
+from dinov3_server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+# With several workers a large request is spread over them in parts of this many images.
+SPREAD_IMAGES = 32
+
+
+class JobResult(NamedTuple):
+    """What became of the rows of a block. `failed` maps a row to its error; the others have features."""
+
+    failed: dict[int, ServingError]
+    queue_seconds: float
+    inference_seconds: float
+    batch_images: int
+    batches: int
+
+
+class Lease:
+    """Slots for images, and a range of the arena. `memory` is the whole arena: offsets index it."""
+
+    def __init__(self, engine: Engine, images: int, offset: int, nbytes: int) -> None:
+        self._engine = engine
+        self._holders = 1  # the request, and every row that a worker may still touch
+        self._released = False
+        self.images = images
+        self.memory = engine.arena.memory
+        self.offset = offset
+        self.nbytes = nbytes
+
+    def release(self) -> None:
+        """The request is through with its range. May be called twice."""
+        if not self._released:
+            self._released = True
+            self.let_go(1)
+
+    def hold(self, rows: int) -> None:
+        self._holders += rows
+
+    def let_go(self, rows: int) -> None:
+        self._holders -= rows
+        if not self._holders:
+            self._engine.end_lease(self)
+
+
+@dataclass(eq=False)
+class _Call:
+    """One `run`: rows of a block that somebody waits for."""
+
+    block: Block
+    lease: Lease
+    deadline: float | None
+    bulk: bool
+    enqueued: float
+    done: asyncio.Future[None]
+    waiting: set[int]
+    failed: dict[int, ServingError] = field(default_factory=dict)
+    queue_seconds: float = 0.0
+    inference_seconds: float = 0.0
+    batch_images: int = 0
+    batches: int = 0
+
+    def resolve(self, rows: Sequence[int]) -> None:
+        self.waiting.difference_update(rows)
+        if not self.waiting and not self.done.done():
+            self.done.set_result(None)
+
+    @property
+    def over(self) -> bool:
+        """Nobody waits any more: it was answered, it was cancelled, or its time is up."""
+        return self.done.done()
+
+
+@dataclass(eq=False)
+class _Part:
+    """Rows of a call that one worker has, or (`worker` None) that wait for one."""
+
+    index: int
+    call: _Call
+    rows: set[int]
+    solo: bool = False
+    worker: _Worker | None = None
+    started: set[int] = field(default_factory=set)
+
+    @property
+    def tokens(self) -> int:
+        assert self.worker is not None
+        return self.worker.info.tokens(self.call.block.shape) * len(self.rows)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker that has introduced itself."""
+
+    channel: Channel
+    info: ModelInfo
+    parts: dict[int, _Part] = field(default_factory=dict)
+    own_tokens: int = 0
+    other_tokens: int = 0  # of other frontends, as last heard
+
+    @property
+    def backlog(self) -> int:
+        return self.own_tokens + self.other_tokens
+
+
+class Engine:
+    """All the workers, as one frontend sees them. Lives in the frontend's event loop."""
+
+    def __init__(self, arena: Arena, max_queue_images: int, metrics: Metrics) -> None:
+        self.arena = arena
+        self.model: ModelInfo | None = None
+        self.on_model: Callable[[], None] = lambda: None  # called whenever a worker has introduced itself
+        self._max_queue_images = max_queue_images
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._channels: dict[int, Channel] = {}  # by worker index, from the connection on
+        self._workers: dict[int, _Worker] = {}  # by worker index, from Hello on
+        self._parts_made = 0
+        self._homeless: list[_Part] = []  # no worker lives; in the order of their requests
+        self._expected_at = 0.0  # when a worker is expected to live again
+        self._images = 0
+        self._rate = _Rate()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(worker.info.device for _, worker in sorted(self._workers.items()))
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def reserve(self, images: int, nbytes: int) -> Lease:
+        """Take slots for `images` and `nbytes` of the arena, or say at once that there is no room.
+
+        Raises:
+            Unavailable: no worker has been ready yet.
+            InvalidInput: it would not fit even an idle server.
+            Overloaded: it does not fit now.
+        """
+        if self.model is None:
+            raise Unavailable("the model is still being loaded", reason="starting")
+        if images > self._max_queue_images:
+            raise InvalidInput(
+                f"{images} images in one request, at most {self._max_queue_images} are queued (max_queue_images); "
+                "send them in several requests"
+            )
+        if nbytes > self.arena.nbytes:
+            raise InvalidInput(
+                f"pixels and features of this request take {nbytes} bytes, the whole arena has {self.arena.nbytes} "
+                "(arena_bytes); send fewer images or ask for fewer outputs"
+            )
+        if self._images + images > self._max_queue_images:
+            raise Overloaded(
+                f"{self._images} images are queued, {images} more would pass the limit of {self._max_queue_images}",
+                reason="queue",
+                retry_after=self._rate.seconds_for(self._images),
+            )
+        offset = self.arena.allocate(nbytes)
+        if offset is None:
+            raise Overloaded(
+                f"no range of {nbytes} bytes is free in the arena ({self.arena.used_bytes} of {self.arena.nbytes} "
+                "bytes are in use)",
+                reason="arena",
+                retry_after=self._rate.seconds_for(self._images),
+            )
+        self._images += images
+        self._show_arena()
+        return Lease(self, images, offset, nbytes)
+
+    def end_lease(self, lease: Lease) -> None:
+        """Called by the lease, once nobody holds it."""
+        self.arena.free(lease.offset)
+        self._images -= lease.images
+        self._show_arena()
+
+    async def run(
+        self, lease: Lease, block: Block, rows: Sequence[int], deadline: float | None, bulk: bool
+    ) -> JobResult:
+        """Compute features of `rows` of `block`, whose pixels lie in the lease's range.
+
+        `deadline` is in CLOCK_MONOTONIC seconds. Cancelling the caller cancels the rows.
+
+        Raises:
+            DeadlineExceeded: the deadline passed first.
+            Unavailable: no worker lives, and none is expected before the deadline.
+        """
+        call = _Call(block, lease, deadline, bulk, time.monotonic(), self._loop.create_future(), set(rows))
+        if not rows:
+            return JobResult({}, 0.0, 0.0, 0, 0)
+        if not self._workers and deadline is not None and deadline < self._expected_at:
+            wait = max(0.1, self._expected_at - call.enqueued)
+            raise Unavailable(f"no worker lives; one is expected in {wait:.1f} s", reason="no_worker", retry_after=wait)
+        for chunk in self._spread(list(rows)):
+            self._place(self._new_part(call, chunk, solo=False))
+        timer = None if deadline is None else self._loop.call_at(deadline, self._expire, call)
+        try:
+            await call.done
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if call.waiting:
+                self._abandon(call)
+                if not call.done.cancelled():
+                    call.done.exception()  # seen, also where the caller was cancelled at the same moment
+        self._rate.add(len(rows))
+        return JobResult(call.failed, call.queue_seconds, call.inference_seconds, call.batch_images, call.batches)
+
+    def _spread(self, rows: list[int]) -> list[list[int]]:
+        if len(self._workers) < 2:
+            return [rows]
+        return [rows[i : i + SPREAD_IMAGES] for i in range(0, len(rows), SPREAD_IMAGES)]
+
+    def _new_part(self, call: _Call, rows: Sequence[int], solo: bool) -> _Part:
+        self._parts_made += 1
+        return _Part(self._parts_made, call, set(rows), solo)
+
+    def _place(self, part: _Part) -> None:
+        """Give the part to the worker with the least to do, or keep it until one lives."""
+        if not self._workers:
+            self._homeless.append(part)
+            return
+        worker = min(self._workers.values(), key=lambda candidate: candidate.backlog)
+        call = part.call
+        part.worker = worker
+        worker.parts[part.index] = part
+        worker.own_tokens += part.tokens
+        call.lease.hold(len(part.rows))
+        worker.channel.send(
+            Submit(
+                part=part.index,
+                block=call.block,
+                rows=tuple(sorted(part.rows)),
+                enqueued=call.enqueued,
+                deadline=call.deadline,
+                bulk=call.bulk,
+                solo=part.solo,
+            )
+        )
+        self._flush(worker.channel)
+
+    def _expire(self, call: _Call) -> None:
+        if call.over:
+            return
+        parts = self._parts_of(call)
+        if any(part.worker is None for part in parts):
+            where = "waiting for a worker to come back"
+        elif any(part.started for part in parts):
+            where = "on the device"
+        else:
+            where = "waiting for the device"
+        waited = time.monotonic() - call.enqueued
+        error = DeadlineExceeded(f"the deadline passed after {waited:.3f} s in the engine, {where}")
+        call.done.set_exception(error)
+
+    def _abandon(self, call: _Call) -> None:
+        """Nobody waits for the call any more: have its rows dropped, as far as they have not run."""
+        for part in self._parts_of(call):
+            if part.worker is None:
+                self._homeless.remove(part)
+                reason = "expired" if call.done.done() and not call.done.cancelled() else "cancelled"
+                self._metrics.images.inc(reason, value=len(part.rows))
+            else:
+                part.worker.channel.send(Cancel(part.index))
+                self._flush(part.worker.channel)
+
+    def _parts_of(self, call: _Call) -> list[_Part]:
+        parts = [part for worker in self._workers.values() for part in worker.parts.values() if part.call is call]
+        return parts + [part for part in self._homeless if part.call is call]
+
+    # --- workers ---------------------------------------------------------------------------------
+
+    def connect(self, index: int, fd: int) -> None:
+        """The supervisor connects worker `index`: hand it the arena and wait for its Hello."""
+        channel = Channel(socket.socket(fileno=fd))
+        self._channels[index] = channel
+        channel.send(Attach(self.arena.nbytes), [self.arena.fd])
+        self._loop.add_reader(channel.fileno(), self._read, index, channel)
+        self._flush(channel)
+
+    def worker_gone(self, index: int, back_in: float) -> None:
+        """The supervisor has reaped worker `index`: its rows are ours again."""
+        channel = self._channels.pop(index)
+        self._read(index, channel)  # what it had said before it died
+        self._loop.remove_reader(channel.fileno())
+        self._loop.remove_writer(channel.fileno())
+        channel.close()
+        worker = self._workers.pop(index, None)
+        if not self._workers:
+            self._expected_at = time.monotonic() + back_in
+        if worker is None:
+            return
+        for part in worker.parts.values():
+            part.call.lease.let_go(len(part.rows))
+        # In the order of their requests, the untouched ones before the suspects.
+        parts = sorted(worker.parts.values(), key=lambda part: (part.call.enqueued, part.index))
+        suspects = []
+        for part in parts:
+            if part.call.over:
+                continue
+            untouched = part.rows - part.started
+            if part.solo and part.started:
+                self._blame(part)
+            elif part.started:
+                suspects.append(self._new_part(part.call, sorted(part.started), solo=True))
+            if untouched:
+                self._place(self._new_part(part.call, sorted(untouched), part.solo))
+        for part in suspects:
+            self._place(part)
+
+    def _blame(self, part: _Part) -> None:
+        for row in part.started:
+            error = InternalError("a worker process died twice while it computed this image, the second time alone")
+            log.error("image %d of a request killed a worker alone (error id %s)", row, error.error_id)
+            part.call.failed[row] = error
+        part.call.resolve(tuple(part.started))
+
+    def _read(self, index: int, channel: Channel) -> None:
+        try:
+            for message, _ in channel.receive():
+                match message:
+                    case Results(parts, other_tokens):
+                        worker = self._workers[index]
+                        worker.other_tokens = other_tokens
+                        for result in parts:
+                            self._take(worker, result)
+                    case Started(parts):
+                        for index_of_part, rows in parts:
+                            self._workers[index].parts[index_of_part].started.update(rows)
+                    case Dropped(part_index, rows, reason):
+                        self._metrics.images.inc(reason, value=len(rows))
+                        part = self._answered(self._workers[index], part_index, rows)
+                        if not part.call.over:
+                            # Its deadline passed in the worker a moment before it does here.
+                            self._expire(part.call)
+                    case Hello(info):
+                        self._hello(index, channel, info)
+        except ChannelClosed:
+            # The process is dying; only once it is reaped is the arena out of its reach.
+            self._loop.remove_reader(channel.fileno())
+            self._loop.remove_writer(channel.fileno())
+
+    def _hello(self, index: int, channel: Channel, info: ModelInfo) -> None:
+        self.model = info
+        self._workers[index] = _Worker(channel, info)
+        homeless, self._homeless = self._homeless, []
+        for part in homeless:
+            self._place(part)
+        self.on_model()
+
+    def _take(self, worker: _Worker, result: PartResult) -> None:
+        part = self._answered(worker, result.part, result.rows)
+        call = part.call
+        for row, message in result.failed.items():
+            error = InternalError(message)
+            log.error("image %d of a request: %s", row, error)
+            call.failed[row] = error
+        call.queue_seconds = max(call.queue_seconds, result.queue_seconds)
+        call.inference_seconds += result.inference_seconds
+        call.batch_images = max(call.batch_images, result.batch_images)
+        call.batches += 1
+        call.resolve(result.rows)
+
+    def _answered(self, worker: _Worker, index: int, rows: Sequence[int]) -> _Part:
+        part = worker.parts[index]
+        worker.own_tokens -= worker.info.tokens(part.call.block.shape) * len(rows)
+        part.rows.difference_update(rows)
+        part.started.difference_update(rows)
+        if not part.rows:
+            del worker.parts[index]
+        part.call.lease.let_go(len(rows))
+        return part
+
+    def _flush(self, channel: Channel) -> None:
+        """Write now, and the rest when the socket takes it."""
+        if channel.flush():
+            self._loop.remove_writer(channel.fileno())
+        else:
+            self._loop.add_writer(channel.fileno(), self._flush, channel)
+
+    def _show_arena(self) -> None:
+        used = self.arena.used_bytes
+        self._metrics.arena_bytes.set(used, "used")
+        self._metrics.arena_bytes.set(self.arena.nbytes - used, "free")
+
+    def close(self) -> None:
+        for channel in self._channels.values():
+            self._loop.remove_reader(channel.fileno())
+            self._loop.remove_writer(channel.fileno())
+            channel.close()
+        self.arena.close()
+
+
+class _Rate:
+    """Images a second, smoothed, to tell a refused caller when it is worth another try."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._count = 0
+        self._since = time.monotonic()
+
+    def add(self, images: int) -> None:
+        self._count += images
+        elapsed = time.monotonic() - self._since
+        if elapsed >= 1.0:
+            self._rate = self._count / elapsed if not self._rate else 0.5 * (self._rate + self._count / elapsed)
+            self._count, self._since = 0, self._since + elapsed
+
+    def seconds_for(self, images: int) -> float:
+        return min(max(0.5 * images / self._rate, 0.05), 5.0) if self._rate else 0.2

@@ -1,0 +1,153 @@
+"""What processes say to each other. F frontend, W worker, S supervisor.
+
+Every row that a frontend submits is answered by exactly one of `Results` and `Dropped`, or by the
+supervisor's `WorkerGone`. Until then the worker may touch the row's ranges of the arena.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from dinov3_server.backbone.interface import ModelInfo
+from dinov3_server.config import Settings
+from dinov3_server.engine.block import Block
+
+
+@dataclass(frozen=True)
+class StartWorker:
+    """S -> W, the first message: what to load and where. `runner` is "module:function"."""
+
+    settings: Settings
+    index: int
+    device: str
+    runner: str
+
+
+@dataclass(frozen=True)
+class StartFrontend:
+    """S -> F, the first message: where to listen."""
+
+    settings: Settings
+    index: int
+    frontends: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Connected:
+    """S -> F and S -> W, with the descriptor of a channel to the other side's process `index`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class WorkerGone:
+    """S -> F: worker `index` is reaped, nothing of it touches memory any more; another is expected."""
+
+    index: int
+    back_in: float  # seconds until its successor is expected to serve
+
+
+@dataclass(frozen=True)
+class Drain:
+    """S -> F: finish what is accepted within `grace` seconds, then exit. S -> W: exit."""
+
+    grace: float
+
+
+@dataclass(frozen=True)
+class Ready:
+    """F -> S: listening. W -> S: the model is loaded and warm."""
+
+    info: ModelInfo | None = None
+
+
+@dataclass(frozen=True)
+class StartFailed:
+    """F -> S and W -> S: the process cannot start for a reason that a person must mend."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class MetricsSnapshot:
+    """F -> S and W -> S, when something changed."""
+
+    snapshot: Any
+
+
+@dataclass(frozen=True)
+class Hello:
+    """W -> F, the first message: the model."""
+
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
+class Attach:
+    """F -> W, the first message, with the descriptor of the frontend's arena."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """F -> W: compute `rows` of `block`. Times are CLOCK_MONOTONIC seconds, the same in all processes."""
+
+    part: int
+    block: Block
+    rows: tuple[int, ...]
+    enqueued: float
+    deadline: float | None
+    bulk: bool
+    solo: bool  # every row in a batch of its own: it is suspected of having killed a worker
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """F -> W: nobody waits for this part any more."""
+
+    part: int
+
+
+class PartRows(NamedTuple):
+    part: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """W -> F: these rows are about to reach the device. Sent before they do, so that a crash can be laid to them."""
+
+    parts: tuple[PartRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartResult:
+    """What one batch did for one part. `failed` maps rows that have no features to the reason."""
+
+    part: int
+    rows: tuple[int, ...]
+    failed: dict[int, str]
+    queue_seconds: float  # longest wait of one of the rows
+    inference_seconds: float
+    batch_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """W -> F: features lie in the arena. `other_tokens` is the worker's backlog from other frontends."""
+
+    parts: tuple[PartResult, ...]
+    other_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """W -> F: these rows never reached the device."""
+
+    part: int
+    rows: tuple[int, ...]
+    reason: Literal["cancelled", "expired"]

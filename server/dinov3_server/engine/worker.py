@@ -1,0 +1,406 @@
+"""The process that holds the model on one device: its loop.
+
+The loop owns everything that is said and decided. One turn of it: read the channels, settle the
+batches that left the device, drop what has expired, announce and launch what comes next, say it all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import selectors
+import socket
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dinov3_server.backbone.interface import DeviceLost, DeviceOutOfMemory, Finished, Row, Runner
+from dinov3_server.config import Settings
+from dinov3_server.engine.arena import ArenaMapping
+from dinov3_server.engine.block import Block
+from dinov3_server.engine.channel import Channel, ChannelClosed
+from dinov3_server.engine.device import Device, Running
+from dinov3_server.engine.messages import (
+    Attach,
+    Cancel,
+    Connected,
+    Drain,
+    Dropped,
+    Hello,
+    MetricsSnapshot,
+    PartResult,
+    PartRows,
+    Ready,
+    Results,
+    Started,
+    StartWorker,
+    Submit,
+)
+from dinov3_server.engine.scheduler import BatchRow, Job, Limits, Scheduler
+from dinov3_server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_SECONDS = 1.0
+# A frontend that does not read a message of a few hundred bytes for this long serves nobody any more.
+ANNOUNCE_SECONDS = 5.0
+# Exit status of a worker whose device is beyond repair in this process.
+DEVICE_LOST = 70
+
+
+@dataclass(eq=False)
+class _Part:
+    """A submitted part until all of its rows are answered; the payload of its job."""
+
+    block: Block
+    unanswered: int
+    cancelled: bool = False
+
+
+@dataclass(eq=False)
+class _Frontend:
+    """One frontend as the worker sees it. A frontend that was restarted is another one, with another key."""
+
+    channel: Channel
+    mapping: ArenaMapping | None = None
+    gone: bool = False
+    tokens: int = 0  # submitted and unanswered
+    parts: dict[int, _Part] = field(default_factory=dict)
+    running: int = 0  # its rows in batches on the device, or waiting to be run again
+
+
+class Worker:
+    """Drives `runner` for all frontends until told to stop.
+
+    `control` is the channel to the supervisor, which sends `Connected` for a frontend, and `Drain`.
+    """
+
+    def __init__(self, runner: Runner, settings: Settings, control: Channel, metrics: Metrics) -> None:
+        self._runner = runner
+        self._control = control
+        self._metrics = metrics
+        self._batch_timeout = settings.batch_timeout_seconds
+        self._scheduler = Scheduler(
+            Limits(settings.max_batch_images, settings.max_batch_tokens, settings.max_queue_delay)
+        )
+        self._device = Device(runner, self._arena_row)
+        self._retry: deque[list[BatchRow]] = deque()  # what is left of failed batches, before anything new
+        self._frontends: dict[int, _Frontend] = {}
+        self._connected = 0
+        self._stopping = False
+        self._next_snapshot = 0.0
+        self._last_snapshot: object = None
+        self._busy_since = 0.0
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ, self._read_control)
+        self._selector.register(self._device, selectors.EVENT_READ, None)
+
+    def run(self) -> None:
+        while not (self._stopping and not self._device.running):
+            for key, _ in self._selector.select(self._timeout(time.monotonic())):
+                if key.data is not None:
+                    key.data()
+            for batch in self._device.collect():
+                self._settle(batch)
+            now = time.monotonic()
+            self._expire(now)
+            self._launch(now)
+            self._exit_if_hung(now)
+            self._report_metrics(now)
+            self._flush()
+        self._device.close()
+        self._metrics.queue_images.set(0)
+        self._next_snapshot = 0.0
+        self._report_metrics(time.monotonic())
+        self._control.flush_within(1.0)
+        for key in list(self._frontends):
+            self._forget(key)
+        self._selector.close()
+        self._runner.close()
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def _read_control(self) -> None:
+        try:
+            for message, fds in self._control.receive():
+                match message:
+                    case Connected():
+                        self._connect(fds[0])
+                    case Drain():
+                        self._stopping = True
+        except ChannelClosed:
+            self._stopping = True  # the supervisor is gone, and with it everybody who could ask
+
+    def _connect(self, fd: int) -> None:
+        frontend = _Frontend(Channel(socket.socket(fileno=fd)))
+        key = self._connected
+        self._connected += 1
+        self._frontends[key] = frontend
+        self._selector.register(frontend.channel, selectors.EVENT_READ, lambda: self._read_frontend(key))
+        frontend.channel.send(Hello(self._runner.info))
+
+    def _read_frontend(self, key: int) -> None:
+        frontend = self._frontends[key]
+        try:
+            for message, fds in frontend.channel.receive():
+                match message:
+                    case Submit():
+                        self._submit(key, frontend, message)
+                    case Cancel(part):
+                        self._cancel(key, frontend, part)
+                    case Attach(nbytes):
+                        frontend.mapping = ArenaMapping(fds[0], nbytes)
+                        os.close(fds[0])
+                        self._runner.attach(key, frontend.mapping.memory)
+        except ChannelClosed:
+            self._lose(key)
+
+    def _submit(self, key: int, frontend: _Frontend, submit: Submit) -> None:
+        shape = submit.block.shape
+        tokens = self._runner.info.tokens(shape)
+        part = frontend.parts[submit.part] = _Part(submit.block, len(submit.rows))
+        frontend.tokens += tokens * len(submit.rows)
+        job = Job(
+            key=(key, submit.part),
+            shape=shape,
+            tokens=tokens,
+            rows=submit.rows,
+            enqueued=submit.enqueued,
+            deadline=submit.deadline,
+            bulk=submit.bulk,
+            solo=submit.solo,
+            payload=part,
+        )
+        self._scheduler.add(job, time.monotonic())
+
+    def _cancel(self, key: int, frontend: _Frontend, index: int) -> None:
+        part = frontend.parts.get(index)
+        if part is None:
+            return  # answered in the meantime
+        part.cancelled = True
+        rows = tuple(self._scheduler.cancel((key, index)))
+        if rows:
+            self._drop(frontend, index, rows, self._runner.info.tokens(part.block.shape), "cancelled")
+
+    def _lose(self, key: int) -> None:
+        """The frontend is gone: drop its rows; its arena stays mapped while a batch still writes to it."""
+        frontend = self._frontends[key]
+        frontend.gone = True
+        self._selector.unregister(frontend.channel)
+        self._scheduler.remove_frontend(key)
+        if not frontend.running:
+            self._forget(key)
+
+    def _forget(self, key: int) -> None:
+        frontend = self._frontends.pop(key)
+        if frontend.mapping is not None:
+            self._runner.detach(key)
+            frontend.mapping.close()
+        frontend.channel.close()
+
+    # --- deciding --------------------------------------------------------------------------------
+
+    def _timeout(self, now: float) -> float | None:
+        moments = [self._next_snapshot]
+        wakeup = self._scheduler.wakeup(now)
+        # A moment that has passed while the device is full comes again when a batch leaves it.
+        if wakeup is not None and (wakeup > now or self._device.has_room):
+            moments.append(wakeup)
+        return max(0.0, min(moments) - now)
+
+    def _expire(self, now: float) -> None:
+        for job, rows in self._scheduler.expire(now):
+            key, index = job.key
+            self._drop(self._frontends[key], index, tuple(rows), job.tokens, "expired")
+
+    def _drop(
+        self,
+        frontend: _Frontend,
+        part: int,
+        rows: tuple[int, ...],
+        tokens: int,
+        reason: Literal["cancelled", "expired"],
+    ) -> None:
+        self._answered(frontend, part, len(rows), tokens)
+        frontend.channel.send(Dropped(part, rows, reason))
+
+    def _launch(self, now: float) -> None:
+        while self._device.has_room and not self._stopping:
+            rows = self._next_retry(now) or self._next_new(now)
+            if rows is None:
+                return
+            if rows[0].job.solo and self._device.running:
+                self._retry.appendleft(rows)  # a suspect runs alone
+                return
+            if not self._device.running:
+                self._busy_since = now
+            self._announce(rows)
+            self._device.launch(rows)
+
+    def _next_new(self, now: float) -> list[BatchRow] | None:
+        rows = self._scheduler.next_batch(now)
+        for row in rows or ():
+            self._frontends[row.job.key[0]].running += 1
+            waited = now - row.job.enqueued
+            self._metrics.queue_seconds.observe(waited)
+            self._metrics.stage_seconds.observe(waited, "queue")
+        return rows
+
+    def _next_retry(self, now: float) -> list[BatchRow] | None:
+        """Rows of a failed batch that are to be run again, less those that nobody waits for any more."""
+        while self._retry:
+            wanted = []
+            for row in self._retry.popleft():
+                key, index = row.job.key
+                frontend = self._frontends[key]
+                part: _Part = row.job.payload
+                expired = row.job.deadline is not None and row.job.deadline <= now
+                if not (frontend.gone or part.cancelled or expired):
+                    wanted.append(row)
+                    continue
+                if not frontend.gone:
+                    self._drop(frontend, index, (row.row,), row.job.tokens, "expired" if expired else "cancelled")
+                self._left(row)
+            if wanted:
+                return wanted
+        return None
+
+    def _announce(self, rows: list[BatchRow]) -> None:
+        """Tell the frontends, before the device sees them: if this process dies now, it may be for these rows."""
+        by_part: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            by_part[row.job.key[0]][row.job.key[1]].append(row.row)
+        for key, parts in by_part.items():
+            frontend = self._frontends[key]
+            frontend.channel.send(Started(tuple(PartRows(part, tuple(of)) for part, of in parts.items())))
+            if not frontend.gone and not frontend.channel.flush_within(ANNOUNCE_SECONDS):
+                log.error("a frontend has not read its channel for %s s; its requests are dropped", ANNOUNCE_SECONDS)
+                self._lose(key)
+
+    def _arena_row(self, row: BatchRow) -> Row:
+        block: Block = row.job.payload.block
+        return Row(row.job.key[0], block.row_pixels(row.row), block.row_outputs(row.row), block.spec)
+
+    def _exit_if_hung(self, now: float) -> None:
+        running = self._device.running
+        if running and now - running[0].since > self._batch_timeout:
+            log.critical("a batch has been on the device for over %s s; this process is replaced", self._batch_timeout)
+            os._exit(DEVICE_LOST)
+
+    # --- settling --------------------------------------------------------------------------------
+
+    def _settle(self, batch: Running) -> None:
+        now = time.monotonic()
+        if not self._device.running:
+            self._metrics.device_busy_seconds.inc(self._runner.info.device, value=now - self._busy_since)
+        rows = batch.rows
+        match batch.outcome:
+            case Finished() as finished:
+                self._metrics.batch_images.observe(len(rows))
+                self._metrics.batch_tokens.observe(len(rows) * rows[0].job.tokens)
+                for stage in ("copy_in", "forward", "copy_out"):
+                    self._metrics.stage_seconds.observe(getattr(finished, stage), stage)
+                reason = "the model gave features that are not finite for this image"
+                failed = {i: reason for i, finite in enumerate(finished.finite) if not finite}
+                self._answer(batch, failed, now)
+            case DeviceLost() as error:
+                log.critical("the device is lost: %s; this process is replaced", error)
+                os._exit(DEVICE_LOST)
+            case DeviceOutOfMemory() as error if len(rows) > 1:
+                half = -(-len(rows) // 2)  # rounded up: the ceiling is not lowered further than it must be
+                log.warning("%d images of %s do not fit the device (%s); at most %d from now on",
+                            len(rows), rows[0].job.shape, error, half)
+                self._scheduler.limit_shape(rows[0].job.shape, half)
+                self._retry.extend((rows[:half], rows[half:]))
+            case Exception() as error if len(rows) > 1:
+                log.error("a batch of %d images failed; its halves are run apart", len(rows), exc_info=error)
+                half = len(rows) // 2
+                self._retry.extend((rows[:half], rows[half:]))
+            case DeviceOutOfMemory() as error:
+                self._answer(batch, {0: f"the device has not enough memory for one image of this size: {error}"}, now)
+            case Exception() as error:
+                log.error("an image failed alone", exc_info=error)
+                self._answer(batch, {0: "the model failed on this image"}, now)
+
+    def _answer(self, batch: Running, failed: dict[int, str], now: float) -> None:
+        by_part: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for position, row in enumerate(batch.rows):
+            by_part[row.job.key].append(position)
+        results: dict[int, list[PartResult]] = defaultdict(list)
+        for (key, index), positions in by_part.items():
+            job = batch.rows[positions[0]].job
+            results[key].append(
+                PartResult(
+                    part=index,
+                    rows=tuple(batch.rows[p].row for p in positions),
+                    failed={batch.rows[p].row: failed[p] for p in positions if p in failed},
+                    queue_seconds=batch.since - job.enqueued,
+                    inference_seconds=now - batch.since,
+                    batch_images=len(batch.rows),
+                )
+            )
+            self._answered(self._frontends[key], index, len(positions), job.tokens)
+        total = sum(frontend.tokens for frontend in self._frontends.values())
+        for key, parts in results.items():
+            frontend = self._frontends[key]
+            if not frontend.gone:
+                frontend.channel.send(Results(tuple(parts), total - frontend.tokens))
+        for row in batch.rows:
+            self._left(row)
+
+    def _answered(self, frontend: _Frontend, index: int, rows: int, tokens: int) -> None:
+        frontend.tokens -= rows * tokens
+        part = frontend.parts[index]
+        part.unanswered -= rows
+        if not part.unanswered:
+            del frontend.parts[index]
+
+    def _left(self, row: BatchRow) -> None:
+        key = row.job.key[0]
+        frontend = self._frontends[key]
+        frontend.running -= 1
+        if frontend.gone and not frontend.running:
+            self._forget(key)
+
+    # --- saying ----------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        self._control.flush()
+        for frontend in self._frontends.values():
+            if not frontend.gone:
+                flushed = frontend.channel.flush()
+                events = selectors.EVENT_READ | (0 if flushed else selectors.EVENT_WRITE)
+                key = self._selector.get_key(frontend.channel)
+                if key.events != events:
+                    self._selector.modify(frontend.channel, events, key.data)
+
+    def _report_metrics(self, now: float) -> None:
+        if now < self._next_snapshot:
+            return
+        self._next_snapshot = now + SNAPSHOT_SECONDS
+        self._metrics.queue_images.set(self._scheduler.queued_images)
+        for kind, nbytes in self._runner.memory().items():
+            self._metrics.device_memory_bytes.set(nbytes, self._runner.info.device, kind)
+        snapshot = self._metrics.snapshot()
+        if snapshot != self._last_snapshot:
+            self._last_snapshot = snapshot
+            self._control.send(MetricsSnapshot(snapshot))
+
+
+def serve(start: StartWorker, control: Channel) -> None:
+    """The worker process: load the model, tell the supervisor, drive it until told to stop."""
+    settings = start.settings
+    module, _, function = start.runner.partition(":")
+    build: Callable[[Settings, str], Runner] = getattr(importlib.import_module(module), function)
+    runner = build(settings, start.device)
+    metrics = Metrics()
+    info = runner.info
+    metrics.model_info.set(1, info.name, info.weights, info.fingerprint, info.dtype, info.device)
+    for step, seconds in runner.load_seconds.items():
+        metrics.model_load_seconds.set(seconds, step)
+    control.send(Ready(info))
+    control.flush()
+    Worker(runner, settings, control, metrics).run()

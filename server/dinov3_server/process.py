@@ -1,0 +1,87 @@
+"""Child processes: how the supervisor starts them, and how they begin and end.
+
+A child is a fresh interpreter (`python -m dinov3_server.process ROLE FD`), not a fork: it inherits one
+descriptor, its end of the control channel, and nothing else. It dies with its supervisor, and leaves
+signals to it: Ctrl-C in a terminal must drain, not cut every process off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any, Literal
+
+from dinov3_server.engine.channel import Channel, ChannelClosed, pair
+from dinov3_server.engine.messages import StartFailed, StartFrontend, StartWorker
+from dinov3_server.errors import StartupError
+
+log = logging.getLogger(__name__)
+
+Role = Literal["frontend", "worker"]
+_PR_SET_PDEATHSIG = 1
+# Exit status after StartFailed: the message has told the reason.
+START_FAILED = 2
+
+
+def spawn(role: Role, start: StartFrontend | StartWorker) -> tuple[subprocess.Popen[bytes], Channel]:
+    """Start a child and send it `start`. Must be called on the main thread: PDEATHSIG is tied to the
+    thread that spawned the child, and the main thread lives as long as the process."""
+    ours, theirs = pair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dinov3_server.process", role, str(theirs.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,  # stdout is for the supervisor's one line
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+    channel = Channel(ours)
+    channel.send(start)
+    channel.flush()
+    return process, channel
+
+
+def _begin(fd: int, supervisor: int) -> tuple[Channel, Any]:
+    """The first thing a child does: tie its life to the supervisor's and read how to start."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != supervisor:
+        sys.exit(0)  # it died before the line above
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=fd))
+    while True:
+        select.select([channel], [], [])
+        for message, _ in channel.receive():
+            return channel, message
+
+
+def main() -> int:
+    role, fd, supervisor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    from dinov3_server.log import configure
+
+    try:
+        control, start = _begin(fd, supervisor)
+    except ChannelClosed:
+        return 0
+    configure(start.settings.log_level, start.settings.log_format, f"{role}-{start.index}")
+    try:
+        if role == "worker":
+            from dinov3_server.engine.worker import serve
+        else:
+            from dinov3_server.api.frontend import serve
+        serve(start, control)
+    except StartupError as error:
+        control.send(StartFailed(str(error)))
+        control.flush_within(1.0)
+        return START_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

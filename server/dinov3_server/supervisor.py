@@ -1,0 +1,368 @@
+"""The process that a person starts: spawns frontends and workers, restarts them, and ends them.
+
+It loads no model and speaks no gRPC. Everything happens in one loop over the children's channels, their
+deaths (pidfd) and signals; only the HTTP endpoints have threads of their own.
+
+Restarts: a child that dies after it was ready is started again at once; after that, and after a start
+that failed, with a pause that doubles from 0.5 to 30 seconds. A worker whose start fails
+`worker_restart_limit` times in a row ends the server, for the orchestrator to see.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from dinov3_server.backbone.interface import ModelInfo
+from dinov3_server.config import Settings
+from dinov3_server.engine.channel import Channel, ChannelClosed, pair
+from dinov3_server.engine.messages import (
+    Connected,
+    Drain,
+    MetricsSnapshot,
+    Ready,
+    StartFailed,
+    StartFrontend,
+    StartWorker,
+    WorkerGone,
+)
+from dinov3_server.errors import StartupError
+from dinov3_server.http_endpoints import HttpEndpoints
+from dinov3_server.metrics import Aggregate, Metrics
+from dinov3_server.process import START_FAILED, Role, spawn
+from dinov3_server.topology import choose_devices, choose_frontends, hold_port, show_address
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_SECONDS = 1.0
+PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+# A child that has served this long is healthy: its next death is a first one.
+HEALTHY_SECONDS = 60.0
+# What a drain may take beyond the grace before children are killed.
+DRAIN_SLACK = 5.0
+
+
+@dataclass(eq=False)
+class _Child:
+    """A place for a process: which child, and the process in it at present."""
+
+    role: Role
+    index: int
+    device: str = ""
+    process: subprocess.Popen[bytes] | None = None
+    channel: Channel | None = None
+    pidfd: int = -1
+    info: ModelInfo | None = None
+    ready: bool = False
+    since: float = 0.0  # start of the process; once ready, of being ready
+    load_seconds: float = 10.0  # of the last successful start; a guess before the first
+    deaths: int = 0  # in a row, without HEALTHY_SECONDS of service between them
+    failed_starts: int = 0  # in a row
+    restart_at: float | None = None
+    complaint: str = ""  # why the last start failed, in its own words
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}"
+
+
+@dataclass
+class _Signals:
+    """Signals that have arrived, in order; `fileno` becomes readable when one does."""
+
+    received: list[int] = field(default_factory=list)
+    reader: socket.socket = field(init=False)
+    writer: socket.socket = field(init=False)
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        self.reader, self.writer = socket.socketpair()
+        with self.reader, self.writer:
+            self.reader.setblocking(False)
+            self.writer.setblocking(False)
+            signals = (signal.SIGTERM, signal.SIGINT)
+            before = {number: signal.signal(number, lambda number, _: self.received.append(number)) for number in signals}
+            wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+            try:
+                yield
+            finally:
+                signal.set_wakeup_fd(wakeup)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def clear(self) -> None:
+        with suppress(BlockingIOError):
+            self.reader.recv(4096)
+
+
+class Supervisor:
+    """One server: `run` serves until a signal or a hopeless worker ends it, and returns the exit code."""
+
+    def __init__(self, settings: Settings, runner: str) -> None:
+        self._settings = settings
+        self._runner = runner
+        self._metrics = Metrics()
+        self._aggregate = Aggregate()
+        self._selector = selectors.DefaultSelector()
+        self._signals = _Signals()
+        self._state = threading.Lock()  # of `_unready`, which HTTP threads read
+        self._unready = "starting"
+        self._announced = False
+        self._drain_until: float | None = None
+        self._code: int | None = None
+        self._workers = [_Child("worker", i, device) for i, device in enumerate(choose_devices(settings.devices))]
+        self._frontends = [_Child("frontend", i) for i in range(choose_frontends(settings.frontends, self._workers[0].device))]
+
+    def run(self) -> int:
+        settings = self._settings
+        with self._signals.caught(), hold_port(settings.host, settings.port) as port:
+            self._port = port
+            http = HttpEndpoints(
+                settings.http_host,
+                settings.http_port,
+                render=self._render,
+                ready=self._readiness,
+                healthy=lambda: (True, "the supervisor runs"),
+            )
+            http.start()
+            self._http_address = show_address(settings.http_host, http.port)
+            self._selector.register(self._signals.reader, selectors.EVENT_READ, self._signals.clear)
+            try:
+                log.info("gRPC on %s, metrics and probes on http://%s", show_address(settings.host, port), self._http_address)
+                for child in (*self._workers, *self._frontends):
+                    self._start(child)
+                while self._code is None:
+                    self._turn()
+                return self._code
+            finally:
+                self._kill_all()
+                http.stop()
+                self._selector.close()
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        children = (*self._workers, *self._frontends)
+        moments = [child.restart_at for child in children if child.restart_at is not None]
+        if self._drain_until is not None:
+            moments.append(self._drain_until)
+        timeout = max(0.0, min(moments) - time.monotonic()) if moments else None
+        for key, _ in self._selector.select(timeout):
+            key.data()
+        while self._signals.received:
+            self._on_signal(self._signals.received.pop(0))
+        now = time.monotonic()
+        for child in children:
+            if child.restart_at is not None and child.restart_at <= now:
+                self._start(child)
+        self._update_readiness()
+        if self._drain_until is not None:
+            self._go_on_draining(now)
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._drain_until is not None:
+            log.warning("%s again: ending at once", name)
+            self._code = 128 + number
+            return
+        grace = self._settings.drain_seconds
+        log.info("%s: draining, up to %g s; a second signal ends at once", name, grace)
+        self._drain_until = time.monotonic() + grace + DRAIN_SLACK
+        for child in self._frontends:
+            child.restart_at = None
+            self._tell(child, Drain(grace))
+
+    def _go_on_draining(self, now: float) -> None:
+        assert self._drain_until is not None
+        if any(child.process for child in self._frontends):
+            if now >= self._drain_until:
+                log.error("a frontend did not end in time; it is killed with what it still held")
+                self._code = 1
+            return
+        for child in self._workers:
+            child.restart_at = None
+            self._tell(child, Drain(0.0))
+        if not any(child.process for child in self._workers):
+            log.info("drained")
+            self._code = 0
+        elif now >= self._drain_until:
+            log.error("a worker did not end in time; it is killed")
+            self._code = 1
+
+    # --- children --------------------------------------------------------------------------------
+
+    def _start(self, child: _Child) -> None:
+        settings = self._settings
+        start: StartFrontend | StartWorker
+        if child.role == "worker":
+            start = StartWorker(settings, child.index, child.device, self._runner)
+        else:
+            start = StartFrontend(settings, child.index, len(self._frontends), settings.host, self._port)
+        child.restart_at = None
+        child.ready, child.info, child.complaint = False, None, ""
+        child.since = time.monotonic()
+        child.process, child.channel = spawn(child.role, start)
+        child.pidfd = os.pidfd_open(child.process.pid)
+        self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._read(child))
+        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._reap(child))
+        log.debug("%s started, pid %d", child.name, child.process.pid)
+        if child.role == "frontend":
+            for worker in self._workers:
+                if worker.ready:
+                    self._connect(child, worker)
+
+    def _read(self, child: _Child) -> None:
+        if child.channel is None:
+            return  # reaped in this turn
+        try:
+            for message, _ in child.channel.receive():
+                match message:
+                    case Ready(info):
+                        self._on_ready(child, info)
+                    case MetricsSnapshot(snapshot):
+                        self._aggregate.update(child.name, snapshot)
+                    case StartFailed(complaint):
+                        child.complaint = complaint
+        except ChannelClosed:
+            self._selector.unregister(child.channel)  # its death comes by the pidfd
+            child.channel.close()
+            child.channel = None
+
+    def _on_ready(self, child: _Child, info: ModelInfo | None) -> None:
+        now = time.monotonic()
+        child.ready, child.info = True, info
+        child.load_seconds, child.since = now - child.since, now
+        child.failed_starts = 0
+        if info is not None:
+            log.info(
+                "%s ready after %.1f s: %s on %s in %s, weights %s, fingerprint %s",
+                child.name, child.load_seconds, info.name, info.device, info.dtype, info.weights, info.fingerprint,
+            )  # fmt: skip
+            for frontend in self._frontends:
+                self._connect(frontend, child)
+        else:
+            log.info("%s ready after %.1f s", child.name, child.load_seconds)
+            if self._drain_until is not None:
+                self._tell(child, Drain(max(0.0, self._drain_until - DRAIN_SLACK - now)))
+
+    def _connect(self, frontend: _Child, worker: _Child) -> None:
+        """A channel of their own for a frontend and a worker that is ready."""
+        if frontend.channel is None or worker.channel is None:
+            return
+        ours, theirs = pair()
+        with ours, theirs:
+            frontend.channel.send(Connected(worker.index), [ours.fileno()])
+            worker.channel.send(Connected(frontend.index), [theirs.fileno()])
+        frontend.channel.flush_within(1.0)
+        worker.channel.flush_within(1.0)
+
+    def _reap(self, child: _Child) -> None:
+        assert child.process is not None
+        while child.channel is not None:
+            self._read(child)  # its last words
+        code = child.process.wait()
+        self._selector.unregister(child.pidfd)
+        os.close(child.pidfd)
+        child.process = None
+        self._aggregate.retire(child.name)
+        was_ready, child.ready = child.ready, False
+        now = time.monotonic()
+        if child.role == "worker":
+            back_in = self._restart(child, code, was_ready, now)
+            if was_ready:
+                for frontend in self._frontends:
+                    self._tell(frontend, WorkerGone(child.index, back_in))
+        elif self._drain_until is None:
+            self._restart(child, code, was_ready, now)
+
+    def _restart(self, child: _Child, code: int, was_ready: bool, now: float) -> float:
+        """Plan a child's successor, or give up. Seconds until the successor is expected to be ready."""
+        if self._drain_until is not None and code == 0:
+            return 0.0  # as told
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        if child.complaint:
+            how = child.complaint
+        if was_ready:
+            child.deaths = 1 if now - child.since > HEALTHY_SECONDS else child.deaths + 1
+        else:
+            child.failed_starts += 1
+            child.deaths += 1
+            if code == START_FAILED and not self._announced:
+                raise StartupError(child.complaint)  # a person must mend it; trying again would hide the message
+            if child.failed_starts >= self._settings.worker_restart_limit:
+                log.critical("%s failed to start %d times in a row (%s); giving up", child.name, child.failed_starts, how)
+                self._code = 1
+                return 0.0
+        pause = PAUSES[min(child.deaths - 1 if was_ready else child.deaths, len(PAUSES) - 1)]
+        child.restart_at = now + pause
+        log.error("%s died (%s); its successor starts in %g s", child.name, how, pause)
+        if child.role == "worker":
+            self._metrics.worker_restarts.inc(child.device)
+        return pause + child.load_seconds
+
+    def _tell(self, child: _Child, message: object) -> None:
+        if child.channel is not None:
+            child.channel.send(message)
+            child.channel.flush_within(1.0)
+
+    def _kill_all(self) -> None:
+        for child in (*self._workers, *self._frontends):
+            if child.process is not None:
+                child.process.kill()
+                child.process.wait()
+                self._selector.unregister(child.pidfd)
+                os.close(child.pidfd)
+                child.process = None
+            if child.channel is not None:
+                self._selector.unregister(child.channel)
+                child.channel.close()
+                child.channel = None
+
+    # --- what the outside sees -------------------------------------------------------------------
+
+    def _update_readiness(self) -> None:
+        if self._drain_until is not None:
+            reason = "draining"
+        elif not any(worker.ready for worker in self._workers):
+            reason = "no worker is ready" if self._announced else "the model is still being loaded"
+        elif not any(frontend.ready for frontend in self._frontends):
+            reason = "no frontend is ready"
+        else:
+            reason = ""
+        with self._state:
+            self._unready = reason
+        everybody = all(child.ready for child in (*self._workers, *self._frontends))
+        if everybody and not reason and not self._announced:
+            self._announced = True
+            grpc_address = show_address(self._settings.host, self._port)
+            # The one line on stdout: whoever started this process waits for it.
+            sys.stdout.write(f"ready grpc={grpc_address} http={self._http_address}\n")
+            sys.stdout.flush()
+
+    def _readiness(self) -> tuple[bool, str]:
+        with self._state:
+            return not self._unready, self._unready or "serving"
+
+    def _render(self) -> bytes:
+        self._aggregate.update("supervisor", self._metrics.snapshot())
+        return self._aggregate.render()
+
+
+def run(settings: Settings, runner: str = "dinov3_server.backbone.runner:build") -> int:
+    """Serve until a signal ends it; the exit code. `runner` is "module:function", called as
+    `function(settings, device)` in each worker for its Runner.
+
+    Raises:
+        StartupError: something that a person must mend: a port in use, weights that cannot be read.
+    """
+    return Supervisor(settings, runner).run()

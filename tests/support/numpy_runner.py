@@ -1,0 +1,139 @@
+"""A runner without a model: features are a formula of the pixels, so a row in the wrong place is seen.
+
+For uint8 pixels let m be the mean of an image's patch (16x16, all channels) as float32. Then
+    patches[p, d] = m[p] + d / 1024,  cls[d] = mean(m) + d / 1024,  registers[g, d] = cls[d] + 1 + g,
+and an intermediate layer l adds 2 + l (5 more without norm). `expected` computes it for a test.
+
+The first pixel of an image can script what happens to its batch (`KILL`, `FAIL`, `NAN`, `SLOW`, `OOM`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from dinov3_server.backbone.interface import (
+    Batch,
+    DeviceLost,
+    DeviceOutOfMemory,
+    Finished,
+    ModelInfo,
+    Output,
+    PixelShape,
+    Row,
+)
+from dinov3_server.config import Settings
+
+DIM = 64
+DEPTH = 4
+DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# RGB of the first pixel -> what happens.
+KILL = (255, 0, 1)  # the worker process dies by SIGKILL
+FAIL = (255, 0, 2)  # the batch raises
+NAN = (255, 0, 3)  # this image's features are not finite
+BLOCK = (255, 0, 4)  # the batch waits until the file named by DINOV3_TEST_GATE exists
+OOM = (255, 0, 5)  # a batch of more than two images does not fit
+LOST = (255, 0, 6)  # the device is lost
+
+
+def expected(pixels: NDArray[np.uint8], output: Output) -> NDArray[np.float32]:
+    """Features of one image [H, W, 3]: [DIM] for cls, else [tokens, DIM]."""
+    height, width, _ = pixels.shape
+    patches = pixels.astype(np.float32).reshape(height // 16, 16, width // 16, 16, 3).mean(axis=(1, 3, 4)).reshape(-1, 1)
+    channels = np.arange(DIM, dtype=np.float32) / 1024
+    shift = 0 if output.layer is None else 2 + output.layer + (0 if output.norm else 5)
+    cls = patches.mean() + channels + shift
+    match output.kind:
+        case "cls":
+            return cls
+        case "registers":
+            return cls + 1 + np.arange(4, dtype=np.float32)[:, None]
+        case _:
+            return patches + channels + shift
+
+
+@dataclass
+class _Launched:
+    batch: Batch
+
+
+class NumpyRunner:
+    pipeline_depth = 2
+
+    def __init__(self, device: str) -> None:
+        self.info = ModelInfo(
+            name="numpy",
+            weights="formula",
+            random_weights=True,
+            fingerprint="f0",
+            dtype="float32",
+            device=device,
+            embed_dim=DIM,
+            depth=DEPTH,
+            patch_size=16,
+            registers=4,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            parameters=0,
+        )
+        self.load_seconds = {"build": 0.0}
+        self._arenas: dict[int, memoryview] = {}
+
+    def attach(self, arena: int, memory: memoryview) -> None:
+        self._arenas[arena] = memory
+
+    def detach(self, arena: int) -> None:
+        del self._arenas[arena]
+
+    def launch(self, batch: Batch) -> _Launched:
+        return _Launched(batch)
+
+    def finish(self, launched: _Launched) -> Finished:
+        batch = launched.batch
+        images = [self._pixels(row, batch.shape) for row in batch.rows]
+        orders = [tuple(int(v) for v in image[0, 0]) if batch.shape.format == "uint8" else () for image in images]
+        if BLOCK in orders:
+            gate = threading.Event()
+            while not os.path.exists(os.environ["DINOV3_TEST_GATE"]):
+                gate.wait(0.005)
+        if KILL in orders:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if LOST in orders:
+            raise DeviceLost("scripted")
+        if FAIL in orders:
+            raise RuntimeError("scripted failure")
+        if OOM in orders and len(orders) > 2:
+            raise DeviceOutOfMemory("scripted")
+        for row, image in zip(batch.rows, images, strict=True):
+            self._write(row, batch.shape, image)
+        return Finished(tuple(order != NAN for order in orders), 0.0, 0.0, 0.0)
+
+    def _pixels(self, row: Row, shape: PixelShape) -> NDArray[np.uint8]:
+        raw = self._arenas[row.arena][row.pixels : row.pixels + shape.nbytes]
+        if shape.format == "uint8":
+            return np.frombuffer(raw, np.uint8).reshape(shape.height, shape.width, 3)
+        planes = np.frombuffer(raw, np.float32).reshape(3, shape.height, shape.width)
+        return planes.transpose(1, 2, 0)  # type: ignore[return-value]
+
+    def _write(self, row: Row, shape: PixelShape, image: NDArray[np.uint8]) -> None:
+        for output, start in zip(row.spec.outputs, row.outputs, strict=True):
+            raw = expected(image, output).astype(DTYPES[row.spec.dtype]).tobytes()
+            assert len(raw) == self.info.output_nbytes(output, row.spec.dtype, shape)
+            self._arenas[row.arena][start : start + len(raw)] = raw
+
+    def memory(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        assert not self._arenas
+
+
+def build(settings: Settings, device: str) -> NumpyRunner:
+    return NumpyRunner(device)
