@@ -8,11 +8,12 @@ Called by many threads at once: nothing here keeps state, and Pillow releases th
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from PIL import (
     TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
+    _imaging,
 )
 
 from dinov3_server.errors import InvalidInput
@@ -35,10 +37,17 @@ from dinov3_server.errors import InvalidInput
 # Settings of the whole process, made once: there is no way to change them for one thread.
 # Our own limit is checked on every header, and is an error; Pillow's is a global with a warning.
 Image.MAX_IMAGE_PIXELS = None
-# Pillow warns of damaged metadata (EXIF, TIFF tags, MPO and APNG indices) of pictures that decode well. Nobody reads
-# the server's stderr for one client's file, and `warnings.catch_warnings` is not safe in threads.
+# Pillow warns of damaged metadata (EXIF, TIFF tags, MPO and APNG indices) of pictures that decode well. What is wrong
+# with a client's file is for that client and not for our stderr; `warnings.catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+# libtiff prints its errors, unless its handlers are none; Pillow has no call for that. What links libtiff otherwise, or
+# goes without, prints or has nothing to print.
+with suppress(OSError, AttributeError):
+    for _name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        _set_handler = getattr(ctypes.CDLL(_imaging.__file__), _name)
+        _set_handler.argtypes, _set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+        _set_handler(None)
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _ALLOWED = "allowed are JPEG, PNG, WebP, BMP and TIFF files"
