@@ -1,0 +1,54 @@
+"""The client of dinov3-serving: DINOv3 features of images as numpy arrays.
+
+    from dinov3_client import Client
+
+    with Client("localhost:50051") as client:
+        features = client.extract(["a.jpg", "b.jpg"])
+        features.cls, features.patches  # [2, D], [2, P, D]
+
+Imports neither torch nor anything of the server.
+"""
+
+from dinov3_client._client import Client
+from dinov3_client._errors import (
+    DeadlineExceeded,
+    Dinov3Error,
+    FieldViolation,
+    ImageErrors,
+    InvalidRequest,
+    InvalidResponse,
+    MessageTooLarge,
+    MixedSizes,
+    ModelMismatch,
+    Overloaded,
+    ServerError,
+    StatusError,
+    Unauthenticated,
+    Unavailable,
+)
+from dinov3_client._features import Features, ImageFeatures, LayerFeatures, Timings
+from dinov3_client._model import Limits, Model
+
+__all__ = [
+    "Client",
+    "DeadlineExceeded",
+    "Dinov3Error",
+    "Features",
+    "FieldViolation",
+    "ImageErrors",
+    "ImageFeatures",
+    "InvalidRequest",
+    "InvalidResponse",
+    "LayerFeatures",
+    "Limits",
+    "MessageTooLarge",
+    "MixedSizes",
+    "Model",
+    "ModelMismatch",
+    "Overloaded",
+    "ServerError",
+    "StatusError",
+    "Timings",
+    "Unauthenticated",
+    "Unavailable",
+]

@@ -1,0 +1,161 @@
+"""The blocking client. What it sends and reads is made in `_request` and `_response`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self, get_args
+
+import grpc
+
+from dinov3_client import _channel, _images, _request, _response
+from dinov3_client._dtypes import FeatureDtype
+from dinov3_client._errors import ModelMismatch, Unavailable, from_rpc_error
+from dinov3_client._features import Features
+from dinov3_client._images import ImageLike
+from dinov3_client._model import Model, read_model
+from dinov3_client._request import Interpolation, OnError, Preset, Priority, TokenKind
+from dinov3_client._retry import Attempts
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
+
+_log = logging.getLogger("dinov3_client")
+
+
+class Client:
+    """A connection to a dinov3-serving server; it may be shared by threads.
+
+    `target` is HOST:PORT. `deadline` is the seconds that a call may take, with everything: while it lasts, a call
+    is tried again when no server answers or its queue is full. `token` is sent with every call. `tls_ca` is the PEM
+    file that vouches for the server's certificate; without it the connection is plain text, the token included.
+
+    Nothing is sent before the first call. Errors: see `dinov3_client.Dinov3Error` and its subclasses.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        deadline: float = 60.0,
+        token: str | None = None,
+        tls_ca: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._deadline = _request.check_deadline(deadline)
+        self._metadata = _channel.metadata(token)
+        credentials = _channel.credentials(tls_ca)
+        self._channel = (
+            grpc.insecure_channel(target, _channel.OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, _channel.OPTIONS)
+        )
+        self._stub: Any = FeatureServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._model: Model | None = None
+        # For tests, which have no time to wait.
+        self._now: Callable[[], float] = time.monotonic
+        self._sleep: Callable[[float], None] = time.sleep
+        self._rand: Callable[[], float] = random.random
+
+    def close(self) -> None:
+        """Drops the connection; calls under way end with a ServerError (CANCELLED)."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def model(self, *, deadline: float | None = None) -> Model:
+        """What is served, and under which limits: asked of the server anew at each call."""
+        return self._get_model(self._end(deadline))
+
+    def extract(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"),
+        *,
+        preset: Preset = "dinov3",
+        size: int | tuple[int, int] | None = None,
+        dtype: FeatureDtype = "float16",
+        layers: int | Sequence[int] = (),
+        interpolation: Interpolation | None = None,
+        exif: bool = False,
+        priority: Priority = "interactive",
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+    ) -> Features:
+        """The features of one image or several, which may be of different kinds and sizes.
+
+        images: each is encoded bytes (JPEG, PNG, WebP, BMP, TIFF), a path (the file is read here and sent as it is),
+            a PIL image (its pixels are sent, as `convert("RGB")` gives them), a uint8 array [H, W, 3] (RGB) or a
+            float32 array [3, H, W], already normalised by `model().mean` and `std`, which is never resized. One
+            array [N, H, W, 3] or [N, 3, H, W] stands for N images.
+        outputs: any of "cls", "patches" and "registers".
+        preset: "dinov3" resizes to 256x256 and "hf" to 224x224, both bilinear with antialias; "none" takes the
+            pixels as they are, with sides that are multiples of the patch size.
+        size: pixels of the model's input, one number or (height, width), in the place of the preset's.
+        dtype: of the arrays that come back: "float32", "float16" or "bfloat16" (that of ml_dtypes).
+        layers: 0-based blocks whose `outputs` come back as well, after the final norm; negative ones count from
+            the end.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos", in the place of the preset's.
+        exif: turn images by their EXIF orientation first; training loaders do not.
+        priority: "bulk" gives way to "interactive" requests of others.
+        on_error: "raise" raises ImageErrors if any image fails; "return" returns the others' features, zeros for
+            the failed, and their errors in `Features.errors`.
+        deadline: seconds, for this call.
+
+        Raises ValueError, TypeError or OSError for what is wrong before anything is sent, and Dinov3Error else.
+        """
+        _request.check_choice("on_error", on_error, get_args(OnError))
+        wanted = _request.options(
+            outputs=outputs,
+            preset=preset,
+            size=size,
+            dtype=dtype,
+            layers=layers,
+            interpolation=interpolation,
+            exif=exif,
+            priority=priority,
+        )
+        sources = _images.load(images, exif)
+        end = self._end(deadline)
+        model = self._known_model(end) if wanted.needs_depth else None
+        query = _request.query(
+            sources, wanted, model.depth if model else None, fingerprint=model.fingerprint if model else ""
+        )
+        try:
+            response = self._call(self._stub.Extract, query.message, end)
+        except ModelMismatch:
+            self._model = None  # another one is served by now: the next call asks
+            raise
+        return _response.read(response, query, on_error)
+
+    def _known_model(self, end: float) -> Model:
+        if self._model is None:
+            self._model = self._get_model(end)
+        return self._model
+
+    def _get_model(self, end: float) -> Model:
+        return read_model(self._call(self._stub.GetModel, pb.GetModelRequest(), end))
+
+    def _end(self, deadline: float | None) -> float:
+        return self._now() + (self._deadline if deadline is None else _request.check_deadline(deadline))
+
+    def _call(self, method: Callable[..., Any], message: object, end: float) -> Any:
+        """One answer, after as many attempts as `_retry` allows until `end`."""
+        attempts = Attempts(end, self._now, self._rand)
+        while True:
+            try:
+                return method(message, timeout=attempts.remaining(), metadata=self._metadata)
+            except grpc.RpcError as caught:
+                error = from_rpc_error(caught)
+            pause = attempts.pause(error)
+            if isinstance(error, Unavailable) and error.attempts == 1:
+                _log.warning("%s; trying again for up to %.0f s", error.message, attempts.remaining())
+            self._sleep(pause)

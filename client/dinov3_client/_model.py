@@ -1,0 +1,86 @@
+"""What a server tells of its model and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dinov3_client._dtypes import name_of
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server accepts."""
+
+    max_message_bytes: int
+    """Of one request or one answer."""
+    max_images_per_request: int
+    max_image_pixels: int
+    """Width x height of a decoded image."""
+    max_image_tokens: int
+    """CLS + registers + patches of one image."""
+    stream_window: int
+    """Unanswered requests of one ExtractStream."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that a server serves."""
+
+    name: str
+    """dinov3_vits16 for one."""
+    weights: str
+    """Where they came from: a file name or random:SEED."""
+    random_weights: bool
+    """Features have the right shapes and no meaning."""
+    fingerprint: str
+    """Identifies what determines the numbers: tensors, dtype, RoPE periods, backbone, preprocessing."""
+    dtype: str
+    """What the model computes in."""
+    devices: tuple[str, ...]
+    embed_dim: int
+    """D, the channels of every token."""
+    depth: int
+    """Blocks; `layers` of `extract` are 0 .. depth - 1."""
+    patch_size: int
+    """Pixels; height and width of every model input are multiples of it."""
+    register_tokens: int
+    mean: tuple[float, ...]
+    """Per RGB channel, of pixels in 0..1; with `std`, what float32 images are normalised by."""
+    std: tuple[float, ...]
+    parameters: int
+    limits: Limits
+    frontends: int
+    """Server processes that share the port."""
+    frontend: int
+    """The one that answered."""
+    server_version: str
+
+
+def read_model(response: pb.GetModelResponse) -> Model:
+    limits = response.limits
+    return Model(
+        name=response.model,
+        weights=response.weights,
+        random_weights=response.random_weights,
+        fingerprint=response.fingerprint,
+        dtype=name_of(response.dtype),
+        devices=tuple(response.devices),
+        embed_dim=response.embed_dim,
+        depth=response.depth,
+        patch_size=response.patch_size,
+        register_tokens=response.register_tokens,
+        mean=tuple(response.mean),
+        std=tuple(response.std),
+        parameters=response.parameters,
+        limits=Limits(
+            max_message_bytes=limits.max_message_bytes,
+            max_images_per_request=limits.max_images_per_request,
+            max_image_pixels=limits.max_image_pixels,
+            max_image_tokens=limits.max_image_tokens,
+            stream_window=limits.stream_window,
+        ),
+        frontends=response.frontends,
+        frontend=response.frontend,
+        server_version=response.server_version,
+    )
