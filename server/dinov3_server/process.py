@@ -71,11 +71,15 @@ def main() -> int:
         return 0
     configure(start.settings.log_level, start.settings.log_format, f"{role}-{start.index}")
     try:
+        # Imported here: a frontend must not load the device's libraries, nor a worker gRPC.
         if role == "worker":
-            from dinov3_server.engine.worker import serve
+            from dinov3_server.engine import worker
+
+            worker.serve(start, control)
         else:
-            from dinov3_server.api.frontend import serve
-        serve(start, control)
+            from dinov3_server.api import frontend
+
+            frontend.serve(start, control)
     except StartupError as error:
         control.send(StartFailed(str(error)))
         control.flush_within(1.0)

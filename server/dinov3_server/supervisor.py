@@ -91,7 +91,9 @@ class _Signals:
             self.reader.setblocking(False)
             self.writer.setblocking(False)
             signals = (signal.SIGTERM, signal.SIGINT)
-            before = {number: signal.signal(number, lambda number, _: self.received.append(number)) for number in signals}
+            before = {
+                number: signal.signal(number, lambda number, _: self.received.append(number)) for number in signals
+            }
             wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
             try:
                 yield
@@ -121,7 +123,9 @@ class Supervisor:
         self._drain_until: float | None = None
         self._code: int | None = None
         self._workers = [_Child("worker", i, device) for i, device in enumerate(choose_devices(settings.devices))]
-        self._frontends = [_Child("frontend", i) for i in range(choose_frontends(settings.frontends, self._workers[0].device))]
+        self._frontends = [
+            _Child("frontend", i) for i in range(choose_frontends(settings.frontends, self._workers[0].device))
+        ]
 
     def run(self) -> int:
         settings = self._settings
@@ -138,7 +142,9 @@ class Supervisor:
             self._http_address = show_address(settings.http_host, http.port)
             self._selector.register(self._signals.reader, selectors.EVENT_READ, self._signals.clear)
             try:
-                log.info("gRPC on %s, metrics and probes on http://%s", show_address(settings.host, port), self._http_address)
+                log.info(
+                    "gRPC on %s, metrics and probes on http://%s", show_address(settings.host, port), self._http_address
+                )
                 for child in (*self._workers, *self._frontends):
                     self._start(child)
                 while self._code is None:
@@ -300,7 +306,9 @@ class Supervisor:
             if code == START_FAILED and not self._announced:
                 raise StartupError(child.complaint)  # a person must mend it; trying again would hide the message
             if child.failed_starts >= self._settings.worker_restart_limit:
-                log.critical("%s failed to start %d times in a row (%s); giving up", child.name, child.failed_starts, how)
+                log.critical(
+                    "%s failed to start %d times in a row (%s); giving up", child.name, child.failed_starts, how
+                )
                 self._code = 1
                 return 0.0
         pause = PAUSES[min(child.deaths - 1 if was_ready else child.deaths, len(PAUSES) - 1)]

@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -38,7 +39,7 @@ DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloa
 KILL = (255, 0, 1)  # the worker process dies by SIGKILL
 FAIL = (255, 0, 2)  # the batch raises
 NAN = (255, 0, 3)  # this image's features are not finite
-BLOCK = (255, 0, 4)  # the batch waits until the file named by DINOV3_TEST_GATE exists
+BLOCK = (255, 0, 4)  # the batch waits until the file named by TEST_GATE_FILE exists
 OOM = (255, 0, 5)  # a batch of more than two images does not fit
 LOST = (255, 0, 6)  # the device is lost
 
@@ -46,7 +47,8 @@ LOST = (255, 0, 6)  # the device is lost
 def expected(pixels: NDArray[np.uint8], output: Output) -> NDArray[np.float32]:
     """Features of one image [H, W, 3]: [DIM] for cls, else [tokens, DIM]."""
     height, width, _ = pixels.shape
-    patches = pixels.astype(np.float32).reshape(height // 16, 16, width // 16, 16, 3).mean(axis=(1, 3, 4)).reshape(-1, 1)
+    cells = pixels.astype(np.float32).reshape(height // 16, 16, width // 16, 16, 3)
+    patches = cells.mean(axis=(1, 3, 4)).reshape(-1, 1)
     channels = np.arange(DIM, dtype=np.float32) / 1024
     shift = 0 if output.layer is None else 2 + output.layer + (0 if output.norm else 5)
     cls = patches.mean() + channels + shift
@@ -101,7 +103,7 @@ class NumpyRunner:
         orders = [tuple(int(v) for v in image[0, 0]) if batch.shape.format == "uint8" else () for image in images]
         if BLOCK in orders:
             gate = threading.Event()
-            while not os.path.exists(os.environ["DINOV3_TEST_GATE"]):
+            while not Path(os.environ["TEST_GATE_FILE"]).exists():
                 gate.wait(0.005)
         if KILL in orders:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -6,7 +6,7 @@ A block is R images of one shape: first their pixels, packed [R, ...], then each
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, PixelShape
 
@@ -17,7 +17,8 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Block:
     """R images of one shape in an arena.
 
     Row r's pixels lie at `pixels + r * shape.nbytes`; its part of output i at

@@ -107,7 +107,9 @@ class Channel:
         closed = False
         while not closed:
             try:
-                data, rights, _, _ = self._socket.recvmsg(_READ, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+                data, rights, _, _ = self._socket.recvmsg(
+                    _READ, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 break
             except ConnectionResetError:

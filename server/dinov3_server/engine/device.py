@@ -58,7 +58,9 @@ class Device:
         batch = Running(rows, time.monotonic())
         self.running.append(batch)
         try:
-            batch.launched = self._runner.launch(Batch(rows[0].job.shape, tuple(map(self._arena_row, rows))))
+            batch.launched = self._runner.launch(
+                Batch(rows[0].job.payload.block.shape, tuple(map(self._arena_row, rows)))
+            )
         except Exception as error:
             batch.outcome = error
         self._todo.put(batch)  # failed ones too: batches are collected in the order of their launch

@@ -116,8 +116,8 @@ class Worker:
         self._next_snapshot = 0.0
         self._report_metrics(time.monotonic())
         self._control.flush_within(1.0)
-        for key in list(self._frontends):
-            self._forget(key)
+        for frontend in list(self._frontends):
+            self._forget(frontend)
         self._selector.close()
         self._runner.close()
 
@@ -311,8 +311,13 @@ class Worker:
                 os._exit(DEVICE_LOST)
             case DeviceOutOfMemory() as error if len(rows) > 1:
                 half = -(-len(rows) // 2)  # rounded up: the ceiling is not lowered further than it must be
-                log.warning("%d images of %s do not fit the device (%s); at most %d from now on",
-                            len(rows), rows[0].job.shape, error, half)
+                log.warning(
+                    "%d images of %s do not fit the device (%s); at most %d from now on",
+                    len(rows),
+                    rows[0].job.shape,
+                    error,
+                    half,
+                )
                 self._scheduler.limit_shape(rows[0].job.shape, half)
                 self._retry.extend((rows[:half], rows[half:]))
             case Exception() as error if len(rows) > 1:
