@@ -91,15 +91,16 @@ class FakeServer:
     max_message_bytes: int = 64 << 20
     server_options: Sequence[tuple[str, int]] = (("grpc.max_receive_message_length", 64 << 20),)
     tls: grpc.ServerCredentials | None = None
+    address: str = "127.0.0.1:0"
     seen: list[Seen] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self._server = grpc.server(ThreadPoolExecutor(2), options=(("grpc.so_reuseport", 0), *self.server_options))
         add_FeatureServiceServicer_to_server(self, self._server)
         if self.tls is None:
-            self.port = self._server.add_insecure_port("127.0.0.1:0")
+            self.port = self._server.add_insecure_port(self.address)
         else:
-            self.port = self._server.add_secure_port("127.0.0.1:0", self.tls)
+            self.port = self._server.add_secure_port(self.address, self.tls)
         self._server.start()
         return self
 

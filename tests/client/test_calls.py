@@ -1,0 +1,307 @@
+"""Errors, retries, deadlines, credentials: what a call does besides its answer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from dinov3_client import (
+    Client,
+    DeadlineExceeded,
+    Dinov3Error,
+    FieldViolation,
+    ImageErrors,
+    InvalidRequest,
+    Limits,
+    MessageTooLarge,
+    ModelMismatch,
+    Overloaded,
+    ServerError,
+    StatusError,
+    Unauthenticated,
+    Unavailable,
+)
+from dinov3_client._retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, Attempts
+from tests.client.conftest import FakeClock
+from tests.client.fake_server import FakeServer, bad_request, failure, retry_info
+
+Code = grpc.StatusCode
+PIXELS = np.zeros((32, 32, 3), np.uint8)
+
+
+def test_model(client: Client, server: FakeServer) -> None:
+    model = client.model()
+    assert (model.name, model.weights, model.random_weights) == ("dinov3_vits16", "dinov3_vits16.pth", False)
+    assert (model.fingerprint, model.dtype, model.devices) == ("f00d", "bfloat16", ("cpu",))
+    assert (model.embed_dim, model.depth, model.patch_size, model.register_tokens) == (24, 12, 16, 4)
+    assert model.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert model.std == pytest.approx((0.229, 0.224, 0.225))
+    assert model.parameters == 21_601_152
+    assert model.limits == Limits(64 << 20, 64, 1 << 26, 8192, 8)
+    assert (model.frontends, model.frontend, model.server_version) == (2, 1, "0.1.0")
+    client.model()
+    assert len(server.seen) == 2  # one call, one answer: nothing is remembered
+
+
+FAILURES: list[tuple[Any, type[StatusError]]] = [
+    (failure(Code.INVALID_ARGUMENT, "no", bad_request("preprocessing.size", "100 is no multiple")), InvalidRequest),
+    (failure(Code.RESOURCE_EXHAUSTED, "no"), MessageTooLarge),
+    (failure(Code.DEADLINE_EXCEEDED, "no"), DeadlineExceeded),
+    (failure(Code.UNAUTHENTICATED, "no"), Unauthenticated),
+    (failure(Code.FAILED_PRECONDITION, "no"), ModelMismatch),
+    (failure(Code.INTERNAL, "no"), ServerError),
+    (failure(Code.UNIMPLEMENTED, "no"), ServerError),
+    (failure(Code.PERMISSION_DENIED, "no"), ServerError),
+]
+
+
+@pytest.mark.parametrize(("status", "kind"), FAILURES, ids=[kind.__name__ for _, kind in FAILURES])
+@pytest.mark.parametrize("call", ["extract", "model"])
+def test_failures_that_are_not_retried(
+    client: Client, server: FakeServer, clock: FakeClock, call: str, status: Any, kind: type[StatusError]
+) -> None:
+    server.script = [status]
+    with pytest.raises(Dinov3Error, match=r"\bno\b") as caught:
+        client.extract(PIXELS) if call == "extract" else client.model()
+    error = caught.value
+    assert type(error) is kind
+    assert isinstance(error, StatusError)
+    assert error.code.value[0] == status.code
+    assert error.attempts == 1
+    assert (error.__cause__, error.__context__) == (None, None)
+    assert len(server.seen) == 1
+    assert clock.pauses == []
+
+
+def test_violations_are_told(client: Client, server: FakeServer) -> None:
+    server.script = [failure(Code.INVALID_ARGUMENT, "no", bad_request("preprocessing.size", "100 is no multiple"))]
+    with pytest.raises(InvalidRequest) as caught:
+        client.extract(PIXELS)
+    assert caught.value.violations == (FieldViolation("preprocessing.size", "100 is no multiple"),)
+
+
+@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED])
+def test_retries_after_the_time_the_server_names(
+    client: Client, server: FakeServer, clock: FakeClock, code: grpc.StatusCode
+) -> None:
+    server.script = [failure(code, "full", retry_info(0.4)), failure(code, "full", retry_info(1.5))]
+    features = client.extract(PIXELS)
+    assert len(features) == 1
+    for pause, hint in zip(clock.pauses, (0.4, 1.5), strict=True):
+        assert hint <= pause <= hint * (1 + HINT_JITTER)
+    assert len(server.requests) == 3
+    assert server.requests[0] == server.requests[2]
+
+
+def test_every_attempt_has_what_is_left_of_the_deadline(client: Client, server: FakeServer, clock: FakeClock) -> None:
+    server.script = [failure(Code.UNAVAILABLE, "starting", retry_info(seconds)) for seconds in (5, 7)]
+    client.extract(PIXELS, deadline=30)
+    left = [30.0, 30 - clock.pauses[0], 30 - sum(clock.pauses)]
+    assert [seen.timeout for seen in server.seen] == pytest.approx(left, abs=2)
+    assert left[2] < 18.1  # the pauses make a difference that the tolerance does not hide
+
+
+def test_backs_off_without_a_hint(client: Client, server: FakeServer, clock: FakeClock) -> None:
+    server.script = [failure(Code.UNAVAILABLE, "starting") for _ in range(8)]
+    client.model()
+    for attempt, pause in enumerate(clock.pauses):
+        full = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+        assert full / 2 <= pause <= full
+    assert len(clock.pauses) == 8
+    assert len(set(clock.pauses[-3:])) == 3  # jitter
+
+
+def test_the_last_error_comes_when_the_deadline_is_over(client: Client, server: FakeServer, clock: FakeClock) -> None:
+    server.script = [failure(Code.RESOURCE_EXHAUSTED, "queue full", retry_info(1)) for _ in range(99)]
+    started = clock.seconds
+    with pytest.raises(Overloaded, match=r"^queue full \(attempt [0-9]+\)$") as caught:
+        client.extract(PIXELS, deadline=8)
+    assert clock.seconds - started < 8
+    assert caught.value.retry_after == 1
+    assert 7 <= caught.value.attempts == len(server.seen) == len(clock.pauses) + 1 <= 8
+    assert caught.value.code is Code.RESOURCE_EXHAUSTED
+
+
+def test_a_hint_beyond_the_deadline_is_not_waited_for(client: Client, server: FakeServer, clock: FakeClock) -> None:
+    server.script = [failure(Code.UNAVAILABLE, "loading", retry_info(90))]
+    with pytest.raises(Unavailable, match=r"^loading$"):
+        client.extract(PIXELS)
+    assert clock.pauses == []
+
+
+def test_what_came_before_the_last_error_is_told(client: Client, server: FakeServer, clock: FakeClock) -> None:
+    server.script = [failure(Code.UNAVAILABLE, "starting"), failure(Code.DEADLINE_EXCEEDED, "in the queue")]
+    message = r"^in the queue \(attempt 2; the one before: UNAVAILABLE: starting\)$"
+    with pytest.raises(DeadlineExceeded, match=message) as caught:
+        client.extract(PIXELS)
+    assert isinstance(caught.value.previous, Unavailable)
+
+
+def test_the_deadline_spans_the_model_and_the_features(client: Client, server: FakeServer, clock: FakeClock) -> None:
+    server.script = [failure(Code.UNAVAILABLE, "a", retry_info(4)), None, failure(Code.UNAVAILABLE, "b", retry_info(7))]
+    with pytest.raises(Unavailable, match=r"^b$"):
+        client.extract(PIXELS, layers=-1, deadline=10)
+    assert len(clock.pauses) == 1
+
+
+def test_no_server_is_unavailable_and_tried_again(
+    server: FakeServer, clock: FakeClock, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    server._server.stop(None).wait()
+    with caplog.at_level(logging.WARNING, "dinov3_client"), pytest.raises(Unavailable) as caught:
+        client.model(deadline=3)
+    assert caught.value.attempts > 2
+    assert len(caplog.messages) == 1  # said once, not at each attempt
+    assert caplog.messages[0].endswith("; trying again for up to 3 s")
+
+
+def test_a_server_that_comes_is_found(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/socket"
+    with Client(address, deadline=20) as client, contextlib.ExitStack() as stack:
+        pauses: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            """The server comes while the client waits for it."""
+            pauses.append(seconds)
+            if len(pauses) == 1:
+                stack.enter_context(FakeServer(address=address))
+                grpc.channel_ready_future(client._channel).result(timeout=20)
+
+        client._sleep = sleep
+        assert client.model().name == "dinov3_vits16"
+    assert len(pauses) == 1
+
+
+def test_a_model_that_changed_is_asked_for_anew(client: Client, server: FakeServer) -> None:
+    server.script = [None, failure(Code.FAILED_PRECONDITION, "now serving cafe, not f00d")]
+    with pytest.raises(ModelMismatch):
+        client.extract(PIXELS, layers=-1)
+    client.extract(PIXELS, layers=-1)
+    assert [type(seen.message).__name__ for seen in server.seen] == ["GetModelRequest", "ExtractRequest"] * 2
+
+
+def test_messages_over_grpcs_default_pass(client: Client, server: FakeServer) -> None:
+    features = client.extract(np.zeros((2, 1024, 1024, 3), np.uint8), preset="none", dtype="float32", layers=range(12))
+    assert server.requests[0].ByteSize() > 6_000_000
+    assert sum(features.layers[layer].patches.nbytes for layer in range(12)) > 9_000_000
+
+
+@pytest.mark.parametrize("way", ["receive", "send"])
+def test_a_message_over_the_servers_limit_is_explained_and_not_retried(way: str) -> None:
+    limit = (f"grpc.max_{way}_message_length", 100_000)
+    with FakeServer(server_options=(limit,)) as server, Client(server.target) as client:
+        size = 320 if way == "receive" else 32
+        images = np.zeros((1 if way == "receive" else 64, size, size, 3), np.uint8)
+        with pytest.raises(MessageTooLarge, match=r"larger than max.*send fewer images.*max_message_bytes") as caught:
+            client.extract(images, layers=range(12), preset="none")
+        assert caught.value.attempts == 1
+
+
+def test_token_is_sent_with_every_call(server: FakeServer) -> None:
+    with Client(server.target, token="s3cret") as client:
+        client.model()
+        client.extract(PIXELS)
+    assert [seen.metadata["authorization"] for seen in server.seen] == ["Bearer s3cret"] * 2
+
+
+@pytest.mark.parametrize("token", ["", "two words", "newline\n", "snowman☃"])
+def test_tokens_that_cannot_be_sent(token: str) -> None:
+    with pytest.raises(ValueError, match="token must be visible ASCII"):
+        Client("localhost:1", token=token)
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("inf"), float("nan")])
+def test_deadlines_that_are_none(deadline: float) -> None:
+    with pytest.raises(ValueError, match=r"deadline is .*; it must be a positive number of seconds"):
+        Client("localhost:1", deadline=deadline)
+
+
+def test_tls(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    key, certificate = (here / "localhost.key").read_bytes(), (here / "localhost.pem").read_bytes()
+    with FakeServer(tls=grpc.ssl_server_credentials([(key, certificate)])) as server:
+        with Client(server.target, tls_ca=here / "localhost.pem", token="t") as client:
+            assert client.model().depth == 12
+            assert len(client.extract(PIXELS)) == 1
+        with Client(server.target) as client, pytest.raises(Unavailable):
+            client.model(deadline=0.2)
+    with pytest.raises(FileNotFoundError):
+        Client("localhost:1", tls_ca=tmp_path / "none.pem")
+
+
+def test_closed_client(server: FakeServer) -> None:
+    with Client(server.target) as client:
+        client.model()
+    with pytest.raises(ValueError, match="closed"):
+        client.model()
+
+
+def test_errors_cross_processes() -> None:
+    """As exceptions of a DataLoader's or a pool's worker do."""
+    inner = InvalidRequest("bad", code=Code.INVALID_ARGUMENT, violations=(FieldViolation("images[0]", "bad"),))
+    inner.attempts = 2
+    for error in (inner, ImageErrors("1 of 1 images failed", errors={0: inner})):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert str(copy) == str(error)
+    copy = pickle.loads(pickle.dumps(ImageErrors("m", errors={3: inner}))).errors[3]
+    assert (copy.code, copy.violations, copy.attempts) == (inner.code, inner.violations, 2)
+
+
+@pytest.mark.parametrize("hint", [None, 0.0, 1.0])
+def test_attempts_end_with_the_deadline_whatever_the_luck(hint: float | None) -> None:
+    for seed in range(50):
+        clock = FakeClock()
+        attempts = Attempts(clock.seconds + 10, clock.now, random.Random(seed).random)
+        error = _retry_for_ever(attempts, clock, hint)
+        assert clock.seconds < 1010
+        assert error.attempts == len(clock.pauses) + 1
+        assert attempts.remaining() <= LONGEST_PAUSE
+        assert min(clock.pauses) >= (hint or FIRST_PAUSE / 2)  # a hint of nothing at all makes no busy loop
+
+
+def _retry_for_ever(attempts: Attempts, clock: FakeClock, hint: float | None) -> StatusError:
+    while True:
+        error = Unavailable("gone", code=Code.UNAVAILABLE, retry_after=hint)
+        try:
+            clock.sleep(attempts.pause(error))
+        except Unavailable as raised:
+            return raised
+
+
+def test_public_names() -> None:
+    import dinov3_client
+
+    assert sorted(dinov3_client.__all__) == [
+        "Client",
+        "DeadlineExceeded",
+        "Dinov3Error",
+        "Features",
+        "FieldViolation",
+        "ImageErrors",
+        "ImageFeatures",
+        "InvalidRequest",
+        "InvalidResponse",
+        "LayerFeatures",
+        "Limits",
+        "MessageTooLarge",
+        "MixedSizes",
+        "Model",
+        "ModelMismatch",
+        "Overloaded",
+        "ServerError",
+        "StatusError",
+        "Timings",
+        "Unauthenticated",
+        "Unavailable",
+    ]
+    public = {name for name in vars(dinov3_client) if not name.startswith("_")}
+    assert public - {"cli"} == set(dinov3_client.__all__)
