@@ -113,7 +113,7 @@ def _parse(argv: Sequence[str]) -> dict[str, str]:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         what = unknown[0].partition("=")[0]
-        near = config.nearest(what, flags)
+        near = config.nearest(what, flags if arguments.command != "models" else (), "--")
         parser.exit(
             2, f"{parser.prog}: unknown argument {what}{near} (see `{parser.prog} {arguments.command} --help`)\n"
         )
@@ -144,7 +144,7 @@ def _parser() -> tuple[_Parser, list[str]]:
             name,
             help=help,
             usage=f"dinov3-server {name} [FLAGS]",
-            description=f"{help.capitalize()}. {about}",
+            description=f"{help[0].upper()}{help[1:]}. {about}",
             parents=[shared],
             allow_abbrev=False,
         )

@@ -30,7 +30,10 @@ _OTHER_ENV = frozenset({CONFIG_ENV, "DINOV3_HOME", "DINOV3_OFFLINE", "DINOV3_UPS
 _SERVICE_LINK = re.compile(r"DINOV3_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
 _SCALAR_TAGS = frozenset(f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", "timestamp"))
+_NULL = "tag:yaml.org,2002:null"
 _LISTED = "`dinov3-server config` lists them"
+
+_ADDRESS = TEXT._replace(metavar="ADDRESS")
 
 T = TypeVar("T")
 
@@ -67,7 +70,7 @@ class Settings:
 
     host: str = _setting(
         "127.0.0.1",
-        TEXT,
+        _ADDRESS,
         "network",
         "Address that gRPC listens on. The default is reachable from this machine only; 0.0.0.0 is every IPv4 "
         "interface. Think of TLS and a token first.",
@@ -75,7 +78,7 @@ class Settings:
     port: int = _setting(50051, PORT, "network", "Port of gRPC; 0 takes a free one.")
     http_host: str = _setting(
         "",
-        TEXT,
+        _ADDRESS,
         "network",
         "Address of /metrics, /healthz and /readyz, which ask for no credentials; as host if unset.",
     )
@@ -88,10 +91,12 @@ class Settings:
         "calls in flight finish. 0: never.",
     )
 
-    model: str = _setting("vits16", TEXT, "model", "Variant to serve; `dinov3-server models` lists them.")
+    model: str = _setting(
+        "vits16", TEXT._replace(metavar="NAME"), "model", "Variant to serve; `dinov3-server models` lists them."
+    )
     weights: str | None = _setting(
         None,
-        TEXT,
+        TEXT._replace(metavar="FILE|random:SEED"),
         "model",
         "Weights of the variant: an official .pth or a safetensors file, or random:SEED for features without meaning. "
         "`serve` needs it.",
@@ -229,12 +234,12 @@ TOPICS: tuple[str, ...] = tuple(dict.fromkeys(declared.topic for declared in SET
 
 
 class _Given(NamedTuple):
-    text: str
+    value: Any
     source: str
 
 
 def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> tuple[Settings, dict[str, str]]:
-    """The effective settings, and of each where it came from.
+    """The effective settings, and of each where it came from. A value that another overrides must be good, too.
 
     `flags` holds the text of the flags that were given, by setting name, and under `config` that of `--config`.
     A source is "flag --port", "environment DINOV3_PORT", "config.yaml:7" or "default". Raises ConfigError.
@@ -245,34 +250,43 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> tuple[Settings
     elif CONFIG_ENV in environ:
         given |= _read_yaml(environ[CONFIG_ENV], f"environment {CONFIG_ENV}")
     given |= _read_environment(environ)
-    given |= {name: _Given(text, f"flag {_BY_NAME[name].flag}") for name, text in flags.items() if name != "config"}
+    given |= {
+        name: _parse(_BY_NAME[name], text, f"flag {_BY_NAME[name].flag}")
+        for name, text in flags.items()
+        if name != "config"
+    }
 
-    settings = Settings(**{name: _value(_BY_NAME[name], text, source) for name, (text, source) in given.items()})
+    settings = Settings(**{name: each.value for name, each in given.items()})
     return settings, {name: given[name].source if name in given else "default" for name in _BY_NAME}
 
 
-def nearest(unknown: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for a message about an unknown name, or nothing where no known one is near."""
-    close = difflib.get_close_matches(unknown, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def nearest(unknown: str, known: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean X?" for a message about an unknown name, or nothing where no known one is near.
+
+    `prefix` is what all of them begin with, and no likeness.
+    """
+    bare = [name.removeprefix(prefix) for name in known]
+    close = difflib.get_close_matches(unknown.removeprefix(prefix), bare, n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _value(declared: Declared, text: str, source: str) -> Any:
+def _parse(declared: Declared, text: str, source: str) -> _Given:
     try:
-        return declared.kind.parse(text)
+        return _Given(declared.kind.parse(text), source)
     except ValueError:
         raise ConfigError(f"{declared.name} is {text!r} ({source}); allowed: {declared.kind.allowed}") from None
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
-    by_env = {declared.env: declared.name for declared in SETTINGS}
+    by_env = {declared.env: declared for declared in SETTINGS}
     given = {}
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in _OTHER_ENV or _is_service_link(variable, text):
             continue
         if variable not in by_env:
-            raise ConfigError(f"environment {variable} is not a setting{nearest(variable, by_env)} ({_LISTED})")
-        given[by_env[variable]] = _Given(text, f"environment {variable}")
+            near = nearest(variable, by_env, ENV_PREFIX)
+            raise ConfigError(f"environment {variable} is not a setting{near} ({_LISTED})")
+        given[by_env[variable].name] = _parse(by_env[variable], text, f"environment {variable}")
     return given
 
 
@@ -291,7 +305,7 @@ def _read_yaml(path: str, source: str) -> dict[str, _Given]:
         raise ConfigError(f"{path} ({source}) is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} ({source}) is not valid YAML: {' '.join(str(error).split())}") from None
-    if root is None:
+    if root is None or root.tag == _NULL:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path} ({source}) must be a mapping of settings, as `port: 50051`")
@@ -304,7 +318,7 @@ def _read_yaml(path: str, source: str) -> dict[str, _Given]:
             raise ConfigError(f"{line}: {name} is not a setting{nearest(name, _BY_NAME)} ({_LISTED})")
         if name in given:
             raise ConfigError(f"{line}: {name} is given twice, first at {given[name].source}")
-        given[name] = _Given(_yaml_text(value, _BY_NAME[name], line), line)
+        given[name] = _parse(_BY_NAME[name], _yaml_text(value, _BY_NAME[name], line), line)
     return given
 
 
@@ -318,7 +332,7 @@ def _yaml_scalar(node: yaml.Node, declared: Declared, line: str) -> str:
     if not isinstance(node, yaml.ScalarNode):
         found = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
         raise ConfigError(f"{line}: {declared.name} holds {found}; allowed: {declared.kind.allowed}")
-    if node.tag == "tag:yaml.org,2002:null":
+    if node.tag == _NULL:
         raise ConfigError(f"{line}: {declared.name} has no value; leave the key out to take the default")
     if node.tag not in _SCALAR_TAGS:
         raise ConfigError(f"{line}: {declared.name} has the YAML tag {node.tag}; a plain value is allowed")
