@@ -1,0 +1,159 @@
+"""What every call goes through before and after its handler: credentials, errors to statuses, counting."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeAlias
+
+import grpc
+
+from dinov3_server.api.status import abort, serving_error
+from dinov3_server.errors import Overloaded, ServingError, Unauthenticated, Unavailable
+from dinov3_server.metrics import Metrics
+
+SERVICE = "dinov3_serving.v1.FeatureService"
+EXTRACT, STREAM, GET_MODEL = (f"/{SERVICE}/{name}" for name in ("Extract", "ExtractStream", "GetModel"))
+# `method` of dinov3_requests_total. Health and reflection are not counted; whatever does not exist is "other".
+_LABELS = {EXTRACT: "Extract", STREAM: "ExtractStream", GET_MODEL: "GetModel"}
+_OTHER = "other"
+# Who asks a probe for its health has no credentials.
+_OPEN = "/grpc.health.v1.Health/"
+
+# Generic in the stubs only.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
+
+
+@contextmanager
+def measured(metrics: Metrics, method: str, expired: Callable[[], bool]) -> Iterator[None]:
+    """Count and time one request; whatever is raised in it leaves as a ServingError.
+
+    `expired` tells, when the request is cancelled, whether its deadline is why.
+    """
+    started = time.perf_counter()
+    code = "OK"
+    try:
+        yield
+    except asyncio.CancelledError:
+        code = "DEADLINE_EXCEEDED" if expired() else "CANCELLED"
+        raise
+    except Exception as error:
+        failure = serving_error(error)
+        code = failure.status
+        if isinstance(failure, Overloaded | Unavailable):
+            metrics.rejected.inc(failure.reason)
+        if failure is error:
+            raise
+        raise failure from error
+    finally:
+        metrics.requests.inc(method, code)
+        metrics.request_seconds.observe(time.perf_counter() - started, method)
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """Errors of FeatureService become statuses; its calls are counted, and known while they last."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._active: set[asyncio.Task[Any]] = set()
+
+    async def idle(self) -> None:
+        """Return when no call is left, including what cancelled ones have to clean up."""
+        while self._active:
+            await asyncio.wait(self._active)
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None:
+            self._metrics.requests.inc(_OTHER, "UNIMPLEMENTED")
+            return None
+        if method not in _LABELS:
+            return handler
+        if method == STREAM:
+            return grpc.stream_stream_rpc_method_handler(self._stream(handler))
+        return grpc.unary_unary_rpc_method_handler(self._unary(handler, _LABELS[method]))
+
+    def _unary(self, handler: Handler, label: str) -> Any:
+        call: Any = handler.unary_unary  # the stubs know handlers of the threaded server only
+
+        async def unary(request: bytes, context: Context) -> bytes:
+            with self._in_progress():
+                try:
+                    with measured(self._metrics, label, expired=lambda: context.time_remaining() == 0):
+                        answer: bytes = await call(request, context)
+                        return answer
+                except ServingError as error:
+                    await abort(context, error)
+
+        return unary
+
+    def _stream(self, handler: Handler) -> Any:
+        """Of a stream each message is counted, by `measured`; the call itself only where it fails as a whole."""
+        call: Any = handler.stream_stream
+
+        async def stream(requests: Any, context: Context) -> None:
+            with self._in_progress():
+                try:
+                    await call(requests, context)
+                except Exception as error:
+                    failure = serving_error(error)
+                    self._metrics.requests.inc(_LABELS[STREAM], failure.status)
+                    await abort(context, failure)
+
+        return stream
+
+    @contextmanager
+    def _in_progress(self) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._active.add(task)
+        try:
+            yield
+        finally:
+            self._active.discard(task)
+
+
+class Auth(grpc.aio.ServerInterceptor):
+    """Outermost. Lets calls through that bring `authorization: Bearer TOKEN` with one of `tokens`; health is open."""
+
+    def __init__(self, tokens: Sequence[str], metrics: Metrics) -> None:
+        self._expected = [f"Bearer {token}".encode() for token in tokens]
+        self._metrics = metrics
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(_OPEN):
+            return handler
+        given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
+        if len(given) == 1 and self._known(given[0]):
+            return handler
+        refuse = self._refusal(
+            "the token is not one of this server's" if given else "this server wants a token", method
+        )
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+    def _known(self, given: str | bytes) -> bool:
+        data = given if isinstance(given, bytes) else given.encode()
+        # Every one of them is compared, in constant time: how long it takes tells nothing of a token.
+        return sum(hmac.compare_digest(data, expected) for expected in self._expected) > 0
+
+    def _refusal(self, reason: str, method: str) -> Any:
+        async def refuse(request: Any, context: Context) -> NoReturn:
+            if method in _LABELS:
+                self._metrics.requests.inc(_LABELS[method], Unauthenticated.status)
+            await abort(context, Unauthenticated(f"{reason}: send the metadata `authorization: Bearer TOKEN`"))
+
+        return refuse

@@ -1,0 +1,160 @@
+"""Arena ranges to the bytes of an ExtractResponse, with one copy.
+
+protobuf's Python API takes tensor data as `bytes` only and copies them three times: out of the arena, into the message,
+and into what is sent. So the few bytes around the tensors are protobuf's own, and the frames that hold them are put
+together here, as https://protobuf.dev/programming-guides/encoding/ has them: fields in the order of their numbers, each
+message or byte string as tag, length and content. The result is what `SerializeToString` makes of the same message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from dinov3_server.api.status import status_of
+from dinov3_server.backbone.interface import FeatureDtype, ModelInfo, Output, PixelShape
+from dinov3_server.engine.block import Block
+from dinov3_server.errors import ServingError
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+# Pieces of a message, in order; the big ones are views of the arena.
+Pieces = list["bytes | memoryview"]
+
+DTYPES: dict[FeatureDtype, pb.DataType] = {
+    "float32": pb.DATA_TYPE_FLOAT32,
+    "float16": pb.DATA_TYPE_FLOAT16,
+    "bfloat16": pb.DATA_TYPE_BFLOAT16,
+}
+_LENGTH_DELIMITED = 2  # wire type
+_BLOCK_FIELDS = {"cls": 6, "patches": 7, "registers": 8}
+_LAYERS_FIELD = 9
+_LAYER_FIELDS = {"cls": 2, "patches": 3, "registers": 4}
+
+
+class PlacedBlock(NamedTuple):
+    """A block in the arena; its row r is image `images[r]` of the request. `images` ascends."""
+
+    block: Block
+    images: Sequence[int]
+
+
+class _Run(NamedTuple):
+    """Neighbouring rows of a block, `end` not among them."""
+
+    block: Block
+    start: int
+    end: int
+
+
+def response_pieces(
+    memory: memoryview,
+    model: ModelInfo,
+    blocks: Sequence[PlacedBlock],
+    errors: Mapping[int, ServingError],
+    timings: pb.Timings,
+    frontend: int,
+) -> Pieces:
+    """An ExtractResponse. `errors` is by image; the rows of these images are zero in the arena already."""
+    pieces: Pieces = []
+    for same_size in _by_size(blocks):
+        pieces += _field(1, _feature_block(memory, model, same_size))
+    rest = pb.ExtractResponse(
+        errors=[pb.ImageError(image_index=image, status=status_of(errors[image])) for image in sorted(errors)],
+        timings=timings,
+        frontend=frontend,
+        fingerprint=model.fingerprint,
+    )
+    return [*pieces, rest.SerializeToString()]
+
+
+def stream_answer(message_id: int, response: Pieces) -> Pieces:
+    """The ExtractStreamResponse that holds `response`."""
+    return [pb.ExtractStreamResponse(id=message_id).SerializeToString(), *_field(2, response)]
+
+
+def most_nbytes(blocks: Iterable[Block], fingerprint: str) -> int:
+    """Upper bound of the bytes of an answer without errors, near the bytes of its features."""
+    total = 128 + len(fingerprint.encode())
+    for block in blocks:
+        total += 64 + 5 * block.count + sum(64 + block.count * stride for stride in block.strides)
+    return total
+
+
+def _by_size(blocks: Sequence[PlacedBlock]) -> list[list[PlacedBlock]]:
+    """Blocks of one input size together: uint8 and float pixels are two blocks to the engine, and one on the wire."""
+    by_size: dict[tuple[int, int], list[PlacedBlock]] = {}
+    for placed in blocks:
+        by_size.setdefault((placed.block.shape.height, placed.block.shape.width), []).append(placed)
+    return list(by_size.values())
+
+
+def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[PlacedBlock]) -> Pieces:
+    shape, spec = blocks[0].block.shape, blocks[0].block.spec
+    images, runs = _in_order(blocks)
+    grid_height, grid_width = model.grid(shape)
+    header = pb.FeatureBlock(
+        input_size=pb.Size(height=shape.height, width=shape.width),
+        grid_height=grid_height,
+        grid_width=grid_width,
+        image_indices=images,
+    )
+    pieces: Pieces = [header.SerializeToString()]
+    numbered = enumerate(spec.outputs)
+    for (layer, _), outputs in groupby(numbered, key=lambda item: (item[1].layer, item[1].norm)):
+        fields = _BLOCK_FIELDS if layer is None else _LAYER_FIELDS
+        tensors: Pieces = []
+        for index, output in outputs:
+            data = [_section(memory, run, index) for run in runs]
+            tensors += _field(fields[output.kind], _tensor(model, spec.dtype, shape, output, len(images), data))
+        if layer is None:
+            pieces += tensors
+        else:
+            pieces += _field(_LAYERS_FIELD, [pb.LayerFeatures(layer=layer).SerializeToString(), *tensors])
+    return pieces
+
+
+def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[list[int], list[_Run]]:
+    """Images of all `blocks`, ascending, and where their rows lie."""
+    if len(blocks) == 1:
+        block, images = blocks[0]
+        return list(images), [_Run(block, 0, len(images))]
+    rows = sorted((image, which, row) for which, placed in enumerate(blocks) for row, image in enumerate(placed.images))
+    runs: list[_Run] = []
+    for _, which, row in rows:
+        block = blocks[which].block
+        if runs and runs[-1].block is block:  # the rows of a block ascend with its images, so they are neighbours
+            runs[-1] = runs[-1]._replace(end=row + 1)
+        else:
+            runs.append(_Run(block, row, row + 1))
+    return [image for image, _, _ in rows], runs
+
+
+def _section(memory: memoryview, run: _Run, output: int) -> memoryview:
+    stride = run.block.strides[output]
+    base = run.block.outputs[output]
+    return memory[base + run.start * stride : base + run.end * stride]
+
+
+def _tensor(
+    model: ModelInfo, dtype: FeatureDtype, shape: PixelShape, output: Output, rows: int, data: Sequence[memoryview]
+) -> Pieces:
+    tokens = () if output.kind == "cls" else (model.token_count(output.kind, shape),)
+    header = pb.Tensor(dtype=DTYPES[dtype], shape=(rows, *tokens, model.embed_dim))
+    return [header.SerializeToString(), *_field(3, data)]
+
+
+def _field(number: int, content: Sequence[bytes | memoryview]) -> Pieces:
+    """A message or byte string as field `number` of the message around it."""
+    nbytes = sum(map(len, content))
+    return [_varint(number << 3 | _LENGTH_DELIMITED) + _varint(nbytes), *content]
+
+
+def _varint(value: int) -> bytes:
+    """Base 128, least significant group first; the high bit of a byte says that another follows."""
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)

@@ -1,0 +1,107 @@
+"""The methods of dinov3_serving.v1.FeatureService. Messages are bytes here: what is hot frames its own."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+
+from dinov3_server.api.convert import parse
+from dinov3_server.api.extraction import Extraction
+from dinov3_server.api.interceptors import SERVICE, Context
+from dinov3_server.api.response import DTYPES
+from dinov3_server.api.stream import Stream
+from dinov3_server.config import Settings
+from dinov3_server.engine.client import Engine
+from dinov3_server.errors import Unavailable
+from dinov3_server.metrics import Metrics
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+
+class FeatureService:
+    """Errors leave as ServingError; `interceptors.Calls` makes statuses of them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        extraction: Extraction,
+        settings: Settings,
+        metrics: Metrics,
+        index: int,
+        frontends: int,
+        version: str,
+    ) -> None:
+        self._engine = engine
+        self._extraction = extraction
+        self._settings = settings
+        self._metrics = metrics
+        self._index = index
+        self._frontends = frontends
+        self._version = version
+        self._draining = False
+        self._streams: set[Stream] = set()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Extract": grpc.unary_unary_rpc_method_handler(self.extract),
+                "ExtractStream": grpc.stream_stream_rpc_method_handler(self.extract_stream),
+                "GetModel": grpc.unary_unary_rpc_method_handler(self.get_model),
+            },
+        )
+
+    def drain(self) -> None:
+        """Refuse new calls, and read no further messages of the streams there are."""
+        self._draining = True
+        for stream in self._streams:
+            stream.stop_reading()
+
+    async def extract(self, data: bytes, context: Context) -> bytes:
+        self._check_open()
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        return await self._extraction.extract(parse(pb.ExtractRequest, data), deadline)
+
+    async def extract_stream(self, _: object, context: Context) -> None:
+        self._check_open()
+        stream = Stream(context, self._extraction, self._metrics, self._settings.stream_window)
+        self._streams.add(stream)
+        try:
+            await stream.serve()
+        finally:
+            self._streams.discard(stream)
+
+    async def get_model(self, data: bytes, context: Context) -> bytes:
+        self._check_open()
+        parse(pb.GetModelRequest, data)
+        model, settings = self._extraction.model, self._settings
+        return pb.GetModelResponse(
+            model=model.name,
+            weights=model.weights,
+            random_weights=model.random_weights,
+            fingerprint=model.fingerprint,
+            dtype=DTYPES[model.dtype],
+            devices=self._engine.devices,
+            embed_dim=model.embed_dim,
+            depth=model.depth,
+            patch_size=model.patch_size,
+            register_tokens=model.registers,
+            mean=model.mean,
+            std=model.std,
+            parameters=model.parameters,
+            limits=pb.ServerLimits(
+                max_message_bytes=settings.max_message_bytes,
+                max_images_per_request=settings.max_images_per_request,
+                max_image_pixels=settings.max_image_pixels,
+                max_image_tokens=settings.max_batch_tokens,
+                stream_window=settings.stream_window,
+            ),
+            frontends=self._frontends,
+            frontend=self._index,
+            server_version=self._version,
+        ).SerializeToString()
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise Unavailable("the server is shutting down; another one, or its successor, can answer", "draining")
