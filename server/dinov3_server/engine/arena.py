@@ -1,7 +1,9 @@
 """Shared memory with one owner: a frontend allocates and frees, workers only map it.
 
 An arena is a memfd: it has no name, so nothing can be left behind, and it is passed to workers as a
-descriptor. Its memory is taken when it is made (posix_fallocate), so that too little shows at start.
+descriptor. Its memory is taken when it is made (posix_fallocate), so that too little shows at start and
+not at first touch. A memfd has no size limit of its own: asked for more than there is, the kernel would
+not refuse but take pages until it kills somebody, so what is there is looked up first.
 No lock crosses a process: the allocator is private to the owner, and which range holds what travels
 in control messages.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
+from pathlib import Path
 
 from dinov3_server.errors import StartupError
 
@@ -39,6 +42,12 @@ class Arena(ArenaMapping):
 
     def __init__(self, nbytes: int) -> None:
         nbytes = _pages(nbytes)
+        available = available_memory()
+        if nbytes > available:
+            raise StartupError(
+                f"a frontend's arena takes {nbytes} bytes of memory and {available} are available; "
+                "set --arena-bytes lower or give the process more memory"
+            )
         self.fd = os.memfd_create("dinov3-arena", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self.fd, 0, nbytes)
@@ -84,6 +93,17 @@ class Arena(ArenaMapping):
     def close(self) -> None:
         super().close()
         os.close(self.fd)
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken: the machine's, or what the control group (v2) leaves of its limit."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used))
 
 
 def _pages(nbytes: int) -> int:

@@ -1,0 +1,64 @@
+"""The arena: ranges never overlap, everything comes back, too little memory is said at start."""
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dinov3_server.engine.arena import PAGE, Arena, ArenaMapping
+from dinov3_server.errors import StartupError
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5 * PAGE)), max_size=60))
+def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]) -> None:
+    arena = Arena(16 * PAGE)
+    try:
+        live: dict[int, int] = {}
+        for allocate, amount in steps:
+            if allocate:
+                offset = arena.allocate(amount)
+                if offset is None:
+                    continue
+                assert 0 <= offset
+                assert offset + amount <= arena.nbytes
+                assert all(offset + amount <= other or other + length <= offset for other, length in live.items())
+                live[offset] = amount
+            elif live:
+                offset = sorted(live)[amount % len(live)]
+                del live[offset]
+                arena.free(offset)
+            assert arena.used_bytes >= sum(live.values())
+        for offset in live:
+            arena.free(offset)
+        assert arena.used_bytes == 0
+        assert arena.allocate(16 * PAGE) == 0  # neighbours were merged: the whole is one range again
+    finally:
+        arena.close()
+
+
+def test_a_full_arena_says_none_and_a_freed_range_is_used_again() -> None:
+    arena = Arena(2 * PAGE)
+    first, second = arena.allocate(PAGE), arena.allocate(1)
+    assert (first, second) == (0, PAGE)
+    assert arena.allocate(1) is None
+    arena.free(0)
+    assert arena.allocate(PAGE) == 0
+    arena.close()
+
+
+def test_another_mapping_sees_the_same_bytes() -> None:
+    arena = Arena(PAGE)
+    other = ArenaMapping(arena.fd, arena.nbytes)
+    arena.memory[:3] = b"abc"
+    assert bytes(other.memory[:3]) == b"abc"
+    other.close()
+    arena.close()
+
+
+def test_too_little_memory_shows_at_start_and_leaves_no_descriptor() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(StartupError, match="--arena-bytes"):
+        Arena(1 << 60)
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,88 @@
+"""Channels: framing, coalescing, descriptors, and a peer that reads late or is gone."""
+
+import os
+
+import pytest
+
+from dinov3_server.engine.channel import Channel, ChannelClosed, pair
+
+
+@pytest.fixture
+def ends():
+    ours, theirs = (Channel(end) for end in pair())
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def test_messages_keep_their_order_and_arrive_together(ends):
+    ours, theirs = ends
+    for number in range(5):
+        ours.send(("message", number))
+    assert ours.flush()
+    assert [message for message, _ in theirs.receive()] == [("message", number) for number in range(5)]
+    assert theirs.receive() == []
+
+
+def test_descriptors_stay_with_their_message(ends):
+    ours, theirs = ends
+    pipes = [os.pipe() for _ in range(3)]
+    ours.send("plain")
+    ours.send("one", [pipes[0][1]])
+    ours.send("two", [pipes[1][1], pipes[2][1]])
+    ours.send("last")
+    for _, writer in pipes:
+        os.close(writer)  # the channel has its own
+    assert ours.flush()
+    received = []
+    while len(received) < 4:
+        received += theirs.receive()
+    assert [message for message, _ in received] == ["plain", "one", "two", "last"]
+    assert [len(fds) for _, fds in received] == [0, 1, 2, 0]
+    for (reader, _), fd in zip(pipes, [fd for _, fds in received for fd in fds], strict=True):
+        os.write(fd, b"x")
+        os.close(fd)
+        assert os.read(reader, 2) == b"x"
+        assert os.read(reader, 2) == b""  # no copy of the writing end is left anywhere
+        os.close(reader)
+
+
+def test_a_peer_that_does_not_read_delays_nothing_and_loses_nothing(ends):
+    ours, theirs = ends
+    count = 0
+    while ours.flush():
+        ours.send((count, b"x" * 100_000))
+        count += 1
+    assert not ours.flush_within(0.01)
+    received = []
+    while len(received) < count:
+        received += [message[0] for message, _ in theirs.receive()]
+        ours.flush()
+    assert received == list(range(count))
+
+
+def test_what_a_dead_peer_had_said_is_read_before_its_end(ends):
+    ours, theirs = ends
+    ours.send("last words")
+    ours.flush()
+    ours.close()
+    assert [message for message, _ in theirs.receive()] == ["last words"]
+    with pytest.raises(ChannelClosed):
+        theirs.receive()
+    theirs.send("to nobody")
+    assert theirs.flush()  # swallowed: the reader is told the end, not the writer
+
+
+def test_unsent_and_unread_descriptors_are_closed_with_the_channel():
+    before = set(os.listdir("/proc/self/fd"))
+    ours, theirs = (Channel(end) for end in pair())
+    reader, writer = os.pipe()
+    ours.send("sent", [writer])
+    ours.flush()
+    ours.send("unsent", [writer])
+    theirs._socket.recv(1)  # a frame cut short: its descriptors are never handed to anybody
+    ours.close()
+    theirs.close()
+    os.close(reader)
+    os.close(writer)
+    assert set(os.listdir("/proc/self/fd")) == before
