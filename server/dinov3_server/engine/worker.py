@@ -145,16 +145,17 @@ class Worker:
     def _read_frontend(self, key: int) -> None:
         frontend = self._frontends[key]
         try:
-            for message, fds in frontend.channel.receive():
-                match message:
-                    case Submit():
-                        self._submit(key, frontend, message)
-                    case Cancel(part):
-                        self._cancel(key, frontend, part)
-                    case Attach(nbytes):
-                        frontend.mapping = ArenaMapping(fds[0], nbytes)
-                        os.close(fds[0])
-                        self._runner.attach(key, frontend.mapping.memory)
+            while messages := frontend.channel.receive():
+                for message, fds in messages:
+                    match message:
+                        case Submit():
+                            self._submit(key, frontend, message)
+                        case Cancel(part):
+                            self._cancel(key, frontend, part)
+                        case Attach(nbytes):
+                            frontend.mapping = ArenaMapping(fds[0], nbytes)
+                            os.close(fds[0])
+                            self._runner.attach(key, frontend.mapping.memory)
         except ChannelClosed:
             self._lose(key)
 
