@@ -1,0 +1,259 @@
+"""How near our presets come to upstream's transforms, on real photos, in pixels and in features; and what they cost.
+
+    python bench/preprocessing_fidelity.py [--out bench/results/preprocessing_fidelity.json]
+
+Upstream's transform of the DINOv3 README is torchvision's Resize of a uint8 tensor, and that is
+`torch.nn.functional.interpolate(mode="bilinear", antialias=True)`: on uint8 itself where the CPU has AVX2, else in
+float32, rounded afterwards. Both are measured, the former in both memory layouts that reach it. transformers' processor
+resizes in float32 and does not round.
+
+Features are of transformers' DINOv3ViTModel, ViT-S/16, in float32, with seeded random weights (q and k of standard
+deviation 0.08, so that attention is not uniform; other weights 0.02; LayerScale 0.5).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+from dinov3_server.images.decode import decode
+from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, Transform, resize_into
+
+# Photos that scikit-image's wheel holds; the rest of its data would be fetched.
+PHOTOS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+MAX_PIXELS = 100_000_000
+
+Resize = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+
+
+def interpolate(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return torch.nn.functional.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+
+
+# [3, H, W] uint8 to [3, h, w], uint8 or float32 in 0..255.
+UPSTREAM: dict[str, dict[str, Resize]] = {
+    "dinov3": {
+        "uint8, channels last": lambda pixels, size: interpolate(pixels, size),
+        "uint8, contiguous": lambda pixels, size: interpolate(pixels.contiguous(), size),
+        "float32, rounded": lambda pixels, size: interpolate(pixels.float(), size).round().to(torch.uint8),
+    },
+    "hf": {"float32, not rounded": lambda pixels, size: interpolate(pixels.float(), size)},
+}
+
+
+def photos() -> dict[str, bytes]:
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        sys.exit("scikit-image is not installed: pip install 'dinov3-serving[dev]'")
+    folder = Path(package.origin).parent / "data"
+    return {name: (folder / name).read_bytes() for name in PHOTOS}
+
+
+def ours(data: bytes, transform: Transform) -> torch.Tensor:
+    """[3, h, w] uint8, by the way that a request takes."""
+    assert transform.size is not None
+    out = bytearray(transform.size[0] * transform.size[1] * 3)
+    image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    resize_into(image, transform, memoryview(out))
+    return torch.frombuffer(out, dtype=torch.uint8).view(*transform.size, 3).permute(2, 0, 1)
+
+
+def full_size(data: bytes) -> torch.Tensor:
+    """[3, H, W] uint8, channels last in memory, as torchvision makes it of a PIL image."""
+    image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def random_model() -> DINOv3ViTModel:
+    model = DINOv3ViTModel(DINOv3ViTConfig(num_register_tokens=4)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "layer_scale" in name:
+                parameter.fill_(0.5)
+            elif "norm" not in name:
+                sharp = "q_proj.weight" in name or "k_proj.weight" in name
+                parameter.normal_(0, 0.08 if sharp else 0.02, generator=generator)
+    return model
+
+
+@torch.inference_mode()
+def features(model: DINOv3ViTModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLS [384] and patches [P, 384] of [3, h, w] in 0..255."""
+    tokens = model(((pixels.float() / 255 - MEAN) / STD)[None])
+    return tokens.last_hidden_state[0, 0], tokens.last_hidden_state[0, 5:]
+
+
+def cosine(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(mine.double(), theirs.double(), dim=-1)
+
+
+def fidelity(model: DINOv3ViTModel, files: dict[str, bytes]) -> list[dict[str, Any]]:
+    """One row a preset, photo and reference."""
+    rows = []
+    # The yardstick: how far another filter is from the same reference.
+    bicubic = Transform(PRESETS["dinov3"].size, "bicubic", apply_exif_orientation=False)
+    cases = [
+        ("dinov3", PRESETS["dinov3"], UPSTREAM["dinov3"]),
+        ("dinov3 but bicubic", bicubic, {"uint8, channels last": UPSTREAM["dinov3"]["uint8, channels last"]}),
+        ("hf", PRESETS["hf"], UPSTREAM["hf"]),
+    ]
+    for preset, transform, references in cases:
+        assert transform.size is not None
+        for photo, data in files.items():
+            mine, source = ours(data, transform), full_size(data)
+            cls, patches = features(model, mine)
+            for reference, resize in references.items():
+                theirs = resize(source, transform.size)
+                difference = (mine.double() - theirs.double()).abs()
+                their_cls, their_patches = features(model, theirs)
+                by_patch = cosine(patches, their_patches)
+                rows.append(
+                    {
+                        "preset": preset,
+                        "reference": reference,
+                        "photo": photo,
+                        "height_width": list(source.shape[1:]),
+                        "max_level_difference": float(difference.max()),
+                        "mean_level_difference": float(difference.mean()),
+                        "share_of_values_that_differ": float((difference > 0).double().mean()),
+                        "cls_cosine": float(cosine(cls, their_cls)),
+                        "patch_cosine_mean": float(by_patch.mean()),
+                        "patch_cosine_min": float(by_patch.min()),
+                    }
+                )
+    return rows
+
+
+def jpeg_640x480(files: dict[str, bytes]) -> bytes:
+    image = decode(files["motorcycle_left.png"], max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    file = io.BytesIO()
+    image.crop((0, 0, 640, 480)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def milliseconds(work: Callable[[], object], repeats: int = 300) -> dict[str, float]:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"median": round(statistics.median(times), 3), "best": round(min(times), 3)}
+
+
+def cost(files: dict[str, bytes]) -> dict[str, Any]:
+    """Of one thread, in milliseconds."""
+    data = jpeg_640x480(files)
+    image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    out = memoryview(bytearray(256 * 256 * 3))
+    return {
+        "file": f"640x480 JPEG, quality 90, 4:2:0, {len(data)} bytes (motorcycle_left.png, cropped)",
+        "decode": milliseconds(lambda: decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)),
+        "resize_into, preset dinov3": milliseconds(lambda: resize_into(image, PRESETS["dinov3"], out)),
+    }
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    ).stdout
+
+
+def metadata() -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": git("rev-parse", "HEAD").strip(),
+        "hardware": f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "python": platform.python_version(),
+        "preprocessing": PREPROCESSING_ID,
+        **{package: version(package) for package in ("pillow", "torch", "transformers", "scikit-image", "numpy")},
+    }
+
+
+def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The worst and the mean over all photos, by preset and reference."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["preset"], row["reference"]), []).append(row)
+    return [
+        {
+            "preset": preset,
+            "reference": reference,
+            "photos": len(group),
+            "max_level_difference": max(row["max_level_difference"] for row in group),
+            "mean_level_difference": statistics.mean(row["mean_level_difference"] for row in group),
+            "share_of_values_that_differ": statistics.mean(row["share_of_values_that_differ"] for row in group),
+            "cls_cosine_min": min(row["cls_cosine"] for row in group),
+            "patch_cosine_mean": statistics.mean(row["patch_cosine_mean"] for row in group),
+            "patch_cosine_min": min(row["patch_cosine_min"] for row in group),
+        }
+        for (preset, reference), group in groups.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    default = Path(__file__).parent / "results" / "preprocessing_fidelity.json"
+    parser.add_argument("--out", type=Path, default=default, help="where the JSON goes (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    files = photos()
+    rows = fidelity(random_model(), files)
+    result = metadata() | {"summary": summary(rows), "milliseconds": cost(files), "photos": rows}
+    print(
+        f"{'preset':<19}{'reference':<22}{'photo':<23}{'max':>7}{'differ':>9}{'CLS':>11}{'patch mean':>12}{'min':>10}"
+    )
+    for row in rows:
+        print(
+            f"{row['preset']:<19}{row['reference']:<22}{row['photo']:<23}{row['max_level_difference']:>7.3g}"
+            f"{row['share_of_values_that_differ']:>9.2%}{row['cls_cosine']:>11.7f}{row['patch_cosine_mean']:>12.7f}"
+            f"{row['patch_cosine_min']:>10.6f}"
+        )
+    print(json.dumps(result["summary"], indent=1))
+    print(json.dumps(result["milliseconds"], indent=1))
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
