@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 
-from dinov3_client._errors import Overloaded, StatusError, Unavailable
+from dinov3_client._errors import DeadlineExceeded, Overloaded, StatusError, Unavailable
 
 # Seconds. Without a hint of the server the pause doubles from the first to the longest; each is shortened by up
 # to half at random, so that the callers of a server that comes back do not arrive together.
@@ -23,6 +23,7 @@ class Attempts:
         self, end: float, now: Callable[[], float] = time.monotonic, rand: Callable[[], float] = random.random
     ) -> None:
         self._end = end
+        self._allowed = end - now()
         self._now = now
         self._rand = rand
         self._made = 0
@@ -41,6 +42,8 @@ class Attempts:
         self._made += 1
         error.attempts = self._made
         error.previous = self._previous
+        if isinstance(error, DeadlineExceeded):
+            error.message += f" (no answer within {round(self._allowed, 2):g} s)"
         if not isinstance(error, Unavailable | Overloaded):
             raise error
         if error.retry_after:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -82,7 +83,10 @@ class _ImageFault(Exception):
 
 @dataclass
 class FakeServer:
-    """`script` is consumed first, one failure a call (None: answer); `edit` changes an answer before it goes."""
+    """`script` is consumed first, one failure a call (None: answer); `edit` changes an answer before it goes.
+
+    `arrived` is set by a call; with `hold`, its answer waits for that.
+    """
 
     script: list[status_pb2.Status | None] = field(default_factory=list)
     edit: Callable[[pb.ExtractResponse], object] | None = None
@@ -92,6 +96,8 @@ class FakeServer:
     server_options: Sequence[tuple[str, int]] = (("grpc.max_receive_message_length", 64 << 20),)
     tls: grpc.ServerCredentials | None = None
     address: str = "127.0.0.1:0"
+    hold: threading.Event | None = None
+    arrived: threading.Event = field(default_factory=threading.Event)
     seen: list[Seen] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -105,6 +111,8 @@ class FakeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.hold is not None:
+            self.hold.set()
         self._server.stop(None).wait()
 
     @property
@@ -154,7 +162,10 @@ class FakeServer:
         raise NotImplementedError
 
     def _arrive(self, request: Any, context: grpc.ServicerContext) -> None:
+        self.arrived.set()
         self.seen.append(Seen(request, dict(context.invocation_metadata()), context.time_remaining()))
+        if self.hold is not None:
+            self.hold.wait(60)
         failure = self.script.pop(0) if self.script else None
         if failure is not None:
             context.abort_with_status(rpc_status.to_status(failure))

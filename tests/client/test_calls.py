@@ -6,6 +6,8 @@ import contextlib
 import logging
 import pickle
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from dinov3_client import (
 )
 from dinov3_client._retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, Attempts
 from tests.client.conftest import FakeClock
-from tests.client.fake_server import FakeServer, bad_request, failure, retry_info
+from tests.client.fake_server import FakeServer, bad_request, failure, retry_info, tokens
 
 Code = grpc.StatusCode
 PIXELS = np.zeros((32, 32, 3), np.uint8)
@@ -139,7 +141,7 @@ def test_a_hint_beyond_the_deadline_is_not_waited_for(client: Client, server: Fa
 
 def test_what_came_before_the_last_error_is_told(client: Client, server: FakeServer, clock: FakeClock) -> None:
     server.script = [failure(Code.UNAVAILABLE, "starting"), failure(Code.DEADLINE_EXCEEDED, "in the queue")]
-    message = r"^in the queue \(attempt 2; the one before: UNAVAILABLE: starting\)$"
+    message = r"^in the queue \(no answer within 20 s\) \(attempt 2; the one before: UNAVAILABLE: starting\)$"
     with pytest.raises(DeadlineExceeded, match=message) as caught:
         client.extract(PIXELS)
     assert isinstance(caught.value.previous, Unavailable)
@@ -235,6 +237,38 @@ def test_tls(tmp_path: Path) -> None:
             client.model(deadline=0.2)
     with pytest.raises(FileNotFoundError):
         Client("localhost:1", tls_ca=tmp_path / "none.pem")
+
+
+def test_no_answer_before_the_deadline() -> None:
+    with FakeServer(hold=threading.Event()) as server, Client(server.target) as client:
+        with pytest.raises(DeadlineExceeded, match=r"\(no answer within 0\.05 s\)$") as caught:
+            client.extract(PIXELS, deadline=0.05)
+        assert caught.value.attempts == 1
+
+
+def test_close_ends_the_calls_under_way() -> None:
+    with FakeServer(hold=threading.Event()) as server, ThreadPoolExecutor(1) as thread:
+        client = Client(server.target)
+        answer = thread.submit(client.extract, PIXELS)
+        assert server.arrived.wait(60)
+        client.close()
+        with pytest.raises(ServerError) as caught:
+            answer.result()
+        assert caught.value.code is Code.CANCELLED
+
+
+def test_threads_share_a_client(client: Client) -> None:
+    pictures = [np.full((32, 48, 3), 8 * index, np.uint8) for index in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda pixels: client.extract(pixels, preset="none", dtype="float32"), pictures))
+    for features, pixels in zip(answers, pictures, strict=True):
+        assert np.array_equal(features.cls[0], tokens(pixels)["cls"])
+
+
+def test_a_server_of_another_kind_is_named(client: Client, server: FakeServer) -> None:
+    server.script = [failure(Code.UNIMPLEMENTED, "Method not found!")]
+    with pytest.raises(ServerError, match=r"does not offer dinov3_serving\.v1\.FeatureService \(Method not found!\)"):
+        client.model()
 
 
 def test_closed_client(server: FakeServer) -> None:
