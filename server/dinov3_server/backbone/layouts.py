@@ -22,7 +22,8 @@ PERIODS = "rope_embed.periods"
 class Entry:
     """One tensor of a file: its shape, and the canonical names of its equal parts along the first axis.
 
-    A part called None is read by nobody. `masks` is the canonical prefix of the biases that a `bias_mask` masks.
+    A part called None, like an entry without parts, is checked and left out. `is_bias_mask` marks the mask of a
+    fused qkv bias, whose values are checked too.
     """
 
     shape: Shape

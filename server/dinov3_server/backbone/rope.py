@@ -49,14 +49,14 @@ def _centres(count: int, like: Tensor) -> Tensor:
 
 
 def interleave(projection: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of a [D, ...] query or key projection: channels j and j + d/2 of each head become 2j and 2j + 1."""
-    pairs = projection.unflatten(0, (heads, 2, -1))
+    """Reorder the rows of a [D, ...] query or key projection: channels j and j + d/2 of a head become 2j and 2j + 1."""
+    pairs = projection.view(heads, 2, -1, *projection.shape[1:])
     return pairs.transpose(1, 2).reshape(projection.shape)
 
 
 def rotate_(vectors: Tensor, rotations: Tensor) -> None:
     """Rotate interleaved [B, P, ..., d] queries or keys in place, in fp32 whatever their dtype (as upstream does)."""
     exact = vectors.float()  # no copy where it is fp32 already
-    torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(rotations)
+    torch.view_as_complex(exact.view(*exact.shape[:-1], -1, 2)).mul_(rotations)
     if exact is not vectors:
         vectors.copy_(exact)

@@ -198,7 +198,7 @@ class _Block:
 
     def __call__(self, x: Tensor, rotations: Tensor, keep: int | None) -> Tensor:
         """[B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` [P, 1, d/2] are of the last P tokens."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.heads, -1))  # [B, T, 3 h, d]
+        qkv = self.qkv(self.norm1(x)).view(*x.shape[:2], 3 * self.heads, -1)  # [B, T, 3 h, d]
         rotate_(qkv[:, -rotations.shape[0] :, : 2 * self.heads], rotations)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each [B, h, T, d]
         if keep is not None:
@@ -215,7 +215,7 @@ def _block(
     place: Callable[[Tensor], Tensor],
     dense: Callable[[Tensor, Tensor | None], Linear],
 ) -> _Block:
-    """One block of canonical tensors: `exact` reads in fp32, `place` and `dense` put into the model's dtype and device."""
+    """One block of canonical tensors: `exact` reads one in fp32, `place` and `dense` put it where the model is."""
 
     def norm(name: str) -> _Norm:
         weight, bias = exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias")
