@@ -13,6 +13,7 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api.response import DTYPES, most_nbytes
+from dinov3_server.api.status import kept
 from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, Output, PixelFormat, PixelShape, TokenKind
 from dinov3_server.config import Settings
 from dinov3_server.engine.block import Block
@@ -75,7 +76,7 @@ class Query:
             try:
                 measured.append(source._replace(shape=source.measure()) if source.measure else source)
             except InvalidInput as error:
-                self.failures[source.image] = error
+                self.failures[source.image] = kept(error)
         self.sources = measured
 
     def by_shape(self) -> dict[PixelShape, list[Source]]:
@@ -213,7 +214,7 @@ class _ImageReader:
             try:
                 self.sources.append(self._read_image(index, image))
             except InvalidInput as error:
-                self.failures[index] = error
+                self.failures[index] = kept(error)
                 # A float tensor is its own input size, and this one is of no use.
                 if self._shape and image.pixels.dtype != pb.DATA_TYPE_FLOAT32:
                     self.sources.append(Source(index, "", self._shape, write=None))

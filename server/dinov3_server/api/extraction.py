@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dinov3_server.api.convert import Query, Source, check_answer, count_images, read_request, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
-from dinov3_server.api.status import serving_error
+from dinov3_server.api.status import kept
 from dinov3_server.backbone.interface import ModelInfo
 from dinov3_server.config import Settings
 from dinov3_server.engine.block import Block
@@ -72,10 +72,11 @@ class Extraction:
 
         `deadline` is in seconds of time.monotonic(). Raises ServingError where the request as a whole fails.
         """
-        images = count_images(request)
+        images = min(count_images(request), self._settings.max_images_per_request)
         try:
             model = self.model
             query = read_request(request, model, self._settings)
+            del request  # and later `query.sources`: what was sent need not wait in memory for the device
             if query.unmeasured:
                 await asyncio.get_running_loop().run_in_executor(self._pool, query.measure)
             placed = _plan(query, model, base=0)
@@ -100,7 +101,7 @@ class Extraction:
         started = time.perf_counter()
         await self._fill(_works(query, placed, lease.memory), failures, deadline)
         decode_seconds = time.perf_counter() - started
-        query.sources.clear()  # and with them what was sent: from here on pixels count
+        query.sources.clear()
 
         results = await self._run(lease, placed, failures, deadline, query.bulk)
         for (_, images), result in zip(placed, results, strict=True):
@@ -146,7 +147,7 @@ class Extraction:
             try:
                 source.write(out)
             except Exception as error:
-                failures[source.image] = serving_error(error)
+                failures[source.image] = kept(error)
             before, now = now, time.monotonic()
             self._metrics.stage_seconds.observe(now - before, "decode")
 
@@ -185,10 +186,11 @@ class Extraction:
         pieces = response_pieces(memory, model, placed, failures, timings, self._index)
         if message_id is not None:
             pieces = stream_answer(message_id, pieces)
-        nbytes, limit = sum(map(len, pieces)), self._settings.max_message_bytes
-        if nbytes > limit:  # the errors of many images can take it there
-            raise too_large(f"{nbytes} bytes, with the errors of {len(failures)} images", limit)
         answer = b"".join(pieces)
+        del pieces  # or an error below would keep the arena in use
+        limit = self._settings.max_message_bytes
+        if len(answer) > limit:  # the errors of many images can take it there
+            raise too_large(f"{len(answer)} bytes, with the errors of {len(failures)} images", limit)
         self._metrics.stage_seconds.observe(time.perf_counter() - started, "respond")
         self._count(placed, failures)
         return answer

@@ -11,8 +11,8 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
-from dinov3_server.api.status import abort, serving_error
-from dinov3_server.errors import Overloaded, ServingError, Unauthenticated, Unavailable
+from dinov3_server.api.status import abort, serving_error, status_of
+from dinov3_server.errors import InternalError, Overloaded, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
 
 SERVICE = "dinov3_serving.v1.FeatureService"
@@ -31,7 +31,7 @@ Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler
 
 @contextmanager
 def measured(metrics: Metrics, method: str, expired: Callable[[], bool]) -> Iterator[None]:
-    """Count and time one request; whatever is raised in it leaves as a ServingError.
+    """Count and time one request.
 
     `expired` tells, when the request is cancelled, whether its deadline is why.
     """
@@ -42,14 +42,14 @@ def measured(metrics: Metrics, method: str, expired: Callable[[], bool]) -> Iter
     except asyncio.CancelledError:
         code = "DEADLINE_EXCEEDED" if expired() else "CANCELLED"
         raise
-    except Exception as error:
-        failure = serving_error(error)
-        code = failure.status
-        if isinstance(failure, Overloaded | Unavailable):
-            metrics.rejected.inc(failure.reason)
-        if failure is error:
-            raise
-        raise failure from error
+    except ServingError as error:
+        code = error.status
+        if isinstance(error, Overloaded | Unavailable):
+            metrics.rejected.inc(error.reason)
+        raise
+    except Exception:
+        code = InternalError.status
+        raise
     finally:
         metrics.requests.inc(method, code)
         metrics.request_seconds.observe(time.perf_counter() - started, method)
@@ -90,8 +90,11 @@ class Calls(grpc.aio.ServerInterceptor):
                     with measured(self._metrics, label, expired=lambda: context.time_remaining() == 0):
                         answer: bytes = await call(request, context)
                         return answer
-                except ServingError as error:
-                    await abort(context, error)
+                except Exception as error:
+                    status = status_of(serving_error(error))
+                # Outside of `except`, and without the request: grpc keeps what abort raises, in a cycle.
+                del request
+                return await abort(context, status)
 
         return unary
 
@@ -103,10 +106,13 @@ class Calls(grpc.aio.ServerInterceptor):
             with self._in_progress():
                 try:
                     await call(requests, context)
+                    return
                 except Exception as error:
                     failure = serving_error(error)
                     self._metrics.requests.inc(_LABELS[STREAM], failure.status)
-                    await abort(context, failure)
+                    status = status_of(failure)
+                    del failure
+                await abort(context, status)
 
         return stream
 
@@ -154,6 +160,7 @@ class Auth(grpc.aio.ServerInterceptor):
         async def refuse(request: Any, context: Context) -> NoReturn:
             if method in _LABELS:
                 self._metrics.requests.inc(_LABELS[method], Unauthenticated.status)
-            await abort(context, Unauthenticated(f"{reason}: send the metadata `authorization: Bearer TOKEN`"))
+            error = Unauthenticated(f"{reason}: send the metadata `authorization: Bearer TOKEN`")
+            await abort(context, status_of(error))
 
         return refuse

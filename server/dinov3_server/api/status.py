@@ -53,9 +53,16 @@ def serving_error(error: Exception) -> ServingError:
     return internal
 
 
-async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: ServingError) -> NoReturn:
-    """End the call with the status of `error`."""
-    await context.abort_with_status(rpc_status.to_status(status_of(error)))
+def kept(error: Exception) -> ServingError:
+    """`error` to be kept until the answer is made: without the frames that it came through, which hold pixels."""
+    failure = serving_error(error).with_traceback(None)
+    failure.__cause__ = failure.__context__ = None
+    return failure
+
+
+async def abort(context: grpc.aio.ServicerContext[bytes, bytes], status: pb.Status) -> NoReturn:
+    """End the call with `status`."""
+    await context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort_with_status raises")
 
 

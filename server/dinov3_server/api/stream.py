@@ -11,7 +11,7 @@ import grpc
 from dinov3_server.api.convert import parse
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import Context, measured
-from dinov3_server.api.status import status_of
+from dinov3_server.api.status import serving_error, status_of
 from dinov3_server.errors import InvalidInput, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -100,9 +100,9 @@ class Stream:
                 if not message.HasField("request"):
                     raise InvalidInput("request is not set", field="request")
                 return await self._extraction.extract(message.request, deadline, message.id)
-        except ServingError as error:
-            failure = pb.ExtractStreamResponse(id=message.id, error=status_of(error))
-            return failure.SerializeToString()
+        except Exception as error:
+            failed = pb.ExtractStreamResponse(id=message.id, error=status_of(serving_error(error)))
+            return failed.SerializeToString()
 
     def _deadline_of(self, timeout: float, arrived: float) -> float | None:
         if not (math.isfinite(timeout) and timeout >= 0):

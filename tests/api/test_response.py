@@ -1,0 +1,139 @@
+"""The hand-framed answer is byte for byte what protobuf makes of the same message."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dinov3_server.api.response import DTYPES, PlacedBlock, most_nbytes, response_pieces, stream_answer
+from dinov3_server.api.status import status_of
+from dinov3_server.backbone.interface import FeatureSpec, Output, PixelShape
+from dinov3_server.engine.block import Block
+from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unavailable
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from tests.api.rig import MODEL
+
+KINDS = ("cls", "patches", "registers")
+kinds = st.lists(st.sampled_from(KINDS), unique=True).map(lambda chosen: [kind for kind in KINDS if kind in chosen])
+layers = st.lists(
+    st.tuples(st.integers(0, 300), st.booleans(), kinds.filter(bool)), max_size=3, unique_by=lambda layer: layer[:2]
+)
+errors = st.one_of(
+    st.builds(InvalidInput, st.text(max_size=2000), field=st.text(max_size=300)),
+    st.builds(Overloaded, st.text(max_size=20), reason=st.just("queue"), retry_after=st.floats(0, 1e6)),
+    st.builds(Unavailable, st.text(max_size=20)),
+)
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> tuple:
+    last, intermediate = draw(kinds), draw(layers)
+    outputs = [Output(kind) for kind in last]
+    outputs += [Output(kind, layer, norm) for layer, norm, chosen in intermediate for kind in chosen]
+    spec = FeatureSpec(tuple(outputs or [Output("cls")]), draw(st.sampled_from(sorted(DTYPES))))
+    model = replace(
+        MODEL,
+        embed_dim=draw(st.integers(1, 400)),
+        registers=draw(st.integers(1, 5)),
+        fingerprint=draw(st.text(max_size=300)),
+    )
+    shapes = draw(
+        st.lists(
+            st.builds(PixelShape, st.sampled_from([16, 32, 48]), st.just(32), st.sampled_from(["uint8", "float32"])),
+            max_size=4,
+            unique=True,
+        )
+    )
+    images = list(range(draw(st.integers(len(shapes), len(shapes) + 6))))
+    owner = {image: shape for image, shape in zip(images, shapes, strict=False)}
+    owner |= {image: draw(st.sampled_from(shapes)) for image in images[len(shapes) :] if shapes}
+    start = 64 * draw(st.integers(0, 3))
+    placed = []
+    for shape in shapes:
+        mine = [image for image in images if owner[image] == shape]
+        block = Block.plan(model, shape, len(mine), spec, base=placed[-1].block.end if placed else start)
+        placed.append(PlacedBlock(block, mine))
+    memory = memoryview(random.Random(draw(st.integers())).randbytes(placed[-1].block.end if placed else 0))
+    failed = draw(st.dictionaries(st.integers(0, 2**32 - 1), errors, max_size=3))
+    numbers = st.floats(0, 1e6, width=32)
+    timings = pb.Timings(
+        decode_seconds=draw(numbers), queue_seconds=draw(numbers), batches=draw(st.integers(0, 2**32 - 1))
+    )
+    return model, placed, memory, failed, timings, draw(st.integers(0, 300))
+
+
+def as_protobuf(
+    model, placed, memory, failed: dict[int, ServingError], timings: pb.Timings, frontend: int
+) -> pb.ExtractResponse:
+    """Row by row, from the documentation of the messages alone."""
+    response = pb.ExtractResponse(timings=timings, frontend=frontend, fingerprint=model.fingerprint)
+    for image in sorted(failed):
+        response.errors.add(image_index=image, status=status_of(failed[image]))
+    sizes = list(dict.fromkeys((block.shape.height, block.shape.width) for block, _ in placed))
+    for height, width in sizes:
+        rows = {
+            image: (block, row)
+            for block, images in placed
+            if (block.shape.height, block.shape.width) == (height, width)
+            for row, image in enumerate(images)
+        }
+        grid = height // 16, width // 16
+        message = response.blocks.add(
+            input_size=pb.Size(height=height, width=width),
+            grid_height=grid[0],
+            grid_width=grid[1],
+            image_indices=sorted(rows),
+        )
+        spec = placed[0].block.spec
+        for index, output in enumerate(spec.outputs):
+            data = b""
+            for image in sorted(rows):
+                block, row = rows[image]
+                start = block.outputs[index] + row * block.strides[index]
+                data += memory[start : start + block.strides[index]]
+            tokens = {"cls": [], "patches": [grid[0] * grid[1]], "registers": [model.registers]}[output.kind]
+            tensor = pb.Tensor(dtype=DTYPES[spec.dtype], shape=[len(rows), *tokens, model.embed_dim], data=data)
+            previous = spec.outputs[index - 1] if index else None
+            target = message
+            if output.layer is not None:
+                if previous is None or previous[1:] != output[1:]:
+                    message.layers.add(layer=output.layer)
+                target = message.layers[-1]
+            getattr(target, output.kind).CopyFrom(tensor)
+    return response
+
+
+@settings(max_examples=150, deadline=None)
+@given(answers(), st.integers(0, 2**64 - 1))
+def test_equals_protobuf(answer, message_id: int) -> None:
+    model, placed, memory, failed, timings, frontend = answer
+    pieces = response_pieces(memory, model, placed, failed, timings, frontend)
+    expected = as_protobuf(*answer)
+    assert b"".join(pieces) == expected.SerializeToString(deterministic=True)
+
+    streamed = pb.ExtractStreamResponse(id=message_id, response=expected)
+    assert b"".join(stream_answer(message_id, pieces)) == streamed.SerializeToString(deterministic=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(answers())
+def test_the_bound_is_one_and_is_near(answer) -> None:
+    model, placed, memory, _, timings, frontend = answer
+    actual = sum(map(len, stream_answer(2**64 - 1, response_pieces(memory, model, placed, {}, timings, frontend))))
+    bound = most_nbytes([block for block, _ in placed], model.fingerprint)
+    tensors = sum(len(block.outputs) for block, _ in placed)
+    rows = sum(block.count for block, _ in placed)
+    assert actual <= bound <= actual + 128 + 64 * len(placed) + 64 * tensors + 5 * rows
+
+
+def test_features_are_not_copied_before_they_are_joined() -> None:
+    block = Block.plan(MODEL, PixelShape(32, 32, "uint8"), 2, FeatureSpec((Output("patches"),), "float32"))
+    memory = memoryview(bytearray(block.end))
+    pieces = response_pieces(memory, MODEL, [PlacedBlock(block, [0, 1])], {}, pb.Timings(), 0)
+    [view] = [piece for piece in pieces if isinstance(piece, memoryview)]
+    assert view.obj is memory.obj
+    assert len(view) == 2 * 4 * 24 * 4
+    assert sum(len(piece) for piece in pieces) - len(view) < 256
