@@ -1,8 +1,8 @@
 """Child processes: how the supervisor starts them, and how they begin and end.
 
-A child is a fresh interpreter (`python -m dinov3_server.process ROLE FD`), not a fork: it inherits one
-descriptor, its end of the control channel, and nothing else. It dies with its supervisor, and leaves
-signals to it: Ctrl-C in a terminal must drain, not cut every process off.
+A child is a fresh interpreter, not a fork: it inherits one descriptor, its end of the control channel,
+and reads how to start from its standard input. It dies with its supervisor, and leaves signals to it:
+Ctrl-C in a terminal must drain, not cut every process off.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import select
+import pickle
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any, Literal
 
-from dinov3_server.engine.channel import Channel, ChannelClosed, pair
+from dinov3_server.engine.channel import Channel, pair
 from dinov3_server.engine.messages import StartFailed, StartFrontend, StartWorker
 from dinov3_server.errors import StartupError
+from dinov3_server.log import configure
 
 log = logging.getLogger(__name__)
 
@@ -30,45 +32,37 @@ START_FAILED = 2
 
 
 def spawn(role: Role, start: StartFrontend | StartWorker) -> tuple[subprocess.Popen[bytes], Channel]:
-    """Start a child and send it `start`. Must be called on the main thread: PDEATHSIG is tied to the
+    """Start a child. Must be called on the main thread: PDEATHSIG is tied to the
     thread that spawned the child, and the main thread lives as long as the process."""
     ours, theirs = pair()
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", "dinov3_server.process", role, str(theirs.fileno()), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=sys.stderr,  # stdout is for the supervisor's one line
             pass_fds=(theirs.fileno(),),
             start_new_session=True,
         )
-    channel = Channel(ours)
-    channel.send(start)
-    channel.flush()
-    return process, channel
+    assert process.stdin is not None
+    with process.stdin, suppress(BrokenPipeError):  # if it is dead already, its pidfd says so
+        pickle.dump(start, process.stdin)
+    return process, Channel(ours)
 
 
-def _begin(fd: int, supervisor: int) -> tuple[Channel, Any]:
-    """The first thing a child does: tie its life to the supervisor's and read how to start."""
+def _tie_to(supervisor: int) -> None:
+    """Die when the supervisor does, and take no signals but from it."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != supervisor:
         sys.exit(0)  # it died before the line above
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=fd))
-    while True:
-        select.select([channel], [], [])
-        for message, _ in channel.receive():
-            return channel, message
 
 
 def main() -> int:
     role, fd, supervisor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    from dinov3_server.log import configure
-
-    try:
-        control, start = _begin(fd, supervisor)
-    except ChannelClosed:
-        return 0
+    _tie_to(supervisor)
+    start: Any = pickle.load(sys.stdin.buffer)
+    control = Channel(socket.socket(fileno=fd))
     configure(start.settings.log_level, start.settings.log_format, f"{role}-{start.index}")
     try:
         # Imported here: a frontend must not load the device's libraries, nor a worker gRPC.

@@ -62,7 +62,6 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     channel: Channel | None = None
     pidfd: int = -1
-    info: ModelInfo | None = None
     ready: bool = False
     since: float = 0.0  # start of the process; once ready, of being ready
     load_seconds: float = 10.0  # of the last successful start; a guess before the first
@@ -121,6 +120,7 @@ class Supervisor:
         self._unready = "starting"
         self._announced = False
         self._drain_until: float | None = None
+        self._workers_told = False  # to end: every frontend has
         self._code: int | None = None
         self._workers = [_Child("worker", i, device) for i, device in enumerate(choose_devices(settings.devices))]
         self._frontends = [
@@ -194,16 +194,18 @@ class Supervisor:
             if now >= self._drain_until:
                 log.error("a frontend did not end in time; it is killed with what it still held")
                 self._code = 1
-            return
-        for child in self._workers:
-            child.restart_at = None
-            self._tell(child, Drain(0.0))
-        if not any(child.process for child in self._workers):
+        elif not any(child.process for child in self._workers):
             log.info("drained")
             self._code = 0
+        elif not self._workers_told:
+            self._workers_told = True
+            self._drain_until = now + DRAIN_SLACK
+            for child in self._workers:
+                child.restart_at = None
+                self._tell(child, Drain(0.0))
         elif now >= self._drain_until:
-            log.error("a worker did not end in time; it is killed")
-            self._code = 1
+            log.warning("a worker is still busy with what nobody waits for any more; it is killed")
+            self._code = 0
 
     # --- children --------------------------------------------------------------------------------
 
@@ -215,7 +217,7 @@ class Supervisor:
         else:
             start = StartFrontend(settings, child.index, len(self._frontends), settings.host, self._port)
         child.restart_at = None
-        child.ready, child.info, child.complaint = False, None, ""
+        child.ready, child.complaint = False, ""
         child.since = time.monotonic()
         child.process, child.channel = spawn(child.role, start)
         child.pidfd = os.pidfd_open(child.process.pid)
@@ -246,20 +248,18 @@ class Supervisor:
 
     def _on_ready(self, child: _Child, info: ModelInfo | None) -> None:
         now = time.monotonic()
-        child.ready, child.info = True, info
+        child.ready = True
         child.load_seconds, child.since = now - child.since, now
         child.failed_starts = 0
-        if info is not None:
-            log.info(
-                "%s ready after %.1f s: %s on %s in %s, weights %s, fingerprint %s",
-                child.name, child.load_seconds, info.name, info.device, info.dtype, info.weights, info.fingerprint,
-            )  # fmt: skip
-            for frontend in self._frontends:
-                self._connect(frontend, child)
-        else:
-            log.info("%s ready after %.1f s", child.name, child.load_seconds)
-            if self._drain_until is not None:
-                self._tell(child, Drain(max(0.0, self._drain_until - DRAIN_SLACK - now)))
+        if info is None:
+            log.info("%s serves after %.1f s", child.name, child.load_seconds)
+            return
+        log.info(
+            "%s serves after %.1f s: %s on %s in %s, weights %s, fingerprint %s",
+            child.name, child.load_seconds, info.name, info.device, info.dtype, info.weights, info.fingerprint,
+        )  # fmt: skip
+        for frontend in self._frontends:
+            self._connect(frontend, child)
 
     def _connect(self, frontend: _Child, worker: _Child) -> None:
         """A channel of their own for a frontend and a worker that is ready."""

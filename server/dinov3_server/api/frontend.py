@@ -45,7 +45,6 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
             loop.remove_reader(control.fileno())
             if not drain.done():
                 drain.set_result(0.0)
-        server.set_serving(engine.model is not None and not drain.done())
 
     def say(message: object) -> None:
         control.send(message)
@@ -56,10 +55,14 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
         if control.flush():
             loop.remove_writer(control.fileno())
 
-    engine.on_model = lambda: server.set_serving(not drain.done())
+    def on_model() -> None:
+        engine.on_model = lambda: None  # once: while workers are restarted, calls queue
+        server.set_serving(not drain.done())
+        say(Ready())
+
+    engine.on_model = on_model
     await server.start(start.host, start.port)
     loop.add_reader(control.fileno(), read_control)
-    say(Ready())
     last: object = None
     while not drain.done():
         await asyncio.wait([drain], timeout=SNAPSHOT_SECONDS)

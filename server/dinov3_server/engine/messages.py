@@ -16,7 +16,7 @@ from dinov3_server.engine.block import Block
 
 @dataclass(frozen=True)
 class StartWorker:
-    """S -> W, the first message: what to load and where. `runner` is "module:function"."""
+    """S -> W, on standard input: what to load and where. `runner` is "module:function"."""
 
     settings: Settings
     index: int
@@ -26,7 +26,7 @@ class StartWorker:
 
 @dataclass(frozen=True)
 class StartFrontend:
-    """S -> F, the first message: where to listen."""
+    """S -> F, on standard input: where to listen."""
 
     settings: Settings
     index: int
@@ -59,7 +59,7 @@ class Drain:
 
 @dataclass(frozen=True)
 class Ready:
-    """F -> S: listening. W -> S: the model is loaded and warm."""
+    """W -> S: the model is loaded and warm. F -> S: it listens, and knows a worker."""
 
     info: ModelInfo | None = None
 

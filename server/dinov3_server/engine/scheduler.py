@@ -31,8 +31,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-JobKey = tuple[int, int]
-"""(frontend, job id)"""
+JobKey = tuple[int, int]  # (frontend, job id)
 
 # Every how many batches one goes to the oldest job. 4 leaves the urgent three quarters of the device, and
 # makes an urgent row wait for one batch that is not its own, never two.
@@ -52,25 +51,17 @@ class Limits(NamedTuple):
 
 @dataclass(slots=True)
 class Job:
-    """The rows of one request that have one pixel shape."""
+    """The rows of one request that have one pixel shape. Times are in monotonic seconds."""
 
     key: JobKey
-    shape: Hashable
-    """Rows of different shapes never share a batch."""
-    tokens: int
-    """Of one row; the same for every job of a shape."""
-    rows: tuple[int, ...]
-    """Indices of the rows still to be computed, ascending."""
-    enqueued: float
-    """Monotonic seconds, set by the frontend; a job submitted again after a crash keeps it."""
+    shape: Hashable  # rows of different shapes never share a batch
+    tokens: int  # of one row; the same for every job of a shape
+    rows: tuple[int, ...]  # indices of the rows still to be computed, ascending
+    enqueued: float  # set by the frontend; a job submitted again after a crash keeps it
     deadline: float | None
-    """Monotonic seconds."""
-    bulk: bool
-    """Gives way to jobs that are not."""
-    solo: bool = False
-    """Each row runs in a batch of its own: it may have killed a worker."""
-    payload: Any = None
-    """The caller's; never looked at here."""
+    bulk: bool  # gives way to jobs that are not
+    solo: bool = False  # each row runs in a batch of its own: it may have killed a worker
+    payload: Any = None  # the caller's; never looked at here
 
 
 class BatchRow(NamedTuple):
@@ -90,8 +81,8 @@ class _Entry:
         return self.taken < len(self.job.rows)
 
 
+# Lowest first. The last item is the entry's own serial number, so that no two are equal.
 Rank = tuple[float, ...]
-"""Lowest first. The last item is the entry's own serial number, so that no two are equal."""
 
 
 class _Heap:

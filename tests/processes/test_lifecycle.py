@@ -1,0 +1,143 @@
+"""Starting and ending: one line when ready, clear words when it cannot start, drain on the first signal, out on the second."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov3_client import Dinov3Error
+from tests.processes.test_crashes import ask, photo
+from tests.support.numpy_runner import BLOCK
+from tests.support.server import ROOT, Server
+from tests.support.waiting import LIMIT, until
+
+
+def blocking(seed: int) -> np.ndarray:
+    image = photo(seed, 32, 32)
+    image[0, 0] = BLOCK
+    return image
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_what_is_in_flight_and_refuses_what_is_new(tmp_path: Path, number: int) -> None:
+    gate = tmp_path / "gate"
+    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(number)
+        until(lambda: server.get("/readyz") == (503, "draining\n"))
+        assert server.get("/healthz")[0] == 200
+        with pytest.raises(Dinov3Error):
+            server.client().extract(photo(2, 32, 32), preset="none", deadline=0.3)
+        assert not in_flight.done()
+        gate.touch()
+        assert in_flight.result().cls.shape == (1, 64)
+        assert server.wait() == 0
+
+
+def test_what_is_not_through_within_the_grace_is_cut_and_the_exit_is_still_clean(tmp_path: Path) -> None:
+    with (
+        Server("--drain-seconds", "0.2", TEST_GATE_FILE=str(tmp_path / "never")) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        in_flight = pool.submit(lambda: server.client(deadline=5).extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        with pytest.raises(Dinov3Error):
+            in_flight.result()
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with Server(TEST_GATE_FILE=str(tmp_path / "never")) as server, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(lambda: server.client(deadline=5).extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz")[0] == 503)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 128 + signal.SIGTERM
+        with pytest.raises(Dinov3Error):
+            in_flight.result()
+
+
+def test_the_worker_is_restarted_while_draining_if_somebody_waits_for_it(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz")[0] == 503)
+        server.children("worker")[0].kill()
+        gate.touch()
+        assert in_flight.result().cls.shape == (1, 64)
+        assert server.wait() == 0
+
+
+def start(*flags: str, runner: str = "tests.support.numpy_runner:build") -> subprocess.CompletedProcess[str]:
+    """A server that is expected not to start."""
+    code = f"import sys; from dinov3_server.cli import main; sys.exit(main(runner={runner!r}))"
+    command = [sys.executable, "-c", code, "serve", "--port", "0", "--http-port", "0", "--weights", "random:0"]
+    return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
+
+
+def test_a_taken_port_is_told_with_the_way_out_also_when_it_could_be_shared() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ended = start("--port", str(port))
+        assert ended.returncode == 2
+        assert ended.stdout == ""
+        assert str(port) in ended.stderr
+        assert "--port 0" in ended.stderr
+        assert "Traceback" not in ended.stderr
+    with Server() as server:  # another one of ours would share it silently
+        port = int(server.grpc.rpartition(":")[2])
+        assert start("--port", str(port)).returncode == 2
+        with server.client() as client:
+            ask(client, 1)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason() -> None:
+    ended = start(runner="tests.processes.failing_runners:bad_weights")
+    assert ended.returncode == 2
+    assert "scripted: no such key" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_worker_that_always_dies_at_start_makes_the_supervisor_give_up() -> None:
+    ended = start("--worker-restart-limit", "2", runner="tests.processes.failing_runners:dies")
+    assert ended.returncode == 1
+    assert "giving up" in ended.stderr
+    assert ended.stdout == ""
+
+
+def test_too_little_memory_for_an_arena_is_told() -> None:
+    ended = start("--arena-bytes", "900GiB")
+    assert ended.returncode == 2
+    assert "--arena-bytes" in ended.stderr
+
+
+def test_endpoints_while_serving() -> None:
+    with Server("--log-format", "json") as server:
+        assert server.get("/readyz") == (200, "serving\n")
+        assert server.get("/healthz")[0] == 200
+        with server.client() as client:
+            ask(client, 3)
+            assert client.model().frontends == 1
+        until(lambda: server.metric("dinov3_images_total", outcome="ok") == 4)
+        until(lambda: server.metric("dinov3_stage_seconds_count", stage="forward") == 1)
+        assert server.metric("dinov3_requests_total", method="Extract", code="OK") == 1
+        assert server.metric("dinov3_model_info", model="numpy") == 1
+        assert server.metric("dinov3_batch_images_sum") == 4
+        assert server.get("/nothing")[0] == 404
+    assert all(re.match(r'\{"ts": ', line) for line in server.log)
