@@ -1,13 +1,12 @@
 """The arena: ranges never overlap, everything comes back, too little memory is said at start."""
 
-import os
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov3_server.engine.arena import PAGE, Arena, ArenaMapping
 from dinov3_server.errors import StartupError
+from tests.support.waiting import open_descriptors
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -21,7 +20,7 @@ def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]) -
                 offset = arena.allocate(amount)
                 if offset is None:
                     continue
-                assert 0 <= offset
+                assert offset >= 0
                 assert offset + amount <= arena.nbytes
                 assert all(offset + amount <= other or other + length <= offset for other, length in live.items())
                 live[offset] = amount
@@ -58,7 +57,7 @@ def test_another_mapping_sees_the_same_bytes() -> None:
 
 
 def test_too_little_memory_shows_at_start_and_leaves_no_descriptor() -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(StartupError, match="--arena-bytes"):
         Arena(1 << 60)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from dinov3_server.engine.channel import Channel, ChannelClosed, pair
+from tests.support.waiting import open_descriptors
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_what_a_dead_peer_had_said_is_read_before_its_end(ends):
 
 
 def test_unsent_and_unread_descriptors_are_closed_with_the_channel():
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     ours, theirs = (Channel(end) for end in pair())
     reader, writer = os.pipe()
     ours.send("sent", [writer])
@@ -85,4 +86,4 @@ def test_unsent_and_unread_descriptors_are_closed_with_the_channel():
     theirs.close()
     os.close(reader)
     os.close(writer)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

@@ -1,4 +1,4 @@
-"""Starting and ending: one line when ready, clear words when it cannot start, drain on the first signal, out on the second."""
+"""Starting and ending: clear words when it cannot start, drain on the first signal, out on the second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for something to become true, without guessing how long it takes."""
+"""Looking from outside: waiting for something to become true, and what a process holds open."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 LIMIT = 30.0
 _pause = threading.Event()
@@ -24,3 +25,8 @@ async def until_async(condition: Callable[[], object], what: str = "", limit: fl
     while not condition():
         assert time.monotonic() < end, f"still not true after {limit} s: {what or condition}"
         await asyncio.sleep(0.001)
+
+
+def open_descriptors() -> set[str]:
+    """The descriptors of this process."""
+    return {path.name for path in Path("/proc/self/fd").iterdir()}

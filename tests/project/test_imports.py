@@ -1,0 +1,105 @@
+"""Who may know what: the house's walls, held by reading the imports of every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVER = ROOT / "server" / "dinov3_server"
+CLIENT = ROOT / "client" / "dinov3_client"
+# Lower rooms know nothing of higher ones. A room may import from its own and from lower floors.
+FLOORS = {
+    "errors": 0, "config_kinds": 0, "config": 0, "metrics": 0, "log": 0,
+    "images": 1, "backbone": 1,
+    "engine": 2,
+    "api": 3, "process": 3, "topology": 3, "http_endpoints": 3,
+    "supervisor": 4,
+    "cli": 5,
+}  # fmt: skip
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, also inside functions, but not for type checkers alone."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            match child:
+                case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                    for other in child.orelse:
+                        yield from walk(other)
+                case ast.Import(names=names):
+                    yield from (alias.name for alias in names)
+                case ast.ImportFrom(module=str(module), names=names):
+                    yield module
+                    yield from (f"{module}.{alias.name}" for alias in names)
+                case _:
+                    yield from walk(child)
+
+    yield from walk(ast.parse(path.read_text()))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SERVER).parts[0].removesuffix(".py")
+
+
+def knows(path: Path, package: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for name in imports(path))
+
+
+FILES = sorted(path for path in SERVER.rglob("*.py") if path != SERVER / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SERVER)))
+def test_a_room_knows_only_what_it_may(path: Path) -> None:
+    here = room(path)
+    assert here in FLOORS, f"{here} is a new room: give it a floor"
+    for name in imports(path):
+        if name.startswith("dinov3_server."):
+            other = name.split(".")[1]
+            # The child's entry point starts both kinds of children; the supervisor only speaks to them.
+            if other != here and not (here == "process" and other == "api"):
+                allowed = FLOORS[other] < FLOORS[here] or (FLOORS[other] == FLOORS[here] == 3) or FLOORS[here] == 0
+                assert allowed, f"{here} imports {name}, which stands above it or beside it"
+    assert not knows(path, "dinov3_client")
+    for package in ("grpc", "grpc_health", "grpc_status", "grpc_reflection", "dinov3_serving"):
+        assert here == "api" or not knows(path, package), f"only api/ may import {package}"
+    assert here == "backbone" or not knows(path, "torch"), "only backbone/ may import torch"
+
+
+def test_the_scheduler_is_pure() -> None:
+    path = SERVER / "engine" / "scheduler.py"
+    for package in ("torch", "asyncio", "threading", "time", "numpy", "dinov3_server"):
+        assert not knows(path, package)
+
+
+@pytest.mark.parametrize("path", sorted(CLIENT.rglob("*.py")), ids=lambda path: path.name)
+def test_the_client_needs_neither_server_nor_torch(path: Path) -> None:
+    for package in ("dinov3_server", "torch", "yaml", "prometheus_client"):
+        assert not knows(path, package)
+
+
+@pytest.mark.parametrize(
+    "module", ["dinov3_server.api.frontend", "dinov3_server.supervisor", "dinov3_server.cli", "dinov3_client"]
+)
+def test_torch_is_loaded_in_workers_only(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_supervisor_speaks_no_grpc() -> None:
+    code = "import sys, dinov3_server.supervisor; sys.exit('grpc' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nothing_refers_to_what_is_not_in_the_project() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    for name in tracked:
+        if name.endswith((".py", ".md", ".toml", ".yaml", ".yml", ".proto", "Makefile", "Dockerfile")):
+            text = (ROOT / name).read_text()
+            assert "../shared" not in text or name == "tests/project/test_imports.py", name
