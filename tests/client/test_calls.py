@@ -98,7 +98,7 @@ def test_retries_after_the_time_the_server_names(
     features = client.extract(PIXELS)
     assert len(features) == 1
     for pause, hint in zip(clock.pauses, (0.4, 1.5), strict=True):
-        assert hint <= pause <= hint * (1 + HINT_JITTER)
+        assert hint < pause <= hint * (1 + HINT_JITTER)
     assert len(server.requests) == 3
     assert server.requests[0] == server.requests[2]
 
@@ -145,6 +145,15 @@ def test_what_came_before_the_last_error_is_told(client: Client, server: FakeSer
     with pytest.raises(DeadlineExceeded, match=message) as caught:
         client.extract(PIXELS)
     assert isinstance(caught.value.previous, Unavailable)
+
+
+def test_errors_hold_one_error_before_them_and_no_chain(client: Client, server: FakeServer, clock: FakeClock) -> None:
+    server.script = [failure(Code.UNAVAILABLE, "starting") for _ in range(5)] + [failure(Code.INTERNAL, "no")]
+    with pytest.raises(ServerError) as caught:
+        client.extract(PIXELS)
+    assert caught.value.attempts == 6
+    assert caught.value.previous.attempts == 5
+    assert caught.value.previous.previous is None
 
 
 def test_the_deadline_spans_the_model_and_the_features(client: Client, server: FakeServer, clock: FakeClock) -> None:

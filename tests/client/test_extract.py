@@ -75,7 +75,7 @@ def test_every_kind_of_image_in_one_call(client: Client, server: FakeServer, tmp
     assert (features.grid, features.input_size) == ((4, 6), (64, 96))
 
 
-@pytest.mark.parametrize("give", ["array", "list", "single", "transposed"])
+@pytest.mark.parametrize("give", ["array", "list", "single", "transposed", "strided", "fortran"])
 @pytest.mark.parametrize("kind", [np.uint8, np.float32])
 def test_pixels_of_one_size_travel_packed(client: Client, server: FakeServer, give: str, kind: type) -> None:
     pictures = [photo(seed=seed) if kind is np.uint8 else normalised(photo(seed=seed)) for seed in range(3)]
@@ -83,7 +83,9 @@ def test_pixels_of_one_size_travel_packed(client: Client, server: FakeServer, gi
         "array": np.stack(pictures),
         "list": pictures,
         "single": pictures[0],
-        "transposed": np.asfortranarray(np.stack(pictures)),
+        "transposed": [np.asfortranarray(pixels) for pixels in pictures],
+        "strided": np.stack(pictures)[:, ::-1, ::-1][:, ::-1, ::-1],
+        "fortran": np.asfortranarray(np.stack(pictures)),
     }[give]
     features = client.extract(given, preset="none", dtype="float32")
     [request] = server.requests
