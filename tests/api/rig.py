@@ -42,7 +42,7 @@ MODEL = ModelInfo(
     std=(0.229, 0.224, 0.225),
     parameters=12345,
 )
-ARENA_BYTES = 8 << 20
+ARENA_BYTES = 12 << 20
 FREE = 0xEE  # every byte of the arena that nobody holds
 
 

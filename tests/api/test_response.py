@@ -48,7 +48,7 @@ def answers(draw: st.DrawFn) -> tuple:
         )
     )
     images = list(range(draw(st.integers(len(shapes), len(shapes) + 6))))
-    owner = {image: shape for image, shape in zip(images, shapes, strict=False)}
+    owner = dict(zip(images, shapes, strict=False))
     owner |= {image: draw(st.sampled_from(shapes)) for image in images[len(shapes) :] if shapes}
     start = 64 * draw(st.integers(0, 3))
     placed = []

@@ -135,8 +135,9 @@ class Extraction:
 
     def _write_some(self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None) -> None:
         """Runs in a thread, several at a time on the same `works`."""
-        started = now = time.monotonic()
-        while now - started < SLICE_SECONDS:
+        now = time.monotonic()
+        end = now + SLICE_SECONDS
+        while True:
             if deadline is not None and now >= deadline:
                 works.clear()
             try:
@@ -150,6 +151,8 @@ class Extraction:
                 failures[source.image] = kept(error)
             before, now = now, time.monotonic()
             self._metrics.stage_seconds.observe(now - before, "decode")
+            if now >= end:
+                return
 
     async def _run(
         self,
