@@ -367,8 +367,8 @@ class Supervisor:
 
 
 def run(settings: Settings, runner: str = "dinov3_server.backbone.runner:build") -> int:
-    """Serve until a signal ends it; the exit code. `runner` is "module:function", called as
-    `function(settings, device)` in each worker for its Runner.
+    """Serve until a signal ends it; the exit code. `runner` is "module:function", which makes
+    each worker's Runner; see `build` of the default for what it is called with.
 
     Raises:
         StartupError: something that a person must mend: a port in use, weights that cannot be read.

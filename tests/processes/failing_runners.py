@@ -4,14 +4,13 @@ import os
 import signal
 from typing import NoReturn
 
-from dinov3_server.config import Settings
 from dinov3_server.errors import CheckpointError
 
 
-def bad_weights(settings: Settings, device: str) -> NoReturn:
+def bad_weights(model: str, weights: str, **_: object) -> NoReturn:
     raise CheckpointError("scripted: no such key")
 
 
-def dies(settings: Settings, device: str) -> NoReturn:
+def dies(model: str, weights: str, **_: object) -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError

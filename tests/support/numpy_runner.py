@@ -29,7 +29,6 @@ from dinov3_server.backbone.interface import (
     PixelShape,
     Row,
 )
-from dinov3_server.config import Settings
 
 DIM = 64
 DEPTH = 4
@@ -137,5 +136,5 @@ class NumpyRunner:
         assert not self._arenas
 
 
-def build(settings: Settings, device: str) -> NumpyRunner:
+def build(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
     return NumpyRunner(device)

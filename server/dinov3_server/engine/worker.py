@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dinov3_server.backbone.interface import DeviceLost, DeviceOutOfMemory, Finished, Row, Runner
+from dinov3_server.backbone.interface import DeviceLost, DeviceOutOfMemory, Finished, PixelShape, Row, Runner
 from dinov3_server.config import Settings
 from dinov3_server.engine.arena import ArenaMapping
 from dinov3_server.engine.block import Block
@@ -40,6 +40,7 @@ from dinov3_server.engine.messages import (
     Submit,
 )
 from dinov3_server.engine.scheduler import BatchRow, Job, Limits, Scheduler
+from dinov3_server.images.preprocess import PREPROCESSING_ID
 from dinov3_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -400,8 +401,16 @@ def serve(start: StartWorker, control: Channel) -> None:
     """The worker process: load the model, tell the supervisor, drive it until told to stop."""
     settings = start.settings
     module, _, function = start.runner.partition(":")
-    build: Callable[[Settings, str], Runner] = getattr(importlib.import_module(module), function)
-    runner = build(settings, start.device)
+    build: Callable[..., Runner] = getattr(importlib.import_module(module), function)
+    runner = build(
+        settings.model,
+        settings.weights,
+        dtype=settings.dtype,
+        device=start.device,
+        threads=settings.threads,
+        preprocessing=PREPROCESSING_ID,
+        warm_up=[PixelShape(height, width, "uint8") for height, width in settings.warm_up_sizes],
+    )
     metrics = Metrics()
     info = runner.info
     metrics.model_info.set(1, info.name, info.weights, info.fingerprint, info.dtype, info.device)
