@@ -71,7 +71,7 @@ class StatusError(Dinov3Error):
         text = self.message
         if self.attempts > 1:
             text += f" (attempt {self.attempts}"
-            if self.previous is not None and self.previous.message != self.message:
+            if self.previous is not None and self.previous.code is not self.code:
                 text += f"; the one before: {self.previous.code.name}: {self.previous.message}"
             text += ")"
         return text
