@@ -43,5 +43,5 @@ def fingerprint(checkpoint: Checkpoint, *, dtype: str, preprocessing: str) -> st
 def _digest(tensor: Tensor) -> str:
     values = tensor.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
     digest = hashlib.sha256(f"{values.shape}".encode())
-    digest.update(memoryview(values.reshape(-1)))
+    digest.update(values.reshape(-1).data)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov3_server.backbone.attention import attention
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.linear import Linear, linear
 from dinov3_server.backbone.registry import Dataset, VitVariant
@@ -203,8 +204,7 @@ class _Block:
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each [B, h, T, d]
         if keep is not None:
             q, x = q[:, :, :keep], x[:, :keep].contiguous()
-        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        x = self.proj.add(attended.transpose(1, 2).flatten(2), x)
+        x = self.proj.add(attention(q, k, v), x)
         return self.ffn(self.norm2(x), x)
 
 
