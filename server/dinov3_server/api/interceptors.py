@@ -131,7 +131,7 @@ class Auth(grpc.aio.ServerInterceptor):
     """Outermost. Lets calls through that bring `authorization: Bearer TOKEN` with one of `tokens`; health is open."""
 
     def __init__(self, tokens: Sequence[str], metrics: Metrics) -> None:
-        self._expected = [f"Bearer {token}".encode() for token in tokens]
+        self._tokens = [token.encode() for token in tokens]
         self._metrics = metrics
 
     async def intercept_service(
@@ -152,9 +152,9 @@ class Auth(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(refuse)
 
     def _known(self, given: str | bytes) -> bool:
-        data = given if isinstance(given, bytes) else given.encode()
+        scheme, _, token = (given.encode() if isinstance(given, str) else given).partition(b" ")
         # Every one of them is compared, in constant time: how long it takes tells nothing of a token.
-        return sum(hmac.compare_digest(data, expected) for expected in self._expected) > 0
+        return scheme.lower() == b"bearer" and sum(hmac.compare_digest(token, known) for known in self._tokens) > 0
 
     def _refusal(self, reason: str, method: str) -> Any:
         async def refuse(request: Any, context: Context) -> NoReturn:

@@ -1,0 +1,281 @@
+"""The server around the service: credentials, TLS, health, reflection, transport limits, drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from dinov3_server.api.server import FrontendServer
+from dinov3_server.config import Settings
+from dinov3_server.errors import ConfigError, StartupError
+from dinov3_server.metrics import Metrics
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1 import feature_service_pb2_grpc as pb_grpc
+from tests.api.rig import AS_IS, FakeEngine, failure_of, open_channel, picture, serving, tensor
+from tests.support.waiting import until_async
+
+SERVICE = "dinov3_serving.v1.FeatureService"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+REQUEST = pb.ExtractRequest(pixels=tensor(picture(16, 16)[np.newaxis]), preprocessing=AS_IS)
+CERTIFICATES = Path(__file__).parents[1] / "client"
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+async def reflect(channel: grpc.aio.Channel, **call: Any) -> list[str]:
+    async def ask() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    [answer] = [answer async for answer in stub.ServerReflectionInfo(ask(), **call)]
+    return [service.name for service in answer.list_services_response.service]
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> str:
+    path = tmp_path / "tokens"
+    path.write_text("secret-one\nsecret-two\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("token", ["secret-one", "secret-two"])
+async def test_a_token_of_the_file_opens_everything(tokens: str, token: str) -> None:
+    async with serving(token_file=tokens) as rig:
+        await rig.stub.Extract(REQUEST, metadata=bearer(token))
+        call = rig.stub.ExtractStream(iter([pb.ExtractStreamRequest(request=REQUEST)]), metadata=bearer(token))
+        assert (await call.read()).HasField("response")
+        assert SERVICE in await reflect(rig.channel, metadata=bearer(token))
+        # RFC 9110, section 11.1: the scheme is case-insensitive.
+        await rig.stub.Extract(REQUEST, metadata=(("authorization", f"bearer {token}"),))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ((), "this server wants a token"),
+        (bearer("secret-three"), "the token is not one"),
+        (bearer("secret-one "), "the token is not one"),
+        (bearer(""), "the token is not one"),
+        ((("authorization", "secret-one"),), "the token is not one"),
+        ((("authorization", "Basic secret-one"),), "the token is not one"),
+        (bearer("secret-three") + bearer("secret-one"), "the token is not one"),
+    ],
+)
+async def test_who_has_no_token_is_refused(tokens: str, metadata: Any, message: str) -> None:
+    async with serving(token_file=tokens) as rig:
+        for call in (
+            rig.stub.Extract(REQUEST, metadata=metadata),
+            rig.stub.GetModel(pb.GetModelRequest(), metadata=metadata),
+        ):
+            error = await failure_of(call)
+            assert error.code == grpc.StatusCode.UNAUTHENTICATED
+            assert message in error.message
+            assert "authorization: Bearer TOKEN" in error.message
+            assert "secret" not in error.message
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await rig.stub.ExtractStream(iter(()), metadata=metadata).read()
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await reflect(rig.channel, metadata=metadata)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        for method in ("Extract", "GetModel", "ExtractStream"):
+            assert rig.count("dinov3_requests_total", method, "UNAUTHENTICATED") == 1
+        assert not rig.engine.done_runs
+        # A probe has no token.
+        health = await health_pb2_grpc.HealthStub(rig.channel).Check(health_pb2.HealthCheckRequest())
+        assert health.status == SERVING
+
+
+@pytest.mark.parametrize(("content", "message"), [(b" \n\n", "is empty"), ("pässword".encode(), "ASCII")])
+async def test_a_token_file_of_no_use(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"token_file .*{message}"):
+        FrontendServer(FakeEngine(), Settings(token_file=str(path)), Metrics(), 0, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("missing", ["token_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"])
+async def test_a_file_that_cannot_be_read(tmp_path: Path, missing: str) -> None:
+    files = {
+        "tls_cert_file": str(CERTIFICATES / "localhost.pem"),
+        "tls_key_file": str(CERTIFICATES / "localhost.key"),
+        "tls_client_ca_file": str(CERTIFICATES / "localhost.pem"),
+    }
+    files[missing] = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=f"cannot read {missing} .*nowhere: No such file"):
+        FrontendServer(FakeEngine(), Settings(**files), Metrics(), 0, 1)  # type: ignore[arg-type]
+
+
+async def test_tls() -> None:
+    certificate = CERTIFICATES / "localhost.pem"
+    async with serving(tls_cert_file=str(certificate), tls_key_file=str(CERTIFICATES / "localhost.key")) as rig:
+        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
+        async with grpc.aio.secure_channel(f"localhost:{rig.port}", credentials) as channel:
+            await pb_grpc.FeatureServiceStub(channel).Extract(REQUEST)
+        assert (await rig.error(REQUEST)).code == grpc.StatusCode.UNAVAILABLE  # in the clear
+
+
+async def test_mutual_tls() -> None:
+    certificate, key = CERTIFICATES / "localhost.pem", CERTIFICATES / "localhost.key"
+    files = {"tls_cert_file": str(certificate), "tls_key_file": str(key), "tls_client_ca_file": str(certificate)}
+    async with serving(**files) as rig:
+        pem = certificate.read_bytes()
+        known = grpc.ssl_channel_credentials(pem, key.read_bytes(), pem)
+        async with grpc.aio.secure_channel(f"localhost:{rig.port}", known) as channel:
+            await pb_grpc.FeatureServiceStub(channel).Extract(REQUEST)
+        stranger = grpc.ssl_channel_credentials(pem)
+        async with grpc.aio.secure_channel(f"localhost:{rig.port}", stranger) as channel:
+            error = await failure_of(pb_grpc.FeatureServiceStub(channel).Extract(REQUEST))
+            assert error.code == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_tls_files_that_are_no_pem(tmp_path: Path) -> None:
+    path = tmp_path / "garbage"
+    path.write_text("garbage")
+    server = FrontendServer(
+        FakeEngine(),  # type: ignore[arg-type]
+        Settings(tls_cert_file=str(path), tls_key_file=str(path)),
+        Metrics(),
+        0,
+        1,
+    )
+    with pytest.raises(StartupError, match=r"cannot listen on 127\.0\.0\.1:0"):
+        await server.start("127.0.0.1", 0)
+    await server.drain(0)
+
+
+async def test_health() -> None:
+    async with serving() as rig:
+        stub = health_pb2_grpc.HealthStub(rig.channel)
+        for service in ("", SERVICE):
+            request = health_pb2.HealthCheckRequest(service=service)
+            assert (await stub.Check(request)).status == SERVING
+            watch = stub.Watch(request)
+            assert (await watch.read()).status == SERVING
+            rig.server.set_serving(False)
+            assert (await watch.read()).status == NOT_SERVING
+            assert (await stub.Check(request)).status == NOT_SERVING
+            rig.server.set_serving(True)
+            rig.server.set_serving(True)
+            assert (await watch.read()).status == SERVING
+            watch.cancel()
+        unknown = health_pb2.HealthCheckRequest(service="other.Service")
+        error = await failure_of(stub.Check(unknown))
+        assert error.code == grpc.StatusCode.NOT_FOUND
+        assert SERVICE in error.message
+        watch = stub.Watch(unknown)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
+
+
+async def test_not_serving_until_told() -> None:
+    server = FrontendServer(FakeEngine(), Settings(), Metrics(), 0, 1)  # type: ignore[arg-type]
+    port = await server.start("127.0.0.1", 0)
+    async with open_channel(port) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert answer.status == NOT_SERVING
+    await server.drain(0)
+
+
+async def test_reflection_knows_the_services_and_their_messages() -> None:
+    async with serving() as rig:
+        assert {SERVICE, "grpc.health.v1.Health"} <= set(await reflect(rig.channel))
+
+        async def ask() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+            yield reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE)
+
+        stub = reflection_pb2_grpc.ServerReflectionStub(rig.channel)
+        [answer] = [answer async for answer in stub.ServerReflectionInfo(ask())]
+        assert b"ExtractStreamRequest" in answer.file_descriptor_response.file_descriptor_proto[0]
+
+
+async def test_methods_that_do_not_exist_are_one_label() -> None:
+    async with serving() as rig:
+        for method in (f"/{SERVICE}/Embed", "/some.Service/Made/Up"):
+            error = await failure_of(rig.channel.unary_unary(method)(b""))
+            assert error.code == grpc.StatusCode.UNIMPLEMENTED
+        assert rig.count("dinov3_requests_total", "other", "UNIMPLEMENTED") == 2
+
+
+async def test_messages_pass_in_both_directions_up_to_the_limit() -> None:
+    """gRPC's own limit for what a server receives is 4 MiB."""
+    size = 6 << 20
+    async with serving(max_message_bytes=size) as rig:
+        pixels = tensor(np.zeros((5, 512, 640, 3), np.uint8))
+        wanted = pb.Outputs(cls=True, patches=True, registers=True, dtype=pb.DATA_TYPE_FLOAT32)
+        wanted.layers.extend(pb.LayerOutputs(layer=layer, patches=True) for layer in range(6))
+        request = pb.ExtractRequest(pixels=pixels, preprocessing=AS_IS, outputs=wanted)
+        assert 4 << 20 < request.ByteSize() <= size
+        answer = await rig.stub.Extract(request)
+        assert 4 << 20 < answer.ByteSize() <= size
+
+
+async def test_frontends_share_a_port() -> None:
+    first = FrontendServer(FakeEngine(), Settings(), Metrics(), 0, 2)  # type: ignore[arg-type]
+    second = FrontendServer(FakeEngine(), Settings(), Metrics(), 1, 2)  # type: ignore[arg-type]
+    port = await first.start("127.0.0.1", 0)
+    assert await second.start("127.0.0.1", port) == port
+    await first.drain(0)
+    await second.drain(0)
+
+
+async def test_an_address_that_cannot_be_had() -> None:
+    server = FrontendServer(FakeEngine(), Settings(), Metrics(), 0, 1)  # type: ignore[arg-type]
+    with pytest.raises(StartupError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        await server.start("192.0.2.1", 0)
+    await server.drain(0)
+
+
+async def test_drain_finishes_what_is_in_flight_and_refuses_the_rest() -> None:
+    async with serving() as rig:
+        health = health_pb2_grpc.HealthStub(rig.channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        rig.engine.hold = True
+        call = rig.stub.Extract(REQUEST)
+        run = await rig.engine.runs.get()
+        drain = asyncio.create_task(rig.server.drain(60))
+        # Told first, and then the watcher's call ends: it would keep the drain waiting.
+        assert (await watch.read()).status == NOT_SERVING
+        assert await watch.read() is grpc.aio.EOF
+        error = await rig.error(REQUEST)
+        assert error.code == grpc.StatusCode.UNAVAILABLE
+        assert not drain.done()
+        run.go.set_result(None)
+        assert (await call).blocks
+        await drain
+        rig.server.set_serving(True)  # of no effect any more
+
+
+async def test_a_call_that_arrives_while_draining_is_told_to_go_elsewhere() -> None:
+    """What gRPC let through before it closed."""
+    async with serving() as rig:
+        rig.server._service.drain()
+        error = await rig.error(REQUEST)
+        assert error.code == grpc.StatusCode.UNAVAILABLE
+        assert error.retry_seconds == 1.0
+        assert "shutting down" in error.message
+        assert rig.count("dinov3_rejected_total", "draining") == 1
+
+
+async def test_when_the_grace_is_over_the_rest_is_cancelled() -> None:
+    async with serving() as rig:
+        rig.engine.hold = True
+        call = rig.stub.Extract(REQUEST)
+        await rig.engine.runs.get()
+        await rig.server.drain(0.05)
+        assert rig.engine.untouched()
+        assert rig.engine.cancelled_runs == 1
+        assert (await failure_of(call)).code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "CANCELLED") == 1)
