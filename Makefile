@@ -26,7 +26,7 @@ protos: .venv-protoc/installed
 	.venv-protoc/bin/python -m grpc_tools.protoc -Iprotos --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTO)
 
 demo: install
-	$(BIN)/python -m tests.demo
+	$(BIN)/python examples/demo.py
 
 test: install .venv-protoc/installed
 	$(BIN)/python -m pytest

@@ -150,3 +150,7 @@ def _parser() -> tuple[_Parser, list[str]]:
         )
     commands.add_parser("models", help="list the models that can be served", allow_abbrev=False)
     return parser, ["--config", *(declared.flag for declared in config.SETTINGS)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
