@@ -24,8 +24,10 @@ from dinov3_server.errors import ConfigError
 
 ENV_PREFIX = "DINOV3_"
 CONFIG_ENV = "DINOV3_CONFIG"
-# Variables of this prefix that are not settings: the file of settings, and what provisioning and tests read.
-_OTHER_ENV = frozenset({CONFIG_ENV, "DINOV3_HOME", "DINOV3_OFFLINE", "DINOV3_UPSTREAM"})
+# Variables of this prefix that are not settings: the file of settings, and what provisioning, the client and tests read.
+_OTHER_ENV = frozenset(
+    {CONFIG_ENV, "DINOV3_HOME", "DINOV3_OFFLINE", "DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM"}
+)
 # What Kubernetes puts into every pod beside a Service that is called "dinov3" or "dinov3-...".
 _SERVICE_LINK = re.compile(r"DINOV3_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
@@ -292,7 +294,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
 
 def _is_service_link(variable: str, text: str) -> bool:
     # DINOV3_PORT is a setting; as a service link it is "tcp://10.0.0.1:50051".
-    return bool(_SERVICE_LINK.fullmatch(variable)) or (variable.endswith("PORT") and "://" in text)
+    return bool(_SERVICE_LINK.fullmatch(variable)) or (variable.endswith("_PORT") and "://" in text)
 
 
 def _read_yaml(path: str, source: str) -> dict[str, _Given]:

@@ -194,9 +194,11 @@ BAD_VALUES = [
     ("warm_up_sizes", "0x16"),
     ("warm_up_sizes", "518x518"),
     ("warm_up_sizes", "224x225"),
+    ("warm_up_sizes", "225x224"),
     ("warm_up_sizes", "224x224,"),
     ("token_file", "/does/not/exist"),
     ("token_file", "/"),
+    ("token_file", "/dev/null"),
     ("tls_cert_file", ""),
 ]
 
@@ -256,7 +258,8 @@ def test_unknown_variable(variable: str, hint: str) -> None:
 
 
 def test_variables_that_are_no_settings() -> None:
-    others = dict.fromkeys(("DINOV3_HOME", "DINOV3_OFFLINE", "DINOV3_UPSTREAM"), "x")
+    names = ("DINOV3_HOME", "DINOV3_OFFLINE", "DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM")
+    others = dict.fromkeys(names, "x")
     # Of Services called "dinov3", "dinov3-server" and "dinov3-http", as Kubernetes writes them.
     links = {
         "DINOV3_SERVICE_HOST": "10.0.0.1",
@@ -271,6 +274,8 @@ def test_variables_that_are_no_settings() -> None:
         "DINOV3_HTTP_PORT": "tcp://10.0.0.2:8080",
     }
     assert load({}, others | links) == load({}, {})
+    with pytest.raises(ConfigError, match="DINOV3_SUPPORT is not a setting"):
+        load({}, {"DINOV3_SUPPORT": "https://example.org"})
 
 
 @pytest.mark.parametrize(

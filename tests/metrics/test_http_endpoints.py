@@ -72,7 +72,9 @@ def test_head_is_get_without_the_body(endpoints: HttpEndpoints, path: str) -> No
     get, head = ask(endpoints, path), ask(endpoints, path, "HEAD")
     assert head[0] == get[0]
     assert head[1]["Content-Length"] == get[1]["Content-Length"] == str(len(get[2]))
-    assert head[2] == b""
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+        connection.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
+        assert connection.makefile("rb").read().endswith(b"\r\n\r\n")  # http.client would not show a body.
 
 
 @pytest.mark.parametrize("path", ["/", "/metricsx", "/metrics/", "/../metrics"])
@@ -127,6 +129,7 @@ def test_slow_clients_keep_nobody_waiting(endpoints: HttpEndpoints) -> None:
 
 
 def test_a_client_that_says_nothing_is_hung_up_on(endpoints: HttpEndpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert http_endpoints._Handler.timeout == http_endpoints._READ_SECONDS
     monkeypatch.setattr(http_endpoints._Handler, "timeout", 0.01)
     with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
         assert connection.recv(1) == b""
@@ -154,7 +157,8 @@ def descriptors() -> set[str]:
     return {link for link in links if link.startswith("socket:")}
 
 
-def test_stop_leaves_no_thread_and_no_socket(state: State) -> None:
+def test_stop_leaves_no_thread_and_no_socket(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_endpoints._Handler, "timeout", None)  # Only `stop` ends the idle connection.
     threads, sockets = set(threading.enumerate()), descriptors()
     endpoints = HttpEndpoints("127.0.0.1", 0, lambda: state.page, lambda: state.ready, lambda: state.healthy)
     endpoints.start()
@@ -165,6 +169,29 @@ def test_stop_leaves_no_thread_and_no_socket(state: State) -> None:
     assert set(threading.enumerate()) == threads
     assert descriptors() == sockets
     endpoints.stop()  # A second time does nothing.
+
+
+def test_stop_waits_for_a_page_that_is_being_made() -> None:
+    entered, release = threading.Event(), threading.Event()
+
+    def render() -> bytes:
+        entered.set()
+        release.wait(30)
+        return b""
+
+    threads = set(threading.enumerate())
+    endpoints = HttpEndpoints("127.0.0.1", 0, render, lambda: (True, ""), lambda: (True, ""))
+    endpoints.start()
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert entered.wait(30)
+        stopping = threading.Thread(target=endpoints.stop)
+        stopping.start()
+        stopping.join(0.4)  # In vain: the page is not made yet.
+        assert stopping.is_alive()
+        release.set()
+        stopping.join()
+    assert set(threading.enumerate()) == threads
 
 
 def test_stop_without_start(state: State) -> None:
