@@ -151,6 +151,11 @@ def test_a_png_with_text_that_inflates(kind: bytes) -> None:
     assert "Decompressed data too large" in message
 
 
+def test_pillow_does_not_log_one_clients_file(caplog: pytest.LogCaptureFixture) -> None:
+    refused(tiff(7, 5, 2, [8, 8, 8], photo().tobytes(), tags={277: [100]}))  # samples per pixel
+    assert not caplog.records
+
+
 def seeds() -> dict[str, bytes]:
     """One file of every decoder and container that a byte can damage."""
     colour = Image.fromarray(photo(24, 32))

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,15 @@ FORMATS: dict[str, Callable[[], tuple[bytes, Any]]] = {
 def test_pixels(kind: str) -> None:
     data, expected = FORMATS[kind]()
     np.testing.assert_array_equal(pixels(data), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if "transparent" in kind or "alpha" in kind])
+def test_alpha_is_dropped_without_a_warning(kind: str) -> None:
+    """A sound file decodes even where the filters that decode.py sets are not in force."""
+    data, _ = FORMATS[kind]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels(data)
 
 
 def flat(*colour: int, mode: str) -> Image.Image:

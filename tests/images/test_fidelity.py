@@ -38,5 +38,5 @@ def test_dinov3_is_upstreams_transform(name: str) -> None:
     assert by_float.max() <= 1
     assert (by_float > 0).mean() < 0.25
     assert by_uint8.max() <= 1
-    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # where torch resizes uint8 as uint8
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # where torchvision keeps to uint8
         assert (by_uint8 > 0).mean() < 0.005

@@ -132,6 +132,14 @@ def test_resampling_is_pillows_for_files_and_for_raw_pixels(name: str, resamplin
     np.testing.assert_array_equal(into(32, 48, pixels.tobytes(), transform, 61, 90), expected)
 
 
+def test_height_and_width_are_not_mistaken_for_each_other() -> None:
+    pixels = photo(32, 48)
+    transform = Transform((48, 32), "bilinear", False)
+    expected = np.asarray(Image.fromarray(pixels).resize((32, 48), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(into(48, 32, Image.fromarray(pixels), transform), expected)
+    np.testing.assert_array_equal(into(48, 32, pixels.tobytes(), transform, 32, 48), expected)
+
+
 def test_one_pixel_is_enough_where_it_is_resized() -> None:
     image = Image.new("RGB", (1, 1), (10, 200, 90))
     assert (into(256, 256, image, PRESETS["dinov3"]) == [10, 200, 90]).all()

@@ -41,8 +41,8 @@ Image.MAX_IMAGE_PIXELS = None
 # with a client's file is for that client and not for our stderr; `warnings.catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-# libtiff prints its errors, unless its handlers are none; Pillow has no call for that. What links libtiff otherwise, or
-# goes without, prints or has nothing to print.
+# libtiff prints its errors to stderr unless it has no handlers, which Pillow has no call for. Where Pillow's libtiff is
+# out of reach (linked statically) it goes on printing.
 with suppress(OSError, AttributeError):
     for _name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         _set_handler = getattr(ctypes.CDLL(_imaging.__file__), _name)
