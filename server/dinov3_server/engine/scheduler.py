@@ -14,9 +14,8 @@ Which lane leads, and which of its rows go first:
   arriving, be it bulk or a thousand rows long, and a job is through after at most four times the batches
   that it and what is older than it fill.
 
-Why not one virtual clock of tokens handed out, ranking row k of a job at `clock on arrival + k * spacing`: it
-has no starvation either, but once a backlog exceeds the spacing the clock has run past it, the order decays
-to first in, first out, and a single image waits for all of it.
+One virtual clock, ranking row k at `tokens handed out on arrival + k * spacing`, would starve nobody either; but
+once a backlog exceeds the spacing it decays to first in, first out, and a single image waits for all of it.
 
 A shape that only trickles leads batches that are far from full; `max_queue_delay` is the remedy where that
 costs more than the wait. Adding costs O(log jobs); a batch O(lanes + its jobs * log jobs).
@@ -204,9 +203,8 @@ class Scheduler:
     def expire(self, now: float) -> list[tuple[Job, tuple[int, ...]]]:
         """Drops the jobs whose deadline is `now` or earlier. Returns each once, with the rows still queued."""
         self._set_expired_aside(now)
-        expired = list(self._expired.values())
-        self._expired.clear()
-        return expired
+        expired, self._expired = self._expired, {}
+        return list(expired.values())
 
     def limit_shape(self, shape: Hashable, max_images: int) -> None:
         """Lets later batches of `shape` hold `max_images` at most: more did not fit the device's memory.
@@ -283,8 +281,8 @@ class Scheduler:
 
     def _take(self, entry: _Entry, most: int) -> tuple[int, ...]:
         """Takes up to `most` rows of a job out of the queue, and the job with its last one."""
-        job, key = entry.job, _lane_key(entry.job)
-        lane = self._lanes[key]
+        job = entry.job
+        lane = self._lanes[_lane_key(job)]
         rows = job.rows[entry.taken : entry.taken + most]
         entry.taken += len(rows)
         lane.images -= len(rows)
@@ -297,5 +295,5 @@ class Scheduler:
             lane.by_urgency.settle(lane.jobs)
             lane.by_age.settle(lane.jobs)
             if not lane.jobs:
-                del self._lanes[key]
+                del self._lanes[_lane_key(job)]
         return rows
