@@ -24,7 +24,7 @@ from dinov3_server.errors import ConfigError
 
 ENV_PREFIX = "DINOV3_"
 CONFIG_ENV = "DINOV3_CONFIG"
-# Variables of this prefix that are not settings: the file of settings, and what provisioning, the client and tests read.
+# Variables of this prefix that are no settings: what names the YAML file, and what others of the project read.
 _OTHER_ENV = frozenset(
     {CONFIG_ENV, "DINOV3_HOME", "DINOV3_OFFLINE", "DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM"}
 )
