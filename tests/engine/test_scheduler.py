@@ -52,7 +52,6 @@ def test_an_empty_queue_has_no_batch_and_nothing_to_wait_for() -> None:
     assert scheduler.next_batch(NOW) is None
     assert scheduler.expire(NOW) == []
     assert scheduler.wakeup(NOW) is None
-    assert not scheduler.next_is_solo(NOW)
 
 
 def test_a_batch_takes_what_there_is_at_once() -> None:
@@ -162,19 +161,6 @@ def test_solo_rows_run_alone() -> None:
     assert sorted(drained(scheduler)) == [[1], [1], [2], [3, 3, 3]]
 
 
-def test_next_is_solo_tells_the_next_batch_and_changes_nothing() -> None:
-    # By urgency a solo job leads, by age the other one.
-    scheduler = filled(job(1, 6, solo=True), job(2, 20, enqueued=NOW - 1))
-    told = []
-    while scheduler.queued_images:
-        solo = [scheduler.next_is_solo(NOW) for _ in range(5)]
-        batch = scheduler.next_batch(NOW)
-        assert batch is not None
-        assert solo == [batch[0].job.solo] * 5
-        told.append(solo[0])
-    assert told == [True, True, True, False] * 2 + [False] * 3
-
-
 def test_cancelled_rows_are_named_and_never_run() -> None:
     scheduler = filled(job(1, 6), job(2, 2, enqueued=NOW - 1))
     assert numbers(scheduler.next_batch(NOW)) == [(2, 0), (2, 1), (1, 0), (1, 1)]
@@ -210,7 +196,7 @@ def test_a_frontend_that_died_takes_its_jobs_and_no_others() -> None:
     scheduler = filled(
         job(1, frontend=1), job(2, frontend=2), job(3, frontend=1, deadline=NOW), job(4, frontend=2, deadline=NOW)
     )
-    assert not scheduler.next_is_solo(NOW)  # sets the expired aside
+    assert scheduler.wakeup(NOW) == NOW  # the expired are set aside by now
     scheduler.remove_frontend(1)
     assert scheduler.queued_images == 1
     assert [expired.key for expired, _ in scheduler.expire(NOW)] == [(2, 4)]

@@ -181,14 +181,11 @@ class Lifecycle(RuleBasedStateMachine):
         self.pass_deadlines()
         lanes = self.lanes()
         ready = {name for name, jobs in lanes.items() if self.ready_at(jobs) <= self.now}
-        solo = self.scheduler.next_is_solo(self.now)
         batch = self.scheduler.next_batch(self.now)
         if batch is None:
             assert not ready  # work-conserving: only what is held, or nothing, is left
-            assert not solo
             return False
         leader = batch[0].job
-        assert solo == leader.solo
         assert {self.lane(job) for job, _ in batch} == {self.lane(leader)}
         assert {job.shape for job, _ in batch} == {leader.shape}
         assert self.lane(leader) in ready

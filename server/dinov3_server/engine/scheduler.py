@@ -228,11 +228,6 @@ class Scheduler:
             batch += [BatchRow(job, row) for row in self._take(order.first, capacity - len(batch))]
         return batch
 
-    def next_is_solo(self, now: float) -> bool:
-        """Whether `next_batch` would answer with the row of a solo job."""
-        leader = self._leader(now)
-        return leader is not None and leader[0].solo
-
     def wakeup(self, now: float) -> float | None:
         """When `next_batch` or `expire` may next answer otherwise with no other call between; None: never.
 
