@@ -10,7 +10,7 @@ Which lane leads, and which of its rows go first:
   older. A short request overtakes long ones, however many of them wait; requests of like size run one after
   the other (not row by row in turn, which would finish all of them late and at once, and leave the device
   idle while their callers prepare the next).
-- Every fourth goes by *age* alone. So the oldest job has a quarter of the batches to itself whatever keeps
+- Every fourth goes by *age* alone. So the oldest job leads a quarter of the batches whatever keeps
   arriving, be it bulk or a thousand rows long, and a job is through after at most four times the batches
   that it and what is older than it fill.
 
