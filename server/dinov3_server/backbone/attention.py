@@ -11,7 +11,7 @@ _SCORES = 1 << 22
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v for [B, h, t, d] queries, already scaled, and [B, h, T, d] keys and values; gives [B, t, h d]."""
+    """softmax(q k^T) v of [B, h, t, d] queries, scaled already, and [B, h, T, d] keys and values: [B, t, h d]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return _by_products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)

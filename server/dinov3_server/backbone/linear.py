@@ -35,8 +35,8 @@ class Linear:
         return F.silu(self(x))
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """y + other."""
-        return self(x) + other
+        """y + other, in the wider of their dtypes."""
+        return other + self(x)
 
     def mul(self, x: Tensor, other: Tensor) -> Tensor:
         """y * other."""
@@ -59,7 +59,7 @@ class PackedLinear(Linear):
         return self._unary(x, "swish")
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        return self._binary(x, other, "add")
+        return self._binary(x, other, "add") if other.dtype == x.dtype else super().add(x, other)
 
     def mul(self, x: Tensor, other: Tensor) -> Tensor:
         return self._binary(x, other, "mul")

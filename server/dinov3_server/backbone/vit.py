@@ -5,6 +5,9 @@ load, in fp32: LayerScale is folded into the projection before it, the attention
 and the division by 255 into the patch embedding of bytes; keys have no bias; query and key channels are interleaved
 for RoPE (see rope.py). What no requested output needs is not computed.
 
+The residual stream and the norms are fp32 in any dtype; the matrix products are in the model's. In bfloat16 that
+brings the patch features' angle to the fp32 ones down by half, as the stream's rounding is the largest one otherwise.
+
 Shapes: B images, H x W pixels, T = 1 + G + P tokens (CLS, registers, patches), D channels, h heads of d channels.
 """
 
@@ -52,19 +55,16 @@ class VisionTransformer:
         def exact(name: str) -> Tensor:
             return tensors[name].to(device, torch.float32)
 
-        def place(tensor: Tensor) -> Tensor:
-            return tensor.to(device, dtype).contiguous()
-
         def dense(weight: Tensor, bias: Tensor | None) -> Linear:
-            return linear(place(weight), None if bias is None else place(bias))
+            return linear(weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype))
 
         weight, bias = exact("patch_embed.proj.weight"), exact("patch_embed.proj.bias")
         self._embed_floats = dense(weight.flatten(1), bias)
         self._embed_bytes = dense(*_fold_normalisation(weight, bias, dataset))
-        self._prefix = place(torch.cat((exact("cls_token"), exact("storage_tokens")), dim=1))  # [1, 1 + G, D]
-        self._norm = _Norm(place(exact("norm.weight")), place(exact("norm.bias")), variant.norm_eps)
+        self._prefix = torch.cat((exact("cls_token"), exact("storage_tokens")), dim=1)  # [1, 1 + G, D]
+        self._norm = _Norm(exact("norm.weight"), exact("norm.bias"), variant.norm_eps)
         self._rope = Rope(periods.to(device, torch.float32))
-        self._blocks = [_block(variant, f"blocks.{i}.", exact, place, dense) for i in range(variant.depth)]
+        self._blocks = [_block(variant, dtype, f"blocks.{i}.", exact, dense) for i in range(variant.depth)]
         self._ranges = {
             "cls": slice(0, 1),
             "registers": slice(1, 1 + variant.registers),
@@ -74,8 +74,8 @@ class VisionTransformer:
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
         """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of 16.
 
-        Gives for each output a [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major) tensor in the
-        model's dtype; they may be views of one another's memory. Raises ValueError for what the model does not have.
+        Gives for each output a [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major) fp32 tensor; they
+        may be views of one another's memory. Raises ValueError for what the model does not have.
         Nothing here waits for the device, and nothing depends on the values of the pixels.
         """
         wanted: dict[tuple[int, bool], list[Output]] = {}
@@ -128,7 +128,8 @@ class VisionTransformer:
         else:
             grid = pixels.view(-1, 3, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
             tokens = self._embed_floats(grid.to(self.dtype).reshape(-1, rows * columns, 3 * patch * patch))
-        return torch.cat((self._prefix.expand(tokens.shape[0], -1, -1), tokens), dim=1), rows, columns
+        stream = torch.cat((self._prefix.expand(tokens.shape[0], -1, -1), tokens.float()), dim=1)
+        return stream, rows, columns
 
     def _pick(self, x: Tensor, group: list[Output], norm: bool) -> dict[Output, Tensor]:
         """The outputs of one layer, from its [B, T, D] tokens (fewer T where the rest was not computed)."""
@@ -148,7 +149,7 @@ class VisionTransformer:
 
 
 class _Norm:
-    """Layer normalisation over the last axis."""
+    """Layer normalisation over the last axis, in fp32."""
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         self.weight = weight
@@ -160,7 +161,9 @@ class _Norm:
 
 
 class _FeedForward(Protocol):
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + f(x)."""
+        ...
 
 
 class _Mlp:
@@ -189,8 +192,18 @@ class _SwiGlu:
 class _Block:
     """Pre-norm attention and feed-forward, LayerScale already in the projections."""
 
-    def __init__(self, heads: int, norm1: _Norm, qkv: Linear, proj: Linear, norm2: _Norm, ffn: _FeedForward) -> None:
+    def __init__(
+        self,
+        heads: int,
+        dtype: torch.dtype,
+        norm1: _Norm,
+        qkv: Linear,
+        proj: Linear,
+        norm2: _Norm,
+        ffn: _FeedForward,
+    ) -> None:
         self.heads = heads
+        self.dtype = dtype
         self.norm1 = norm1
         self.qkv = qkv
         self.proj = proj
@@ -199,27 +212,26 @@ class _Block:
 
     def __call__(self, x: Tensor, rotations: Tensor, keep: int | None) -> Tensor:
         """[B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` [P, 1, d/2] are of the last P tokens."""
-        qkv = self.qkv(self.norm1(x)).view(*x.shape[:2], 3 * self.heads, -1)  # [B, T, 3 h, d]
+        qkv = self.qkv(self.norm1(x).to(self.dtype)).view(*x.shape[:2], 3 * self.heads, -1)  # [B, T, 3 h, d]
         rotate_(qkv[:, -rotations.shape[0] :, : 2 * self.heads], rotations)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each [B, h, T, d]
         if keep is not None:
             q, x = q[:, :, :keep], x[:, :keep].contiguous()
         x = self.proj.add(attention(q, k, v), x)
-        return self.ffn(self.norm2(x), x)
+        return self.ffn(self.norm2(x).to(self.dtype), x)
 
 
 def _block(
     variant: VitVariant,
+    dtype: torch.dtype,
     prefix: str,
     exact: Callable[[str], Tensor],
-    place: Callable[[Tensor], Tensor],
     dense: Callable[[Tensor, Tensor | None], Linear],
 ) -> _Block:
-    """One block of canonical tensors: `exact` reads one in fp32, `place` and `dense` put it where the model is."""
+    """One block of canonical tensors: `exact` reads one in fp32, `dense` makes a layer in the model's dtype."""
 
     def norm(name: str) -> _Norm:
-        weight, bias = exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias")
-        return _Norm(place(weight), place(bias), variant.norm_eps)
+        return _Norm(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"), variant.norm_eps)
 
     def plain(name: str) -> Linear:
         return dense(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"))
@@ -245,7 +257,7 @@ def _block(
         ffn = _Mlp(plain("mlp.fc1"), scaled("mlp.fc2", "ls2"))
     else:
         ffn = _SwiGlu(plain("mlp.w1"), plain("mlp.w2"), scaled("mlp.w3", "ls2"))
-    return _Block(variant.heads, norm("norm1"), qkv(), scaled("attn.proj", "ls1"), norm("norm2"), ffn)
+    return _Block(variant.heads, dtype, norm("norm1"), qkv(), scaled("attn.proj", "ls1"), norm("norm2"), ffn)
 
 
 def _fold_normalisation(weight: Tensor, bias: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
