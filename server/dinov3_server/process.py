@@ -78,6 +78,9 @@ def main() -> int:
         control.send(StartFailed(str(error)))
         control.flush_within(1.0)
         return START_FAILED
+    except Exception:
+        log.critical("%s-%d ends by an error of ours", role, start.index, exc_info=True)
+        return 1
     return 0
 
 

@@ -12,10 +12,11 @@ import pytest
 import pytest_asyncio
 
 from dinov3_server.backbone.interface import FeatureSpec, Output, PixelShape
+from dinov3_server.engine.admission import Lease
 from dinov3_server.engine.arena import PAGE, Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, pair
-from dinov3_server.engine.client import SPREAD_IMAGES, Engine, JobResult, Lease
+from dinov3_server.engine.client import SPREAD_IMAGES, Engine, JobResult
 from dinov3_server.engine.messages import (
     Attach,
     Cancel,
@@ -132,10 +133,10 @@ async def test_rows_in_features_out_and_the_range_comes_back(engine):
     assert isinstance(result.failed[2], InternalError)
     assert (result.queue_seconds, result.inference_seconds) == (0.5, 0.5)
     assert (result.batch_images, result.batches) == (7, 2)
-    assert engine.arena.used_bytes
+    assert engine.admission.arena.used_bytes
     lease.release()
     lease.release()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0
 
 
 async def test_admission_counts_images_and_bytes_until_the_lease_ends(engine):
@@ -166,10 +167,10 @@ async def test_a_cancelled_call_keeps_its_range_until_the_worker_has_answered(en
         await task
     lease.release()
     assert await worker.hear(Cancel) == Cancel(submit.part)
-    assert engine.arena.used_bytes, "a batch that runs still writes to the range"
+    assert engine.admission.arena.used_bytes, "a batch that runs still writes to the range"
     worker.say(Dropped(submit.part, (1,), "cancelled"))
     worker.finish(submit, 0)
-    await until_async(lambda: engine.arena.used_bytes == 0)
+    await until_async(lambda: engine.admission.arena.used_bytes == 0)
 
 
 async def test_a_passed_deadline_fails_the_call_and_says_where_it_waited(engine):
@@ -184,9 +185,9 @@ async def test_a_passed_deadline_fails_the_call_and_says_where_it_waited(engine)
             await task
         lease.release()
         await worker.hear(Cancel)
-        assert engine.arena.used_bytes
+        assert engine.admission.arena.used_bytes
         worker.say(Dropped(submit.part, submit.rows, "expired"))
-        await until_async(lambda: engine.arena.used_bytes == 0)
+        await until_async(lambda: engine.admission.arena.used_bytes == 0)
 
 
 async def test_the_workers_own_expiry_ends_the_call_too(engine):
@@ -197,7 +198,7 @@ async def test_the_workers_own_expiry_ends_the_call_too(engine):
     with pytest.raises(DeadlineExceeded):
         await task
     lease.release()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0
 
 
 async def test_queued_rows_of_a_dead_worker_go_to_its_successor_in_their_order(engine):
@@ -217,7 +218,7 @@ async def test_queued_rows_of_a_dead_worker_go_to_its_successor_in_their_order(e
     for lease, task in (*calls, later):
         assert (await task).failed == {}
         lease.release()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0
 
 
 async def test_nothing_is_taken_back_before_the_worker_is_reaped(engine):
@@ -232,9 +233,9 @@ async def test_nothing_is_taken_back_before_the_worker_is_reaped(engine):
         await task
     lease.release()
     await asyncio.sleep(0)
-    assert engine.arena.used_bytes
+    assert engine.admission.arena.used_bytes
     worker.reaped()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0
 
 
 async def test_announced_rows_run_again_alone_and_only_the_one_that_kills_alone_fails(engine):
@@ -266,7 +267,7 @@ async def test_announced_rows_run_again_alone_and_only_the_one_that_kills_alone_
     assert results[1].failed == {}
     for lease, _ in calls:
         lease.release()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0
 
 
 async def test_results_that_a_worker_sent_before_it_died_count(engine):
@@ -279,7 +280,7 @@ async def test_results_that_a_worker_sent_before_it_died_count(engine):
     worker.reaped()
     assert (await task).failed == {}
     lease.release()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0
 
 
 async def test_no_worker_before_the_deadline_is_unavailable_at_once_with_the_time_to_wait(engine):
@@ -298,7 +299,7 @@ async def test_no_worker_before_the_deadline_is_unavailable_at_once_with_the_tim
     with pytest.raises(asyncio.CancelledError):
         await task
     lease.release()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0
 
 
 async def test_a_call_that_waits_for_a_worker_ends_at_its_deadline(engine):
@@ -309,7 +310,7 @@ async def test_a_call_that_waits_for_a_worker_ends_at_its_deadline(engine):
     with pytest.raises(DeadlineExceeded, match="waiting for a worker"):
         await task
     lease.release()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0
 
 
 async def test_rows_go_to_the_worker_with_the_least_to_do_and_large_requests_are_spread(engine):
@@ -334,4 +335,4 @@ async def test_rows_go_to_the_worker_with_the_least_to_do_and_large_requests_are
         worker.finish(part)
     await large[1]
     large[0].release()
-    assert engine.arena.used_bytes == 0
+    assert engine.admission.arena.used_bytes == 0

@@ -185,7 +185,8 @@ class Running:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Running]]:
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Running]]:
+    """Ends its workers before what the test has patched is put back."""
     running: list[Running] = []
 
     def start(depth: int = 1, **settings: Any) -> Running:

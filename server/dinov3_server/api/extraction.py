@@ -18,8 +18,9 @@ from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answ
 from dinov3_server.api.status import kept
 from dinov3_server.backbone.interface import ModelInfo
 from dinov3_server.config import Settings
+from dinov3_server.engine.admission import Lease
 from dinov3_server.engine.block import Block
-from dinov3_server.engine.client import Engine, JobResult, Lease
+from dinov3_server.engine.client import Engine, JobResult
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb

@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dinov3_server.backbone.interface import ModelInfo
+from dinov3_server.engine.admission import Admission, Lease
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.messages import Attach, Cancel, Dropped, Hello, PartResult, Results, Started, Submit
-from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, ServingError, Unavailable
+from dinov3_server.errors import DeadlineExceeded, InternalError, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -42,33 +43,6 @@ class JobResult(NamedTuple):
     inference_seconds: float
     batch_images: int
     batches: int
-
-
-class Lease:
-    """Slots for images, and a range of the arena. `memory` is the whole arena: offsets index it."""
-
-    def __init__(self, engine: Engine, images: int, offset: int, nbytes: int) -> None:
-        self._engine = engine
-        self._holders = 1  # the request, and every row that a worker may still touch
-        self._released = False
-        self.images = images
-        self.memory = engine.arena.memory
-        self.offset = offset
-        self.nbytes = nbytes
-
-    def release(self) -> None:
-        """The request is through with its range. May be called twice."""
-        if not self._released:
-            self._released = True
-            self.let_go(1)
-
-    def hold(self, rows: int) -> None:
-        self._holders += rows
-
-    def let_go(self, rows: int) -> None:
-        self._holders -= rows
-        if not self._holders:
-            self._engine.end_lease(self)
 
 
 @dataclass(eq=False)
@@ -135,10 +109,9 @@ class Engine:
     """All the workers, as one frontend sees them. Lives in the frontend's event loop."""
 
     def __init__(self, arena: Arena, max_queue_images: int, metrics: Metrics) -> None:
-        self.arena = arena
+        self.admission = Admission(arena, max_queue_images, metrics)
         self.model: ModelInfo | None = None
         self.on_model: Callable[[], None] = lambda: None  # called whenever a worker has introduced itself
-        self._max_queue_images = max_queue_images
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._channels: dict[int, Channel] = {}  # by worker index, from the connection on
@@ -146,8 +119,6 @@ class Engine:
         self._parts_made = 0
         self._homeless: list[_Part] = []  # no worker lives; in the order of their requests
         self._expected_at = 0.0  # when a worker is expected to live again
-        self._images = 0
-        self._rate = _Rate()
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -156,48 +127,10 @@ class Engine:
     # --- requests --------------------------------------------------------------------------------
 
     def reserve(self, images: int, nbytes: int) -> Lease:
-        """Take slots for `images` and `nbytes` of the arena, or say at once that there is no room.
-
-        Raises:
-            Unavailable: no worker has been ready yet.
-            InvalidInput: it would not fit even an idle server.
-            Overloaded: it does not fit now.
-        """
+        """Room for `images` and `nbytes` of the arena; see `Admission.reserve`. Unavailable before the first worker."""
         if self.model is None:
             raise Unavailable("the model is still being loaded", reason="starting")
-        if images > self._max_queue_images:
-            raise InvalidInput(
-                f"{images} images in one request, at most {self._max_queue_images} are queued (max_queue_images); "
-                "send them in several requests"
-            )
-        if nbytes > self.arena.nbytes:
-            raise InvalidInput(
-                f"pixels and features of this request take {nbytes} bytes, the whole arena has {self.arena.nbytes} "
-                "(arena_bytes); send fewer images or ask for fewer outputs"
-            )
-        if self._images + images > self._max_queue_images:
-            raise Overloaded(
-                f"{self._images} images are queued, {images} more would pass the limit of {self._max_queue_images}",
-                reason="queue",
-                retry_after=self._rate.seconds_for(self._images),
-            )
-        offset = self.arena.allocate(nbytes)
-        if offset is None:
-            raise Overloaded(
-                f"no range of {nbytes} bytes is free in the arena ({self.arena.used_bytes} of {self.arena.nbytes} "
-                "bytes are in use)",
-                reason="arena",
-                retry_after=self._rate.seconds_for(self._images),
-            )
-        self._images += images
-        self._show_arena()
-        return Lease(self, images, offset, nbytes)
-
-    def end_lease(self, lease: Lease) -> None:
-        """Called by the lease, once nobody holds it."""
-        self.arena.free(lease.offset)
-        self._images -= lease.images
-        self._show_arena()
+        return self.admission.reserve(images, nbytes)
 
     async def run(
         self, lease: Lease, block: Block, rows: Sequence[int], deadline: float | None, bulk: bool
@@ -228,7 +161,7 @@ class Engine:
                 self._abandon(call)
                 if not call.done.cancelled():
                     call.done.exception()  # seen, also where the caller was cancelled at the same moment
-        self._rate.add(len(rows))
+        self.admission.rate.add(len(rows))
         return JobResult(call.failed, call.queue_seconds, call.inference_seconds, call.batch_images, call.batches)
 
     def _spread(self, rows: list[int]) -> list[list[int]]:
@@ -299,7 +232,7 @@ class Engine:
         """The supervisor connects worker `index`: hand it the arena and wait for its Hello."""
         channel = Channel(socket.socket(fileno=fd))
         self._channels[index] = channel
-        channel.send(Attach(self.arena.nbytes), [self.arena.fd])
+        channel.send(Attach(self.admission.arena.nbytes), [self.admission.arena.fd])
         self._loop.add_reader(channel.fileno(), self._read, index, channel)
         self._flush(channel)
 
@@ -403,33 +336,9 @@ class Engine:
         else:
             self._loop.add_writer(channel.fileno(), self._flush, channel)
 
-    def _show_arena(self) -> None:
-        used = self.arena.used_bytes
-        self._metrics.arena_bytes.set(used, "used")
-        self._metrics.arena_bytes.set(self.arena.nbytes - used, "free")
-
     def close(self) -> None:
         for channel in self._channels.values():
             self._loop.remove_reader(channel.fileno())
             self._loop.remove_writer(channel.fileno())
             channel.close()
-        self.arena.close()
-
-
-class _Rate:
-    """Images a second, smoothed, to tell a refused caller when it is worth another try."""
-
-    def __init__(self) -> None:
-        self._rate = 0.0
-        self._count = 0
-        self._since = time.monotonic()
-
-    def add(self, images: int) -> None:
-        self._count += images
-        elapsed = time.monotonic() - self._since
-        if elapsed >= 1.0:
-            self._rate = self._count / elapsed if not self._rate else 0.5 * (self._rate + self._count / elapsed)
-            self._count, self._since = 0, self._since + elapsed
-
-    def seconds_for(self, images: int) -> float:
-        return min(max(0.5 * images / self._rate, 0.05), 5.0) if self._rate else 0.2
+        self.admission.arena.close()

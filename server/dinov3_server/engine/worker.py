@@ -10,17 +10,13 @@ import importlib
 import logging
 import os
 import selectors
-import socket
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
 
 from dinov3_server.backbone.interface import DeviceLost, DeviceOutOfMemory, Finished, PixelShape, Row, Runner
 from dinov3_server.config import Settings
 from dinov3_server.engine.arena import ArenaMapping
-from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.device import Device, Running
 from dinov3_server.engine.messages import (
@@ -28,7 +24,6 @@ from dinov3_server.engine.messages import (
     Cancel,
     Connected,
     Drain,
-    Dropped,
     Hello,
     MetricsSnapshot,
     PartResult,
@@ -39,7 +34,8 @@ from dinov3_server.engine.messages import (
     StartWorker,
     Submit,
 )
-from dinov3_server.engine.scheduler import BatchRow, Job, Limits, Scheduler
+from dinov3_server.engine.peer import Frontend
+from dinov3_server.engine.scheduler import BatchRow, Limits, Scheduler
 from dinov3_server.images.preprocess import PREPROCESSING_ID
 from dinov3_server.metrics import Metrics
 
@@ -50,27 +46,6 @@ SNAPSHOT_SECONDS = 1.0
 ANNOUNCE_SECONDS = 5.0
 # Exit status of a worker whose device is beyond repair in this process.
 DEVICE_LOST = 70
-
-
-@dataclass(eq=False)
-class _Part:
-    """A submitted part until all of its rows are answered; the payload of its job."""
-
-    block: Block
-    unanswered: int
-    cancelled: bool = False
-
-
-@dataclass(eq=False)
-class _Frontend:
-    """One frontend as the worker sees it. A frontend that was restarted is another one, with another key."""
-
-    channel: Channel
-    mapping: ArenaMapping | None = None
-    gone: bool = False
-    tokens: int = 0  # submitted and unanswered
-    parts: dict[int, _Part] = field(default_factory=dict)
-    running: int = 0  # its rows in batches on the device, or waiting to be run again
 
 
 class Worker:
@@ -89,7 +64,7 @@ class Worker:
         )
         self._device = Device(runner, self._arena_row)
         self._retry: deque[list[BatchRow]] = deque()  # what is left of failed batches, before anything new
-        self._frontends: dict[int, _Frontend] = {}
+        self._frontends: dict[int, Frontend] = {}  # by key
         self._connected = 0
         self._stopping = False
         self._next_snapshot = 0.0
@@ -117,7 +92,7 @@ class Worker:
         self._next_snapshot = 0.0
         self._report_metrics(time.monotonic())
         self._control.flush_within(1.0)
-        for frontend in list(self._frontends):
+        for frontend in list(self._frontends.values()):
             self._forget(frontend)
         self._selector.close()
         self._runner.close()
@@ -136,72 +111,44 @@ class Worker:
             self._stopping = True  # the supervisor is gone, and with it everybody who could ask
 
     def _connect(self, fd: int) -> None:
-        frontend = _Frontend(Channel(socket.socket(fileno=fd)))
-        key = self._connected
+        frontend = Frontend(self._connected, fd)
         self._connected += 1
-        self._frontends[key] = frontend
-        self._selector.register(frontend.channel, selectors.EVENT_READ, lambda: self._read_frontend(key))
+        self._frontends[frontend.key] = frontend
+        self._selector.register(frontend.channel, selectors.EVENT_READ, lambda: self._read(frontend))
         frontend.channel.send(Hello(self._runner.info))
 
-    def _read_frontend(self, key: int) -> None:
-        frontend = self._frontends[key]
+    def _read(self, frontend: Frontend) -> None:
         try:
             while messages := frontend.channel.receive():
                 for message, fds in messages:
                     match message:
-                        case Submit():
-                            self._submit(key, frontend, message)
+                        case Submit(block=block):
+                            job = frontend.submit(message, self._runner.info.tokens(block.shape))
+                            self._scheduler.add(job, time.monotonic())
                         case Cancel(part):
-                            self._cancel(key, frontend, part)
+                            frontend.cancel(part)
+                            if rows := tuple(self._scheduler.cancel((frontend.key, part))):
+                                frontend.drop(part, rows, "cancelled")
                         case Attach(nbytes):
                             frontend.mapping = ArenaMapping(fds[0], nbytes)
                             os.close(fds[0])
-                            self._runner.attach(key, frontend.mapping.memory)
+                            self._runner.attach(frontend.key, frontend.mapping.memory)
         except ChannelClosed:
-            self._lose(key)
+            self._lose(frontend)
 
-    def _submit(self, key: int, frontend: _Frontend, submit: Submit) -> None:
-        shape = submit.block.shape
-        tokens = self._runner.info.tokens(shape)
-        part = frontend.parts[submit.part] = _Part(submit.block, len(submit.rows))
-        frontend.tokens += tokens * len(submit.rows)
-        job = Job(
-            key=(key, submit.part),
-            shape=shape,
-            tokens=tokens,
-            rows=submit.rows,
-            enqueued=submit.enqueued,
-            deadline=submit.deadline,
-            bulk=submit.bulk,
-            solo=submit.solo,
-            payload=part,
-        )
-        self._scheduler.add(job, time.monotonic())
-
-    def _cancel(self, key: int, frontend: _Frontend, index: int) -> None:
-        part = frontend.parts.get(index)
-        if part is None:
-            return  # answered in the meantime
-        part.cancelled = True
-        rows = tuple(self._scheduler.cancel((key, index)))
-        if rows:
-            self._drop(frontend, index, rows, self._runner.info.tokens(part.block.shape), "cancelled")
-
-    def _lose(self, key: int) -> None:
+    def _lose(self, frontend: Frontend) -> None:
         """The frontend is gone: drop its rows; its arena stays mapped while a batch still writes to it."""
-        frontend = self._frontends[key]
         frontend.gone = True
         self._selector.unregister(frontend.channel)
-        self._scheduler.remove_frontend(key)
+        self._scheduler.remove_frontend(frontend.key)
         if not frontend.running:
-            self._forget(key)
+            self._forget(frontend)
 
-    def _forget(self, key: int) -> None:
-        frontend = self._frontends.pop(key)
+    def _forget(self, frontend: Frontend) -> None:
+        del self._frontends[frontend.key]
         if frontend.mapping is not None:
-            self._runner.detach(key)
-            frontend.mapping.close()
-        frontend.channel.close()
+            self._runner.detach(frontend.key)
+        frontend.close()
 
     # --- deciding --------------------------------------------------------------------------------
 
@@ -215,19 +162,8 @@ class Worker:
 
     def _expire(self, now: float) -> None:
         for job, rows in self._scheduler.expire(now):
-            key, index = job.key
-            self._drop(self._frontends[key], index, tuple(rows), job.tokens, "expired")
-
-    def _drop(
-        self,
-        frontend: _Frontend,
-        part: int,
-        rows: tuple[int, ...],
-        tokens: int,
-        reason: Literal["cancelled", "expired"],
-    ) -> None:
-        self._answered(frontend, part, len(rows), tokens)
-        frontend.channel.send(Dropped(part, rows, reason))
+            key, part = job.key
+            self._frontends[key].drop(part, tuple(rows), "expired")
 
     def _launch(self, now: float) -> None:
         while self._device.has_room and not self._stopping:
@@ -256,15 +192,14 @@ class Worker:
         while self._retry:
             wanted = []
             for row in self._retry.popleft():
-                key, index = row.job.key
+                key, part = row.job.key
                 frontend = self._frontends[key]
-                part: _Part = row.job.payload
-                expired = row.job.deadline is not None and row.job.deadline <= now
-                if not (frontend.gone or part.cancelled or expired):
+                reason = frontend.given_up(row, now)
+                if reason is None:
                     wanted.append(row)
                     continue
                 if not frontend.gone:
-                    self._drop(frontend, index, (row.row,), row.job.tokens, "expired" if expired else "cancelled")
+                    frontend.drop(part, (row.row,), reason)
                 self._left(row)
             if wanted:
                 return wanted
@@ -280,10 +215,10 @@ class Worker:
             frontend.channel.send(Started(tuple(PartRows(part, tuple(of)) for part, of in parts.items())))
             if not frontend.gone and not frontend.channel.flush_within(ANNOUNCE_SECONDS):
                 log.error("a frontend has not read its channel for %s s; its requests are dropped", ANNOUNCE_SECONDS)
-                self._lose(key)
+                self._lose(frontend)
 
     def _arena_row(self, row: BatchRow) -> Row:
-        block: Block = row.job.payload.block
+        block = row.job.payload.block
         return Row(row.job.key[0], block.row_pixels(row.row), block.row_outputs(row.row), block.spec)
 
     def _exit_if_hung(self, now: float) -> None:
@@ -349,7 +284,7 @@ class Worker:
                     batch_images=len(batch.rows),
                 )
             )
-            self._answered(self._frontends[key], index, len(positions), job.tokens)
+            self._frontends[key].answered(index, len(positions))
         total = sum(frontend.tokens for frontend in self._frontends.values())
         for key, parts in results.items():
             frontend = self._frontends[key]
@@ -358,19 +293,11 @@ class Worker:
         for row in batch.rows:
             self._left(row)
 
-    def _answered(self, frontend: _Frontend, index: int, rows: int, tokens: int) -> None:
-        frontend.tokens -= rows * tokens
-        part = frontend.parts[index]
-        part.unanswered -= rows
-        if not part.unanswered:
-            del frontend.parts[index]
-
     def _left(self, row: BatchRow) -> None:
-        key = row.job.key[0]
-        frontend = self._frontends[key]
+        frontend = self._frontends[row.job.key[0]]
         frontend.running -= 1
         if frontend.gone and not frontend.running:
-            self._forget(key)
+            self._forget(frontend)
 
     # --- saying ----------------------------------------------------------------------------------
 
