@@ -221,6 +221,27 @@ async def test_rows_that_the_engine_fails() -> None:
         assert rig.count("dinov3_images_total", "failed") == 1
 
 
+async def test_rows_that_the_engine_fails_are_told_by_image() -> None:
+    sizes = [(16, 16), (32, 16), (16, 16), (32, 16)]
+    photos = [pb.Image(pixels=tensor(picture(*size, seed))) for seed, size in enumerate(sizes)]
+    async with serving() as rig:
+        rig.engine.bad_rows = {1: InternalError("features are not finite")}
+        answer = await rig.stub.Extract(pb.ExtractRequest(images=photos, preprocessing=AS_IS))
+        assert [error.image_index for error in answer.errors] == [2, 3]
+        for block, bad in zip(answer.blocks, (2, 3), strict=True):
+            assert [any(row) for row in rows_of(block.cls)] == [True, False]
+            assert block.image_indices[1] == bad
+
+
+async def test_a_float_tensor_of_no_use_has_no_row() -> None:
+    """It would be its own input size; the preset's, which files have, is not its."""
+    images = [encoded(picture(9, 9)), pb.Image(pixels=pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[3, 16, 15]))]
+    async with serving() as rig:
+        answer = await rig.stub.Extract(pb.ExtractRequest(images=images))
+        assert [list(block.image_indices) for block in answer.blocks] == [[0]]
+        assert [error.image_index for error in answer.errors] == [1]
+
+
 async def test_non_finite_floats_are_their_image_s_error() -> None:
     pixels = np.zeros((3, 3, 16, 16), np.float32)
     pixels[1, 0, 3, 3] = np.nan

@@ -70,6 +70,7 @@ async def test_a_token_of_the_file_opens_everything(tokens: str, token: str) -> 
         ((("authorization", "secret-one"),), "the token is not one"),
         ((("authorization", "Basic secret-one"),), "the token is not one"),
         (bearer("secret-three") + bearer("secret-one"), "the token is not one"),
+        (bearer("secret-one") + bearer("secret-three"), "the token is not one"),
     ],
 )
 async def test_who_has_no_token_is_refused(tokens: str, metadata: Any, message: str) -> None:

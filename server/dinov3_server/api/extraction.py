@@ -191,7 +191,6 @@ class Extraction:
         if message_id is not None:
             pieces = stream_answer(message_id, pieces)
         answer = b"".join(pieces)
-        del pieces  # or an error below would keep the arena in use
         limit = self._settings.max_message_bytes
         if len(answer) > limit:  # the errors of many images can take it there
             raise too_large(f"{len(answer)} bytes, with the errors of {len(failures)} images", limit)
