@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
-from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, Unavailable
+import dinov3_server
+from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.api.rig import AS_IS, MODEL, encoded, failure_of, failure_of_status, picture, png, serving, tensor
 
@@ -295,3 +298,13 @@ async def test_errors_of_many_images_can_pass_the_limit(monkeypatch: pytest.Monk
         error = await rig.error(pb.ExtractRequest(images=[PHOTO] * 42, outputs=wanted))
         assert error.code == grpc.StatusCode.INVALID_ARGUMENT
         assert "errors of 42 images" in error.message
+
+
+def test_the_documentation_has_every_status_and_every_reason() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
+    for kind in ServingError.__subclasses__():
+        assert f"| `{kind.status}`" in text
+    source = "".join(path.read_text() for path in Path(dinov3_server.__file__).parent.rglob("*.py"))
+    reasons = set(re.findall(r'reason="(\w+)"', source))
+    assert {"queue", "arena", "starting", "draining"} <= reasons
+    assert [reason for reason in reasons if f"`{reason}`" not in text] == []

@@ -104,4 +104,6 @@ class FeatureService:
 
     def _check_open(self) -> None:
         if self._draining:
-            raise Unavailable("the server is shutting down; another one, or its successor, can answer", "draining")
+            raise Unavailable(
+                "the server is shutting down; another one, or its successor, can answer", reason="draining"
+            )
