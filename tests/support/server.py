@@ -25,7 +25,9 @@ class Server:
     """`with Server("--frontends", "2") as server:`; on leaving it is terminated, must exit with 0, and must have
     left no process behind."""
 
-    def __init__(self, *flags: str, module: str = "tests.support.serve", **environment: str) -> None:
+    def __init__(
+        self, *flags: str, module: str = "tests.support.serve", limit: float = LIMIT, **environment: str
+    ) -> None:
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-m", module, "serve", "--port", "0", "--http-port", "0"]
         self.process = subprocess.Popen(
@@ -41,7 +43,7 @@ class Server:
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         assert self.process.stdout is not None
-        readable, _, _ = select.select([self.process.stdout], [], [], LIMIT)
+        readable, _, _ = select.select([self.process.stdout], [], [], limit)
         line = self.process.stdout.readline() if readable else ""
         match = re.fullmatch(r"ready grpc=(\S+) http=(\S+)\n", line)
         if match is None:
