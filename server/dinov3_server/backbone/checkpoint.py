@@ -6,7 +6,9 @@ their names. Nothing is taken on trust: a missing, extra or misshapen key is an 
 
 from __future__ import annotations
 
+import logging
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from dinov3_server.backbone.registry import DATASETS, VARIANTS, Dataset, VitVari
 from dinov3_server.backbone.rope import default_periods
 from dinov3_server.backbone.safetensors_file import read_safetensors
 from dinov3_server.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 _NAMED = 8  # problems of one kind that a message names before it only counts
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,9 +44,13 @@ def load_checkpoint(path: Path, variant: VitVariant) -> Checkpoint:
     Raises CheckpointError, saying what the file is instead, for anything but a whole, matching checkpoint.
     """
     stored = read_tensors(path)
+    if other := _another_kind(stored):
+        raise CheckpointError(f"{path}: {other}")
     layout = layout_of(stored, variant)
     if layout is None:
-        raise CheckpointError(f"{path}: {_not_a_vit(stored)}")
+        raise CheckpointError(
+            f"{path}: holds no DINOv3 vision transformer; its keys are {_enumerate(stored) or 'none'}"
+        )
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         if layout.spelling(key) in tensors:
@@ -104,7 +112,10 @@ def _what_instead(head: bytes) -> str:
 
 def _read_pth(path: Path, *, zipped: bool) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            # Of pickle protocols that it may not support, which it then says by an exception.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused: it holds Python objects other than tensors, and loading those could run code. Export "
@@ -124,12 +135,13 @@ def _read_pth(path: Path, *, zipped: bool) -> dict[str, Tensor]:
     return loaded
 
 
-def _not_a_vit(tensors: Mapping[str, Tensor]) -> str:
+def _another_kind(tensors: Mapping[str, Tensor]) -> str | None:
+    """What the tensors are of, where they are known to be of something else."""
     if any(key.startswith(("downsample_layers.", "stages.")) for key in tensors):
         return "holds a ConvNeXt, which this version does not serve"
     if "reg_token" in tensors:
         return "is in timm's layout, which this version does not read; use the official or transformers' file"
-    return f"holds no DINOv3 vision transformer; its keys are {_enumerate(tensors)}"
+    return None
 
 
 def _problems(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> list[str]:
@@ -184,7 +196,15 @@ def _dataset(path: Path, variant: VitVariant, tensors: Mapping[str, Tensor]) -> 
             if dataset.name in name.lower() and dataset.name in variant.hashes:
                 return dataset
     is_sat = variant.name == "dinov3_vitl16" and "local_cls_norm.weight" in tensors
-    return DATASETS["sat493m" if is_sat else "lvd1689m"]
+    assumed = DATASETS["sat493m" if is_sat else "lvd1689m"]
+    if len(variant.hashes) > 1:
+        logger.warning(
+            "%s does not say which dataset it was trained on (%s); %s is assumed, and its mean and std are used",
+            path,
+            " or ".join(variant.hashes),
+            assumed.name,
+        )
+    return assumed
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -131,8 +131,8 @@ def _weights(variant: VitVariant, weights: str) -> tuple[Checkpoint, bool]:
     """The checkpoint that `weights` names, and whether it is random."""
     kind, colon, seed = weights.partition(":")
     if kind == "random" and colon:
-        if not seed.isdecimal():
-            raise ConfigError(f"weights {weights!r}: the seed must be a whole number, as in 'random:0'")
+        if not (seed.isdecimal() and int(seed) < 1 << 63):
+            raise ConfigError(f"weights {weights!r}: the seed must be a whole number below 2^63, as in 'random:0'")
         logger.warning("RANDOM WEIGHTS (%s): the features of %s mean nothing", weights, variant.name)
         tensors = random_tensors(variant, int(seed))
         periods = default_periods(variant.head_dim, variant.rope_base)

@@ -98,8 +98,8 @@ def _check_cover(path: Path, spans: dict[str, _Span], size: int) -> None:
     for name, (_, _, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != position:
             what = "overlaps" if begin < position else "leaves a hole after"
-            raise CheckpointError(f"{path}: {name!r} begins at byte {begin} of the data and {what} {previous!r}")
-        position, previous = end, name
+            raise CheckpointError(f"{path}: {name!r} begins at byte {begin} of the data and {what} {previous}")
+        position, previous = end, repr(name)
     if position != size:
         raise CheckpointError(
             f"{path}: the header describes {position} bytes of tensors and the file has {size}"

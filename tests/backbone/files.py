@@ -1,0 +1,39 @@
+"""Checkpoints in each layout, written as their makers write them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dinov3_server.backbone.registry import VitVariant, lookup
+from dinov3_server.backbone.rope import default_periods
+from tests.backbone.reference import transformers_names
+
+# vits16's width, so that a wrong variant is really another one, at a quarter of its depth.
+SHALLOW = dataclasses.replace(lookup("vits16"), depth=3)
+SHALLOW_SWIGLU = dataclasses.replace(lookup("vits16plus"), depth=3)
+
+
+def official_state(variant: VitVariant, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Meta's layout: fused qkv with a masked key bias that is not zero, periods, mask_token."""
+    state = {name: tensor for name, tensor in tensors.items() if not any(f".attn.{p}." in name for p in "qkv")}
+    width = variant.embed_dim
+    state["mask_token"] = torch.zeros(1, width)
+    state["rope_embed.periods"] = default_periods(variant.head_dim, variant.rope_base)
+    for i in range(variant.depth):
+        attn = f"blocks.{i}.attn"
+        state[f"{attn}.qkv.weight"] = torch.cat([tensors[f"{attn}.{p}.weight"] for p in "qkv"])
+        if variant.qkv_bias:
+            key_bias = torch.full((width,), 3.0)
+            state[f"{attn}.qkv.bias"] = torch.cat([tensors[f"{attn}.q.bias"], key_bias, tensors[f"{attn}.v.bias"]])
+            state[f"{attn}.qkv.bias_mask"] = torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
+    return state
+
+
+def transformers_state(variant: VitVariant, tensors: dict[str, Tensor], *, older: bool) -> dict[str, Tensor]:
+    """transformers' layout, in the older spelling (`layer.0`) of the hub's files or the newer (`model.layer.0`)."""
+    names = transformers_names(variant)
+    state = {names[name].removeprefix("model." if older else ""): tensor for name, tensor in tensors.items()}
+    return state | {"embeddings.mask_token": torch.zeros(1, 1, variant.embed_dim)}

@@ -1,0 +1,49 @@
+"""What a CPU and its container allow, from the files in which the kernel says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dinov3_server.backbone import cpu
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads"),
+    [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("1600000 100000", 8), ("", 8)],
+)
+def test_threads_are_the_affinity_less_a_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, threads: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(cpu, "_CGROUP_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert cpu.available_threads() == threads
+
+
+def test_threads_without_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_CGROUP_QUOTA", tmp_path / "none")
+    assert cpu.available_threads() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "native"),
+    [
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 sse\n", True),
+        ("processor : 0\nflags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd i8mm bf16\n", True),
+        ("processor : 0\nflags\t\t: fpu avx512f avx512vl\nmodel name : avx512_bf16\n", False),
+        ("processor : 0\n", False),
+    ],
+)
+def test_native_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, native: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
+    assert cpu.has_native_bf16() is native
+
+
+def test_native_bfloat16_where_the_kernel_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "none")
+    assert cpu.has_native_bf16() is False
