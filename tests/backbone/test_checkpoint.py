@@ -17,15 +17,9 @@ from dinov3_server.backbone.layouts import canonical_shapes
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import VitVariant, lookup
 from dinov3_server.errors import CheckpointError
+from tests.backbone.features import normalised, ours, picture, worst_error
 from tests.backbone.files import SHALLOW, SHALLOW_SWIGLU, official_state, transformers_state
-from tests.backbone.reference import (
-    normalised,
-    ours,
-    picture,
-    transformers_features,
-    transformers_model,
-    worst_error,
-)
+from tests.backbone.reference import transformers_features, transformers_model
 
 NO_BIAS = dataclasses.replace(SHALLOW_SWIGLU, qkv_bias=False)
 VARIANTS = pytest.mark.parametrize("variant", [SHALLOW, SHALLOW_SWIGLU, NO_BIAS], ids=["mlp", "swiglu", "no-qkv-bias"])

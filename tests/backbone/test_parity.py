@@ -14,16 +14,8 @@ from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import DATASETS, VitVariant, lookup
 from dinov3_server.backbone.rope import default_periods
-from tests.backbone.reference import (
-    normalised,
-    ours,
-    photographs,
-    picture,
-    transformers_features,
-    transformers_model,
-    worst_cosine,
-    worst_error,
-)
+from tests.backbone.features import normalised, ours, picture, worst_cosine, worst_error
+from tests.backbone.reference import photographs, transformers_features, transformers_model
 
 FP32_BOUND = 1e-5
 BF16_COSINE = 0.9995

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import mmap
 import weakref
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,17 +14,13 @@ from torch import Tensor
 from dinov3_server.backbone import cpu, runner
 from dinov3_server.backbone.cpu_runner import CpuRunner
 from dinov3_server.backbone.interface import (
-    Batch,
     DeviceLost,
     DeviceOutOfMemory,
     FeatureDtype,
     FeatureSpec,
-    Finished,
-    ModelInfo,
     Output,
     PixelShape,
     Row,
-    Runner,
 )
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import lookup
@@ -36,11 +29,11 @@ from dinov3_server.backbone.runner import build
 from dinov3_server.backbone.torch_runner import TorchRunner
 from dinov3_server.backbone.vit import VisionTransformer
 from dinov3_server.errors import CheckpointError, ConfigError
+from tests.backbone.arenas import Arena, serve
+from tests.backbone.features import normalised, ours, picture
 from tests.backbone.files import official_state
-from tests.backbone.reference import normalised, ours, picture
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=3, heads=2, ffn_dim=128)
-NUMPY: dict[FeatureDtype, type] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 BYTES, FLOATS = PixelShape(32, 48, "uint8"), PixelShape(32, 48, "float32")
 CLS, REGISTERS, PATCHES = Output("cls"), Output("registers"), Output("patches")
 
@@ -60,55 +53,10 @@ def tiny_runner(**changes: str) -> TorchRunner:
     return build("tiny", "random:0", **{"dtype": "float32", **changes}, warm_up=())
 
 
-class Arena:
-    """Memory that hands out ranges one after the other, and reads them back."""
-
-    def __init__(self, number: int, size: int = 1 << 20) -> None:
-        self.number = number
-        self.memory = mmap.mmap(-1, size)
-        self.memory[:] = b"\xee" * size
-        self.end = 0
-
-    def take(self, nbytes: int) -> int:
-        start = self.end
-        self.end += -(-nbytes // 64) * 64
-        return start
-
-    def request(self, info: ModelInfo, shape: PixelShape, pixels: Tensor, spec: FeatureSpec) -> list[Row]:
-        """Rows for [n, ...] pixels, each output's rows side by side."""
-        count = pixels.shape[0]
-        start = self.take(count * shape.nbytes)
-        self.memory[start : start + count * shape.nbytes] = pixels.contiguous().numpy().tobytes()
-        sizes = [info.output_nbytes(output, spec.dtype, shape) for output in spec.outputs]
-        places = [self.take(count * size) for size in sizes]
-        return [
-            Row(
-                self.number,
-                start + i * shape.nbytes,
-                tuple(place + i * size for place, size in zip(places, sizes, strict=True)),
-                spec,
-            )
-            for i in range(count)
-        ]
-
-    def features(self, info: ModelInfo, shape: PixelShape, row: Row) -> list[np.ndarray]:
-        """A row's outputs, [tokens, D] float32."""
-        found = []
-        for output, offset in zip(row.outputs, row.spec.outputs, strict=True):
-            count = info.token_count(offset.kind, shape) * info.embed_dim
-            values = np.frombuffer(self.memory, NUMPY[row.spec.dtype], count, output)
-            found.append(values.astype(np.float32).reshape(-1, info.embed_dim))
-        return found
-
-
-def serve(served: Runner, shape: PixelShape, rows: list[Row]) -> Finished:
-    return served.finish(served.launch(Batch(shape, tuple(rows))))
-
-
-def expected(pixels: Tensor, row: int, output: Output) -> np.ndarray:
+def expected(pixels: Tensor, row: int, output: Output) -> Tensor:
     with torch.inference_mode():
         features = tiny_model()(pixels, [output])[output][row]
-    return features.reshape(-1, TINY.embed_dim).numpy()
+    return features.reshape(-1, TINY.embed_dim)
 
 
 SPECS = [
@@ -139,7 +87,7 @@ def test_mixed_requests_of_two_arenas_in_one_batch(shape: PixelShape) -> None:
         for output, actual in zip(row.spec.outputs, arena.features(served.info, shape, row), strict=True):
             wanted = expected(pixels, i, output)
             assert actual.shape == wanted.shape
-            error = np.linalg.norm(actual - wanted) / np.linalg.norm(wanted)
+            error = (actual - wanted).norm() / wanted.norm()
             assert error <= TOLERANCE[row.spec.dtype], (i, output)
 
 

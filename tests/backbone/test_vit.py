@@ -16,15 +16,8 @@ from dinov3_server.backbone.linear import Linear, PackedLinear, linear
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import VARIANTS, VitVariant, lookup
 from dinov3_server.backbone.rope import Rope, default_periods
-from tests.backbone.reference import (
-    every_output,
-    normalised,
-    ours,
-    picture,
-    transformers_features,
-    transformers_model,
-    worst_error,
-)
+from tests.backbone.features import every_output, normalised, ours, picture, worst_error
+from tests.backbone.reference import transformers_features, transformers_model
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=3, heads=2, ffn_dim=128)
 META = torch.device("meta")

@@ -1,0 +1,57 @@
+"""Arenas as a frontend would fill them. Needs nothing but torch."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from dinov3_server.backbone.interface import Batch, FeatureSpec, Finished, ModelInfo, PixelShape, Row, Runner
+from dinov3_server.backbone.torch_runner import TORCH_DTYPES
+
+
+class Arena:
+    """Memory that hands out ranges one after the other, and reads them back."""
+
+    def __init__(self, number: int, size: int = 1 << 20) -> None:
+        self.number = number
+        self.memory = mmap.mmap(-1, size)
+        self.memory[:] = b"\xee" * size
+        self.end = 0
+
+    def take(self, nbytes: int) -> int:
+        start = self.end
+        self.end += -(-nbytes // 64) * 64
+        return start
+
+    def request(self, info: ModelInfo, shape: PixelShape, pixels: Tensor, spec: FeatureSpec) -> list[Row]:
+        """Rows for [n, ...] pixels, each output's rows side by side."""
+        count = pixels.shape[0]
+        start = self.take(count * shape.nbytes)
+        self.memory[start : start + count * shape.nbytes] = pixels.contiguous().numpy().tobytes()
+        sizes = [info.output_nbytes(output, spec.dtype, shape) for output in spec.outputs]
+        places = [self.take(count * size) for size in sizes]
+        return [
+            Row(
+                self.number,
+                start + i * shape.nbytes,
+                tuple(place + i * size for place, size in zip(places, sizes, strict=True)),
+                spec,
+            )
+            for i in range(count)
+        ]
+
+    def features(self, info: ModelInfo, shape: PixelShape, row: Row) -> list[Tensor]:
+        """A copy of a row's outputs, each [tokens, D] fp32."""
+        found = []
+        for output, offset in zip(row.spec.outputs, row.outputs, strict=True):
+            shape_of = (info.token_count(output.kind, shape), info.embed_dim)
+            dtype = TORCH_DTYPES[row.spec.dtype]
+            values = torch.frombuffer(self.memory, dtype=dtype, count=shape_of[0] * shape_of[1], offset=offset)
+            found.append(values.view(shape_of).float().clone())
+        return found
+
+
+def serve(served: Runner, shape: PixelShape, rows: list[Row]) -> Finished:
+    return served.finish(served.launch(Batch(shape, tuple(rows))))
