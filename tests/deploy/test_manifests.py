@@ -1,0 +1,216 @@
+"""Image and manifests agree with the server, and with each other."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from typing import Any
+
+import pytest
+
+from dinov3_server import supervisor
+from dinov3_server.config import CONFIG_ENV, SETTINGS, Settings, load
+from dinov3_server.config_kinds import size
+from tests.deploy.files import DEPLOY, ROOT, compose, dockerfile, dockerfile_env, kubernetes
+
+DEPLOYMENT = kubernetes("Deployment")
+POD = DEPLOYMENT["spec"]["template"]["spec"]
+(CONTAINER,) = POD["containers"]
+SERVER = compose()["services"]["server"]
+GPU_IN_KUBERNETES, GPU_IN_COMPOSE = "nvidia.com/gpu", "deploy:| +resources:| +reservations:| +devices:"
+TOKEN_IN_COMPOSE = "DINOV3_TOKEN_FILE|secrets|  dinov3_token"
+
+
+def settings_of(environment: dict[str, str]) -> Settings:
+    """As the server in the image would read them; its files are mounted there, and not here."""
+    ours = {name: value for name, value in dockerfile_env().items() if name.startswith("DINOV3_")} | environment
+    here = {name: __file__ for name in ours if name.endswith("_FILE")}
+    return load({}, ours | here)[0]
+
+
+def kubernetes_environment() -> dict[str, str]:
+    return {each["name"]: each["value"] for each in CONTAINER["env"]}
+
+
+def kubernetes_settings() -> Settings:
+    return settings_of(kubernetes_environment())
+
+
+def compose_settings(service: dict[str, Any], **shell: str) -> Settings:
+    def filled_in(text: str) -> str:
+        return re.sub(r"\$\{(\w+):-(.*?)\}", lambda match: shell.get(match[1], match[2]), text)
+
+    return settings_of({name: filled_in(value) for name, value in service["environment"].items()})
+
+
+def seconds(text: str) -> float:
+    return float(re.fullmatch(r"(\d+)s", text)[1])  # type: ignore[index]
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+def test_environments_are_settings() -> None:
+    assert settings_of({}).host == "0.0.0.0"
+    assert kubernetes_settings().weights is not None
+    assert compose_settings(SERVER).weights == "random:0"
+    assert compose_settings(SERVER, DINOV3_MODEL="vitb16", DINOV3_WEIGHTS="b.pth").weights == "b.pth"
+
+
+def test_whoever_stops_the_server_waits_for_its_drain() -> None:
+    drain = kubernetes_settings().drain_seconds + supervisor.DRAIN_SLACK
+    assert drain < POD["terminationGracePeriodSeconds"]
+    assert compose_settings(SERVER).drain_seconds + supervisor.DRAIN_SLACK < seconds(SERVER["stop_grace_period"])
+
+
+def test_memory_limit_holds_arenas_and_processes() -> None:
+    settings = kubernetes_settings()
+    limit = size(1, 2**50).parse(CONTAINER["resources"]["limits"]["memory"] + "B")
+    assert settings.frontends, "the automatic choice depends on the node"
+    # docs/deployment.md, Memory: what is measured of each process beside the arenas.
+    assert settings.frontends * (settings.arena_bytes + 2**28) + 2**30 <= limit
+
+
+# --- the image ---------------------------------------------------------------------------------------------------
+
+
+def test_image_starts_the_server_as_pid_1_and_not_as_root() -> None:
+    instructions = dict(dockerfile())
+    (program,) = json.loads(instructions["ENTRYPOINT"])  # Exec form is JSON; a shell would eat SIGTERM.
+    assert program in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert json.loads(instructions["CMD"]) == CONTAINER["args"] == SERVER["command"] == ["serve"]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", instructions["USER"])
+    uid, gid = instructions["USER"].split(":")
+    assert [uid, gid, gid] == [str(POD["securityContext"][key]) for key in ("runAsUser", "runAsGroup", "fsGroup")]
+    assert f"uid {uid}" in (DEPLOY / "compose.yaml").read_text()
+
+
+def test_image_holds_the_packages_and_nothing_that_lies_about() -> None:
+    copied = {
+        path for name, rest in dockerfile() if name == "COPY" and "--from" not in rest for path in rest.split()[:-1]
+    }
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in ignore if not line.startswith("#")]
+    assert patterns[0] == "*"
+    assert {line[1:] for line in patterns if line.startswith("!")} == copied
+    assert all((ROOT / path).exists() for path in copied)
+
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = built["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert {package.split("/")[0] for package in packages} | {built["project"]["readme"]} <= copied
+
+
+def test_healthcheck_asks_what_the_server_answers() -> None:
+    (check,) = (rest for name, rest in dockerfile() if name == "HEALTHCHECK")
+    command = json.loads(check[check.index("[") :])
+    assert command[:2] == ["python", "-c"]
+    compile(command[2], "HEALTHCHECK", "exec")
+    assert "'DINOV3_HTTP_PORT', 8080" in command[2]
+    assert "'/readyz'" in command[2]
+
+
+# --- addresses ---------------------------------------------------------------------------------------------------
+
+
+def test_ports_are_the_servers() -> None:
+    settings = Settings()
+    ports = {"grpc": settings.port, "http": settings.http_port}
+    service = kubernetes("Service")["spec"]
+    assert {each["name"]: each["containerPort"] for each in CONTAINER["ports"]} == ports
+    assert {each["targetPort"]: each["port"] for each in service["ports"]} == ports
+    assert {int(port.split(":")[-1]) for port in SERVER["ports"]} == set(ports.values())
+    assert dict(dockerfile())["EXPOSE"].split() == [str(port) for port in ports.values()]
+    annotations = DEPLOYMENT["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(settings.http_port)
+
+
+def test_compose_publishes_to_this_machine_only() -> None:
+    for service in compose()["services"].values():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+def test_probes() -> None:
+    assert CONTAINER["startupProbe"]["grpc"] == CONTAINER["readinessProbe"]["grpc"] == {"port": Settings().port}
+    assert CONTAINER["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
+
+
+def test_service_is_headless_and_finds_the_pods() -> None:
+    service = kubernetes("Service")["spec"]
+    assert service["clusterIP"] == "None"
+    labels = DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"] == DEPLOYMENT["spec"]["selector"]["matchLabels"] == labels
+    assert kubernetes_settings().max_connection_age_seconds > 0
+
+
+# --- files and rights --------------------------------------------------------------------------------------------
+
+
+def test_files_that_settings_name_are_mounted() -> None:
+    mounts = {each["name"]: each for each in CONTAINER["volumeMounts"]}
+    assert set(mounts) == {each["name"] for each in POD["volumes"]}
+    assert all(mount["readOnly"] for mount in mounts.values())
+    environment = kubernetes_environment()
+    assert environment["DINOV3_WEIGHTS"].startswith(mounts["weights"]["mountPath"] + "/")
+    assert environment["DINOV3_TOKEN_FILE"].startswith(mounts["token"]["mountPath"] + "/")
+    assert mounts["weights"]["mountPath"] == dict(dockerfile())["WORKDIR"]
+    assert SERVER["volumes"] == [f"${{WEIGHTS_DIR:-./weights}}:{dict(dockerfile())['WORKDIR']}:ro"]
+
+    (volume,) = (each for each in POD["volumes"] if each["name"] == "weights")
+    claim = kubernetes("PersistentVolumeClaim")["metadata"]["name"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim
+
+
+def test_containers_have_no_rights_that_they_do_not_need() -> None:
+    assert POD["securityContext"]["runAsNonRoot"]
+    assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert POD["automountServiceAccountToken"] is False
+    assert CONTAINER["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert (SERVER["read_only"], SERVER["cap_drop"]) == (True, ["ALL"])
+    assert SERVER["security_opt"] == ["no-new-privileges:true"]
+
+
+# --- what stands there as a comment is right, too ----------------------------------------------------------------
+
+
+def test_gpu_of_kubernetes() -> None:
+    pod = kubernetes("Deployment", uncomment=GPU_IN_KUBERNETES)["spec"]["template"]["spec"]
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert limits == {**CONTAINER["resources"]["limits"], "nvidia.com/gpu": "1"}
+
+
+def test_gpu_of_compose() -> None:
+    server = compose(uncomment=GPU_IN_COMPOSE)["services"]["server"]
+    assert server.pop("deploy") == {
+        "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]}}
+    }
+    assert server == SERVER
+
+
+def test_token_of_compose() -> None:
+    whole = compose(uncomment=TOKEN_IN_COMPOSE)
+    server = whole["services"]["server"]
+    (secret,) = server["secrets"]
+    assert compose_settings(server).token_file
+    assert server["environment"]["DINOV3_TOKEN_FILE"] == f"/run/secrets/{secret}"
+    assert set(whole["secrets"]) == {secret}
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "deploy/kubernetes.yaml", "deploy/compose.yaml", "docs/deployment.md"])
+def test_variables_that_are_spoken_of_exist(name: str) -> None:
+    known = {declared.env for declared in SETTINGS} | {CONFIG_ENV, "DINOV3_TARGET", "DINOV3_TOKEN"}
+    assert set(re.findall(r"\bDINOV3_[A-Z_]*[A-Z]\b", (ROOT / name).read_text())) <= known
+
+
+def test_links_of_the_page_lead_somewhere() -> None:
+    page = ROOT / "docs/deployment.md"
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    assert links
+    assert [link for link in links if not (page.parent / link).exists()] == []
