@@ -1,0 +1,197 @@
+"""The CUDA runner: its features, its streams and its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import mmap
+from collections.abc import Iterator
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from dinov3_server.backbone.cuda_runner import CudaRunner  # noqa: E402
+from dinov3_server.backbone.interface import (  # noqa: E402
+    Batch,
+    DeviceOutOfMemory,
+    FeatureDtype,
+    FeatureSpec,
+    Output,
+    PixelShape,
+)
+from dinov3_server.backbone.random_weights import random_tensors  # noqa: E402
+from dinov3_server.backbone.registry import VitVariant, lookup  # noqa: E402
+from dinov3_server.backbone.rope import default_periods  # noqa: E402
+from dinov3_server.backbone.runner import build  # noqa: E402
+from tests.backbone.arenas import Arena, serve  # noqa: E402
+from tests.backbone.features import (  # noqa: E402
+    every_output,
+    normalised,
+    ours,
+    picture,
+    worst_cosine,
+    worst_error,
+)
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+SWIGLU = dataclasses.replace(lookup("vits16plus"), depth=6)
+FINAL = (Output("cls"), Output("registers"), Output("patches"))
+SHAPE = PixelShape(224, 224, "uint8")
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[CudaRunner]:
+    built = build("vits16", "random:7", dtype="bfloat16", device="cuda:0")
+    assert isinstance(built, CudaRunner)
+    yield built
+    built.close()
+
+
+@pytest.fixture
+def arena(runner: CudaRunner) -> Iterator[Arena]:
+    lent = Arena(0, size=64 << 20)
+    runner.attach(0, memoryview(lent.memory))
+    yield lent
+    runner.detach(0)
+    lent.memory.close()
+
+
+def on_cpu(variant: VitVariant, pixels: torch.Tensor, outputs: list[Output]) -> dict[Output, torch.Tensor]:
+    model = ours(variant, random_tensors(variant, 7), default_periods(variant.head_dim, variant.rope_base))
+    with torch.inference_mode():
+        return model(pixels, outputs)
+
+
+@pytest.mark.parametrize("variant", [lookup("vits16"), SWIGLU], ids=["mlp", "swiglu"])
+@pytest.mark.parametrize("size", [(224, 224), (384, 512)])
+def test_fp32_equals_the_cpu(variant: VitVariant, size: tuple[int, int]) -> None:
+    periods = default_periods(variant.head_dim, variant.rope_base)
+    model = ours(variant, random_tensors(variant, 7), periods, device=DEVICE)
+    images = picture(*size, count=2)
+    expected = {output: t.to(DEVICE) for output, t in on_cpu(variant, images, every_output(variant.depth)).items()}
+    assert worst_error(model, images.to(DEVICE), expected) <= 1e-5
+    assert worst_error(model, normalised(images).to(DEVICE), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", [lookup("vits16"), SWIGLU], ids=["mlp", "swiglu"])
+@pytest.mark.parametrize("size", [(224, 224), (384, 512)])
+def test_bf16_is_near_the_cpus_fp32(variant: VitVariant, size: tuple[int, int]) -> None:
+    periods = default_periods(variant.head_dim, variant.rope_base)
+    model = ours(variant, random_tensors(variant, 7), periods, dtype=torch.bfloat16, device=DEVICE)
+    images = picture(*size, count=2)
+    expected = on_cpu(variant, images, list(FINAL))
+    with torch.inference_mode():
+        actual = model(images.to(DEVICE), FINAL)
+    cosines = {output.kind: worst_cosine(actual[output].cpu(), expected[output]) for output in FINAL}
+    assert min(cosines.values()) >= 0.9995, cosines
+
+
+def test_build_says_what_it_made(runner: CudaRunner) -> None:
+    assert (runner.info.dtype, runner.info.device, runner.pipeline_depth) == ("bfloat16", "cuda:0", 2)
+    memory = runner.memory()
+    assert 0 < memory["allocated"] <= memory["reserved"] < memory["total"]
+    assert build("vits16", "random:7", dtype="auto", device="cuda", warm_up=()).info.dtype == "bfloat16"
+
+
+def test_mixed_requests_in_one_batch(runner: CudaRunner, arena: Arena) -> None:
+    wanted: list[tuple[Output, ...]] = [
+        (Output("cls"), Output("patches")),
+        (Output("patches"), Output("registers")),
+        (Output("patches", 3, False), Output("cls", 0)),
+    ]
+    dtypes: list[FeatureDtype] = ["float32", "bfloat16", "float16"]
+    images = picture(224, 224, count=6)
+    expected = on_cpu(lookup("vits16"), images, list(dict.fromkeys(o for outputs in wanted for o in outputs)))
+    rows = []
+    for i, (outputs, dtype) in enumerate(zip(wanted, dtypes, strict=True)):
+        rows += arena.request(runner.info, SHAPE, images[2 * i : 2 * i + 2], FeatureSpec(outputs, dtype))
+    finished = serve(runner, SHAPE, rows)
+    assert finished.finite == (True,) * 6
+    assert min(finished.copy_in, finished.forward, finished.copy_out) > 0
+    for i, row in enumerate(rows):
+        for output, actual in zip(row.spec.outputs, arena.features(runner.info, SHAPE, row), strict=True):
+            assert worst_cosine(actual, expected[output][i].view(actual.shape)) >= 0.9995, (i, output)
+
+
+def test_two_batches_in_flight(runner: CudaRunner, arena: Arena) -> None:
+    spec = FeatureSpec((Output("cls"), Output("patches")), "float32")
+    requests = [arena.request(runner.info, SHAPE, picture(224, 224, count=4, seed=seed), spec) for seed in range(4)]
+    alone = []
+    for rows in requests:
+        serve(runner, SHAPE, rows)
+        alone.append([arena.features(runner.info, SHAPE, row) for row in rows])
+    for rows in requests:
+        for offset, output in zip(rows[0].outputs, spec.outputs, strict=True):
+            size = len(rows) * runner.info.output_nbytes(output, spec.dtype, SHAPE)
+            arena.memory[offset : offset + size] = b"\xee" * size
+    batches = [Batch(SHAPE, tuple(rows)) for rows in requests]
+    launched = [runner.launch(batches[0]), runner.launch(batches[1])]
+    for following in (batches[2], batches[3], None, None):
+        assert runner.finish(launched.pop(0)).finite == (True,) * 4
+        if following:
+            launched.append(runner.launch(following))
+    for rows, features in zip(requests, alone, strict=True):
+        for row, expected in zip(rows, features, strict=True):
+            for actual, other in zip(arena.features(runner.info, SHAPE, row), expected, strict=True):
+                assert torch.equal(actual, other)
+
+
+def test_launch_neither_waits_nor_synchronises(runner: CudaRunner, arena: Arena) -> None:
+    rows = arena.request(runner.info, SHAPE, picture(224, 224, count=4), FeatureSpec(FINAL, "bfloat16"))
+    serve(runner, SHAPE, rows)  # what a first batch allocates is there
+    with torch.cuda.stream(runner._compute):
+        torch.cuda._sleep(2_000_000_000)  # about a second
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = runner.launch(Batch(SHAPE, tuple(rows)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not runner._compute.query(), "launch has waited for the device"
+    assert runner.finish(launched).finite == (True,) * 4
+
+
+def test_only_the_row_with_bad_features_is_flagged(runner: CudaRunner, arena: Arena) -> None:
+    shape = PixelShape(64, 64, "float32")
+    pixels = normalised(picture(64, 64, count=4))
+    pixels[2, 1, 5, 5] = torch.nan
+    rows = arena.request(runner.info, shape, pixels[:1], FeatureSpec((Output("cls"),), "float16"))
+    rows += arena.request(runner.info, shape, pixels[1:], FeatureSpec(FINAL, "bfloat16"))
+    assert serve(runner, shape, rows).finite == (True, True, False, True)
+
+
+def test_arenas_are_page_locked_while_attached(runner: CudaRunner) -> None:
+    memory = mmap.mmap(-1, 1 << 20)
+    runner.attach(5, memoryview(memory))
+    assert runner._arenas[5].is_pinned()
+    with pytest.raises(BufferError):
+        memory.close()
+    runner.detach(5)
+    gc.collect()
+    memory.close()
+    again = mmap.mmap(-1, 1 << 20)
+    runner.attach(5, memoryview(again))  # the number and, likely, the address are free again
+    runner.detach(5)
+
+
+def test_a_batch_that_does_not_fit_leaves_the_memory_for_a_smaller_one(runner: CudaRunner, arena: Arena) -> None:
+    large = PixelShape(1024, 1024, "uint8")
+    rows = arena.request(runner.info, large, picture(1024, 1024, count=8), FeatureSpec((Output("cls"),), "float32"))
+    torch.cuda.empty_cache()
+    total = runner.memory()["total"]
+    before = runner.memory()["allocated"]
+    # Room for one image's activations (some 90 MB at 1024 px) but not for eight.
+    torch.cuda.set_per_process_memory_fraction((runner.memory()["reserved"] + (300 << 20)) / total)
+    try:
+        with pytest.raises(DeviceOutOfMemory):
+            serve(runner, large, rows)
+        # What stays is the slot's pixel buffer, 24 MB.
+        assert runner.memory()["allocated"] <= before + large.nbytes * len(rows)
+        assert serve(runner, large, rows[:1]).finite == (True,)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert serve(runner, large, rows).finite == (True,) * 8
