@@ -1,0 +1,227 @@
+"""The CUDA runner's order of work, on a machine without CUDA: streams and events that only take notes.
+
+The copies and the model run at once, on the CPU. What it shows is which stream does what after which event, that
+slots come back and that arenas are registered and unregistered; not that CUDA does as it is told (tests/gpu does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov3_server.backbone import cuda_runner
+from dinov3_server.backbone.cuda_runner import CudaRunner
+from dinov3_server.backbone.interface import Batch, DeviceLost, DeviceOutOfMemory, FeatureSpec, Output, PixelShape, Row
+from dinov3_server.backbone.random_weights import random_tensors
+from dinov3_server.backbone.registry import lookup
+from dinov3_server.backbone.rope import default_periods
+from dinov3_server.backbone.runner import build
+from tests.backbone.arenas import Arena
+from tests.backbone.features import ours, picture
+
+TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=2, heads=2, ffn_dim=128)
+SHAPE = PixelShape(32, 32, "uint8")
+SPEC = FeatureSpec((Output("cls"), Output("patches")), "float32")
+PAGE_LOCK_FAILS = 801
+
+
+class Notes:
+    """A stand-in for torch.cuda: what was called, in order, with the stream that was current."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.current = "default"
+        self.registered: set[int] = set()
+        self.register_result = 0
+        self._begun: set[str] = set()
+        self._streams = iter(["copy_in", "compute", "copy_out"])
+
+    def Stream(self) -> SimpleNamespace:
+        name = next(self._streams)
+        return SimpleNamespace(name=name, wait_event=lambda event: self.log.append(f"{name} waits for {event.name}"))
+
+    def Event(self, enable_timing: bool = False, blocking: bool = False) -> SimpleNamespace:
+        event = SimpleNamespace(name="", elapsed_time=lambda other: 1000.0)
+
+        def record() -> None:
+            # Each stream's first event of a batch is its begin, the second its end.
+            self._begun ^= {self.current}
+            event.name = f"{self.current} {'begin' if self.current in self._begun else 'end'}"
+            self.log.append(event.name)
+
+        event.record = record
+        event.synchronize = lambda: self.log.append(f"host waits for {event.name}")
+        return event
+
+    @contextlib.contextmanager
+    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before
+
+    def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def synchronize(self, device: torch.device | None = None) -> None:
+        self.log.append("host waits for everything")
+
+    def empty_cache(self) -> None:
+        self.log.append("cache emptied")
+
+    def cudart(self) -> SimpleNamespace:
+        def register(address: int, size: int, flags: int) -> int:
+            if not self.register_result:
+                self.registered.add(address)
+            return self.register_result
+
+        return SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=self.registered.remove)
+
+
+class TorchWithNotes:
+    """torch, but for its CUDA part and page-locked memory."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.cuda = notes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        return torch.empty(*args, **kwargs)
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
+    noted = Notes()
+    monkeypatch.setattr(cuda_runner, "torch", TorchWithNotes(noted))
+    return noted
+
+
+@pytest.fixture
+def runner(notes: Notes) -> CudaRunner:
+    model = ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0))
+    info = dataclasses.replace(build("vits16", "random:0", dtype="float32", warm_up=()).info, embed_dim=64, depth=2)
+    made = CudaRunner(model, info)
+    notes.log.clear()
+    return made
+
+
+def request(runner: CudaRunner, arena: Arena, count: int = 2) -> list[Row]:
+    return arena.request(runner.info, SHAPE, picture(32, 32, count), SPEC)
+
+
+def test_a_batch_goes_through_three_streams_and_one_wait(runner: CudaRunner, notes: Notes) -> None:
+    arena = Arena(0)
+    runner.attach(0, memoryview(arena.memory))
+    rows = request(runner, arena)
+    launched = runner.launch(Batch(SHAPE, tuple(rows)))
+    assert notes.log == [
+        "copy_in begin",
+        "copy_in end",
+        "compute waits for copy_in end",
+        "compute begin",
+        "compute end",
+        "copy_out waits for compute end",
+        "copy_out begin",
+        "copy_out end",
+    ]
+    notes.log.clear()
+    finished = runner.finish(launched)
+    assert notes.log == ["host waits for copy_out end"]
+    assert finished.finite == (True, True)
+    assert (finished.copy_in, finished.forward, finished.copy_out) == (1.0, 1.0, 1.0)
+    for i, row in enumerate(rows):
+        with torch.inference_mode():
+            expected = runner._model(picture(32, 32, 2), SPEC.outputs)
+        for output, actual in zip(SPEC.outputs, arena.features(runner.info, SHAPE, row), strict=True):
+            torch.testing.assert_close(actual, expected[output][i].view(actual.shape))
+
+
+def test_each_batch_in_flight_has_a_slot_of_its_own(runner: CudaRunner) -> None:
+    arena = Arena(0)
+    runner.attach(0, memoryview(arena.memory))
+    batches = [Batch(SHAPE, tuple(request(runner, arena, count))) for count in (1, 3, 2)]
+    first, second = runner.launch(batches[0]), runner.launch(batches[1])
+    with pytest.raises(IndexError):
+        runner.launch(batches[2])
+    assert runner.finish(first).finite == (True,)
+    third = runner.launch(batches[2])
+    assert runner.finish(second).finite == (True,) * 3
+    assert runner.finish(third).finite == (True,) * 2
+
+
+def test_a_batch_that_failed_gives_its_slot_back_with_nothing_under_way(
+    runner: CudaRunner, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = Arena(0)
+    runner.attach(0, memoryview(arena.memory))
+    batch = Batch(SHAPE, tuple(request(runner, arena)))
+    model = runner._model
+
+    def failing(error: Exception) -> Any:
+        def call(pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
+            raise error
+
+        return call
+
+    freed = ["host waits for everything", "cache emptied"]
+    for error, expected, after in [
+        (torch.OutOfMemoryError("CUDA out of memory."), DeviceOutOfMemory, freed),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), DeviceOutOfMemory, freed),
+        (ValueError("no such layer"), ValueError, freed),
+        (RuntimeError("CUDA error: device-side assert triggered"), DeviceLost, []),
+        (torch.AcceleratorError("an illegal memory access"), DeviceLost, []),
+    ]:
+        monkeypatch.setattr(runner, "_model", failing(error))
+        notes.log.clear()
+        with pytest.raises(expected):
+            runner.launch(batch)
+        assert [line for line in notes.log if line in freed] == after
+        assert not any(line.startswith("copy_out") for line in notes.log)
+    monkeypatch.setattr(runner, "_model", model)
+    for launched in [runner.launch(batch), runner.launch(batch)]:
+        assert runner.finish(launched).finite == (True, True)
+
+
+def test_an_error_that_shows_while_memory_is_freed_is_a_lost_device(
+    runner: CudaRunner, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = Arena(0)
+    runner.attach(0, memoryview(arena.memory))
+
+    def out_of_memory(pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(runner, "_model", out_of_memory)
+    monkeypatch.setattr(notes, "synchronize", lost)
+    with pytest.raises(DeviceLost, match="unspecified launch failure"):
+        runner.launch(Batch(SHAPE, tuple(request(runner, arena))))
+
+
+def test_arenas_are_registered_while_attached(runner: CudaRunner, notes: Notes) -> None:
+    memory = mmap.mmap(-1, 4096)
+    runner.attach(3, memoryview(memory))
+    assert notes.registered == {runner._arenas[3].data_ptr()}
+    runner.close()
+    assert notes.registered == set()
+    memory.close()
+
+
+def test_an_arena_that_cannot_be_page_locked_is_not_attached(runner: CudaRunner, notes: Notes) -> None:
+    memory = mmap.mmap(-1, 4096)
+    notes.register_result = PAGE_LOCK_FAILS
+    with pytest.raises(RuntimeError, match="could not page-lock 4096 bytes: CUDA error 801"):
+        runner.attach(3, memoryview(memory))
+    runner.close()
+    memory.close()
