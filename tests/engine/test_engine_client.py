@@ -19,6 +19,7 @@ from dinov3_server.engine.channel import Channel, pair
 from dinov3_server.engine.client import SPREAD_IMAGES, Engine, JobResult
 from dinov3_server.engine.messages import (
     Attach,
+    Backlog,
     Cancel,
     Dropped,
     Hello,
@@ -336,3 +337,45 @@ async def test_rows_go_to_the_worker_with_the_least_to_do_and_large_requests_are
     await large[1]
     large[0].release()
     assert engine.admission.arena.used_bytes == 0
+
+
+async def test_a_worker_that_this_frontend_never_met_may_go_too(engine):
+    """It died before it was connected; its successor's time still counts."""
+    engine.worker_gone(3, 20.0)
+    worker = await PlayedWorker(engine).hello()
+    worker.die()
+    worker.reaped(back_in=30.0)
+    lease, task = run(engine, 1, deadline=time.monotonic() + 10)
+    with pytest.raises(Unavailable) as refused:
+        await task
+    assert 15 < refused.value.retry_after <= 20
+    lease.release()
+
+
+async def test_of_several_dead_workers_the_first_one_back_counts(engine):
+    workers = [await PlayedWorker(engine, index).hello() for index in range(2)]
+    for worker, back_in in zip(workers, (1.0, 30.0), strict=True):
+        worker.die()
+        worker.reaped(back_in=back_in)
+    lease, task = run(engine, 1, deadline=time.monotonic() + 10)
+    await asyncio.sleep(0)
+    assert not task.done(), "a worker is expected in time: the call waits for it"
+    worker = await PlayedWorker(engine).hello()
+    worker.finish(await worker.hear(Submit))
+    assert (await task).failed == {}
+    lease.release()
+
+
+async def test_a_backlog_of_others_that_is_gone_is_forgotten(engine):
+    workers = [await PlayedWorker(engine, index).hello() for index in range(2)]
+    workers[0].say(Backlog(10_000))
+    await until_async(lambda: engine._workers[0].other_tokens)
+    for busy, free in ((0, 1), (1, 0)):
+        lease, task = run(engine, 1)
+        workers[free].finish(await workers[free].hear(Submit))
+        await task
+        lease.release()
+        workers[busy].say(Backlog(0))
+        workers[free].say(Backlog(10_000))
+        await until_async(lambda now=busy: not engine._workers[now].other_tokens)
+        await until_async(lambda now=free: engine._workers[now].other_tokens)

@@ -25,7 +25,17 @@ from dinov3_server.engine.admission import Admission, Lease
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, ChannelClosed
-from dinov3_server.engine.messages import Attach, Cancel, Dropped, Hello, PartResult, Results, Started, Submit
+from dinov3_server.engine.messages import (
+    Attach,
+    Backlog,
+    Cancel,
+    Dropped,
+    Hello,
+    PartResult,
+    Results,
+    Started,
+    Submit,
+)
 from dinov3_server.errors import DeadlineExceeded, InternalError, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 
@@ -118,7 +128,7 @@ class Engine:
         self._workers: dict[int, _Worker] = {}  # by worker index, from Hello on
         self._parts_made = 0
         self._homeless: list[_Part] = []  # no worker lives; in the order of their requests
-        self._expected_at = 0.0  # when a worker is expected to live again
+        self._expected: dict[int, float] = {}  # by index of a dead worker: when its successor is expected
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -146,8 +156,9 @@ class Engine:
         call = _Call(block, lease, deadline, bulk, time.monotonic(), self._loop.create_future(), set(rows))
         if not rows:
             return JobResult({}, 0.0, 0.0, 0, 0)
-        if not self._workers and deadline is not None and deadline < self._expected_at:
-            wait = max(0.1, self._expected_at - call.enqueued)
+        expected_at = min(self._expected.values(), default=0.0)
+        if not self._workers and deadline is not None and deadline < expected_at:
+            wait = max(0.1, expected_at - call.enqueued)
             raise Unavailable(f"no worker lives; one is expected in {wait:.1f} s", reason="no_worker", retry_after=wait)
         for chunk in self._spread(list(rows)):
             self._place(self._new_part(call, chunk, solo=False))
@@ -237,15 +248,16 @@ class Engine:
         self._flush(channel)
 
     def worker_gone(self, index: int, back_in: float) -> None:
-        """The supervisor has reaped worker `index`: its rows are ours again."""
-        channel = self._channels.pop(index)
+        """The supervisor has reaped worker `index`: its rows are ours again, if it ever had any."""
+        self._expected[index] = time.monotonic() + back_in
+        channel = self._channels.pop(index, None)
+        if channel is None:
+            return  # it died before it was ready, or before it was connected with this frontend
         self._read(index, channel)  # what it had said before it died
         self._loop.remove_reader(channel.fileno())
         self._loop.remove_writer(channel.fileno())
         channel.close()
         worker = self._workers.pop(index, None)
-        if not self._workers:
-            self._expected_at = time.monotonic() + back_in
         if worker is None:
             return
         for part in worker.parts.values():
@@ -291,6 +303,8 @@ class Engine:
                         if not part.call.over:
                             # Its deadline passed in the worker a moment before it does here.
                             self._expire(part.call)
+                    case Backlog(other_tokens):
+                        self._workers[index].other_tokens = other_tokens
                     case Hello(info):
                         self._hello(index, channel, info)
         except ChannelClosed:
@@ -300,6 +314,7 @@ class Engine:
 
     def _hello(self, index: int, channel: Channel, info: ModelInfo) -> None:
         self.model = info
+        self._expected.pop(index, None)
         self._workers[index] = _Worker(channel, info)
         homeless, self._homeless = self._homeless, []
         for part in homeless:

@@ -13,6 +13,8 @@ from dinov3_server.backbone.interface import ModelInfo
 from dinov3_server.config import Settings
 from dinov3_server.engine.block import Block
 
+SNAPSHOT_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class StartWorker:
@@ -44,7 +46,10 @@ class Connected:
 
 @dataclass(frozen=True)
 class WorkerGone:
-    """S -> F: worker `index` is reaped, nothing of it touches memory any more; another is expected."""
+    """S -> F: worker `index` is reaped, nothing of it touches memory any more; another is expected.
+
+    Also of a worker that never became ready: then only the expectation is news.
+    """
 
     index: int
     back_in: float  # seconds until its successor is expected to serve
@@ -73,7 +78,7 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class MetricsSnapshot:
-    """F -> S and W -> S, when something changed."""
+    """F -> S and W -> S, every SNAPSHOT_SECONDS; it also tells that the process is not stuck."""
 
     snapshot: Any
 
@@ -137,8 +142,15 @@ class PartResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Backlog:
+    """W -> F, now and then: the tokens that other frontends have waiting or running here."""
+
+    other_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
-    """W -> F: features lie in the arena. `other_tokens` is the worker's backlog from other frontends."""
+    """W -> F: features lie in the arena. `other_tokens` as in `Backlog`."""
 
     parts: tuple[PartResult, ...]
     other_tokens: int

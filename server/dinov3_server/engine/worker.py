@@ -20,7 +20,9 @@ from dinov3_server.engine.arena import ArenaMapping
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.device import Device, Running
 from dinov3_server.engine.messages import (
+    SNAPSHOT_SECONDS,
     Attach,
+    Backlog,
     Cancel,
     Connected,
     Drain,
@@ -41,9 +43,6 @@ from dinov3_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_SECONDS = 1.0
-# A frontend that does not read a message of a few hundred bytes for this long serves nobody any more.
-ANNOUNCE_SECONDS = 5.0
 # Exit status of a worker whose device is beyond repair in this process.
 DEVICE_LOST = 70
 
@@ -68,8 +67,8 @@ class Worker:
         self._connected = 0
         self._stopping = False
         self._next_snapshot = 0.0
-        self._last_snapshot: object = None
         self._busy_since = 0.0
+        self._head_since = 0.0  # when the batch that the device works on became the first there
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ, self._read_control)
         self._selector.register(self._device, selectors.EVENT_READ, None)
@@ -85,12 +84,12 @@ class Worker:
             self._expire(now)
             self._launch(now)
             self._exit_if_hung(now)
-            self._report_metrics(now)
+            self._report(now)
             self._flush()
         self._device.close()
         self._metrics.queue_images.set(0)
         self._next_snapshot = 0.0
-        self._report_metrics(time.monotonic())
+        self._report(time.monotonic())
         self._control.flush_within(1.0)
         for frontend in list(self._frontends.values()):
             self._forget(frontend)
@@ -109,6 +108,7 @@ class Worker:
                         self._stopping = True
         except ChannelClosed:
             self._stopping = True  # the supervisor is gone, and with it everybody who could ask
+            self._selector.unregister(self._control)
 
     def _connect(self, fd: int) -> None:
         frontend = Frontend(self._connected, fd)
@@ -154,9 +154,7 @@ class Worker:
 
     def _timeout(self, now: float) -> float | None:
         moments = [self._next_snapshot]
-        wakeup = self._scheduler.wakeup(now)
-        # A moment that has passed while the device is full comes again when a batch leaves it.
-        if wakeup is not None and (wakeup > now or self._device.has_room):
+        if (wakeup := self._scheduler.wakeup(now)) is not None:
             moments.append(wakeup)
         return max(0.0, min(moments) - now)
 
@@ -174,7 +172,7 @@ class Worker:
                 self._retry.appendleft(rows)  # a suspect runs alone
                 return
             if not self._device.running:
-                self._busy_since = now
+                self._busy_since = self._head_since = now
             self._announce(rows)
             self._device.launch(rows)
 
@@ -213,24 +211,28 @@ class Worker:
         for key, parts in by_part.items():
             frontend = self._frontends[key]
             frontend.channel.send(Started(tuple(PartRows(part, tuple(of)) for part, of in parts.items())))
-            if not frontend.gone and not frontend.channel.flush_within(ANNOUNCE_SECONDS):
-                log.error("a frontend has not read its channel for %s s; its requests are dropped", ANNOUNCE_SECONDS)
-                self._lose(frontend)
+            # Not waited for: a frontend that does not read must not hold up the others. Should this batch kill the
+            # process before the message is out, its rows count as queued, and it takes one crash more.
+            frontend.channel.flush()
 
     def _arena_row(self, row: BatchRow) -> Row:
         block = row.job.payload.block
         return Row(row.job.key[0], block.row_pixels(row.row), block.row_outputs(row.row), block.spec)
 
     def _exit_if_hung(self, now: float) -> None:
-        running = self._device.running
-        if running and now - running[0].since > self._batch_timeout:
-            log.critical("a batch has been on the device for over %s s; this process is replaced", self._batch_timeout)
-            os._exit(DEVICE_LOST)
+        if self._device.running and now - self._head_since > self._batch_timeout:
+            self._exit(f"a batch has been on the device for over {self._batch_timeout:g} s")
+
+    def _exit(self, reason: str) -> None:
+        """End this process at once; what it has still to say is said, or finished rows would be suspects."""
+        log.critical("%s; this process is replaced", reason)
+        self._flush()
+        os._exit(DEVICE_LOST)
 
     # --- settling --------------------------------------------------------------------------------
 
     def _settle(self, batch: Running) -> None:
-        now = time.monotonic()
+        now = self._head_since = time.monotonic()
         if not self._device.running:
             self._metrics.device_busy_seconds.inc(self._runner.info.device, value=now - self._busy_since)
         rows = batch.rows
@@ -244,8 +246,7 @@ class Worker:
                 failed = {i: reason for i, finite in enumerate(finished.finite) if not finite}
                 self._answer(batch, failed, now)
             case DeviceLost() as error:
-                log.critical("the device is lost: %s; this process is replaced", error)
-                os._exit(DEVICE_LOST)
+                self._exit(f"the device is lost: {error}")
             case DeviceOutOfMemory() as error if len(rows) > 1:
                 half = -(-len(rows) // 2)  # rounded up: the ceiling is not lowered further than it must be
                 log.warning(
@@ -311,17 +312,20 @@ class Worker:
                 if key.events != events:
                     self._selector.modify(frontend.channel, events, key.data)
 
-    def _report_metrics(self, now: float) -> None:
+    def _report(self, now: float) -> None:
         if now < self._next_snapshot:
             return
         self._next_snapshot = now + SNAPSHOT_SECONDS
         self._metrics.queue_images.set(self._scheduler.queued_images)
         for kind, nbytes in self._runner.memory().items():
             self._metrics.device_memory_bytes.set(nbytes, self._runner.info.device, kind)
-        snapshot = self._metrics.snapshot()
-        if snapshot != self._last_snapshot:
-            self._last_snapshot = snapshot
-            self._control.send(MetricsSnapshot(snapshot))
+        if self._control.flush():  # to a peer that does not read nothing is piled up
+            self._control.send(MetricsSnapshot(self._metrics.snapshot()))
+        # Results tell it too, but only to a frontend that has something here, not to one that stays away.
+        total = sum(frontend.tokens for frontend in self._frontends.values())
+        for frontend in self._frontends.values():
+            if not frontend.gone and frontend.channel.flush():
+                frontend.channel.send(Backlog(total - frontend.tokens))
 
 
 def serve(start: StartWorker, control: Channel) -> None:
