@@ -77,7 +77,9 @@ def test_another_for_whatever_else_changes_a_feature() -> None:
         identity(base, dtype="bfloat16"),
         identity(base, preprocessing="pillow 13"),
         identity(dataclasses.replace(base, periods=base.periods * 1.01)),
-        identity(dataclasses.replace(base, dataset=DATASETS["sat493m"])),
+        identity(dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, mean=(0.5, 0.5, 0.5)))),
+        identity(dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, std=(0.5, 0.5, 0.5)))),
+        identity(dataclasses.replace(base, tensors={**base.tensors, "cls_token": base.tensors["cls_token"].view(384)})),
         identity(dataclasses.replace(base, variant=lookup("vits16plus"))),
         identity(checkpoint(seed=6)),
     ]

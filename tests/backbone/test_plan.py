@@ -92,3 +92,14 @@ def test_strides_are_those_of_the_dtype_asked_for() -> None:
     half = FeatureSpec((CLS,), "bfloat16")
     pair = (Row(0, 0, (5000,), half), Row(0, PIXELS, (5000 + 8 * 2,), half))
     assert feature_runs(Batch(SHAPE, pair), INFO) == [FeatureRun(0, (5000,), half, 0, 2)]
+
+
+def test_rows_that_only_look_like_neighbours() -> None:
+    cls, patches = FeatureSpec((CLS,), "float32"), FeatureSpec((PATCHES,), "float32")
+    row = Row(0, 0, (9000,), cls)
+    elsewhere = Row(1, PIXELS, (9000 + CLS_BYTES,), cls)
+    other_spec = Row(0, PIXELS, (9000 + PATCH_BYTES,), patches)
+    assert len(pixel_runs(Batch(SHAPE, (row, elsewhere)))) == 2
+    assert len(feature_runs(Batch(SHAPE, (row, elsewhere)), INFO)) == 2
+    assert len(pixel_runs(Batch(SHAPE, (row, other_spec)))) == 1
+    assert len(feature_runs(Batch(SHAPE, (row, other_spec)), INFO)) == 2
