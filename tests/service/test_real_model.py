@@ -20,7 +20,8 @@ from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.rope import default_periods
-from tests.backbone.reference import normalised, transformers_features, transformers_model
+from tests.backbone.features import normalised
+from tests.backbone.reference import transformers_features, transformers_model
 from tests.support.server import Server
 
 PHOTOS = [Path(skimage.__file__).parent / "data" / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")]
