@@ -151,8 +151,9 @@ def _bind(host: str, port: int, pages: dict[str, Any]) -> _Server:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return _Server(family, address, pages)
-    except socket.gaierror as error:
-        raise StartupError(f"http_host {host!r} is not an address of this machine: {error.strerror}") from None
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: "a..b" is no name at all
+        why = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise StartupError(f"http_host {host!r} is not an address of this machine: {why}") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartupError(

@@ -27,6 +27,13 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 REQUEST = pb.ExtractRequest(pixels=tensor(picture(16, 16)[np.newaxis]), preprocessing=AS_IS)
 CERTIFICATES = Path(__file__).parents[1] / "client"
+# Of no certificate.
+OTHER_KEY = """-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIGlEBBfKT5UYhnWHPuxFTYGhyKh35v3NaNnMz+zPKeIeoAoGCCqGSM49
+AwEHoUQDQgAEStqJ3LHpXqXQLjN3J/gr7dODTEG43gfQFOtDFd6YYREMkUNcZFha
+8voBY1C1nUvfAd06RYHCrnyQdcbFfi+kUg==
+-----END EC PRIVATE KEY-----
+"""
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
@@ -141,19 +148,29 @@ async def test_mutual_tls() -> None:
             assert error.code == grpc.StatusCode.UNAVAILABLE
 
 
-async def test_tls_files_that_are_no_pem(tmp_path: Path) -> None:
-    path = tmp_path / "garbage"
-    path.write_text("garbage")
-    server = FrontendServer(
-        FakeEngine(),  # type: ignore[arg-type]
-        Settings(tls_cert_file=str(path), tls_key_file=str(path)),
-        Metrics(),
-        0,
-        1,
-    )
-    with pytest.raises(StartupError, match=r"cannot listen on 127\.0\.0\.1:0"):
-        await server.start("127.0.0.1", 0)
-    await server.drain(0)
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"tls_cert_file": "garbage"},
+            "tls_cert_file .*garbage and tls_key_file .*localhost.key are no PEM certificate",
+        ),
+        ({"tls_key_file": "garbage"}, "tls_key_file .*garbage are no PEM certificate with its private key"),
+        ({"tls_key_file": "other.key"}, "tls_key_file .*other.key are no PEM .*KEY_VALUES_MISMATCH"),
+        ({"tls_client_ca_file": "garbage"}, "tls_client_ca_file .*garbage holds no certificate in PEM"),
+    ],
+    ids=["certificate", "key", "key of another", "authorities"],
+)
+async def test_tls_files_of_no_use(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    (tmp_path / "garbage").write_text("garbage")
+    (tmp_path / "other.key").write_text(OTHER_KEY)
+    good = {
+        "tls_cert_file": str(CERTIFICATES / "localhost.pem"),
+        "tls_key_file": str(CERTIFICATES / "localhost.key"),
+    }
+    given = good | {setting: str(tmp_path / name) for setting, name in files.items()}
+    with pytest.raises(ConfigError, match=message):
+        FrontendServer(FakeEngine(), Settings(**given), Metrics(), 0, 1)  # type: ignore[arg-type]
 
 
 async def test_health() -> None:

@@ -230,6 +230,12 @@ def test_host_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
         bind("nowhere", 0)()
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 80])
+def test_host_that_is_no_name(host: str) -> None:
+    with pytest.raises(StartupError, match=f"http_host '{host}' is not an address of this machine: not a host name"):
+        bind(host, 0)()
+
+
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
 def test_ipv6(state: State) -> None:
     try:

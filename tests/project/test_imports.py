@@ -21,6 +21,7 @@ FLOORS = {
     "api": 3, "process": 3, "topology": 3, "http_endpoints": 3,
     "supervisor": 4,
     "cli": 5,
+    "__main__": 6,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import ssl
 from pathlib import Path
 
 import grpc
@@ -103,7 +104,25 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     authorities = None
     if settings.tls_client_ca_file is not None:
         authorities = _read(settings.tls_client_ca_file, "tls_client_ca_file")
+    _check_pem(settings.tls_cert_file, settings.tls_key_file, authorities, settings.tls_client_ca_file)
     return grpc.ssl_server_credentials([(key, certificate)], authorities, require_client_auth=authorities is not None)
+
+
+def _check_pem(certificate: str, key: str, authorities: bytes | None, authorities_path: str | None) -> None:
+    """gRPC says of files that are of no use only that it cannot listen."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key, password="")  # or a key with a passphrase would ask the terminal
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"tls_cert_file {certificate} and tls_key_file {key} are no PEM certificate with its private key "
+            f"(without passphrase): {error.reason or error}"
+        ) from None
+    try:
+        if authorities is not None:
+            context.load_verify_locations(cadata=authorities.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(f"tls_client_ca_file {authorities_path} holds no certificate in PEM") from None
 
 
 def _tokens(path: str) -> list[str]:
