@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import ssl
 from pathlib import Path
 
 import grpc
@@ -30,9 +32,34 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+# gRPC's own ways to name a server (its doc/naming.md), which it checks by itself.
+_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:")
+
+
+def check_target(target: str) -> str:
+    """gRPC alone would wait for the deadline, and take port 443 where none is given and 34463 for 99999."""
+    if not isinstance(target, str):
+        raise TypeError(f"target is a {type(target).__name__}; it must be the text HOST:PORT, as localhost:50051")
+    found = re.fullmatch(r"(?:\[[^\[\]/]+\]|[^\[\]:/\s]+):([0-9]+)", target)
+    if not target.startswith(_SCHEMES) and not (found and 0 < int(found[1]) < 65536):
+        raise ValueError(
+            f"target is {target!r}; it must be HOST:PORT, as localhost:50051 or [::1]:50051, with a port from 1 to "
+            "65535 and without http://"
+        )
+    return target
+
+
 def credentials(tls_ca: str | os.PathLike[str] | None) -> grpc.ChannelCredentials | None:
     """Of a server whose certificate the PEM file `tls_ca` vouches for; None is plain text."""
-    return None if tls_ca is None else grpc.ssl_channel_credentials(Path(tls_ca).read_bytes())
+    if tls_ca is None:
+        return None
+    pem = Path(tls_ca).read_bytes()
+    try:
+        # gRPC would take it, and say at each call that it cannot connect.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ValueError(f"tls_ca is {os.fspath(tls_ca)!r}, a file that holds no certificate in PEM") from None
+    return grpc.ssl_channel_credentials(pem)
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:

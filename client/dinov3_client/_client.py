@@ -45,8 +45,10 @@ class Client:
         tls_ca: str | os.PathLike[str] | None = None,
     ) -> None:
         self._deadline = _request.check_deadline(deadline)
+        self._target = _channel.check_target(target)
         self._metadata = _channel.metadata(token)
         credentials = _channel.credentials(tls_ca)
+        self._tls = credentials is not None
         self._channel = (
             grpc.insecure_channel(target, _channel.OPTIONS)
             if credentials is None
@@ -155,6 +157,10 @@ class Client:
                 return method(message, timeout=attempts.remaining(), metadata=self._metadata)
             except grpc.RpcError as caught:
                 error = from_rpc_error(caught)
+            if isinstance(error, Unavailable) and error.retry_after is None:
+                # It is gRPC that says so, of the connection: it names addresses, not what the user gave.
+                how, other = ("with TLS", "with") if self._tls else ("in plain text", "without")
+                error.message = f"cannot reach {self._target} {how} (is it up, and {other} TLS?): {error.message}"
             pause = attempts.pause(error)
             if isinstance(error, Unavailable) and error.attempts == 1:
                 _log.warning("%s; trying again for up to %.0f s", error.message, attempts.remaining())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ Priority = Literal["interactive", "bulk"]
 OnError = Literal["raise", "return"]
 
 _T = TypeVar("_T", bound=int)
+
+# Of sizes and layers on the wire, uint32.
+_MOST = 2**32 - 1
 
 _PRESETS: dict[str, pb.Preset] = {
     "dinov3": pb.PRESET_DINOV3,
@@ -78,12 +82,16 @@ def options(
     exif: bool,
     priority: Priority,
 ) -> Options:
+    if not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs is {outputs!r}; name one or several of {_listed(get_args(TokenKind))}")
     kinds = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     for kind in kinds:
         check_choice("outputs", kind, get_args(TokenKind))
     if not kinds:
         raise ValueError(f"outputs is empty; name at least one of {_listed(get_args(TokenKind))}")
     check_choice("dtype", dtype, get_args(FeatureDtype))
+    if not isinstance(exif, bool):
+        raise TypeError(f"exif is {exif!r}; allowed are True and False")
     preprocessing = pb.Preprocessing(
         preset=_enum("preset", preset, _PRESETS),
         interpolation=_enum("interpolation", interpolation, _INTERPOLATIONS) if interpolation is not None else None,
@@ -93,10 +101,13 @@ def options(
         height, width = _size(size)
         preprocessing.size.CopyFrom(pb.Size(height=height, width=width))
     try:
-        numbers = tuple(map(operator.index, layers if isinstance(layers, Iterable) else (layers,)))
+        given = tuple(map(operator.index, layers if isinstance(layers, Iterable) else (layers,)))
     except TypeError:
         raise TypeError(f"layers is {layers!r}; allowed are block numbers (negative ones count from the end)") from None
-    return Options(kinds, numbers, dtype, preprocessing, _enum("priority", priority, _PRIORITIES))
+    for layer in given:
+        if abs(layer) > _MOST:
+            raise ValueError(f"layers has {layer}; no model has so many blocks")
+    return Options(kinds, given, dtype, preprocessing, _enum("priority", priority, _PRIORITIES))
 
 
 def query(sources: Sequence[Source], wanted: Options, depth: int | None, fingerprint: str) -> Query:
@@ -129,6 +140,8 @@ def check_choice(name: str, given: object, allowed: Iterable[str]) -> None:
 
 
 def check_deadline(deadline: float) -> float:
+    if not isinstance(deadline, numbers.Real):
+        raise TypeError(f"deadline is {deadline!r}; it must be a positive number of seconds")
     if not (deadline > 0 and math.isfinite(deadline)):
         raise ValueError(f"deadline is {deadline!r}; it must be a positive number of seconds")
     return deadline
@@ -147,8 +160,10 @@ def _size(size: int | tuple[int, int]) -> tuple[int, int]:
         height, width = map(operator.index, size if isinstance(size, Iterable) else (size, size))
     except (TypeError, ValueError):
         height = width = 0
-    if height <= 0 or width <= 0:
-        raise ValueError(f"size is {size!r}; it must be a positive number of pixels or a pair (height, width) of them")
+    if not (0 < height <= _MOST and 0 < width <= _MOST):
+        raise ValueError(
+            f"size is {size!r}; it must be a number of pixels from 1 to {_MOST} or a pair (height, width) of them"
+        )
     return height, width
 
 

@@ -92,6 +92,8 @@ def _pca_picture(args: argparse.Namespace) -> int:
         raise UsageError(f"-o {args.output}: its ending names no image format to write; .png does")
     if not args.output.parent.is_dir():
         raise UsageError(f"-o {args.output}: there is no folder {args.output.parent}")
+    # The server has its own limit (`max_image_pixels`): what passed that is no bomb, whatever Pillow thinks.
+    Image.MAX_IMAGE_PIXELS = None
     with _connect(args) as client:
         model = _model(client)
         options = Options(("patches",), "dinov3", args.size, "float16", (), args.exif)
@@ -132,9 +134,11 @@ class _Failures:
 
 
 def _connect(args: argparse.Namespace) -> Client:
-    token = args.token_file.read_text().strip() if args.token_file else os.environ.get("DINOV3_TOKEN")
     try:
+        token = args.token_file.read_text("ascii").strip() if args.token_file else os.environ.get("DINOV3_TOKEN")
         return Client(args.target, deadline=args.deadline, token=token, tls_ca=args.tls_ca)
+    except UnicodeDecodeError:
+        raise UsageError(f"--token-file {args.token_file}: it holds no token: other characters than ASCII") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -272,7 +276,7 @@ def _add_size(parser: argparse.ArgumentParser, default: tuple[int, int] | None, 
 
 def _size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) < 2**32 for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; 512 and 384x512 (height x width) are")
     return int(sides[0]), int(sides[-1])
 

@@ -140,7 +140,10 @@ def test_a_hint_beyond_the_deadline_is_not_waited_for(client: Client, server: Fa
 
 
 def test_what_came_before_the_last_error_is_told(client: Client, server: FakeServer, clock: FakeClock) -> None:
-    server.script = [failure(Code.UNAVAILABLE, "starting"), failure(Code.DEADLINE_EXCEEDED, "in the queue")]
+    server.script = [
+        failure(Code.UNAVAILABLE, "starting", retry_info(0.1)),
+        failure(Code.DEADLINE_EXCEEDED, "in the queue"),
+    ]
     message = r"^in the queue \(no answer within 20 s\) \(attempt 2; the one before: UNAVAILABLE: starting\)$"
     with pytest.raises(DeadlineExceeded, match=message) as caught:
         client.extract(PIXELS)
@@ -172,6 +175,7 @@ def test_no_server_is_unavailable_and_tried_again(
     assert caught.value.attempts > 2
     assert len(caplog.messages) == 1  # said once, not at each attempt
     assert caplog.messages[0].endswith("; trying again for up to 3 s")
+    assert str(caught.value).startswith(f"cannot reach {server.target} in plain text (is it up, and without TLS?): ")
 
 
 def test_a_server_that_comes_is_found(tmp_path: Path) -> None:
@@ -229,6 +233,26 @@ def test_tokens_that_cannot_be_sent(token: str) -> None:
         Client("localhost:1", token=token)
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["", "localhost", "localhost:", "localhost:port", "localhost:0", "localhost:99999", ":50051", "::1:50051",
+     "http://localhost:50051", "localhost:50051/"],
+)  # fmt: skip
+def test_targets_that_are_none(target: str) -> None:
+    with pytest.raises(ValueError, match=r"target is .*; it must be HOST:PORT, as localhost:50051"):
+        Client(target)
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1:1", "[::1]:50051", "dinov3.default.svc:65535", "dns:///dinov3:50051"])
+def test_targets(target: str) -> None:
+    Client(target).close()
+
+
+def test_targets_are_text() -> None:
+    with pytest.raises(TypeError, match="target is a int; it must be the text HOST:PORT"):
+        Client(50051)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("deadline", [0, -1, float("inf"), float("nan")])
 def test_deadlines_that_are_none(deadline: float) -> None:
     with pytest.raises(ValueError, match=r"deadline is .*; it must be a positive number of seconds"):
@@ -244,8 +268,14 @@ def test_tls(tmp_path: Path) -> None:
             assert len(client.extract(PIXELS)) == 1
         with Client(server.target) as client, pytest.raises(Unavailable):
             client.model(deadline=0.2)
+    with FakeServer() as server, Client(server.target, tls_ca=here / "localhost.pem") as client:
+        how = rf"^cannot reach {server.target} with TLS \(is it up, and with TLS\?\): "
+        with pytest.raises(Unavailable, match=how):
+            client.model(deadline=0.2)
     with pytest.raises(FileNotFoundError):
         Client("localhost:1", tls_ca=tmp_path / "none.pem")
+    with pytest.raises(ValueError, match=r"tls_ca is '.*localhost\.key', a file that holds no certificate in PEM"):
+        Client("localhost:1", tls_ca=here / "localhost.key")
 
 
 def test_no_answer_before_the_deadline() -> None:

@@ -253,6 +253,8 @@ USAGE: list[tuple[list[str], str]] = [
     (["extract", "--out", "x"], "IMAGE"),
     (["extract", "a.jpg", "--out", "x", "--preset", "imagenet"], "invalid choice: 'imagenet'"),
     (["extract", "a.jpg", "--out", "x", "--size", "0"], "'0' is no size; 512 and 384x512 (height x width) are"),
+    (["extract", "a.jpg", "--out", "x", "--size", "4294967296"], "'4294967296' is no size"),
+    (["info", "--target", "http://localhost:50051"], "target is 'http://localhost:50051'; it must be HOST:PORT"),
     (["extract", "a.jpg", "--out", "x", "--size", "1x2x3"], "'1x2x3' is no size"),
     (["extract", "a.jpg", "--out", "x", "--outputs", "cls,tokens"], "'tokens' is no output; cls, patches and"),
     (["extract", "a.jpg", "--out", "x", "--layers", "one"], "'one' is no list of block numbers; 3,7,-1 is one"),
@@ -301,12 +303,28 @@ def test_failures_are_one_line_and_exit_with_1(
 def test_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--target", f"unix:{tmp_path}/none", "--deadline", "0.05"]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("dinov3-client: failed to connect to all addresses")
+    assert line.startswith(
+        f"dinov3-client: cannot reach unix:{tmp_path}/none in plain text (is it up, and without TLS?): "
+    )
 
 
 def test_missing_token_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--token-file", str(tmp_path / "none")]) == 1
     assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_token_file_that_holds_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "token").write_bytes(b"\xff\x00")
+    with pytest.raises(SystemExit, match="2"):
+        main(["info", "--token-file", str(tmp_path / "token")])
+    assert f"--token-file {tmp_path}/token: it holds no token" in capsys.readouterr().err
+
+
+def test_pca_draws_what_the_server_takes_however_large(
+    server: FakeServer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 128 // 4)
+    assert run(server, "pca", photos[0], "-o", tmp_path / "pca.png", "--size", "64") == 0
 
 
 def test_interrupt(server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

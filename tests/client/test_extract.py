@@ -159,6 +159,8 @@ def test_wrong_images_are_named_before_anything_is_sent(client: Client, server: 
 
 
 WRONG_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"outputs": None}, TypeError, "outputs is None; name one or several of 'cls', 'patches', 'registers'"),
+    ({"exif": "no"}, TypeError, "exif is 'no'; allowed are True and False"),
     ({"outputs": ()}, ValueError, "outputs is empty; name at least one of 'cls', 'patches', 'registers'"),
     ({"outputs": ("cls", "tokens")}, ValueError, "outputs has 'tokens'; allowed are 'cls', 'patches', 'registers'"),
     ({"preset": "imagenet"}, ValueError, "preset has 'imagenet'; allowed are 'dinov3', 'hf', 'none'"),
@@ -166,15 +168,18 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"interpolation": "box"}, ValueError, "interpolation has 'box'; allowed are 'nearest'"),
     ({"priority": "high"}, ValueError, "priority has 'high'; allowed are 'interactive', 'bulk'"),
     ({"on_error": "ignore"}, ValueError, "on_error has 'ignore'; allowed are 'raise', 'return'"),
-    ({"size": 0}, ValueError, "size is 0; it must be a positive number"),
+    ({"size": 0}, ValueError, "size is 0; it must be a number of pixels from 1 to"),
     ({"size": (224, -1)}, ValueError, r"size is \(224, -1\)"),
+    ({"size": 2**32}, ValueError, "size is 4294967296; it must be a number of pixels from 1 to 4294967295"),
     ({"size": (224, 224, 3)}, ValueError, r"size is \(224, 224, 3\)"),
     ({"size": 224.0}, ValueError, r"size is 224\.0"),
+    ({"layers": 2**32}, ValueError, "layers has 4294967296; no model has so many blocks"),
     ({"layers": (1.5,)}, TypeError, r"layers is \(1\.5,\)"),
     ({"layers": (3, 3)}, ValueError, r"layers \[3, 3\] name a block twice"),
     ({"layers": (11, -1)}, ValueError, r"layers \[11, -1\] name a block twice: they are blocks \[11, 11\]"),
     ({"layers": (-13,)}, ValueError, "layers has -13; the model has 12 blocks: allowed are -12 to 11"),
     ({"deadline": 0}, ValueError, "deadline is 0; it must be a positive number of seconds"),
+    ({"deadline": "5"}, TypeError, "deadline is '5'; it must be a positive number of seconds"),
     ({"deadline": float("nan")}, ValueError, "deadline is nan"),
 ]
 
