@@ -108,7 +108,9 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
 @pytest.fixture
 def runner(notes: Notes) -> CudaRunner:
     model = ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0))
-    info = dataclasses.replace(build("vits16", "random:0", dtype="float32", warm_up=()).info, embed_dim=64, depth=2)
+    info = dataclasses.replace(
+        build("vits16", "random:0", dtype="float32", threads=1, warm_up=()).info, embed_dim=64, depth=2
+    )
     made = CudaRunner(model, info)
     notes.log.clear()
     return made

@@ -12,9 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The number of input rows (tokens of a batch) that oneDNN lays the weights out for; others work as well.
-_TYPICAL_ROWS = 8 * 201
-
 
 class Linear:
     """y = x W^T + b, for x [..., in] and W [out, in]."""
@@ -47,7 +44,7 @@ class PackedLinear(Linear):
     """A Linear on oneDNN primitives, with activation, addition and product computed on the fp32 accumulators."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS), bias)
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._unary(x, "none")

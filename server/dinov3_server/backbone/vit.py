@@ -6,7 +6,7 @@ and the division by 255 into the patch embedding of bytes; keys have no bias; qu
 for RoPE (see rope.py). What no requested output needs is not computed.
 
 The residual stream and the norms are fp32 in any dtype; the matrix products are in the model's. In bfloat16 that
-brings the patch features' angle to the fp32 ones down by half, as the stream's rounding is the largest one otherwise.
+nearly halves the angle between the patch features and the fp32 ones: the stream's rounding is otherwise the largest.
 
 Shapes: B images, H x W pixels, T = 1 + G + P tokens (CLS, registers, patches), D channels, h heads of d channels.
 """
