@@ -116,10 +116,11 @@ def _read_pth(path: Path, *, zipped: bool) -> dict[str, Tensor]:
             # Of pickle protocols that it may not support, which it then says by an exception.
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError:
+        # torch's own message is left out: it advises weights_only=False, which would run the code.
         raise CheckpointError(
-            f"{path}: refused: it holds Python objects other than tensors, and loading those could run code. Export "
-            f"the state dict alone. ({str(error).splitlines()[0]})"
+            f"{path}: refused: it holds Python objects other than tensors, and loading those could run code; export "
+            "the state dict alone"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(
