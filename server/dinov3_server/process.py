@@ -44,7 +44,7 @@ def spawn(role: Role, start: StartFrontend | StartWorker) -> tuple[subprocess.Po
             start_new_session=True,
         )
     assert process.stdin is not None
-    with process.stdin, suppress(BrokenPipeError):  # if it is dead already, its pidfd says so
+    with suppress(BrokenPipeError), process.stdin:  # if it is dead already, its pidfd says so
         pickle.dump(start, process.stdin)
     return process, Channel(ours)
 
@@ -61,6 +61,7 @@ def _tie_to(supervisor: int) -> None:
 def main() -> int:
     role, fd, supervisor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _tie_to(supervisor)
+    os.set_inheritable(fd, False)
     start: Any = pickle.load(sys.stdin.buffer)
     control = Channel(socket.socket(fileno=fd))
     configure(start.settings.log_level, start.settings.log_format, f"{role}-{start.index}")
@@ -80,7 +81,7 @@ def main() -> int:
         return START_FAILED
     except Exception:
         log.critical("%s-%d ends by an error of ours", role, start.index, exc_info=True)
-        return 1
+        os._exit(1)  # at once: an interpreter that shuts down would wait for threads, maybe for ever
     return 0
 
 

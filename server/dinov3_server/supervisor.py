@@ -11,22 +11,20 @@ that failed, with a pause that doubles from 0.5 to 30 seconds. A worker whose st
 from __future__ import annotations
 
 import logging
+import math
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dinov3_server.backbone.interface import ModelInfo
 from dinov3_server.config import Settings
 from dinov3_server.engine.channel import Channel, ChannelClosed, pair
 from dinov3_server.engine.messages import (
+    SNAPSHOT_SECONDS,
     Connected,
     Drain,
     MetricsSnapshot,
@@ -40,16 +38,32 @@ from dinov3_server.errors import StartupError
 from dinov3_server.http_endpoints import HttpEndpoints
 from dinov3_server.metrics import Aggregate, Metrics
 from dinov3_server.process import START_FAILED, Role, spawn
-from dinov3_server.topology import choose_devices, choose_frontends, hold_port, show_address
+from dinov3_server.signals import Signals
+from dinov3_server.topology import (
+    check_memory,
+    choose_devices,
+    choose_frontends,
+    hold_port,
+    show_address,
+    warn_if_open,
+)
 
 log = logging.getLogger(__name__)
 
-SNAPSHOT_SECONDS = 1.0
 PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 # A child that has served this long is healthy: its next death is a first one.
 HEALTHY_SECONDS = 60.0
-# What a drain may take beyond the grace before children are killed.
+# A child that is ready says something every SNAPSHOT_SECONDS. One that says nothing for this long is stuck where it
+# cannot end itself (stopped, swapped out, deadlocked), and is killed.
+SILENT_SECONDS = 30.0
+# The supervisor's own loop turns every SNAPSHOT_SECONDS. After this long without a turn it is not healthy; and if the
+# whole service was frozen, as by `docker pause`, its children are not to blame for their silence.
+STUCK_SECONDS = 10.0
+# What frontends may take beyond the grace, and workers after them, before they are killed.
 DRAIN_SLACK = 5.0
+WORKER_SLACK = 2.0
+# How long a killed child may take to die before it is left to the kernel.
+KILL_SECONDS = 5.0
 
 
 @dataclass(eq=False)
@@ -64,6 +78,7 @@ class _Child:
     pidfd: int = -1
     ready: bool = False
     since: float = 0.0  # start of the process; once ready, of being ready
+    heard: float = 0.0  # when it last said something
     load_seconds: float = 10.0  # of the last successful start; a guess before the first
     deaths: int = 0  # in a row, without HEALTHY_SECONDS of service between them
     failed_starts: int = 0  # in a row
@@ -75,37 +90,6 @@ class _Child:
         return f"{self.role}-{self.index}"
 
 
-@dataclass
-class _Signals:
-    """Signals that have arrived, in order; `fileno` becomes readable when one does."""
-
-    received: list[int] = field(default_factory=list)
-    reader: socket.socket = field(init=False)
-    writer: socket.socket = field(init=False)
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        self.reader, self.writer = socket.socketpair()
-        with self.reader, self.writer:
-            self.reader.setblocking(False)
-            self.writer.setblocking(False)
-            signals = (signal.SIGTERM, signal.SIGINT)
-            before = {
-                number: signal.signal(number, lambda number, _: self.received.append(number)) for number in signals
-            }
-            wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-            try:
-                yield
-            finally:
-                signal.set_wakeup_fd(wakeup)
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    def clear(self) -> None:
-        with suppress(BlockingIOError):
-            self.reader.recv(4096)
-
-
 class Supervisor:
     """One server: `run` serves until a signal or a hopeless worker ends it, and returns the exit code."""
 
@@ -115,28 +99,27 @@ class Supervisor:
         self._metrics = Metrics()
         self._aggregate = Aggregate()
         self._selector = selectors.DefaultSelector()
-        self._signals = _Signals()
-        self._state = threading.Lock()  # of `_unready`, which HTTP threads read
-        self._unready = "starting"
+        self._signals = Signals()
+        self._unready = "starting"  # why; "" while it serves. HTTP threads read this and `_turned`
         self._announced = False
         self._drain_until: float | None = None
         self._workers_told = False  # to end: every frontend has
         self._code: int | None = None
-        self._workers = [_Child("worker", i, device) for i, device in enumerate(choose_devices(settings.devices))]
-        self._frontends = [
-            _Child("frontend", i) for i in range(choose_frontends(settings.frontends, self._workers[0].device))
-        ]
+        self._turned = time.monotonic()
+        self._workers: list[_Child] = []
+        self._frontends: list[_Child] = []
 
     def run(self) -> int:
         settings = self._settings
         with self._signals.caught(), hold_port(settings.host, settings.port) as port:
             self._port = port
+            self._choose_children()
             http = HttpEndpoints(
                 settings.http_host,
                 settings.http_port,
                 render=self._render,
                 ready=self._readiness,
-                healthy=lambda: (True, "the supervisor runs"),
+                healthy=self._health,
             )
             http.start()
             self._http_address = show_address(settings.http_host, http.port)
@@ -145,8 +128,10 @@ class Supervisor:
                 log.info(
                     "gRPC on %s, metrics and probes on http://%s", show_address(settings.host, port), self._http_address
                 )
-                for child in (*self._workers, *self._frontends):
+                warn_if_open(settings)
+                for child in self._children:
                     self._start(child)
+                self._turned = time.monotonic()
                 while self._code is None:
                     self._turn()
                 return self._code
@@ -155,22 +140,33 @@ class Supervisor:
                 http.stop()
                 self._selector.close()
 
+    def _choose_children(self) -> None:
+        settings = self._settings
+        self._workers = [_Child("worker", i, device) for i, device in enumerate(choose_devices(settings.devices))]
+        count = choose_frontends(settings.frontends, self._workers[0].device)
+        self._frontends = [_Child("frontend", i) for i in range(count)]
+        check_memory(count, settings.arena_bytes)
+
+    @property
+    def _children(self) -> list[_Child]:
+        return [*self._workers, *self._frontends]
+
     # --- the loop --------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        children = (*self._workers, *self._frontends)
-        moments = [child.restart_at for child in children if child.restart_at is not None]
+        moments = [child.restart_at for child in self._children if child.restart_at is not None]
         if self._drain_until is not None:
             moments.append(self._drain_until)
-        timeout = max(0.0, min(moments) - time.monotonic()) if moments else None
-        for key, _ in self._selector.select(timeout):
+        next_turn = min(moments, default=math.inf) - time.monotonic()
+        for key, _ in self._selector.select(max(0.0, min(next_turn, SNAPSHOT_SECONDS))):
             key.data()
         while self._signals.received:
             self._on_signal(self._signals.received.pop(0))
         now = time.monotonic()
-        for child in children:
+        for child in self._children:
             if child.restart_at is not None and child.restart_at <= now:
                 self._start(child)
+        self._kill_the_silent(now)
         self._update_readiness()
         if self._drain_until is not None:
             self._go_on_draining(now)
@@ -185,8 +181,7 @@ class Supervisor:
         log.info("%s: draining, up to %g s; a second signal ends at once", name, grace)
         self._drain_until = time.monotonic() + grace + DRAIN_SLACK
         for child in self._frontends:
-            child.restart_at = None
-            self._tell(child, Drain(grace))
+            self._end(child, Drain(grace))
 
     def _go_on_draining(self, now: float) -> None:
         assert self._drain_until is not None
@@ -199,13 +194,22 @@ class Supervisor:
             self._code = 0
         elif not self._workers_told:
             self._workers_told = True
-            self._drain_until = now + DRAIN_SLACK
+            self._drain_until = now + WORKER_SLACK
             for child in self._workers:
-                child.restart_at = None
-                self._tell(child, Drain(0.0))
+                self._end(child, Drain(0.0))
         elif now >= self._drain_until:
             log.warning("a worker is still busy with what nobody waits for any more; it is killed")
             self._code = 0
+
+    def _kill_the_silent(self, now: float) -> None:
+        turned, self._turned = self._turned, now
+        for child in self._children:
+            if now - turned > STUCK_SECONDS:
+                child.heard = now
+            if child.process is not None and child.ready and now - child.heard > SILENT_SECONDS:
+                log.error("%s has said nothing for %.0f s, it is stuck; it is killed", child.name, now - child.heard)
+                child.heard = now
+                child.process.kill()
 
     # --- children --------------------------------------------------------------------------------
 
@@ -232,6 +236,7 @@ class Supervisor:
     def _read(self, child: _Child) -> None:
         if child.channel is None:
             return  # reaped in this turn
+        child.heard = time.monotonic()
         try:
             for message, _ in child.channel.receive():
                 match message:
@@ -242,7 +247,11 @@ class Supervisor:
                     case StartFailed(complaint):
                         child.complaint = complaint
         except ChannelClosed:
-            self._selector.unregister(child.channel)  # its death comes by the pidfd
+            self._hang_up(child)  # its death comes by the pidfd
+
+    def _hang_up(self, child: _Child) -> None:
+        if child.channel is not None:
+            self._selector.unregister(child.channel)
             child.channel.close()
             child.channel = None
 
@@ -274,27 +283,26 @@ class Supervisor:
 
     def _reap(self, child: _Child) -> None:
         assert child.process is not None
-        while child.channel is not None:
-            self._read(child)  # its last words
+        self._read(child)  # its last words
+        self._hang_up(child)
         code = child.process.wait()
         self._selector.unregister(child.pidfd)
         os.close(child.pidfd)
-        child.process = None
+        child.process, child.pidfd = None, -1
         self._aggregate.retire(child.name)
         was_ready, child.ready = child.ready, False
         now = time.monotonic()
         if child.role == "worker":
             back_in = self._restart(child, code, was_ready, now)
-            if was_ready:
-                for frontend in self._frontends:
-                    self._tell(frontend, WorkerGone(child.index, back_in))
+            for frontend in self._frontends:
+                self._tell(frontend, WorkerGone(child.index, back_in))
         elif self._drain_until is None:
             self._restart(child, code, was_ready, now)
 
     def _restart(self, child: _Child, code: int, was_ready: bool, now: float) -> float:
         """Plan a child's successor, or give up. Seconds until the successor is expected to be ready."""
-        if self._drain_until is not None and code == 0:
-            return 0.0  # as told
+        if self._workers_told:
+            return 0.0  # it was to end
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         if child.complaint:
             how = child.complaint
@@ -323,18 +331,28 @@ class Supervisor:
             child.channel.send(message)
             child.channel.flush_within(1.0)
 
+    def _end(self, child: _Child, drain: Drain) -> None:
+        """Have it end; one that is not ready yet has nothing to finish, and would not listen for long."""
+        child.restart_at = None
+        if child.ready:
+            self._tell(child, drain)
+        elif child.process is not None:
+            child.process.kill()
+
     def _kill_all(self) -> None:
-        for child in (*self._workers, *self._frontends):
-            if child.process is not None:
-                child.process.kill()
-                child.process.wait()
-                self._selector.unregister(child.pidfd)
+        processes = [(child.name, child.process) for child in self._children if child.process is not None]
+        for _, process in processes:
+            process.kill()
+        for name, process in processes:
+            try:
+                process.wait(KILL_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.error("%s (pid %d) is killed and does not die: the kernel holds it", name, process.pid)
+        for child in self._children:
+            if child.pidfd >= 0:
                 os.close(child.pidfd)
-                child.process = None
             if child.channel is not None:
-                self._selector.unregister(child.channel)
                 child.channel.close()
-                child.channel = None
 
     # --- what the outside sees -------------------------------------------------------------------
 
@@ -347,9 +365,8 @@ class Supervisor:
             reason = "no frontend is ready"
         else:
             reason = ""
-        with self._state:
-            self._unready = reason
-        everybody = all(child.ready for child in (*self._workers, *self._frontends))
+        self._unready = reason
+        everybody = all(child.ready for child in self._children)
         if everybody and not reason and not self._announced:
             self._announced = True
             grpc_address = show_address(self._settings.host, self._port)
@@ -358,8 +375,12 @@ class Supervisor:
             sys.stdout.flush()
 
     def _readiness(self) -> tuple[bool, str]:
-        with self._state:
-            return not self._unready, self._unready or "serving"
+        reason = self._unready
+        return not reason, reason or "serving"
+
+    def _health(self) -> tuple[bool, str]:
+        late = time.monotonic() - self._turned
+        return late <= STUCK_SECONDS, f"the supervisor's loop turned {late:.0f} s ago"
 
     def _render(self) -> bytes:
         self._aggregate.update("supervisor", self._metrics.snapshot())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import os
 import socket
 import subprocess
@@ -10,8 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dinov3_server.config import Settings
+from dinov3_server.engine.arena import available_memory
 from dinov3_server.errors import StartupError
 
+log = logging.getLogger(__name__)
+
+_DRIVER = Path("/dev/nvidiactl")
 _COUNT_CUDA = "import torch; print(torch.cuda.device_count())"
 
 
@@ -20,11 +27,15 @@ def choose_devices(devices: tuple[str, ...]) -> tuple[str, ...]:
     if devices != ("auto",):
         return devices
     # Asking torch costs seconds and, in this process, a CUDA context: ask another one, and only where a driver is.
-    if not Path("/dev/nvidiactl").exists():
+    if not _DRIVER.exists():
         return ("cpu",)
     answer = subprocess.run([sys.executable, "-c", _COUNT_CUDA], capture_output=True, text=True, check=False)
     count = int(answer.stdout) if answer.stdout.strip().isdigit() else 0
-    return tuple(f"cuda:{i}" for i in range(count)) or ("cpu",)
+    if not count:
+        why = (answer.stderr.strip().splitlines() or ["torch counts none: is it a build for the CPU?"])[-1]
+        log.warning("an NVIDIA driver is here but no CUDA device can be used (%s); serving on the CPU", why)
+        return ("cpu",)
+    return tuple(f"cuda:{i}" for i in range(count))
 
 
 def choose_frontends(frontends: int, device: str) -> int:
@@ -37,9 +48,43 @@ def choose_frontends(frontends: int, device: str) -> int:
     return 1 if device == "cpu" else max(1, min(8, len(os.sched_getaffinity(0)) // 4))
 
 
+def check_memory(frontends: int, arena_bytes: int) -> None:
+    """Whether the arenas of all frontends fit; those that look at the same moment would each find enough.
+
+    Raises:
+        StartupError: they do not.
+    """
+    wanted, available = frontends * arena_bytes, available_memory()
+    if wanted > available:
+        raise StartupError(
+            f"the arenas of {frontends} frontend(s), {arena_bytes} bytes each, take {wanted} bytes of memory and "
+            f"{available} are available; set --arena-bytes or --frontends lower or give the server more memory"
+        )
+
+
 def show_address(host: str, port: int) -> str:
     """HOST:PORT as a client can use it; IPv6 in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def warn_if_open(settings: Settings) -> None:
+    """Say loudly what a gRPC port that other machines can reach does without. The host must be one of this machine."""
+    host = settings.host
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    if all(ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found):
+        return
+    if settings.tls_cert_file is None:
+        log.warning(
+            "gRPC on %s can be reached from other machines and is NOT ENCRYPTED: who is on the way reads images, "
+            "features and tokens; set --tls-cert-file and --tls-key-file",
+            host,
+        )
+    if settings.token_file is None and settings.tls_client_ca_file is None:
+        log.warning(
+            "gRPC on %s can be reached from other machines and serves ANYBODY; "
+            "set --token-file or --tls-client-ca-file",
+            host,
+        )
 
 
 @contextmanager

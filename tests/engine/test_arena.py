@@ -1,10 +1,13 @@
 """The arena: ranges never overlap, everything comes back, too little memory is said at start."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov3_server.engine.arena import PAGE, Arena, ArenaMapping
+from dinov3_server.engine import arena as arena_module
+from dinov3_server.engine.arena import PAGE, Arena, ArenaMapping, available_memory
 from dinov3_server.errors import StartupError
 from tests.support.waiting import open_descriptors
 
@@ -61,3 +64,17 @@ def test_too_little_memory_shows_at_start_and_leaves_no_descriptor() -> None:
     with pytest.raises(StartupError, match="--arena-bytes"):
         Arena(1 << 60)
     assert open_descriptors() == before
+
+
+def test_a_control_group_leaves_its_limit_less_what_is_used_but_for_files_that_were_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = available_memory()
+    monkeypatch.setattr(arena_module, "CGROUP", str(tmp_path))
+    limit, used, active, inactive = 64 << 20, 60 << 20, 30 << 20, 20 << 20
+    (tmp_path / "memory.current").write_text(f"{used}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\nfile {50 << 20}\nactive_file {active}\ninactive_file {inactive}\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_memory() > everything // 2
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    assert available_memory() == limit - used + active + inactive

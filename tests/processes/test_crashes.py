@@ -101,6 +101,36 @@ def test_a_worker_killed_again_and_again_under_load_loses_no_request() -> None:
         until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0, "memory of the arenas")
 
 
+def ask_for_many(client: Client, seed: int) -> None:
+    """A request that is spread over workers."""
+    images = [photo(seed * 100 + i, 32, 32) for i in range(80)]
+    check(client.extract(images, preset="none", dtype="float32"), images)
+
+
+def test_of_two_workers_one_is_killed_and_the_other_serves_on() -> None:
+    with Server("--frontends", "2", "--devices", "cpu,cpu") as server:
+        with Load(server, threads=2), Load(server, threads=2, ask=ask_for_many) as load:
+            for turn in range(3):
+                load.more(4)
+                workers = server.children("worker")
+                workers[turn % len(workers)].kill()
+            load.more(4)
+            until(lambda: len(server.children("worker")) == 2)
+        until(lambda: server.metric("dinov3_worker_restarts_total", device="cpu") == 3)
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0, "memory of the arenas")
+
+
+@pytest.mark.parametrize("role", ["worker", "frontend"])
+def test_a_process_that_is_stuck_is_killed_and_replaced(role: str) -> None:
+    """Stopped, it can do nothing by itself: neither end a hung batch nor close its connections."""
+    with Server(TEST_SILENT_SECONDS="2.5") as server, server.client() as client:
+        stuck = server.children(role)[0]
+        stuck.suspend()
+        ask(client, 1)  # bridged: by resubmission where it was a worker, by the client's retries where a frontend
+        assert not stuck.is_running()
+        assert [line for line in server.log if f"{role}-0 has said nothing" in line]
+
+
 def test_a_request_that_kills_its_worker_fails_alone() -> None:
     with Server() as server, server.client() as client:
         poison = photo(1, 32, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 from dinov3_client import Dinov3Error
 from tests.processes.test_crashes import ask, photo
 from tests.support.numpy_runner import BLOCK
+from tests.support.serve import RUNNER
 from tests.support.server import ROOT, Server
 from tests.support.waiting import LIMIT, until
 
@@ -48,7 +50,7 @@ def test_what_is_not_through_within_the_grace_is_cut_and_the_exit_is_still_clean
         Server("--drain-seconds", "0.2", TEST_GATE_FILE=str(tmp_path / "never")) as server,
         ThreadPoolExecutor() as pool,
     ):
-        in_flight = pool.submit(lambda: server.client(deadline=5).extract(blocking(1), preset="none"))
+        in_flight = pool.submit(lambda: server.client(deadline=2).extract(blocking(1), preset="none"))
         until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
@@ -58,7 +60,7 @@ def test_what_is_not_through_within_the_grace_is_cut_and_the_exit_is_still_clean
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with Server(TEST_GATE_FILE=str(tmp_path / "never")) as server, ThreadPoolExecutor() as pool:
-        in_flight = pool.submit(lambda: server.client(deadline=5).extract(blocking(1), preset="none"))
+        in_flight = pool.submit(lambda: server.client(deadline=2).extract(blocking(1), preset="none"))
         until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
         server.signal(signal.SIGTERM)
         until(lambda: server.get("/readyz")[0] == 503)
@@ -81,11 +83,25 @@ def test_the_worker_is_restarted_while_draining_if_somebody_waits_for_it(tmp_pat
         assert server.wait() == 0
 
 
-def start(*flags: str, runner: str = "tests.support.numpy_runner:build") -> subprocess.CompletedProcess[str]:
+COMMAND = (sys.executable, "-m", "tests.support.serve", "serve", "--port", "0", "--http-port", "0")
+SCRIPTED = "tests.processes.scripted_runners"
+
+
+def environment(runner: str) -> dict[str, str]:
+    return {**os.environ, "DINOV3_WEIGHTS": "random:0", "TEST_RUNNER": runner}
+
+
+def start(*flags: str, runner: str = RUNNER) -> subprocess.CompletedProcess[str]:
     """A server that is expected not to start."""
-    code = f"import sys; from dinov3_server.cli import main; sys.exit(main(runner={runner!r}))"
-    command = [sys.executable, "-c", code, "serve", "--port", "0", "--http-port", "0", "--weights", "random:0"]
-    return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
+    return subprocess.run(
+        [*COMMAND, *flags],
+        cwd=ROOT,
+        env=environment(runner),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
 
 
 def test_a_taken_port_is_told_with_the_way_out_also_when_it_could_be_shared() -> None:
@@ -108,17 +124,50 @@ def test_a_taken_port_is_told_with_the_way_out_also_when_it_could_be_shared() ->
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason() -> None:
-    ended = start(runner="tests.processes.failing_runners:bad_weights")
+    ended = start(runner=f"{SCRIPTED}:bad_weights")
     assert ended.returncode == 2
     assert "scripted: no such key" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_a_worker_that_always_dies_at_start_makes_the_supervisor_give_up() -> None:
-    ended = start("--worker-restart-limit", "2", runner="tests.processes.failing_runners:dies")
+@pytest.mark.parametrize("runner", ["dies", "fails_beside_a_thread", "leaves_a_child"])
+def test_a_worker_that_never_starts_makes_the_supervisor_give_up(
+    runner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_GATE_FILE", str(tmp_path / "gate"))
+    try:
+        ended = start("--worker-restart-limit", "2", runner=f"{SCRIPTED}:{runner}")
+    finally:
+        (tmp_path / "gate").touch()
     assert ended.returncode == 1
-    assert "giving up" in ended.stderr
+    assert "failed to start 2 times in a row" in ended.stderr
     assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_it_cleanly_without_waiting_for_the_model(number: int) -> None:
+    with subprocess.Popen(
+        COMMAND,
+        cwd=ROOT,
+        env=environment(f"{SCRIPTED}:hangs"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert "probes on" in process.stderr.readline()
+        process.send_signal(number)
+        ready, log = process.communicate(timeout=LIMIT)
+    assert (process.returncode, ready) == (0, "")
+    assert "drained" in log
+    assert "killed" not in log, "it waited for what never comes"
+
+
+def test_a_worker_that_fails_at_its_end_is_not_started_again() -> None:
+    with Server(TEST_RUNNER=f"{SCRIPTED}:closes_badly") as server:
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert not [line for line in server.log if "successor" in line]
 
 
 def test_too_little_memory_for_an_arena_is_told() -> None:

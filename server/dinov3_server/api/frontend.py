@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import traceback
+from typing import Any
 
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.client import Engine
-from dinov3_server.engine.messages import Connected, Drain, MetricsSnapshot, Ready, StartFrontend, WorkerGone
+from dinov3_server.engine.messages import (
+    SNAPSHOT_SECONDS,
+    Connected,
+    Drain,
+    MetricsSnapshot,
+    Ready,
+    StartFrontend,
+    WorkerGone,
+)
 from dinov3_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
-
-SNAPSHOT_SECONDS = 1.0
 
 
 def serve(start: StartFrontend, control: Channel) -> None:
@@ -24,6 +33,7 @@ def serve(start: StartFrontend, control: Channel) -> None:
 
 async def _serve(start: StartFrontend, control: Channel) -> None:
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_on_error)
     metrics = Metrics()
     arena = Arena(start.settings.arena_bytes)
     engine = Engine(arena, start.settings.max_queue_images, metrics)
@@ -60,19 +70,37 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
         server.set_serving(not drain.done())
         say(Ready())
 
+    async def report() -> None:
+        while True:
+            if control.flush():  # to a peer that does not read nothing is piled up
+                say(MetricsSnapshot(metrics.snapshot()))
+            await asyncio.sleep(SNAPSHOT_SECONDS)
+
     engine.on_model = on_model
     await server.start(start.host, start.port)
     loop.add_reader(control.fileno(), read_control)
-    last: object = None
-    while not drain.done():
-        await asyncio.wait([drain], timeout=SNAPSHOT_SECONDS)
-        snapshot = metrics.snapshot()
-        if snapshot != last:
-            say(MetricsSnapshot(snapshot))
-            last = snapshot
-    await server.drain(drain.result())
+    reporting = loop.create_task(report())
+    await server.drain(await drain)
+    reporting.cancel()
     control.send(MetricsSnapshot(metrics.snapshot()))
     loop.remove_writer(control.fileno())
     control.flush_within(1.0)
     loop.remove_reader(control.fileno())
     engine.close()
+
+
+def _on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """End the process where a callback of ours failed.
+
+    asyncio would log it and go on, with a message from a worker or the supervisor lost: requests would wait for ever.
+    """
+    error = context.get("exception")
+    if "handle" in context and error is not None and _is_ours(error):
+        log.critical("this frontend ends by an error of ours and is replaced", exc_info=error)
+        os._exit(1)
+    loop.default_exception_handler(context)
+
+
+def _is_ours(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("dinov3_server.") for frame, _ in frames)

@@ -18,6 +18,7 @@ from pathlib import Path
 from dinov3_server.errors import StartupError
 
 PAGE = mmap.PAGESIZE
+CGROUP = "/sys/fs/cgroup"
 
 
 class ArenaMapping:
@@ -96,14 +97,26 @@ class Arena(ArenaMapping):
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken: the machine's, or what the control group (v2) leaves of its limit."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    """Bytes that can still be taken: the machine's, or what the control group (v2) leaves of its limit.
+
+    The group's use counts the files that it has read. The kernel gives those pages up for others, so they count as
+    free; a worker that reads its weights would otherwise seem to leave nothing.
+    """
+    available = _table("/proc/meminfo")["MemAvailable:"] * 1024
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))
+        limit, used = (Path(f"{CGROUP}/memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit != "max":
+            stat = _table(f"{CGROUP}/memory.stat")
+            left = int(limit) - int(used) + stat["active_file"] + stat["inactive_file"]
+            available = min(available, left)
+    except OSError:  # no such control group
+        pass
+    return available
+
+
+def _table(path: str) -> dict[str, int]:
+    """The numbers of a file of lines `name value [unit]`."""
+    return {name: int(value) for name, value, *_ in map(str.split, Path(path).read_text().splitlines())}
 
 
 def _pages(nbytes: int) -> int:

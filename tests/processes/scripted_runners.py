@@ -1,0 +1,51 @@
+"""Runners that never come to run, or end badly."""
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+from dinov3_server.errors import CheckpointError
+from tests.support.numpy_runner import NumpyRunner
+
+
+def bad_weights(model: str, weights: str, **_: object) -> NoReturn:
+    raise CheckpointError("scripted: no such key")
+
+
+def dies(model: str, weights: str, **_: object) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def hangs(model: str, weights: str, **_: object) -> NoReturn:
+    threading.Event().wait()
+    raise AssertionError
+
+
+def fails_beside_a_thread(model: str, weights: str, **_: object) -> NoReturn:
+    """As where a library's own thread never ends: the interpreter would wait for it at exit."""
+    threading.Thread(target=threading.Event().wait).start()
+    raise RuntimeError("scripted")
+
+
+def leaves_a_child(model: str, weights: str, **_: object) -> NoReturn:
+    """Its control channel lives on in a process that nobody knows, until TEST_GATE_FILE exists."""
+    for path in Path("/proc/self/fd").iterdir():
+        if path.is_symlink() and str(path.readlink()).startswith("socket:"):
+            os.set_inheritable(int(path.name), True)
+    null = subprocess.DEVNULL
+    script = 'until [ -e "$TEST_GATE_FILE" ]; do sleep 0.05; done'
+    subprocess.Popen(["sh", "-c", script], close_fds=False, stdin=null, stdout=null, stderr=null)
+    dies(model, weights)
+
+
+class _ClosesBadly(NumpyRunner):
+    def close(self) -> None:
+        raise RuntimeError("scripted")
+
+
+def closes_badly(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
+    return _ClosesBadly(device)
