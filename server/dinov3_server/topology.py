@@ -111,9 +111,10 @@ def hold_port(host: str, port: int) -> Iterator[int]:
         holder = socket.socket(family, kind, protocol)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: "a..b" is no name at all
+        why = error.strerror if isinstance(error, OSError) else "not a host name"
         raise StartupError(
-            f"cannot listen on {show_address(host, port)}: {error.strerror}; "
+            f"cannot listen on {show_address(host, port)}: {why}; "
             "is another server running? --port 0 takes a free port, --host another address"
         ) from None
     with holder:
