@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 
@@ -54,3 +56,11 @@ async def test_an_error_of_somebody_elses_callback_does_not(control: Channel, mo
     monkeypatch.setattr(frontend.os, "_exit", pytest.fail)
     asyncio.get_running_loop().call_soon(int, "no number")
     await asyncio.sleep(0)
+
+
+async def test_callers_that_left_are_no_errors_in_the_log(control: Channel, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("grpc._cython.cygrpc")
+    await until_async(lambda: control.receive())  # it runs
+    for error in (grpc._cython.cygrpc.ExecuteBatchError("the peer is gone", "", ""), ValueError("ours")):
+        logger.error("%s raised", type(error).__name__, exc_info=error)
+    assert [record.getMessage() for record in caplog.records] == ["ValueError raised"]

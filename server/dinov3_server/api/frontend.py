@@ -34,6 +34,7 @@ def serve(start: StartFrontend, control: Channel) -> None:
 async def _serve(start: StartFrontend, control: Channel) -> None:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_on_error)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_caller_that_left)
     metrics = Metrics()
     arena = Arena(start.settings.arena_bytes)
     engine = Engine(arena, start.settings.max_queue_images, metrics)
@@ -104,3 +105,8 @@ def _on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 def _is_ours(error: BaseException) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").startswith("dinov3_server.") for frame, _ in frames)
+
+
+def _is_no_caller_that_left(record: logging.LogRecord) -> bool:
+    """False for what gRPC logs, with a traceback, where a caller was gone before its answer could be sent."""
+    return not record.exc_info or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"
