@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from dinov3_server import config, log
 from dinov3_server.backbone import registry
+from dinov3_server.backbone.registry import VitVariant
 from dinov3_server.config import Settings
 from dinov3_server.errors import ConfigError, StartupError
 
@@ -28,17 +29,35 @@ def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
             sys.stdout.write(_models())
             return 0
         settings, sources = config.load(arguments, os.environ)
+        variant = registry.lookup(settings.model)
+        _check_sizes(settings, variant)
         if command == "config":
             sys.stdout.write(_effective(settings, sources))
             return 0
-        return _serve(settings, runner)
+        return _serve(settings, variant, runner)
     except StartupError as error:
         sys.stderr.write(f"dinov3-server: {error}\n")
         return 2
 
 
-def _serve(settings: Settings, runner: str) -> int:
-    variant = registry.lookup(settings.model)
+def _check_sizes(settings: Settings, variant: VitVariant) -> None:
+    """What settings say of image sizes must suit the model. Raises ConfigError."""
+    for height, width in settings.warm_up_sizes:
+        rows, odd_height = divmod(height, variant.patch_size)
+        columns, odd_width = divmod(width, variant.patch_size)
+        tokens = 1 + variant.registers + rows * columns
+        if odd_height or odd_width:
+            raise ConfigError(
+                f"warm_up_sizes has {height}x{width}; {variant.name} takes multiples of {variant.patch_size} only"
+            )
+        if tokens > settings.max_batch_tokens:
+            raise ConfigError(
+                f"warm_up_sizes has {height}x{width}, which is {tokens} tokens; max_batch_tokens allows an image of "
+                f"{settings.max_batch_tokens}"
+            )
+
+
+def _serve(settings: Settings, variant: VitVariant, runner: str) -> int:
     if settings.weights is None:
         raise ConfigError(
             f"no weights for {variant.name}: give --weights FILE (an official .pth or a safetensors file), or "

@@ -140,6 +140,23 @@ def test_config_shows_values_and_sources(
     assert err == ""
 
 
+@pytest.mark.parametrize("command", ["config", "serve"])
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--model", "giant2"], "giant2"),
+        (["--warm-up-sizes", "518x518"], "multiples of 16"),
+        (["--warm-up-sizes", "4096x4096"], "65541 tokens"),
+        (["--max-batch-tokens", "100"], "261 tokens; max_batch_tokens allows an image of 100"),
+    ],
+)
+def test_settings_that_do_not_suit_the_model_are_refused(
+    capsys: pytest.CaptureFixture[str], command: str, flags: list[str], wanted: str
+) -> None:
+    assert cli.main([command, "--weights", "random:0", *flags]) == 2
+    assert wanted in capsys.readouterr().err
+
+
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert exits("models") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.rope import default_periods
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
 from tests.backbone.features import normalised
 from tests.backbone.reference import transformers_features, transformers_model
 from tests.support.server import Server
@@ -123,3 +126,14 @@ def test_what_is_served_is_said_loudly_when_it_is_random(server: Server, client:
     assert any("RANDOM WEIGHTS" in line for line in server.log)
     assert server.metric("dinov3_model_info", weights="random:7", fingerprint=model.fingerprint) == 1
     assert client.extract(PHOTOS[0]).fingerprint == model.fingerprint
+
+
+def test_a_pinned_model_may_go_by_its_short_name(server: Server) -> None:
+    with grpc.insecure_channel(server.grpc) as channel:
+        extract = FeatureServiceStub(channel).Extract
+        pixels = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=[1, 32, 32, 3], data=bytes(32 * 32 * 3))
+        preprocessing = pb.Preprocessing(preset=pb.PRESET_NONE)
+        for name in ("vits16", "small", "dinov3_vits16"):
+            assert extract(pb.ExtractRequest(pixels=pixels, preprocessing=preprocessing, model=name)).blocks
+        with pytest.raises(grpc.RpcError, match="dinov3_vits16"):
+            extract(pb.ExtractRequest(pixels=pixels, preprocessing=preprocessing, model="vitb16"))

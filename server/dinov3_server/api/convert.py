@@ -14,10 +14,11 @@ from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api.response import DTYPES, most_nbytes
 from dinov3_server.api.status import kept
+from dinov3_server.backbone import registry
 from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, Output, PixelFormat, PixelShape, TokenKind
 from dinov3_server.config import Settings
 from dinov3_server.engine.block import Block
-from dinov3_server.errors import InvalidInput, ModelMismatch, ServingError
+from dinov3_server.errors import ConfigError, InvalidInput, ModelMismatch, ServingError
 from dinov3_server.images.decode import decode, probe
 from dinov3_server.images.preprocess import check_size, resize_into, resize_pixels_into, transform
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -145,12 +146,20 @@ def _name(output: Output) -> str:
 
 
 def _check_pins(request: pb.ExtractRequest, model: ModelInfo) -> None:
-    for what, wanted, served in (
-        ("model", request.model, model.name),
-        ("fingerprint", request.fingerprint, model.fingerprint),
-    ):
-        if wanted and wanted != served:
-            raise ModelMismatch(f"this server serves the {what} {served!r}; the request asks for {wanted!r}")
+    if request.model and _canonical(request.model) != model.name:
+        raise ModelMismatch(f"this server serves the model {model.name!r}; the request asks for {request.model!r}")
+    if request.fingerprint and request.fingerprint != model.fingerprint:
+        raise ModelMismatch(
+            f"this server serves the fingerprint {model.fingerprint!r}; the request asks for {request.fingerprint!r}"
+        )
+
+
+def _canonical(name: str) -> str:
+    """The registry's name of a model: a pin may say `vits16` as `--model` may."""
+    try:
+        return registry.lookup(name).name
+    except ConfigError:
+        return name
 
 
 def _spec(outputs: pb.Outputs, model: ModelInfo) -> FeatureSpec:
