@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dinov3_server.backbone.cpu import available_threads
 from dinov3_server.config import Settings
 from dinov3_server.engine.arena import available_memory
 from dinov3_server.errors import StartupError
@@ -45,7 +45,7 @@ def choose_frontends(frontends: int, device: str) -> int:
     """
     if frontends:
         return frontends
-    return 1 if device == "cpu" else max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+    return 1 if device == "cpu" else max(1, min(8, available_threads() // 4))
 
 
 def check_memory(frontends: int, arena_bytes: int) -> None:

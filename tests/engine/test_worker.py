@@ -53,6 +53,23 @@ def test_two_batches_are_on_a_device_that_prepares_ahead_and_no_more(start):
     assert [len(batch.rows) for batch in running.runner.batches] == [1, 1, 2]
 
 
+def test_a_device_that_never_falls_idle_counts_as_busy(start):
+    """Each time a batch leaves another is on the device already: the time still counts, batch by batch."""
+    running = start(depth=2)
+    running.runner.stepping = True
+    frontend = running.frontend()
+    first = frontend.submit(1)
+    until(lambda: len(running.runner.batches) == 1)
+    rest = [frontend.submit(1)]
+    until(lambda: len(running.runner.batches) == 2)
+    running.runner.steps.put(None)
+    frontend.answers(first)  # the second batch is still there
+    (busy,) = running.metrics.device_busy_seconds.snapshot()["cpu",]
+    assert busy > 0
+    running.runner.steps.put(None)
+    frontend.answers(*rest)
+
+
 def test_a_suspect_has_the_device_for_itself(start):
     running = start(depth=2)
     running.runner.stepping = True

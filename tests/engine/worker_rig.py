@@ -153,7 +153,8 @@ class Running:
     def __init__(self, runner: SteppedRunner, settings: Settings) -> None:
         ours, theirs = pair()
         self.runner, self.control = runner, Channel(ours)
-        worker = Worker(runner, settings, Channel(theirs), Metrics())
+        self.metrics = Metrics()
+        worker = Worker(runner, settings, Channel(theirs), self.metrics)
         self.thread = threading.Thread(target=worker.run)
         self.thread.start()
         self.frontends: list[PlayedFrontend] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import ssl
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.health import Health
 from dinov3_server.api.interceptors import SERVICE, Auth, Calls
 from dinov3_server.api.servicer import FeatureService
+from dinov3_server.backbone.cpu import available_threads
 from dinov3_server.config import Settings
 from dinov3_server.engine.client import Engine
 from dinov3_server.errors import ConfigError, StartupError
@@ -32,7 +32,7 @@ class FrontendServer:
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, index: int, frontends: int) -> None:
         """Raises ConfigError for a file that the settings name and that is of no use."""
-        threads = settings.decode_threads or max(1, len(os.sched_getaffinity(0)) // frontends)
+        threads = settings.decode_threads or max(1, available_threads() // frontends)
         version = importlib.metadata.version("dinov3-serving")
         self._credentials = _credentials(settings)
         self._extraction = Extraction(engine, settings, metrics, index, threads)

@@ -233,8 +233,9 @@ class Worker:
 
     def _settle(self, batch: Running) -> None:
         now = self._head_since = time.monotonic()
-        if not self._device.running:
-            self._metrics.device_busy_seconds.inc(self._runner.info.device, value=now - self._busy_since)
+        # Batch by batch, not when the device falls idle: one that always has a batch ahead never does.
+        self._metrics.device_busy_seconds.inc(self._runner.info.device, value=now - self._busy_since)
+        self._busy_since = now
         rows = batch.rows
         match batch.outcome:
             case Finished() as finished:
