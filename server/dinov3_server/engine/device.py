@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -41,8 +40,6 @@ class Device:
         self._todo: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
         self._done: deque[Running] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = threading.Thread(target=self._finish_all, name="device", daemon=True)
-        self._thread.start()
 
     def fileno(self) -> int:
         return self._wake
@@ -77,12 +74,15 @@ class Device:
             self.running.popleft()
         return batches
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Let `work` return once it is through with what was launched."""
         self._todo.put(None)
-        self._thread.join()
+
+    def close(self) -> None:
         os.close(self._wake)
 
-    def _finish_all(self) -> None:
+    def work(self) -> None:
+        """Finish batches in the order of their launch until `stop`. Belongs to the device thread."""
         while (batch := self._todo.get()) is not None:
             if batch.launched is not None:
                 try:
