@@ -92,7 +92,7 @@ def show(grpc: str, http: str) -> None:
 
     with urllib.request.urlopen(f"http://{http}/metrics") as page:
         lines = page.read().decode().splitlines()
-    print(f"\nfrom http://{http}/metrics:")
+    print(f"\nfrom http://{http}/metrics (up to a second old):")
     for line in lines:
         if line.startswith(("dinov3_images_total", "dinov3_batch_images_count", "dinov3_model_info")):
             print("  " + line)

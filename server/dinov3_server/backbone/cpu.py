@@ -1,7 +1,8 @@
-"""What this machine's CPU gives us: threads, and native bfloat16."""
+"""What this machine's CPU gives us: threads, native bfloat16, and memory that stays where it is."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -10,6 +11,9 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CPUINFO = Path("/proc/cpuinfo")
 # AVX512-BF16 and AMX-BF16 on x86, the bfloat16 extension on Arm. Elsewhere bfloat16 is emulated, slower than fp32.
 _NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+# Parameters of glibc's mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
 
 def available_threads() -> int:
@@ -30,3 +34,17 @@ def has_native_bf16() -> bool:
         return False
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     return not _NATIVE_BF16.isdisjoint(flags.partition(":")[2].split())
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what this process frees from now on; what it has freed so far goes back to the kernel.
+
+    A forward pass takes and frees the same megabytes layer by layer. By default glibc maps blocks of over 32 MiB anew
+    each time and trims the heap as it shrinks, so that the kernel zeroes and faults in the same pages over and over: 5
+    to 19 % of the time of a batch (ViT-S/16, 8 or 32 images, 2 cores). Process-wide; does nothing without glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -86,6 +86,8 @@ def build(
             parameters=variant.parameters,
         )
         runner = (CudaRunner if torch_device.type == "cuda" else CpuRunner)(transformer, info)
+    if torch_device.type == "cpu":
+        cpu.keep_freed_memory()
     with _step(seconds, "warm_up", ", ".join(f"{shape.height}x{shape.width} {shape.format}" for shape in warm_up)):
         for shape in warm_up:
             _run_once(runner, shape)
