@@ -59,12 +59,13 @@ def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
 import resource, torch
 from dinov3_server.backbone import cpu
 cpu.keep_freed_memory()
-def faults():
+def faults(rounds):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 << 20)  # 64 MiB, taken and freed
+    for _ in range(rounds):
+        torch.ones(16 << 20)  # 64 MiB, taken and freed
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+faults(40)  # until the heap has found its size
+print(faults(10))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100  # pages; it is thousands without
+    assert int(done.stdout) < 1000  # pages; 163,840 without

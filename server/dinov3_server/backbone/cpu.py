@@ -41,7 +41,8 @@ def keep_freed_memory() -> None:
 
     A forward pass takes and frees the same megabytes layer by layer. By default glibc maps blocks of over 32 MiB anew
     each time and trims the heap as it shrinks, so that the kernel zeroes and faults in the same pages over and over: 5
-    to 19 % of the time of a batch (ViT-S/16, 8 or 32 images, 2 cores). Process-wide; does nothing without glibc.
+    to 19 % of the time of a batch (ViT-S/16, 8 or 32 images, 2 cores). The heap grows for some batches and then keeps
+    its size. Process-wide; does nothing without glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
