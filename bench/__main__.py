@@ -12,7 +12,7 @@ from bench.record import table, write
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, print a table, record it.")
     parser.add_argument("legs", nargs="*", metavar="LEG", help="bare, service; all when none is named")
-    legs = parser.parse_args().legs or ["bare", "service"]
+    legs = parser.parse_args().legs or ["service", "bare"]
     for leg in legs:
         if leg == "bare":
             rows = bare.measure(["vits16"], ["float32", "bfloat16"], [224, 512], [1, 8, 32])
