@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("torch", "transformers", "numpy", "pillow", "grpcio", "protobuf")
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-image", "grpcio", "protobuf")
 
 
 def metadata() -> dict[str, Any]:
@@ -22,7 +22,8 @@ def metadata() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD") + (" with changes" if _git("status", "--porcelain", "--", ".", ":!bench/results") else ""),
+        "commit": _git("rev-parse", "HEAD")
+        + (" with changes" if _git("status", "--porcelain", "--", ".", ":!bench/results") else ""),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -1,7 +1,5 @@
 """How near our presets come to upstream's transforms, on real photos, in pixels and in features; and what they cost.
 
-    python bench/preprocessing_fidelity.py [--out bench/results/preprocessing_fidelity.json]
-
 Upstream's transform of the DINOv3 README is torchvision's Resize of a uint8 tensor, and that is
 `torch.nn.functional.interpolate(mode="bilinear", antialias=True)`: on uint8 itself where the CPU has AVX2, else in
 float32, rounded afterwards. Both are measured, the former in both memory layouts that reach it. transformers' processor
@@ -13,19 +11,12 @@ deviation 0.08, so that attention is not uniform; other weights 0.02; LayerScale
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -185,31 +176,6 @@ def cost(files: dict[str, bytes]) -> dict[str, Any]:
     }
 
 
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-    ).stdout
-
-
-def metadata() -> dict[str, Any]:
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git("rev-parse", "HEAD").strip(),
-        "hardware": f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "python": platform.python_version(),
-        "preprocessing": PREPROCESSING_ID,
-        **{package: version(package) for package in ("pillow", "torch", "transformers", "scikit-image", "numpy")},
-    }
-
-
 def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The worst and the mean over all photos, by preset and reference."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -231,29 +197,14 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    default = Path(__file__).parent / "results" / "preprocessing_fidelity.json"
-    parser.add_argument("--out", type=Path, default=default, help="where the JSON goes (default: %(default)s)")
-    options = parser.parse_args()
+def measure() -> dict[str, Any]:
     torch.set_num_threads(min(2, torch.get_num_threads()))
     files = photos()
     rows = fidelity(random_model(), files)
-    result = metadata() | {"summary": summary(rows), "milliseconds": cost(files), "photos": rows}
-    print(
-        f"{'preset':<19}{'reference':<22}{'photo':<23}{'max':>7}{'differ':>9}{'CLS':>11}{'patch mean':>12}{'min':>10}"
-    )
-    for row in rows:
-        print(
-            f"{row['preset']:<19}{row['reference']:<22}{row['photo']:<23}{row['max_level_difference']:>7.3g}"
-            f"{row['share_of_values_that_differ']:>9.2%}{row['cls_cosine']:>11.7f}{row['patch_cosine_mean']:>12.7f}"
-            f"{row['patch_cosine_min']:>10.6f}"
-        )
-    print(json.dumps(result["summary"], indent=1))
-    print(json.dumps(result["milliseconds"], indent=1))
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {options.out}")
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "preprocessing": PREPROCESSING_ID,
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "summary": summary(rows),
+        "milliseconds": cost(files),
+        "photos": rows,
+    }
