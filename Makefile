@@ -45,6 +45,9 @@ format: install
 bench: install
 	$(BIN)/python -m bench
 
+# Needs no installation of ours and no network. Beside torch, pytest and psutil it wants the plain install's packages and
+# the server extra's; a GPU image mostly lacks grpcio-status, grpcio-health-checking, grpcio-reflection and
+# googleapis-common-protos: bring their wheels.
 gpu-check:
 	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from dinov3_server import config, log
+from dinov3_server import __version__, config, log
 from dinov3_server.backbone import registry
 from dinov3_server.backbone.registry import VitVariant
 from dinov3_server.config import Settings
@@ -114,18 +114,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
 
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib import metadata
-
-        try:
-            version = metadata.version("dinov3-serving")
-        except metadata.PackageNotFoundError:
-            version = "from sources that are not installed"
-        sys.stdout.write(f"dinov3-serving {version}\n")
-        parser.exit()
-
-
 def _parse(argv: Sequence[str]) -> dict[str, str]:
     """`command`, and the text of each flag that was given; exits with 2 where they make no sense."""
     parser, flags = _parser()
@@ -149,7 +137,7 @@ def _parser() -> tuple[_Parser, list[str]]:
         groups[declared.topic].add_argument(declared.flag, metavar=declared.kind.metavar, help=text.replace("%", "%%"))
 
     parser = _Parser(prog="dinov3-server", description="A gRPC feature server for DINOv3.", allow_abbrev=False)
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"dinov3-serving {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     about = (
         "Every flag --some-name is also the environment variable DINOV3_SOME_NAME and the key some_name of the YAML "

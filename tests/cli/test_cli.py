@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import subprocess
@@ -193,7 +194,7 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert exits("--version") == 0
-    assert capsys.readouterr().out.startswith("dinov3-serving ")
+    assert capsys.readouterr().out == f"dinov3-serving {importlib.metadata.version('dinov3-serving')}\n"
 
 
 def test_config_and_models_import_nothing_heavy() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import ssl
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from dinov3_server import __version__
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.health import Health
 from dinov3_server.api.interceptors import SERVICE, Auth, Calls
@@ -33,10 +33,9 @@ class FrontendServer:
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, index: int, frontends: int) -> None:
         """Raises ConfigError for a file that the settings name and that is of no use."""
         threads = settings.decode_threads or max(1, available_threads() // frontends)
-        version = importlib.metadata.version("dinov3-serving")
         self._credentials = _credentials(settings)
         self._extraction = Extraction(engine, settings, metrics, index, threads)
-        self._service = FeatureService(engine, self._extraction, settings, metrics, index, frontends, version)
+        self._service = FeatureService(engine, self._extraction, settings, metrics, index, frontends, __version__)
         self._health = Health()
         self._calls = Calls(metrics)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]

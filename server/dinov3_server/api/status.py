@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from typing import NoReturn
 
 import grpc
@@ -55,6 +56,9 @@ def serving_error(error: Exception) -> ServingError:
 
 def kept(error: Exception) -> ServingError:
     """`error` to be kept until the answer is made: without the frames that it came through, which hold pixels."""
+    # From Python 3.12 on a frame of contextlib's is part of a cycle with the traceback that passed through it: without
+    # this the frames, and the views of the arena in them, would live until the next garbage collection.
+    traceback.clear_frames(error.__traceback__)
     failure = serving_error(error).with_traceback(None)
     failure.__cause__ = failure.__context__ = None
     return failure

@@ -24,7 +24,6 @@ costs more than the wait. Adding costs O(log jobs); a batch O(lanes + its jobs *
 from __future__ import annotations
 
 import heapq
-import itertools
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -141,7 +140,7 @@ class Scheduler:
         self._lanes: dict[Hashable, _Lane] = {}
         self._deadlines = _Heap()
         self._expired: dict[JobKey, tuple[Job, tuple[int, ...]]] = {}  # not yet reported
-        self._serial = itertools.count()
+        self._serial = 0
         self._batches = 0
         self._images = 0
         self._tokens = 0
@@ -177,7 +176,8 @@ class Scheduler:
         self._lanes[key] = lane
         self._jobs[job.key] = entry = _Entry(job)
         # A frontend may have read its clock after the caller read `now`.
-        enqueued, serial = min(job.enqueued, now), next(self._serial)
+        self._serial += 1
+        enqueued, serial = min(job.enqueued, now), self._serial
         # Sizes count in powers of two: 60 rows are no shorter than 64.
         size = (len(job.rows) - 1).bit_length()
         lane.by_urgency.push((job.bulk, size, enqueued, serial), entry)
