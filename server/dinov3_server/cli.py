@@ -60,7 +60,8 @@ def _check_sizes(settings: Settings, variant: VitVariant) -> None:
 def _serve(settings: Settings, variant: VitVariant, runner: str) -> int:
     if settings.weights is None:
         raise ConfigError(
-            f"no weights for {variant.name}: give --weights FILE (an official .pth or a safetensors file), or "
+            f"no weights for {variant.name}: give --weights FILE (the official "
+            f"{variant.official_file('lvd1689m')}, or a safetensors file), or "
             "--weights random:0 to try the server with features that mean nothing"
         )
     from dinov3_server import supervisor  # Imported here, so that `config` and `models` start fast.

@@ -41,7 +41,8 @@ def choose_devices(devices: tuple[str, ...]) -> tuple[str, ...]:
 def choose_frontends(frontends: int, device: str) -> int:
     """How many frontends: as given, else one for every four CPUs, at most eight.
 
-    One moves 0.4 to 0.8 GB/s of features; beside a model on the CPU a second one would only take its cores.
+    One Python process does not move the features that a GPU computes; beside a model on the CPU a second one would
+    only take its cores.
     """
     if frontends:
         return frontends

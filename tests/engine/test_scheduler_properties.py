@@ -234,7 +234,6 @@ class Lifecycle(RuleBasedStateMachine):
     def counts(self) -> None:
         queued = [job for jobs in self.lanes().values() for job in jobs]
         assert self.scheduler.queued_images == self.rows(queued)
-        assert self.scheduler.queued_tokens == sum(len(self.left[job.key]) * job.tokens for job in queued)
 
     def teardown(self) -> None:
         """In the end every row that came in has ended, once."""

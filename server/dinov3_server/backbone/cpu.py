@@ -40,8 +40,8 @@ def keep_freed_memory() -> None:
     """Have malloc keep what this process frees from now on; what it has freed so far goes back to the kernel.
 
     A forward pass takes and frees the same megabytes layer by layer. By default glibc maps blocks of over 32 MiB anew
-    each time and trims the heap as it shrinks, so that the kernel zeroes and faults in the same pages over and over: 5
-    to 19 % of the time of a batch (ViT-S/16, 8 or 32 images, 2 cores). The heap grows for some batches and then keeps
+    each time and trims the heap as it shrinks, so that the kernel zeroes and faults in the same pages over and over.
+    The heap grows for some batches and then keeps
     its size. Process-wide; does nothing without glibc.
     """
     libc = ctypes.CDLL(None)

@@ -143,15 +143,10 @@ class Scheduler:
         self._serial = 0
         self._batches = 0
         self._images = 0
-        self._tokens = 0
 
     @property
     def queued_images(self) -> int:
         return self._images
-
-    @property
-    def queued_tokens(self) -> int:
-        return self._tokens
 
     def add(self, job: Job, now: float) -> None:
         """Queues a job.
@@ -187,7 +182,6 @@ class Scheduler:
         lane.jobs += 1
         lane.images += len(job.rows)
         self._images += len(job.rows)
-        self._tokens += len(job.rows) * job.tokens
 
     def cancel(self, key: JobKey) -> tuple[int, ...]:
         """Drops a job. Returns the rows that were still queued and now never run; none where the key is unknown."""
@@ -282,7 +276,6 @@ class Scheduler:
         entry.taken += len(rows)
         lane.images -= len(rows)
         self._images -= len(rows)
-        self._tokens -= len(rows) * job.tokens
         if not entry.live:
             del self._jobs[job.key]
             self._deadlines.settle(len(self._jobs))

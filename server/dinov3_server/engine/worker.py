@@ -78,7 +78,7 @@ class Worker:
     def run(self) -> None:
         """Return when told to stop. To be called on the thread that built the runner: it works on the device.
 
-        On the CPU that is worth a factor of nearly two. libgomp keeps a team of threads for every thread that has
+        On the CPU that matters much. libgomp keeps a team of threads for every thread that has
         computed; with two teams it counts more threads than cores and lets them sleep at every barrier.
         """
         loop = threading.Thread(target=self._loop, name="loop", daemon=True)
