@@ -1,36 +1,17 @@
-"""`make bench`, or `python -m bench [LEG...]`: measure, print a table, record it under bench/results."""
+"""`make bench`, or `python -m bench [LEG...]`: measure, print a table, record it under bench/results.
+
+A leg is a module with `measure() -> result`, `show(result) -> text`, and a docstring that states what is inside it.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 from bench import bare, preprocessing, service
-from bench.record import table, write
+from bench.record import write
 
-
-def run_service() -> tuple[dict[str, Any], str]:
-    rows = service.measure("vits16", "auto")
-    return {"rows": rows}, shown(rows, "in_flight", "images_per_second", "p50_ms", "p99_ms", "mean_batch", "of_bare")
-
-
-def run_bare() -> tuple[dict[str, Any], str]:
-    rows = bare.measure(["vits16"], ["float32", "bfloat16"], [224, 512], [1, 8, 32])
-    return {"rows": rows}, shown(rows, "model", "dtype", "size", "batch", "ours", "transformers_eager", "ratio")
-
-
-def run_preprocessing() -> tuple[dict[str, Any], str]:
-    result = preprocessing.measure()
-    columns = ("preset", "reference", "max_level_difference", "cls_cosine_min", "patch_cosine_mean", "patch_cosine_min")
-    return result, shown(result["summary"], *columns)
-
-
-LEGS: dict[str, Callable[[], tuple[dict[str, Any], str]]] = {
-    "service": run_service,
-    "bare": run_bare,
-    "preprocessing": run_preprocessing,
-}
+LEGS: dict[str, ModuleType] = {"service": service, "bare": bare, "preprocessing": preprocessing}
 
 
 def main() -> None:
@@ -39,17 +20,11 @@ def main() -> None:
     legs = parser.parse_args().legs or list(LEGS)
     if unknown := set(legs) - set(LEGS):
         parser.error(f"no leg {', '.join(sorted(unknown))}; there are {', '.join(LEGS)}")
-    for leg in legs:
-        result, text = LEGS[leg]()
-        print(text)
-        print("recorded in", write(leg, result), flush=True)
-
-
-def shown(rows: list[dict[str, Any]], *columns: str) -> str:
-    def cell(value: object) -> str:
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-    return table(list(columns), [[cell(row[column]) for column in columns] for row in rows])
+    for name in legs:
+        leg = LEGS[name]
+        result = leg.measure()
+        print(leg.show(result))
+        print("recorded in", write(name, leg.__doc__ or "", result), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers import DINOv3ViTModel
 
+from bench.record import table
+from bench.reference import transformers_model
 from dinov3_server.backbone.interface import Batch, FeatureSpec, Output, PixelShape, Row
-from dinov3_server.backbone.registry import VitVariant, lookup
+from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.runner import build
 from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner
 from dinov3_server.engine.block import Block
@@ -28,20 +30,29 @@ SECONDS = 6.0  # of batches a leg and configuration, at least MINIMUM pairs
 MINIMUM = 5
 
 
-def measure(models: list[str], dtypes: list[str], sizes: list[int], batches: list[int]) -> list[dict[str, Any]]:
-    rows = []
-    for model in models:
-        for dtype in dtypes:
+MODELS = ("vits16",)
+SIZES = (224, 512)
+BATCHES = (1, 8, 32)
+
+
+def measure() -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for model in MODELS:
+        for dtype in ("float32", "bfloat16"):
             runner = build(model, "random:0", dtype=dtype, device="cpu")
             rival = transformers_model(lookup(model), TORCH_DTYPES[runner.info.dtype])
-            for size in sizes:
-                for images in batches:
+            for size in SIZES:
+                for images in BATCHES:
                     rows.append(
                         {"model": model, "dtype": dtype, "size": size, "batch": images}
                         | pairs(our_batch(runner, size, images), their_batch(rival, size, images), images)
                     )
                     print(rows[-1], flush=True)
-    return rows
+    return {"rows": rows}
+
+
+def show(result: dict[str, Any]) -> str:
+    return table(result["rows"], "model", "dtype", "size", "batch", "ours", "transformers_eager", "ratio")
 
 
 def pairs(ours: Callable[[], None], theirs: Callable[[], None], images: int) -> dict[str, Any]:
@@ -89,22 +100,3 @@ def their_batch(model: DINOv3ViTModel, size: int, images: int) -> Callable[[], N
             model(pixels)
 
     return work
-
-
-def transformers_model(variant: VitVariant, dtype: torch.dtype) -> DINOv3ViTModel:
-    torch.manual_seed(0)
-    config = DINOv3ViTConfig(
-        patch_size=variant.patch_size,
-        hidden_size=variant.embed_dim,
-        intermediate_size=variant.ffn_dim,
-        num_hidden_layers=variant.depth,
-        num_attention_heads=variant.heads,
-        num_register_tokens=variant.registers,
-        use_gated_mlp=variant.ffn == "swiglu",
-        hidden_act="silu" if variant.ffn == "swiglu" else "gelu",
-        query_bias=variant.qkv_bias,
-        value_bias=variant.qkv_bias,
-        attn_implementation="sdpa",
-    )
-    model: DINOv3ViTModel = DINOv3ViTModel(config).eval().to(dtype)
-    return model

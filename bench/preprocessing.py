@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
+from bench.record import table
 from dinov3_server.images.decode import decode
 from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, Transform, resize_into
 
@@ -208,3 +209,8 @@ def measure() -> dict[str, Any]:
         "milliseconds": cost(files),
         "photos": rows,
     }
+
+
+def show(result: dict[str, Any]) -> str:
+    columns = ("preset", "reference", "max_level_difference", "cls_cosine_min", "patch_cosine_mean", "patch_cosine_min")
+    return table(result["summary"], *columns)

@@ -32,25 +32,29 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def write(name: str, result: dict[str, Any]) -> Path:
-    """`bench/results/NAME.json`, with the metadata of this run."""
+def write(name: str, inside: str, result: dict[str, Any]) -> Path:
+    """`bench/results/NAME.json`: what is `inside` the leg, the metadata of this run, and the result."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"metadata": metadata(), **result}, indent=1) + "\n")
+    path.write_text(json.dumps({"inside": inside, "metadata": metadata(), **result}, indent=1) + "\n")
     return path
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Aligned columns: the first to the left, figures to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
+def table(rows: list[dict[str, Any]], *columns: str) -> str:
+    """The `columns` of rows, aligned: the first to the left, figures to the right."""
+
+    def cell(value: object) -> str:
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    lines = [list(columns), *([cell(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            value.ljust(width) if i == 0 else value.rjust(width)
+            for i, (value, width) in enumerate(zip(line, widths, strict=True))
         )
-        for row in [head, *rows]
-    ]
-    return "\n".join(lines)
+        for line in lines
+    )
 
 
 def _git(*arguments: str) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from skimage import data
 from torch import Tensor
-from transformers import DINOv3ViTConfig, DINOv3ViTModel
+from transformers import DINOv3ViTModel
 
+from bench.reference import transformers_config
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.registry import VitVariant
 from tests.backbone.features import every_output
@@ -59,22 +60,7 @@ def transformers_names(variant: VitVariant) -> dict[str, str]:
 
 def transformers_model(variant: VitVariant, tensors: dict[str, Tensor], periods: Tensor) -> DINOv3ViTModel:
     """The same model by transformers, with the same RoPE periods, which it would otherwise make in fp32."""
-    config = DINOv3ViTConfig(
-        patch_size=variant.patch_size,
-        hidden_size=variant.embed_dim,
-        intermediate_size=variant.ffn_dim,
-        num_hidden_layers=variant.depth,
-        num_attention_heads=variant.heads,
-        num_register_tokens=variant.registers,
-        use_gated_mlp=variant.ffn == "swiglu",
-        hidden_act="silu" if variant.ffn == "swiglu" else "gelu",
-        layer_norm_eps=variant.norm_eps,
-        rope_theta=variant.rope_base,
-        query_bias=variant.qkv_bias,
-        value_bias=variant.qkv_bias,
-        attn_implementation="sdpa",
-    )
-    model = DINOv3ViTModel(config).eval()
+    model = DINOv3ViTModel(transformers_config(variant)).eval()
     names = transformers_names(variant)
     state = {names[name]: tensor for name, tensor in tensors.items()}
     state["embeddings.mask_token"] = torch.zeros(1, 1, variant.embed_dim)
