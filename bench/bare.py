@@ -1,81 +1,127 @@
-"""The model alone: our runner in a loop beside transformers' eager model, batch by batch in turn.
+"""The model alone, in images a second: our runner beside three others, a batch of each in turn, round after round.
 
-In ours: pixels gathered from an arena as uint8, normalised, the forward pass, CLS and patches written into the arena
-as bfloat16, the check that they are finite. In transformers': the forward pass on pixels that are normalised already,
-nothing else. Seeded random weights; the clock is wall time; a ratio is taken of each pair of neighbouring batches, and
-the median of them reported.
+- `ours`: pixels gathered from an arena as uint8, normalised, the forward pass, CLS and patches written into the arena
+  as bfloat16, the check that they are finite.
+- `eager`: transformers' DINOv3ViTModel with its sdpa attention; `compiled`: the same by torch.compile for the one
+  shape; `upstream`: Meta's own model, where DINOV3_UPSTREAM names a copy of its repository. Of these the forward pass
+  alone, on pixels that are normalised already and in the model's dtype.
+
+All run in one thread of one process and have its malloc, which our runner sets to keep freed memory; eager alone gains
+from that too. Seeded random weights. A configuration is measured for SECONDS after one batch of each to warm up, at
+least MINIMUM rounds. Rates are of the median batch; `ours/x` is the median over rounds of x's time by ours.
+
+`linears` is the limit that the matrix products set: all dense layers of a forward pass as our model has them, packed,
+with weights of their own, back to back on inputs that are there, and nothing else: no attention, no GELU, no residual.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
+import os
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DINOv3ViTModel
+from torch import Tensor
 
 from bench.record import table
-from bench.reference import transformers_model
+from bench.reference import transformers_model, upstream_checkout, upstream_commit, upstream_model
 from dinov3_server.backbone.interface import Batch, FeatureSpec, Output, PixelShape, Row
-from dinov3_server.backbone.registry import lookup
+from dinov3_server.backbone.linear import linear
+from dinov3_server.backbone.registry import VitVariant, lookup
 from dinov3_server.backbone.runner import build
 from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner
 from dinov3_server.engine.block import Block
 
-SPEC = FeatureSpec((Output("cls"), Output("patches")), "bfloat16")
-SECONDS = 6.0  # of batches a leg and configuration, at least MINIMUM pairs
-MINIMUM = 5
-
-
-MODELS = ("vits16",)
+MODELS = ("vits16", "vitb16")
+DTYPES = ("float32", "bfloat16")
 SIZES = (224, 512)
 BATCHES = (1, 8, 32)
+RIVALS = ("eager", "compiled", "upstream")
+SECONDS = 8.0
+MINIMUM = 2
+
+SPEC = FeatureSpec((Output("cls"), Output("patches")), "bfloat16")
+Work = Callable[[], None]
 
 
 def measure() -> dict[str, Any]:
+    absent = absent_rivals()
     rows: list[dict[str, Any]] = []
-    for model in MODELS:
-        for dtype in ("float32", "bfloat16"):
-            runner = build(model, "random:0", dtype=dtype, device="cpu")
-            rival = transformers_model(lookup(model), TORCH_DTYPES[runner.info.dtype])
-            for size in SIZES:
-                for images in BATCHES:
-                    rows.append(
-                        {"model": model, "dtype": dtype, "size": size, "batch": images}
-                        | pairs(our_batch(runner, size, images), their_batch(rival, size, images), images)
-                    )
-                    print(rows[-1], flush=True)
-    return {"rows": rows}
+    limits: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        checkout = None if "upstream" in absent else upstream_checkout(Path(scratch))
+        for name, dtype in itertools.product(MODELS, DTYPES):
+            runner = build(name, "random:0", dtype=dtype, device="cpu")
+            variant, torch_dtype = lookup(name), TORCH_DTYPES[runner.info.dtype]
+            rivals = rival_models(variant, torch_dtype, checkout)
+            for size, images in itertools.product(SIZES, BATCHES):
+                where = {"model": name, "dtype": dtype, "size": size, "batch": images}
+                ours = our_batch(runner, size, images)
+                theirs = rival_batches(rivals, torch_dtype, size, images, compiled="compiled" not in absent)
+                rows.append(where | in_turn({"ours": ours, **theirs}, images))
+                print(rows[-1], flush=True)
+                if (size, images) == (224, 8):
+                    limit = linears(variant, torch_dtype, size, images)
+                    limits.append(where | in_turn({"ours": ours, "linears": limit}, images))
+                    print(limits[-1], flush=True)
+    return {"absent": absent, "upstream_commit": upstream_commit(), "rows": rows, "linears": limits}
+
+
+def absent_rivals() -> dict[str, str]:
+    """The rivals that cannot run here, and why."""
+    absent: dict[str, str] = {}
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        absent["compiled"] = f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    if "DINOV3_UPSTREAM" not in os.environ:
+        absent["upstream"] = "DINOV3_UPSTREAM names no copy of Meta's repository"
+    return absent
 
 
 def show(result: dict[str, Any]) -> str:
-    return table(result["rows"], "model", "dtype", "size", "batch", "ours", "transformers_eager", "ratio")
+    present = [rival for rival in RIVALS if rival not in result["absent"]]
+    where = ("model", "dtype", "size", "batch")
+    return "\n\n".join(
+        (
+            table(result["rows"], *where, "ours", *present, *(f"ours/{rival}" for rival in present)),
+            table(result["linears"], *where, "ours", "linears", "ours/linears"),
+            *(f"no {rival}: {reason}" for rival, reason in result["absent"].items()),
+        )
+    )
 
 
-def pairs(ours: Callable[[], None], theirs: Callable[[], None], images: int) -> dict[str, Any]:
-    """Images a second of both, and the median ratio of neighbouring batches."""
-    for warm_up in (ours, theirs, ours, theirs):
-        warm_up()
-    mine: list[float] = []
-    rivals: list[float] = []
+def in_turn(works: Mapping[str, Work], images: int) -> dict[str, Any]:
+    """Images a second of each, and the median ratio of the first to each other, over rounds of one batch of each."""
+    for work in works.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    first, *others = works
     end = time.perf_counter() + SECONDS
-    while len(mine) < MINIMUM or time.perf_counter() < end:
-        for work, times in ((ours, mine), (theirs, rivals)):
+    while len(times[first]) < MINIMUM or time.perf_counter() < end:
+        for name, work in works.items():
             since = time.perf_counter()
             work()
-            times.append(time.perf_counter() - since)
+            times[name].append(time.perf_counter() - since)
+    ratios = {
+        f"{first}/{other}": statistics.median(b / a for a, b in zip(times[first], times[other], strict=True))
+        for other in others
+    }
     return {
-        "ours": round(images / statistics.median(mine), 2),
-        "transformers_eager": round(images / statistics.median(rivals), 2),
-        "ratio": round(statistics.median(theirs / our for theirs, our in zip(rivals, mine, strict=True)), 3),
-        "pairs": len(mine),
+        "rounds": len(times[first]),
+        **{name: round(images / statistics.median(taken), 3) for name, taken in times.items()},
+        **{name: round(ratio, 3) for name, ratio in ratios.items()},
     }
 
 
-def our_batch(runner: TorchRunner, size: int, images: int) -> Callable[[], None]:
+def our_batch(runner: TorchRunner, size: int, images: int) -> Work:
+    """One batch through the runner, from an arena of its own and into it."""
     shape = PixelShape(size, size, "uint8")
     block = Block.plan(runner.info, shape, images, SPEC)
     memory = mmap.mmap(-1, block.end)
@@ -92,11 +138,56 @@ def our_batch(runner: TorchRunner, size: int, images: int) -> Callable[[], None]
     return work
 
 
-def their_batch(model: DINOv3ViTModel, size: int, images: int) -> Callable[[], None]:
-    pixels = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+def rival_models(
+    variant: VitVariant, dtype: torch.dtype, checkout: Path | None
+) -> dict[str, Callable[[Tensor], object]]:
+    """Forward passes that give the last layer's CLS and patches, of eager code."""
+    models: dict[str, Callable[[Tensor], object]] = {"eager": transformers_model(variant, dtype)}
+    if checkout is not None:
+        models["upstream"] = upstream_model(checkout, variant, dtype).forward_features
+    return models
+
+
+def rival_batches(
+    models: Mapping[str, Callable[[Tensor], object]], dtype: torch.dtype, size: int, images: int, *, compiled: bool
+) -> dict[str, Work]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, 3, size, size, generator=generator).to(dtype)
+
+    def forward(model: Callable[[Tensor], object]) -> Work:
+        def work() -> None:
+            with torch.inference_mode():
+                model(pixels)
+
+        return work
+
+    works = {name: forward(model) for name, model in models.items()}
+    if compiled:
+        # Anew for each shape: after eight of them torch.compile would go on in eager mode without a word.
+        torch.compiler.reset()
+        works["compiled"] = forward(torch.compile(models["eager"], dynamic=False))
+    return {rival: works[rival] for rival in RIVALS if rival in works}
+
+
+def linears(variant: VitVariant, dtype: torch.dtype, size: int, images: int) -> Work:
+    """The dense layers of one forward pass; what they give is thrown away."""
+    width, hidden, patches = variant.embed_dim, variant.ffn_dim, (size // variant.patch_size) ** 2
+    tokens = 1 + variant.registers + patches
+    block = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
+    embedding = (3 * variant.patch_size**2, width)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    inputs = {inside: random(images, tokens, inside) for inside, _ in block}
+    layers = [(linear(random(*reversed(embedding)), random(width)), random(images, patches, embedding[0]))]
+    for inside, outside in block * variant.depth:
+        layers.append((linear(random(outside, inside), random(outside)), inputs[inside]))
 
     def work() -> None:
         with torch.inference_mode():
-            model(pixels)
+            for layer, x in layers:
+                layer(x)
 
     return work

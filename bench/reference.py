@@ -1,6 +1,14 @@
-"""The reference that we did not write: transformers' DINOv3ViTModel, at the dimensions of our registry."""
+"""The references that we did not write, at the dimensions of our registry: transformers' DINOv3ViTModel, and Meta's own
+code where the environment variable DINOV3_UPSTREAM names a local copy of its repository."""
 
 from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
@@ -31,3 +39,31 @@ def transformers_model(variant: VitVariant, dtype: torch.dtype) -> DINOv3ViTMode
     torch.manual_seed(0)
     model: DINOv3ViTModel = DINOv3ViTModel(transformers_config(variant)).eval().to(dtype)
     return model
+
+
+def upstream_model(checkout: Path, variant: VitVariant, dtype: torch.dtype) -> Any:
+    """Meta's model in evaluation mode, on the CPU, of seed 0. Importing it sets two limits of torch.compile, for the
+    whole process, and puts `checkout` on its path."""
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    torch.manual_seed(0)
+    backbones = importlib.import_module("dinov3.hub.backbones")
+    return getattr(backbones, variant.name)(pretrained=False).eval().to(dtype)
+
+
+def upstream_checkout(scratch: Path) -> Path:
+    """A work tree of what DINOV3_UPSTREAM names: that itself, or the HEAD of a git directory, laid out in `scratch`."""
+    source = Path(os.environ["DINOV3_UPSTREAM"])
+    if (source / "dinov3" / "hub" / "backbones.py").is_file():
+        return source
+    archive = subprocess.run(["git", "-C", source, "archive", "HEAD", "dinov3"], check=True, capture_output=True).stdout
+    subprocess.run(["tar", "-x", "-C", scratch], check=True, input=archive)
+    return scratch
+
+
+def upstream_commit() -> str | None:
+    """The commit of what DINOV3_UPSTREAM names; None where it names nothing or no git repository."""
+    if "DINOV3_UPSTREAM" not in os.environ:
+        return None
+    command = ["git", "-C", os.environ["DINOV3_UPSTREAM"], "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

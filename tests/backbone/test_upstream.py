@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.reference import upstream_checkout
 from dinov3_server.backbone.checkpoint import load_checkpoint
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.registry import lookup
@@ -26,14 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work tree of what DINOV3_UPSTREAM names: one, or a git directory without one."""
-    source = Path(os.environ["DINOV3_UPSTREAM"])
-    if (source / "dinov3" / "hub" / "backbones.py").is_file():
-        return source
-    target = tmp_path_factory.mktemp("upstream")
-    archive = subprocess.run(["git", "-C", source, "archive", "HEAD", "dinov3"], check=True, capture_output=True).stdout
-    subprocess.run(["tar", "-x", "-C", target], check=True, input=archive)
-    return target
+    return upstream_checkout(tmp_path_factory.mktemp("upstream"))
 
 
 @pytest.mark.parametrize("name", ["dinov3_vits16", "dinov3_vits16plus"])
