@@ -1,23 +1,20 @@
-"""The CUDA runner's order of work, on a machine without CUDA: streams and events that only take notes.
+"""The CUDA runner's order of work, on a machine without CUDA (fake_cuda.py).
 
-The copies and the model run at once, on the CPU. What it shows is which stream does what after which event, that
-slots come back and that arenas are registered and unregistered; not that CUDA does as it is told (tests/gpu does).
+What it shows is which stream does what after which event, that slots come back and that arenas are registered and
+unregistered; not that CUDA does as it is told (tests/gpu does).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import mmap
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone import cuda_runner
+from dinov3_server.backbone import cuda_graphs, cuda_runner
 from dinov3_server.backbone.cuda_runner import CudaRunner
 from dinov3_server.backbone.interface import Batch, DeviceLost, DeviceOutOfMemory, FeatureSpec, Output, PixelShape, Row
 from dinov3_server.backbone.random_weights import random_tensors
@@ -25,6 +22,7 @@ from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.rope import default_periods
 from dinov3_server.backbone.runner import build
 from tests.backbone.arenas import Arena
+from tests.backbone.fake_cuda import FakeCuda, FakeTorch
 from tests.backbone.features import ours, picture
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=2, heads=2, ffn_dim=128)
@@ -33,80 +31,16 @@ SPEC = FeatureSpec((Output("cls"), Output("patches")), "float32")
 PAGE_LOCK_FAILS = 801
 
 
-class Notes:
-    """A stand-in for torch.cuda: what was called, in order, with the stream that was current."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.current = "default"
-        self.registered: set[int] = set()
-        self.register_result = 0
-        self._begun: set[str] = set()
-        self._streams = iter(["copy_in", "compute", "copy_out"])
-
-    def Stream(self) -> SimpleNamespace:
-        name = next(self._streams)
-        return SimpleNamespace(name=name, wait_event=lambda event: self.log.append(f"{name} waits for {event.name}"))
-
-    def Event(self, enable_timing: bool = False, blocking: bool = False) -> SimpleNamespace:
-        event = SimpleNamespace(name="", elapsed_time=lambda other: 1000.0)
-
-        def record() -> None:
-            # Each stream's first event of a batch is its begin, the second its end.
-            self._begun ^= {self.current}
-            event.name = f"{self.current} {'begin' if self.current in self._begun else 'end'}"
-            self.log.append(event.name)
-
-        event.record = record
-        event.synchronize = lambda: self.log.append(f"host waits for {event.name}")
-        return event
-
-    @contextlib.contextmanager
-    def stream(self, stream: SimpleNamespace) -> Iterator[None]:
-        before, self.current = self.current, stream.name
-        yield
-        self.current = before
-
-    def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def synchronize(self, device: torch.device | None = None) -> None:
-        self.log.append("host waits for everything")
-
-    def empty_cache(self) -> None:
-        self.log.append("cache emptied")
-
-    def cudart(self) -> SimpleNamespace:
-        def register(address: int, size: int, flags: int) -> int:
-            if not self.register_result:
-                self.registered.add(address)
-            return self.register_result
-
-        return SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=self.registered.remove)
-
-
-class TorchWithNotes:
-    """torch, but for its CUDA part and page-locked memory."""
-
-    def __init__(self, notes: Notes) -> None:
-        self.cuda = notes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def empty(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        return torch.empty(*args, **kwargs)
-
-
 @pytest.fixture
-def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
-    noted = Notes()
-    monkeypatch.setattr(cuda_runner, "torch", TorchWithNotes(noted))
+def notes(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    noted = FakeCuda()
+    for module in (cuda_runner, cuda_graphs):
+        monkeypatch.setattr(module, "torch", FakeTorch(noted))
     return noted
 
 
 @pytest.fixture
-def runner(notes: Notes) -> CudaRunner:
+def runner(notes: FakeCuda) -> CudaRunner:
     model = ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0))
     info = dataclasses.replace(
         build("vits16", "random:0", dtype="float32", threads=1, warm_up=()).info, embed_dim=64, depth=2
@@ -120,7 +54,7 @@ def request(runner: CudaRunner, arena: Arena, count: int = 2) -> list[Row]:
     return arena.request(runner.info, SHAPE, picture(32, 32, count), SPEC)
 
 
-def test_a_batch_goes_through_three_streams_and_one_wait(runner: CudaRunner, notes: Notes) -> None:
+def test_a_batch_goes_through_three_streams_and_one_wait(runner: CudaRunner, notes: FakeCuda) -> None:
     arena = Arena(0)
     runner.attach(0, memoryview(arena.memory))
     rows = request(runner, arena)
@@ -161,7 +95,7 @@ def test_each_batch_in_flight_has_a_slot_of_its_own(runner: CudaRunner) -> None:
 
 
 def test_a_batch_that_failed_gives_its_slot_back_with_nothing_under_way(
-    runner: CudaRunner, notes: Notes, monkeypatch: pytest.MonkeyPatch
+    runner: CudaRunner, notes: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = Arena(0)
     runner.attach(0, memoryview(arena.memory))
@@ -194,7 +128,7 @@ def test_a_batch_that_failed_gives_its_slot_back_with_nothing_under_way(
 
 
 def test_an_error_that_shows_while_memory_is_freed_is_a_lost_device(
-    runner: CudaRunner, notes: Notes, monkeypatch: pytest.MonkeyPatch
+    runner: CudaRunner, notes: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = Arena(0)
     runner.attach(0, memoryview(arena.memory))
@@ -211,7 +145,7 @@ def test_an_error_that_shows_while_memory_is_freed_is_a_lost_device(
         runner.launch(Batch(SHAPE, tuple(request(runner, arena))))
 
 
-def test_arenas_are_registered_while_attached(runner: CudaRunner, notes: Notes) -> None:
+def test_arenas_are_registered_while_attached(runner: CudaRunner, notes: FakeCuda) -> None:
     memory = mmap.mmap(-1, 4096)
     runner.attach(3, memoryview(memory))
     assert notes.registered == {runner._arenas[3].data_ptr()}
@@ -220,7 +154,7 @@ def test_arenas_are_registered_while_attached(runner: CudaRunner, notes: Notes) 
     memory.close()
 
 
-def test_an_arena_that_cannot_be_page_locked_is_not_attached(runner: CudaRunner, notes: Notes) -> None:
+def test_an_arena_that_cannot_be_page_locked_is_not_attached(runner: CudaRunner, notes: FakeCuda) -> None:
     memory = mmap.mmap(-1, 4096)
     notes.register_result = PAGE_LOCK_FAILS
     with pytest.raises(RuntimeError, match="could not page-lock 4096 bytes: CUDA error 801"):

@@ -164,6 +164,31 @@ def test_every_variant_builds_and_runs_without_memory(name: str) -> None:
     assert all(f.device == META for f in features.values())
 
 
+@pytest.mark.parametrize("name", ["vits16", "vith16plus", "vit7b16"])
+@pytest.mark.parametrize("wanted", [Output("cls"), Output("patches")], ids=["cls", "patches"])
+def test_fused_attention_gets_what_it_takes(name: str, wanted: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's flash and cuDNN kernels want bfloat16, the channels of a head side by side, and addresses on 16 bytes; for
+    anything else a slow one is taken in silence."""
+    variant = dataclasses.replace(lookup(name), depth=1)
+    tensors = {n: torch.empty(shape, device=META) for n, shape in canonical_shapes(variant).items()}
+    model = ours(variant, tensors, torch.ones(variant.head_dim // 4), dtype=torch.bfloat16, device=META)
+    given: list[Tensor] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        given.extend((q, k, v))
+        return original(q, k, v, scale=scale)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    run(model, torch.empty(2, 64, 96, 3, dtype=torch.uint8, device=META), [wanted])
+    assert len(given) == 3
+    for tensor in given:
+        assert tensor.dtype == torch.bfloat16
+        assert tensor.stride(-1) == 1
+        offsets = [stride * tensor.itemsize for stride in tensor.stride()[:-1]]
+        assert all(nbytes % 16 == 0 for nbytes in (*offsets, tensor.storage_offset() * tensor.itemsize))
+
+
 def test_7b_at_depth_2_agrees_with_transformers() -> None:
     # Two of its forty blocks, at a quarter of its width so that they fit beside the other tests: the heads' size (128)
     # and the missing qkv bias are what is its own.

@@ -2,10 +2,21 @@
 
 While one batch is computed the next is copied in and the one before is copied out, straight from and to the
 page-locked arenas. A slot holds what a batch in flight needs to itself; it is free again when the batch is finished.
+
+What a stream reads, another has written before an event that it waits for, and nobody writes again before the reader
+is through:
+
+- a slot's pixels: written by copy_in, read by compute; written again once the slot's batch is finished;
+- a graph's fixed pixels and features (cuda_graphs.py): written and read by compute alone, in its order;
+- features on their way out: made by compute for this batch, read by copy_out, held until it is finished.
+
+Two threads come here: one calls attach, detach and launch, the other finish. Only launch captures graphs.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections import deque
 from dataclasses import dataclass
 from typing import cast
@@ -13,20 +24,36 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.interface import Batch, Finished, Launched, ModelInfo
-from dinov3_server.backbone.plan import feature_runs, pixel_runs, wanted_outputs
-from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner, finite_rows, pixel_layout
+from dinov3_server.backbone.cuda_graphs import ForwardGraph, GraphCache, Key, compute, padded
+from dinov3_server.backbone.interface import Batch, DeviceOutOfMemory, Finished, Launched, ModelInfo, PixelShape
+from dinov3_server.backbone.plan import Wanted, feature_runs, pixel_runs, wanted_features
+from dinov3_server.backbone.torch_runner import (
+    TorchRunner,
+    device_failure,
+    pixel_layout,
+)
 from dinov3_server.backbone.vit import VisionTransformer
+
+logger = logging.getLogger(__name__)
+
+# Of the device's memory, what graphs may hold for themselves.
+_GRAPHS_SHARE = 1 / 16
 
 
 class CudaRunner(TorchRunner):
-    """`launch` only enqueues; `finish` waits for one event and reads times and flags."""
+    """`launch` only enqueues; `finish` waits for one event and reads times and flags.
+
+    A batch of a kind that has come often enough is also captured by `launch`: some tens of milliseconds, once.
+    """
 
     pipeline_depth = 2
 
     def __init__(self, model: VisionTransformer, info: ModelInfo) -> None:
         super().__init__(model, info)
         self._device = model.device
+        self._graphs = GraphCache(int(self.memory()["total"] * _GRAPHS_SHARE))
+        # Held while a batch is launched: to wait for the whole device would break a capture on the other thread.
+        self._host = threading.Lock()
         with torch.cuda.device(self._device):
             self._copy_in, self._compute, self._copy_out = (
                 torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -76,12 +103,14 @@ class CudaRunner(TorchRunner):
 
     @torch.inference_mode()
     def _enqueue(self, batch: Batch, slot: _Slot) -> _Launched:
-        count = len(batch.rows)
+        count, tokens = len(batch.rows), self.info.tokens(batch.shape)
         runs = [(run, self._features_in_arena(run, batch.shape)) for run in feature_runs(batch, self.info)]
-        with torch.cuda.device(self._device):
-            pixels = slot.pixels(count * batch.shape.nbytes, self._device)
-            dtype, shape = pixel_layout(count, batch.shape)
-            pixels = pixels.view(dtype).view(shape)
+        wanted = wanted_features(batch)
+        key = Key(batch.shape, padded(count), wanted)
+        with torch.cuda.device(self._device), self._host:
+            graph = self._graphs.find(key)
+            is_due = self._graphs.is_due(key, tokens)
+            pixels = slot.pixels(key.images, batch.shape, self._device)
 
             with torch.cuda.stream(self._copy_in):
                 slot.copy_in_begins.record()
@@ -93,48 +122,71 @@ class CudaRunner(TorchRunner):
             with torch.cuda.stream(self._compute):
                 self._compute.wait_event(slot.copy_in_ends)
                 slot.forward_begins.record()
-                features = self._model(pixels, wanted_outputs(batch))
                 # Everything that takes device memory comes before the first copy out: a batch that does not fit
                 # has written nothing into an arena.
-                converted = [
-                    [
-                        features[output][run.first : run.first + run.count]
-                        .to(TORCH_DTYPES[run.spec.dtype])
-                        .contiguous()
-                        for output in run.spec.outputs
-                    ]
-                    for run, _ in runs
-                ]
-                finite = torch.cat([finite_rows(values) for values in converted])
+                if graph is not None:
+                    features = graph.replay(pixels, count)
+                else:
+                    # Padded before a capture, which is of the padded size: see ForwardGraph.
+                    features = compute(self._model, pixels if is_due else pixels[:count], wanted)
                 slot.forward_ends.record()
 
             with torch.cuda.stream(self._copy_out):
                 self._copy_out.wait_event(slot.forward_ends)
                 slot.copy_out_begins.record()
-                for (_, places), values in zip(runs, converted, strict=True):
-                    for place, value in zip(places, values, strict=True):
-                        place.copy_(value, non_blocking=True)
-                flags = slot.flags(count)
-                flags.copy_(finite, non_blocking=True)
+                values = dict(zip(wanted, features.values, strict=True))
+                for run, places in runs:
+                    for output, place in zip(run.spec.outputs, places, strict=True):
+                        of_run = values[Wanted(output, run.spec.dtype)][run.first : run.first + run.count]
+                        place.copy_(of_run, non_blocking=True)
+                flags = slot.flags(count, len(wanted))
+                flags.copy_(features.finite[:count], non_blocking=True)
                 slot.copy_out_ends.record()
+
+            if is_due:  # now, while the device is busy with this batch
+                with torch.cuda.stream(self._compute):
+                    self._capture(key, pixels)
         # The caching allocator knows tensors by the stream that made them and would give this memory away while it
         # is copied out: it is held until the batch is finished.
-        return _Launched(slot, flags, held=[finite, *(value for values in converted for value in values)])
+        return _Launched(batch, wanted, slot, flags, held=[features.finite, *features.values])
+
+    def _capture(self, key: Key, pixels: Tensor) -> None:
+        """Have a graph for `key` from now on. Nothing that goes wrong here is an error of the batch just launched."""
+        # Held by the graph, and asked for before the capture: in one it would be made of memory that others overwrite.
+        rotations = self._model.rotations(key.shape.height, key.shape.width)
+        try:
+            graph = ForwardGraph(lambda x: compute(self._model, x, key.wanted), pixels, rotations, self._graphs.pool())
+        except RuntimeError as error:
+            if isinstance(device_failure(error), DeviceOutOfMemory):
+                logger.warning("no memory for a CUDA graph of %d images of %s: it runs without", key.images, key.shape)
+                self._graphs.refuse(key)
+            else:  # if the device itself is lost, the batch's end tells
+                logger.warning("a CUDA graph could not be captured: no more are", exc_info=True)
+                self._graphs.stop()
+        else:
+            self._graphs.keep(key, graph)
 
     def _collect(self, flight: _Launched) -> Finished:
         slot = flight.slot
         slot.copy_out_ends.synchronize()
         flight.held.clear()
+        column = {wanted: i for i, wanted in enumerate(flight.wanted)}
+        flags = flight.flags.tolist()
         return Finished(
-            finite=tuple(flight.flags.tolist()),
+            finite=tuple(
+                all(of_row[column[Wanted(output, row.spec.dtype)]] for output in row.spec.outputs)
+                for row, of_row in zip(flight.batch.rows, flags, strict=True)
+            ),
             copy_in=slot.copy_in_begins.elapsed_time(slot.copy_in_ends) / 1000,
             forward=slot.forward_begins.elapsed_time(slot.forward_ends) / 1000,
             copy_out=slot.copy_out_begins.elapsed_time(slot.copy_out_ends) / 1000,
         )
 
     def _settle(self) -> None:
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
+        with self._host:
+            torch.cuda.synchronize(self._device)
+            self._graphs.clear()  # they are fast, but what does not fit without them must
+            torch.cuda.empty_cache()
 
 
 class _Slot:
@@ -148,22 +200,26 @@ class _Slot:
         self._pixels = torch.empty(0, dtype=torch.uint8)
         self._flags = torch.empty(0, dtype=torch.bool)
 
-    def pixels(self, nbytes: int, device: torch.device) -> Tensor:
-        """[nbytes] uint8 on the device."""
+    def pixels(self, count: int, shape: PixelShape, device: torch.device) -> Tensor:
+        """A batch of pixels on the device."""
+        nbytes = count * shape.nbytes
         if self._pixels.numel() < nbytes:
             self._pixels = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is taken
             self._pixels = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        return self._pixels[:nbytes]
+        dtype, layout = pixel_layout(count, shape)
+        return self._pixels[:nbytes].view(dtype).view(layout)
 
-    def flags(self, count: int) -> Tensor:
-        """[count] bool in page-locked memory."""
-        if self._flags.numel() < count:
-            self._flags = torch.empty(count, dtype=torch.bool, pin_memory=True)
-        return self._flags[:count]
+    def flags(self, count: int, wanted: int) -> Tensor:
+        """[count, wanted] bool in page-locked memory."""
+        if self._flags.numel() < count * wanted:
+            self._flags = torch.empty(count * wanted, dtype=torch.bool, pin_memory=True)
+        return self._flags[: count * wanted].view(count, wanted)
 
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
+    batch: Batch
+    wanted: tuple[Wanted, ...]
     slot: _Slot
     flags: Tensor
     held: list[Tensor]

@@ -6,8 +6,9 @@ The rows of one request lie side by side, so that most batches are a few runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from dinov3_server.backbone.interface import Batch, FeatureSpec, ModelInfo, Output
+from dinov3_server.backbone.interface import Batch, FeatureDtype, FeatureSpec, ModelInfo, Output
 
 
 @dataclass(slots=True)
@@ -37,6 +38,19 @@ class FeatureRun:
 def wanted_outputs(batch: Batch) -> list[Output]:
     """Every output that some row wants, once."""
     return list(dict.fromkeys(output for row in batch.rows for output in row.spec.outputs))
+
+
+class Wanted(NamedTuple):
+    """An output in one of the dtypes that it is wanted in."""
+
+    output: Output
+    dtype: FeatureDtype
+
+
+def wanted_features(batch: Batch) -> tuple[Wanted, ...]:
+    """Everything that some row wants, once, in an order that does not depend on the rows'."""
+    wanted = {Wanted(output, row.spec.dtype) for row in batch.rows for output in row.spec.outputs}
+    return tuple(sorted(wanted, key=repr))
 
 
 def pixel_runs(batch: Batch) -> list[PixelRun]:

@@ -96,7 +96,7 @@ class TorchRunner(abc.ABC):
         try:
             return work()
         except Exception as error:
-            failure = _device_failure(error)
+            failure = device_failure(error)
             if failure is None:
                 self._settle()
                 raise
@@ -132,7 +132,7 @@ def finite_rows(features: Sequence[Tensor]) -> Tensor:
     return finite
 
 
-def _device_failure(error: Exception) -> Exception | None:
+def device_failure(error: Exception) -> Exception | None:
     """The interface's exception for an error of the device, None for any other."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

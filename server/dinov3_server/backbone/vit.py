@@ -98,6 +98,10 @@ class VisionTransformer:
                     features |= self._pick(x, group, norm)
         return features
 
+    def rotations(self, height: int, width: int) -> Tensor:
+        """The RoPE table for pixels of this size: what a forward pass reads beside weights, cached for a while only."""
+        return self._rope.rotations(height // self.variant.patch_size, width // self.variant.patch_size)
+
     def _source(self, output: Output) -> tuple[int, bool]:
         """The block whose output it is, and whether the final norm comes after it."""
         depth = self.variant.depth
