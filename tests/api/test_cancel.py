@@ -78,6 +78,41 @@ async def test_the_lease_stays_while_threads_write(gate: Gate, threads: int) -> 
     service.close()
 
 
+async def test_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels that are only copied take no thread; a request of many gives way to the loop, and may end there."""
+    monkeypatch.setattr("dinov3_server.api.extraction.COPY_SECONDS", 0.0)  # no time at all: one image a turn
+    engine, metrics = FakeEngine(), Metrics()
+    service = extraction(engine, metrics)
+    images = np.stack([picture(16, 16, seed) for seed in range(5)])
+    request = pb.ExtractRequest(pixels=tensor(images), preprocessing=AS_IS)
+    task = asyncio.create_task(service.extract(request, None))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    [lease] = engine.leases
+    size = images[0].nbytes
+    copied = [bytes(lease.memory[lease.offset + row * size :][:size]) == images[row].tobytes() for row in range(5)]
+    assert copied == [True, True, False, False, False]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.untouched()
+    assert not engine.done_runs
+    assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (5.0,)}
+    service.close()
+
+
+async def test_pixels_are_copied_without_a_thread() -> None:
+    engine = FakeEngine()
+    service = extraction(engine, Metrics())
+    service.close()  # no thread is left that could do it
+    floats = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    for pixels in (picture(32, 32)[None], floats):
+        await service.extract(pb.ExtractRequest(pixels=tensor(pixels), preprocessing=AS_IS), None)
+    resized = pb.ExtractRequest(pixels=tensor(picture(32, 32)[None]))  # to the preset's 256x256
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        await service.extract(resized, None)
+
+
 async def test_cancelled_by_the_client_while_decoding(gate: Gate) -> None:
     async with serving(decode_threads=1) as rig:
         call = rig.stub.Extract(TWO)

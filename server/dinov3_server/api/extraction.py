@@ -2,6 +2,10 @@
 
 What a request holds (its lease) is let go on every way out. One way out needs care: a caller that leaves while threads
 write pixels. The lease stays until they are through, or they would write over the request that has the range next.
+
+Images are decoded and resized by threads. Pixels that are only copied are copied in the event loop: a copy keeps the
+interpreter's lock, so in a thread it would hold the loop up all the same, and the way there and back costs more than
+the copy of an image.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 
 # How long a thread stays with one request, so that a large one does not hold up a small one behind it.
 SLICE_SECONDS = 0.01
+# How long the event loop stays with the copies of one request.
+COPY_SECONDS = 0.001
 
 # `outcome` of dinov3_images_total, by the status that a request failed with. Expired and cancelled ones are counted
 # where they are dropped: here while they are decoded, later by the engine.
@@ -117,11 +123,14 @@ class Extraction:
         return self._respond(lease.memory, model, placed, failures, timings, message_id)
 
     async def _fill(self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None) -> None:
-        """Pixels of all `works` into the arena, by threads. Returns or raises when no thread writes any more."""
+        """Pixels of all `works` into the arena. Returns or raises when no thread writes any more."""
         images = len(works)
-        lanes = [asyncio.create_task(self._lane(works, failures, deadline)) for _ in range(min(self._threads, images))]
         try:
-            await _finish(lanes, works)
+            if all(work.source.quick for work in works):
+                await self._copy(works, failures, deadline)
+            else:
+                lanes = range(min(self._threads, images))
+                await _finish([asyncio.create_task(self._lane(works, failures, deadline)) for _ in lanes], works)
         except asyncio.CancelledError:
             self._metrics.images.inc("cancelled", value=images)
             raise
@@ -129,15 +138,23 @@ class Extraction:
             self._metrics.images.inc("expired", value=images)
             raise DeadlineExceeded("the deadline passed while the images of the request were being decoded")
 
+    async def _copy(self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None) -> None:
+        self._write_some(works, failures, deadline, COPY_SECONDS)
+        while works:
+            await asyncio.sleep(0)
+            self._write_some(works, failures, deadline, COPY_SECONDS)
+
     async def _lane(self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None) -> None:
         loop = asyncio.get_running_loop()
         while works:
-            await loop.run_in_executor(self._pool, self._write_some, works, failures, deadline)
+            await loop.run_in_executor(self._pool, self._write_some, works, failures, deadline, SLICE_SECONDS)
 
-    def _write_some(self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None) -> None:
-        """Runs in a thread, several at a time on the same `works`."""
+    def _write_some(
+        self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None, seconds: float
+    ) -> None:
+        """For about `seconds`, an image at least. Threads run it several at a time on the same `works`."""
         now = time.monotonic()
-        end = now + SLICE_SECONDS
+        end = now + seconds
         while True:
             if deadline is not None and now >= deadline:
                 works.clear()
@@ -163,15 +180,18 @@ class Extraction:
         deadline: float | None,
         bulk: bool,
     ) -> list[JobResult]:
+        runs = []
+        for block, images in placed:
+            rows = [row for row, image in enumerate(images) if image not in failures]
+            runs.append(self._engine.run(lease, block, rows, deadline, bulk))
+        if len(runs) == 1:
+            return [await runs[0]]
         try:
             async with asyncio.TaskGroup() as group:  # one that fails cancels the others
-                runs = []
-                for block, images in placed:
-                    rows = [row for row, image in enumerate(images) if image not in failures]
-                    runs.append(group.create_task(self._engine.run(lease, block, rows, deadline, bulk)))
+                tasks = [group.create_task(run) for run in runs]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return [run.result() for run in runs]
+        return [task.result() for task in tasks]
 
     def _respond(
         self,

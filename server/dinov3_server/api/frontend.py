@@ -9,6 +9,7 @@ import traceback
 from typing import Any
 
 from dinov3_server.api.server import FrontendServer
+from dinov3_server.backbone.cpu import keep_freed_memory
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.client import Engine
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 def serve(start: StartFrontend, control: Channel) -> None:
     """Serve until the supervisor says drain or is gone."""
+    keep_freed_memory()
     asyncio.run(_serve(start, control))
 
 

@@ -39,10 +39,10 @@ def has_native_bf16() -> bool:
 def keep_freed_memory() -> None:
     """Have malloc keep what this process frees from now on; what it has freed so far goes back to the kernel.
 
-    A forward pass takes and frees the same megabytes layer by layer. By default glibc maps blocks of over 32 MiB anew
-    each time and trims the heap as it shrinks, so that the kernel zeroes and faults in the same pages over and over.
-    The heap grows for some batches and then keeps
-    its size. Process-wide; does nothing without glibc.
+    A forward pass takes and frees the same megabytes layer by layer, a frontend the same messages request by request.
+    By default glibc maps blocks of over 32 MiB anew each time and trims the heap as it shrinks, so that the kernel
+    zeroes and faults in the same pages over and over. The heap grows for some time and then keeps its size.
+    Process-wide; does nothing without glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
