@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+MINIMUM_CALLS = 6
+
 
 @dataclass(frozen=True)
 class Load:
-    """What a closed loop saw in its measured time. `latencies` (seconds, ascending) and `answers` are of the calls
-    that ended in it."""
+    """What a closed loop saw in its measured time. `latencies` (seconds, ascending) and `answers` (in the order of
+    their arrival) are of the calls that ended in it."""
 
     seconds: float
     latencies: list[float]
@@ -43,9 +45,11 @@ def closed_loop(
 
     A caller is one blocking request; what it returns is kept in `answers`, so let it be small. `begin` and `end` are
     called where the measured time begins and ends: to read clocks and counters. An error of a caller is raised.
+
+    Answers come a batch at a time. So that the time holds whole batches, it is cut within `seconds`: from the widest
+    gap between answers in the first third of them to that in the last third.
     """
-    latencies: list[float] = []
-    answers: list[Any] = []
+    calls: list[tuple[float, float, Any]] = []  # when it ended, how long it took, what it returned
     lock, stop = threading.Lock(), threading.Event()
 
     def run(call: Callable[[], Any]) -> None:
@@ -53,10 +57,9 @@ def closed_loop(
             while not stop.is_set():
                 since = time.perf_counter()
                 answer = call()
-                elapsed = time.perf_counter() - since
+                until = time.perf_counter()
                 with lock:
-                    latencies.append(elapsed)
-                    answers.append(answer)
+                    calls.append((until, until - since, answer))
         finally:
             stop.set()
 
@@ -64,16 +67,29 @@ def closed_loop(
         running = [pool.submit(run, call) for call in callers]
         stop.wait(warm_up)
         with lock:
-            latencies.clear()
-            answers.clear()
+            calls.clear()
         begin()
-        since = time.perf_counter()
         stop.wait(seconds)
-        elapsed = time.perf_counter() - since
         with lock:
-            measured = Load(elapsed, sorted(latencies), list(answers))
+            ended = sorted(calls, key=lambda call: call[0])
         end()
         stop.set()
         for one in running:
             one.result()
-    return measured
+    first, last = _whole_batches([until for until, _, _ in ended])
+    measured = ended[first + 1 : last + 1]
+    return Load(ended[last][0] - ended[first][0], sorted(call[1] for call in measured), [call[2] for call in measured])
+
+
+def _whole_batches(ends: list[float]) -> tuple[int, int]:
+    """Indices of two answers, each the last of its batch: the measured time lies between them."""
+    if len(ends) < MINIMUM_CALLS:
+        raise ValueError(
+            f"{len(ends)} calls ended in the measured time, {MINIMUM_CALLS} are needed; measure for longer"
+        )
+    third = len(ends) // 3
+
+    def widest(indices: range) -> int:
+        return max(indices, key=lambda i: ends[i + 1] - ends[i])
+
+    return widest(range(third)), widest(range(len(ends) - 1 - third, len(ends) - 1))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.record import ROOT
 
@@ -34,12 +39,45 @@ class Server:
         """User and system time by role, of all its processes together."""
         return {role: sum(sum(p.cpu_times()[:2]) for p in group) for role, group in self.processes().items()}
 
+    def memory(self) -> dict[str, dict[str, int]]:
+        """`memory_of` each process, by its name: supervisor-0, frontend-0, worker-0."""
+        return {
+            f"{role}-{index}": memory_of(process.pid)
+            for role, group in self.processes().items()
+            for index, process in enumerate(group)
+        }
+
+    def metrics(self) -> dict[tuple[str, ...], float]:
+        """What /metrics says, by name and label values. It is up to a second old."""
+        with urllib.request.urlopen(f"http://{self.http}/metrics", timeout=10) as page:
+            families = text_string_to_metric_families(page.read().decode())
+            return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+def memory_of(pid: int) -> dict[str, int]:
+    """Of a process, in bytes, as /proc/PID/status has it.
+
+    `private`: anonymous memory (RssAnon); no other process has it where each is an interpreter of its own.
+    `shared`: pages of arenas that this process has touched (RssShmem); a frontend and a worker count the same page.
+    `peak`: most that was ever resident (VmHWM), both of these and mapped files (libraries, weights).
+    """
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    fields = {"private": "RssAnon", "shared": "RssShmem", "peak": "VmHWM"}
+    return {name: int(status[field].split()[0]) * 1024 for name, field in fields.items()}
+
 
 @contextmanager
-def serving(*flags: str, module: str = "dinov3_server") -> Iterator[Server]:
-    """`python -m MODULE serve FLAGS` on free ports, until the block is left."""
+def serving(
+    *flags: str, module: str = "dinov3_server", environ: Mapping[str, str] = {}, log: IO[bytes] | None = None
+) -> Iterator[Server]:
+    """`python -m MODULE serve FLAGS` on free ports, until the block is left.
+
+    `environ` is added to the environment; log lines go to `log`, or to where this process's go.
+    """
     command = [sys.executable, "-m", module, "serve", "--port", "0", "--http-port", "0", *flags]
-    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environ, stdout=subprocess.PIPE, stderr=log, text=True
+    )
     try:
         assert started.stdout is not None
         ready = re.fullmatch(r"ready grpc=(\S+) http=(\S+)\n", started.stdout.readline())
