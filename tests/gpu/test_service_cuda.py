@@ -67,3 +67,39 @@ def test_a_worker_killed_on_the_device_loses_no_request_and_changes_no_feature()
                 caller.result()
         until(lambda: server.metric("dinov3_worker_restarts_total", device="cuda:0") == 2)
         until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0)
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
+    """Nobody sees it but the log: 24 images of 512 px in one request, on a device with room for some."""
+    images = np.random.default_rng(0).integers(0, 255, (24, 512, 512, 3), np.uint8)
+    with Server(
+        *("--devices", "cuda:0", "--frontends", "1", "--arena-bytes", "256MiB"),
+        *("--max-batch-images", "24", "--max-batch-tokens", "65536"),
+        limit=240,
+        TEST_RUNNER="tests.gpu.capped:build",
+        TEST_DEVICE_BYTES=str(150 << 20),  # the hidden values of 24 images take as much before and after their GELU
+    ) as server:
+        with server.client(deadline=120) as client:
+            together = client.extract(images, preset="none", dtype="float32")
+            for i in (0, 11, 23):
+                alone = client.extract(images[i], preset="none", dtype="float32")
+                assert cosine(together.patches[i], alone.patches[0]) > 0.999
+                assert cosine(together.cls[i], alone.cls[0]) > 0.999
+        assert any("24 images of" in line and "do not fit the device" in line for line in server.log)
+        assert server.metric("dinov3_worker_restarts_total", device="cuda:0") == 0
+
+
+def test_arenas_are_page_locked_and_counted_out_when_a_frontend_dies() -> None:
+    """A frontend's successor has an arena of its own; the worker goes on."""
+    with Server("--devices", "cuda:0", "--frontends", "1", module="dinov3_server.cli", limit=240) as server:
+        with server.client() as client:
+            before = client.extract(photo(0), preset="none", dtype="float32")
+        (worker,) = server.children("worker")
+        for _ in range(2):
+            (frontend,) = server.children("frontend")
+            frontend.kill()
+            until(lambda dead=frontend: [c.pid for c in server.children("frontend")] not in ([], [dead.pid]), limit=60)
+            with server.client(deadline=60) as client:
+                after = client.extract(photo(0), preset="none", dtype="float32")
+            assert cosine(before.patches, after.patches) > 0.999
+        assert [child.pid for child in server.children("worker")] == [worker.pid]
