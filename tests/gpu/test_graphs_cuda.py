@@ -173,6 +173,7 @@ def test_a_capture_does_not_wait_for_the_batch_before_it(runner: CudaRunner, are
     request.check()
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # it failed at its first allocation
 def test_without_memory_for_a_graph_its_batches_run_without(
     runner: CudaRunner, arena: Arena, replays: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
