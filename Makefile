@@ -1,5 +1,6 @@
-# Everything runs in .venv, made here from constraints/dev.txt. Only `gpu-check` and `gpu-bench` use the
-# python that is there (GPU_PYTHON): a machine with a GPU has its own torch, and may have no network.
+# Everything runs in .venv, made here from constraints/dev.txt; the bench makes .venv-pytriton for a rival. Only
+# `gpu-check` and `gpu-bench` use the python that is there (GPU_PYTHON): a machine with a GPU has its own torch, and may
+# have no network.
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 BIN := .venv/bin
@@ -52,4 +53,4 @@ gpu-check:
 	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu
 
 clean:
-	rm -rf .venv .venv-protoc demo-out build dist
+	rm -rf .venv .venv-protoc .venv-pytriton demo-out build dist

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from bench import bare, preprocessing, service
+from bench import bare, preprocessing, rivals, service
 from bench.record import write
 
-LEGS: dict[str, ModuleType] = {"service": service, "bare": bare, "preprocessing": preprocessing}
+LEGS: dict[str, ModuleType] = {"service": service, "bare": bare, "rivals": rivals, "preprocessing": preprocessing}
 
 
 def main() -> None:

@@ -1,0 +1,102 @@
+"""The client's side of the three servers: a process of its own for each measurement, with the same load generator, in
+the environment where the server's own client is.
+
+    python -m bench.rival_servers.call SERVER ADDRESS DTYPE tokens FILE.npy
+    python -m bench.rival_servers.call SERVER ADDRESS DTYPE load IN_FLIGHT SECONDS
+
+`tokens` saves what the server answers for `images()`, float32 [2, 1 + P, D], CLS first. `load` prints the figures of a
+closed loop of one 224x224 image a request as one line of JSON.
+
+Ours is called through dinov3_client, whose one connection the callers share; the naive server through one gRPC
+channel, shared too; PyTriton through its own ModelClient over gRPC, one a caller. Every answer ends as arrays, of DTYPE
+from ours and from the naive server, of float16 from PyTriton.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.load import closed_loop
+
+SIDE = 224
+NAIVE_METHOD = "/naive.Features/Extract"
+PYTRITON_MODEL = "dinov3"
+
+Array = NDArray[Any]
+Call = Callable[[NDArray[np.uint8]], tuple[Array, Array]]
+"""[224, 224, 3] uint8 to CLS [D] and patches [P, D]."""
+
+
+def main(server: str, address: str, dtype: str, what: str, *arguments: str) -> None:
+    if what == "tokens":
+        [call] = connect(server, address, dtype, callers=1)
+        answers = [call(image) for image in images()]
+        np.save(arguments[0], np.stack([np.vstack(answer).astype(np.float32) for answer in answers]))
+    else:
+        noise, _ = images()
+        callers = [lambda call=call: len(call(noise)) for call in connect(server, address, dtype, int(arguments[0]))]
+        print(json.dumps(closed_loop(callers, float(arguments[1])).figures()))
+
+
+def images() -> NDArray[np.uint8]:
+    """Two that no model takes for one another: noise, and a ramp of colours. [2, 224, 224, 3]."""
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    rows, columns = np.mgrid[0:SIDE, 0:SIDE]
+    return np.stack([noise, np.stack([rows, columns, SIDE - rows], axis=-1).astype(np.uint8)])
+
+
+def connect(server: str, address: str, dtype: str, callers: int) -> list[Call]:
+    if server == "pytriton":
+        return [pytriton(address) for _ in range(callers)]
+    return [{"ours": ours, "naive": naive}[server](address, dtype)] * callers
+
+
+def ours(address: str, dtype: str) -> Call:
+    from dinov3_client import Client
+
+    client = Client(address)
+
+    def call(image: NDArray[np.uint8]) -> tuple[Array, Array]:
+        features = client.extract(image[None], preset="none", dtype=dtype)  # type: ignore[arg-type]
+        assert features.cls is not None
+        assert features.patches is not None
+        return features.cls[0], features.patches[0]
+
+    return call
+
+
+def naive(address: str, dtype: str) -> Call:
+    import grpc
+    import ml_dtypes
+
+    extract: grpc.UnaryUnaryMultiCallable[bytes, bytes] = grpc.insecure_channel(address).unary_unary(NAIVE_METHOD)
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    tokens = 1 + (SIDE // 16) ** 2
+
+    def call(image: NDArray[np.uint8]) -> tuple[Array, Array]:
+        features = np.frombuffer(extract(image.tobytes()), kind).reshape(tokens, -1)
+        return features[0], features[1:]
+
+    return call
+
+
+def pytriton(address: str) -> Call:
+    from pytriton.client import ModelClient
+
+    client = ModelClient(address, PYTRITON_MODEL)
+
+    def call(image: NDArray[np.uint8]) -> tuple[Array, Array]:
+        features = client.infer_sample(pixels=image)
+        return features["cls"], features["patches"]
+
+    return call
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,30 @@
+"""The model that both rivals serve: transformers' DINOv3ViTModel, eager, in the dtype that ours computes in."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DINOv3ViTModel
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+class Model:
+    """Read from a folder that `save_pretrained` wrote; one forward pass uses every core."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._model = DINOv3ViTModel.from_pretrained(folder, dtype=self._dtype, attn_implementation="sdpa").eval()
+        self._first_patch = 1 + self._model.config.num_register_tokens
+
+    def features(self, pixels: NDArray[np.uint8]) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLS [N, D] and patches [N, P, D] of RGB images [N, H, W, 3]."""
+        with torch.inference_mode():
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+            tokens = self._model(((images / 255 - MEAN) / STD).to(self._dtype)).last_hidden_state
+        return tokens[:, 0], tokens[:, self._first_patch :]

@@ -1,0 +1,69 @@
+"""PyTriton, with dynamic batching of up to 32 images and otherwise its defaults, which are good ones: the batcher's
+queue delay is 0, so a batch is whatever waited while the last one ran.
+
+`python -m bench.rival_servers.pytriton FOLDER DTYPE` prints `ready grpc://HOST:PORT` and serves until SIGTERM. It runs
+in the environment that `environment.py` makes. Pixels come as uint8 and are normalised here. numpy has no bfloat16, so
+features leave as float16: the smallest that a user of PyTriton gets, and as many bytes as ours.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+
+import numpy as np
+from numpy.typing import NDArray
+from pytriton.decorators import batch
+from pytriton.model_config import ModelConfig, Tensor
+from pytriton.triton import Triton, TritonConfig
+
+from bench.rival_servers.call import PYTRITON_MODEL, SIDE
+from bench.rival_servers.model import Model
+
+MAX_BATCH_SIZE = 32
+
+
+def main(folder: str, dtype: str) -> None:
+    # Triton logs to standard output too; only the `ready` line may be read there.
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    model = Model(folder, dtype)
+
+    def extract(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float16]]:
+        cls, patches = model.features(pixels)
+        return {"cls": cls.half().numpy(), "patches": patches.half().numpy()}
+
+    http, grpc, metrics = free_ports(3)
+    addresses = {"http_address": "127.0.0.1", "grpc_address": "127.0.0.1"}
+    config = TritonConfig(http_port=http, grpc_port=grpc, metrics_port=metrics, **addresses)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with Triton(config=config) as triton:
+        triton.bind(
+            model_name=PYTRITON_MODEL,
+            infer_func=batch(extract),
+            inputs=[Tensor(name="pixels", dtype=np.uint8, shape=(SIDE, SIDE, 3))],
+            outputs=[
+                Tensor(name="cls", dtype=np.float16, shape=(-1,)),
+                Tensor(name="patches", dtype=np.float16, shape=(-1, -1)),
+            ],
+            config=ModelConfig(max_batch_size=MAX_BATCH_SIZE),
+        )
+        triton.run()
+        print(f"ready grpc://127.0.0.1:{grpc}", file=stdout, flush=True)
+        while True:
+            signal.pause()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now: Triton cannot be told to choose by itself."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

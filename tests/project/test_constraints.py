@@ -1,0 +1,19 @@
+"""Environments that are compared with one another hold the same packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+CONSTRAINTS = Path(__file__).parents[2] / "constraints"
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (CONSTRAINTS / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "safetensors", "grpcio"])
+def test_the_rival_pytriton_runs_what_ours_is_compared_with(package: str) -> None:
+    assert pins("pytriton.txt")[package] == pins("dev.txt")[package]
