@@ -259,7 +259,8 @@ class FakeTorch:
 
 def rubbish(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
-        tensor.fill_(math.nan if tensor.is_floating_point() or tensor.is_complex() else 77)
+        is_number = tensor.dtype != torch.bool
+        tensor.fill_(math.nan if tensor.is_floating_point() or tensor.is_complex() else 77 if is_number else False)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> set[int]:

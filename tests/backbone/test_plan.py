@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from dinov3_server.backbone.interface import Batch, FeatureSpec, ModelInfo, Output, PixelShape, Row
-from dinov3_server.backbone.plan import FeatureRun, PixelRun, feature_runs, pixel_runs, wanted_outputs
+from dinov3_server.backbone.plan import (
+    FeatureRun,
+    PixelRun,
+    Wanted,
+    feature_runs,
+    pixel_runs,
+    wanted_features,
+    wanted_outputs,
+)
 
 SHAPE = PixelShape(32, 48, "uint8")
 INFO = ModelInfo(
@@ -72,6 +80,9 @@ def test_requests_of_other_arenas_specs_and_places_are_runs_of_their_own() -> No
         (0, 5, 3),
     ]
     assert wanted_outputs(batch) == [CLS, PATCHES]
+    wanted = (Wanted(CLS, "float32"), Wanted(PATCHES, "float16"), Wanted(PATCHES, "float32"))
+    assert wanted_features(batch) == wanted_features(Batch(batch.shape, batch.rows[::-1]))
+    assert sorted(wanted_features(batch)) == sorted(wanted)
 
 
 def test_adjacent_pixels_with_scattered_features() -> None:

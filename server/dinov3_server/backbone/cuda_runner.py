@@ -170,12 +170,14 @@ class CudaRunner(TorchRunner):
         slot = flight.slot
         slot.copy_out_ends.synchronize()
         flight.held.clear()
-        column = {wanted: i for i, wanted in enumerate(flight.wanted)}
-        flags = flight.flags.tolist()
+        columns = {
+            spec: [flight.wanted.index(Wanted(output, spec.dtype)) for output in spec.outputs]
+            for spec in {row.spec for row in flight.batch.rows}
+        }
         return Finished(
             finite=tuple(
-                all(of_row[column[Wanted(output, row.spec.dtype)]] for output in row.spec.outputs)
-                for row, of_row in zip(flight.batch.rows, flags, strict=True)
+                all(of_row[column] for column in columns[row.spec])
+                for row, of_row in zip(flight.batch.rows, flight.flags.tolist(), strict=True)
             ),
             copy_in=slot.copy_in_begins.elapsed_time(slot.copy_in_ends) / 1000,
             forward=slot.forward_begins.elapsed_time(slot.forward_ends) / 1000,

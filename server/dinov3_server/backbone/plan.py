@@ -49,7 +49,7 @@ class Wanted(NamedTuple):
 
 def wanted_features(batch: Batch) -> tuple[Wanted, ...]:
     """Everything that some row wants, once, in an order that does not depend on the rows'."""
-    wanted = {Wanted(output, row.spec.dtype) for row in batch.rows for output in row.spec.outputs}
+    wanted = {Wanted(output, spec.dtype) for spec in {row.spec for row in batch.rows} for output in spec.outputs}
     return tuple(sorted(wanted, key=repr))
 
 
