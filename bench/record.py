@@ -23,7 +23,7 @@ def metadata() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD")
-        + (" with changes" if _git("status", "--porcelain", "--", ".", ":!bench/results") else ""),
+        + (" with changes" if _git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs/plots") else ""),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

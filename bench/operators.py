@@ -1,0 +1,173 @@
+"""Where the time of our forward pass goes, by kind of operator: torch.profiler's self times on the CPU.
+
+A batch through the runner, from the arena and back, as in `bare`; seeded random weights. After two batches to warm up,
+BATCHES with the profiler and as many without in turn. `ms` is the mean of a batch with it, `batch_ms` the median batch
+without.
+
+Dense layers are told apart by the shapes of their inputs and outputs; the operators of attention, RoPE, the patch
+embedding and the gather of pixels by the function that they are called from. `casts and copies` are those outside of
+these. `between operators` is when no operator ran: Python, and the profiler itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.bare import Work, our_batch
+from bench.record import table
+from dinov3_server.backbone import cpu_runner, vit
+from dinov3_server.backbone.registry import VitVariant, lookup
+from dinov3_server.backbone.runner import build
+
+CASES = (("vits16", 224), ("vitb16", 224), ("vits16", 512))
+DTYPES = ("float32", "bfloat16")
+IMAGES = 8
+BATCHES = 5
+
+# Functions whose operators are named after them: where they are, and what they are.
+SCOPES: tuple[tuple[Any, str, str], ...] = (
+    (vit, "attention", "attention"),
+    (vit, "rotate_", "RoPE"),
+    (vit.VisionTransformer, "_embed", "patch embedding"),
+    (cpu_runner.CpuRunner, "_gather", "gather"),
+)
+# In a scope, and outside of all.
+IN_SCOPE: Mapping[tuple[str, str], str] = {
+    ("attention", "aten::bmm"): "attention: products",
+    ("attention", "aten::_softmax"): "attention: softmax",
+    ("attention", "aten::_scaled_dot_product_flash_attention_for_cpu"): "attention: fused kernel",
+    ("attention", "aten::copy_"): "attention: copies",
+}
+ALONE: Mapping[str, str] = {
+    "aten::native_layer_norm": "LayerNorm",
+    "aten::aminmax": "finite check",
+    "aten::copy_": "casts and copies",
+    "aten::add": "residual additions",
+    "aten::add_": "residual additions",
+}
+OTHER = "other operators"
+BETWEEN = "between operators"
+
+
+def measure() -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for (model, size), dtype in itertools.product(CASES, DTYPES):
+        work = our_batch(build(model, "random:0", dtype=dtype, device="cpu"), size, IMAGES)
+        times = operator_times(work, lookup(model), size)
+        rows.append({"model": model, "dtype": dtype, "size": size, "batch": IMAGES, **times})
+        print(rows[-1], flush=True)
+    return {"rows": rows}
+
+
+def show(result: dict[str, Any]) -> str:
+    """A table with a line an operator, and ms and percent a case."""
+    rows = result["rows"]
+    titles = [f"{row['model']} {row['size']} {row['dtype']}" for row in rows]
+    shares: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        for kind, ms in row["ms"].items():
+            shares[kind] += ms / sum(row["ms"].values())
+    lines = [{"operator": kind} for kind in sorted(shares, key=lambda kind: -shares[kind])] + [
+        {"operator": "batch, without the profiler"}
+    ]
+    for title, row in zip(titles, rows, strict=True):
+        whole = sum(row["ms"].values())
+        for line in lines[:-1]:
+            ms = row["ms"].get(line["operator"], 0.0)
+            line[title] = f"{ms:.1f} ms {ms / whole:4.0%}" if ms else ""
+        lines[-1][title] = f"{row['batch_ms']:.1f} ms     "
+    return table(lines, "operator", *titles)
+
+
+def operator_times(work: Work, variant: VitVariant, size: int) -> dict[str, Any]:
+    """`ms` of a batch by kind of operator, the largest first, and `batch_ms`, that of a batch without the profiler."""
+    layers = dense_layers(variant, size)
+    alone: list[float] = []
+    ms: defaultdict[str, float] = defaultdict(float)
+    work()
+    work()
+    for _ in range(BATCHES):
+        alone.append(_seconds(work))
+        with named_functions(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            ms[BETWEEN] += _seconds(work) * 1e3 / BATCHES
+        for event in profiler.events() or ():
+            if not event.is_user_annotation:
+                taken = event.self_cpu_time_total / 1e3 / BATCHES
+                ms[kind_of(event, layers)] += taken
+                ms[BETWEEN] -= taken
+    return {
+        "batch_ms": round(statistics.median(alone) * 1e3, 2),
+        "ms": {kind: round(ms[kind], 3) for kind in sorted(ms, key=lambda kind: -ms[kind])},
+    }
+
+
+def _seconds(work: Work) -> float:
+    since = time.perf_counter()
+    work()
+    return time.perf_counter() - since
+
+
+def dense_layers(variant: VitVariant, size: int) -> dict[tuple[int, int, int], str]:
+    """The names of the dense layers of an MLP model, by rows of their input in a batch, its width and the output's."""
+    width, hidden = variant.embed_dim, variant.ffn_dim
+    patches = (size // variant.patch_size) ** 2
+    tokens = IMAGES * (1 + variant.registers + patches)
+    return {
+        (IMAGES * patches, 3 * variant.patch_size**2, width): "linear: patch embedding",
+        (tokens, width, 3 * width): "linear: qkv",
+        (tokens, width, width): "linear: attention's projection",
+        (tokens, width, hidden): "linear: fc1 and GELU",
+        (tokens, hidden, width): "linear: fc2",
+    }
+
+
+def kind_of(event: FunctionEvent, layers: Mapping[tuple[int, int, int], str]) -> str:
+    recorded: Any = event.input_shapes
+    shapes: list[list[int]] = [shape for shape in recorded or () if shape]
+    if event.name == "mkldnn::_linear_pointwise":
+        inputs = shapes[0]
+        rows = math.prod(inputs[:-1])
+        for outputs in (shape[0] for shape in shapes[1:] if len(shape) == 2):
+            if name := layers.get((rows, inputs[-1], outputs)):
+                return name
+    scope = next((parent.name for parent in _parents(event) if parent.is_user_annotation), "")
+    if scope:
+        return IN_SCOPE.get((scope, event.name), scope if scope != "attention" else "attention: rest")
+    return ALONE.get(event.name, OTHER)
+
+
+def _parents(event: FunctionEvent) -> Iterator[FunctionEvent]:
+    parent = event.cpu_parent
+    while parent is not None:
+        yield parent
+        parent = parent.cpu_parent
+
+
+@contextmanager
+def named_functions() -> Iterator[None]:
+    """The profiler sees the functions of SCOPES by their names."""
+
+    def named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with record_function(name):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+    with ExitStack() as stack:
+        for owner, attribute, name in SCOPES:
+            stack.enter_context(mock.patch.object(owner, attribute, named(getattr(owner, attribute), name)))
+        yield
