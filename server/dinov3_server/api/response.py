@@ -9,11 +9,12 @@ message or byte string as tag, length and content. The result is what `Serialize
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
 from dinov3_server.api.status import status_of
-from dinov3_server.backbone.interface import FeatureDtype, ModelInfo, Output, PixelShape
+from dinov3_server.backbone.interface import FeatureDtype, FeatureSpec, ModelInfo, Output, PixelShape
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import ServingError
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -58,7 +59,7 @@ def response_pieces(
     """An ExtractResponse. `errors` is by image; the rows of these images are zero in the arena already."""
     pieces: Pieces = []
     for same_size in _by_size(blocks):
-        pieces += _field(1, _feature_block(memory, model, same_size))
+        pieces += _feature_block(memory, model, same_size)
     rest = pb.ExtractResponse(
         errors=[pb.ImageError(image_index=image, status=status_of(errors[image])) for image in sorted(errors)],
         timings=timings,
@@ -70,7 +71,8 @@ def response_pieces(
 
 def stream_answer(message_id: int, response: Pieces) -> Pieces:
     """The ExtractStreamResponse that holds `response`."""
-    return [pb.ExtractStreamResponse(id=message_id).SerializeToString(), *_field(2, response)]
+    header = pb.ExtractStreamResponse(id=message_id).SerializeToString()
+    return [header + _tag(2, sum(map(len, response))), *response]
 
 
 def most_nbytes(blocks: Iterable[Block], fingerprint: str) -> int:
@@ -90,8 +92,19 @@ def _by_size(blocks: Sequence[PlacedBlock]) -> list[list[PlacedBlock]]:
 
 
 def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[PlacedBlock]) -> Pieces:
+    """Field 1 of the answer."""
     shape, spec = blocks[0].block.shape, blocks[0].block.spec
     images, runs = _in_order(blocks)
+    pieces: Pieces = []
+    for output, head in enumerate(_heads(model, shape, spec, tuple(images))):
+        pieces.append(head)
+        pieces += [_section(memory, run, output) for run in runs]
+    return pieces
+
+
+@lru_cache(maxsize=256)  # one caller's requests are mostly alike
+def _heads(model: ModelInfo, shape: PixelShape, spec: FeatureSpec, images: tuple[int, ...]) -> list[bytes]:
+    """What stands before the data of each output, in the field that is the FeatureBlock."""
     grid_height, grid_width = model.grid(shape)
     header = pb.FeatureBlock(
         input_size=pb.Size(height=shape.height, width=shape.width),
@@ -99,19 +112,28 @@ def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[Placed
         grid_width=grid_width,
         image_indices=images,
     )
-    pieces: Pieces = [header.SerializeToString()]
-    numbered = enumerate(spec.outputs)
-    for (layer, _), outputs in groupby(numbered, key=lambda item: (item[1].layer, item[1].norm)):
+    heads: list[bytes] = []
+    nbytes = 0
+    for (layer, _), outputs in groupby(spec.outputs, key=lambda output: (output.layer, output.norm)):
         fields = _BLOCK_FIELDS if layer is None else _LAYER_FIELDS
-        tensors: Pieces = []
-        for index, output in outputs:
-            data = [_section(memory, run, index) for run in runs]
-            tensors += _field(fields[output.kind], _tensor(model, spec.dtype, shape, output, len(images), data))
-        if layer is None:
-            pieces += tensors
-        else:
-            pieces += _field(_LAYERS_FIELD, [pb.LayerFeatures(layer=layer).SerializeToString(), *tensors])
-    return pieces
+        tensors: list[bytes] = []
+        of_group = 0
+        for output in outputs:
+            of_output = len(images) * model.output_nbytes(output, spec.dtype, shape)
+            tensor = _tensor(model, spec.dtype, shape, output, len(images)) + _tag(3, of_output)
+            tensors += _message(fields[output.kind], b"", [tensor], of_output)
+            of_group += of_output
+        if layer is not None:
+            tensors = _message(_LAYERS_FIELD, pb.LayerFeatures(layer=layer).SerializeToString(), tensors, of_group)
+        heads += tensors
+        nbytes += of_group
+    return _message(1, header.SerializeToString(), heads, nbytes)
+
+
+def _message(number: int, start: bytes, heads: Sequence[bytes], nbytes: int) -> list[bytes]:
+    """The heads of field `number`, a message of `start`, `heads` and the `nbytes` of data that follow these."""
+    first, *others = heads
+    return [_tag(number, len(start) + sum(map(len, heads)) + nbytes) + start + first, *others]
 
 
 def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[list[int], list[_Run]]:
@@ -136,18 +158,15 @@ def _section(memory: memoryview, run: _Run, output: int) -> memoryview:
     return memory[base + run.start * stride : base + run.end * stride]
 
 
-def _tensor(
-    model: ModelInfo, dtype: FeatureDtype, shape: PixelShape, output: Output, rows: int, data: Sequence[memoryview]
-) -> Pieces:
+def _tensor(model: ModelInfo, dtype: FeatureDtype, shape: PixelShape, output: Output, rows: int) -> bytes:
+    """A Tensor without its data."""
     tokens = () if output.kind == "cls" else (model.token_count(output.kind, shape),)
-    header = pb.Tensor(dtype=DTYPES[dtype], shape=(rows, *tokens, model.embed_dim))
-    return [header.SerializeToString(), *_field(3, data)]
+    return pb.Tensor(dtype=DTYPES[dtype], shape=(rows, *tokens, model.embed_dim)).SerializeToString()
 
 
-def _field(number: int, content: Sequence[bytes | memoryview]) -> Pieces:
-    """A message or byte string as field `number` of the message around it."""
-    nbytes = sum(map(len, content))
-    return [_varint(number << 3 | _LENGTH_DELIMITED) + _varint(nbytes), *content]
+def _tag(number: int, nbytes: int) -> bytes:
+    """What stands before a message or byte string of `nbytes` that is field `number` of the message around it."""
+    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(nbytes)
 
 
 def _varint(value: int) -> bytes:
