@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.bare import Work, our_batch
 from bench.record import table
-from dinov3_server.backbone import cpu_runner, vit
+from dinov3_server.backbone import attention, cpu_runner, vit
 from dinov3_server.backbone.registry import VitVariant, lookup
 from dinov3_server.backbone.runner import build
 
@@ -39,13 +39,14 @@ BATCHES = 5
 # Functions whose operators are named after them: where they are, and what they are.
 SCOPES: tuple[tuple[Any, str, str], ...] = (
     (vit, "attention", "attention"),
-    (vit, "rotate_", "RoPE"),
+    (attention, "rotate_into", "RoPE"),
     (vit.VisionTransformer, "_embed", "patch embedding"),
     (cpu_runner.CpuRunner, "_gather", "gather"),
 )
 # In a scope, and outside of all.
 IN_SCOPE: Mapping[tuple[str, str], str] = {
     ("attention", "aten::bmm"): "attention: products",
+    ("attention", "aten::mkldnn_convolution"): "attention: products",
     ("attention", "aten::_softmax"): "attention: softmax",
     ("attention", "aten::_scaled_dot_product_flash_attention_for_cpu"): "attention: fused kernel",
     ("attention", "aten::copy_"): "attention: copies",

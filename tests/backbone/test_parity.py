@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DINOv3ViTModel
 
-from dinov3_server.backbone import vit
+from dinov3_server.backbone import attention
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import DATASETS, VitVariant, lookup
@@ -79,7 +79,7 @@ def test_a_missing_rope_is_caught(pair: Pair, monkeypatch: pytest.MonkeyPatch) -
     model = ours(pair.variant, pair.tensors, pair.periods)
     images = picture(224, 224)
     expected = transformers_features(pair.theirs, normalised(images))
-    monkeypatch.setattr(vit, "rotate_", lambda vectors, rotations: None)
+    monkeypatch.setattr(attention, "rotate_into", lambda out, vectors, rotations: out.copy_(vectors))
     assert worst_error(model, images, expected) > 1e-2
 
 

@@ -104,7 +104,7 @@ def test_a_layer_that_is_not_there(layer: int) -> None:
 def test_rotations_are_cached_for_a_bounded_number_of_grids() -> None:
     rope = Rope(default_periods(64, 100.0))
     assert rope.rotations(3, 5) is rope.rotations(3, 5)
-    assert rope.rotations(3, 5).shape == (15, 1, 32)
+    assert rope.rotations(3, 5).shape == (15, 1, 1, 32)
     for rows in range(1, 200):
         rope.rotations(rows, 1)
     assert rope.rotations.cache_info().currsize <= 64
@@ -138,17 +138,32 @@ def test_packed_layers_compute_what_plain_ones_do(dtype: torch.dtype) -> None:
             )
 
 
-def test_attention_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scores", [1 << 22, 2 * 3 * 50 * 50, 3 * 50 * 7], ids=["all", "two images", "7 queries"])
+@pytest.mark.parametrize("queries", [None, 5])
+@pytest.mark.parametrize("kernel", ["products", "convolutions", "fused"])
+def test_attention(kernel: str, queries: int | None, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_SCORES", scores)
+    if kernel == "fused":
+        monkeypatch.setattr(attention, "packs", lambda tensor: False)
+    bf16 = kernel == "products"
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 50, 32, generator=generator).bfloat16() for _ in range(3))
-    expected = torch.softmax(q.double() @ k.double().transpose(-1, -2), -1) @ v.double()
+    qkv = torch.randn(5, 50, 3, 3, 32, generator=generator).to(torch.bfloat16 if bf16 else torch.float32)
+    angles = torch.rand(45, 1, 1, 16, generator=generator)
+
+    exact = qkv.double()
+    pairs = torch.view_as_complex(exact[:, 5:, :2].unflatten(-1, (-1, 2)))
+    exact[:, 5:, :2] = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+    q, k, v = exact.permute(2, 0, 3, 1, 4)
+    expected = torch.softmax(q[:, :, :queries] @ k.transpose(-1, -2), -1) @ v
     expected = expected.transpose(1, 2).flatten(2)
-    whole = attention.attention(q, k, v)
-    monkeypatch.setattr(attention, "_SCORES", 3 * 50 * 7)  # 7 queries at a time, and one at the end
-    chunked = attention.attention(q, k, v)
-    for attended in (whole, chunked):
-        assert attended.dtype == torch.bfloat16
-        assert (attended.double() - expected).norm() / expected.norm() < 0.02
+
+    with torch.inference_mode():
+        attended = attention.attention(qkv, torch.polar(torch.ones_like(angles), angles), queries)
+    assert attended.dtype == qkv.dtype
+    assert attended.shape == expected.shape
+    for image in range(5):
+        error = (attended[image].double() - expected[image]).norm() / expected[image].norm()
+        assert error < (0.02 if bf16 else 1e-6)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

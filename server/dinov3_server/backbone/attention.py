@@ -1,4 +1,7 @@
-"""Softmax attention, by the kernel that is fastest for where the tensors are."""
+"""Multi-head softmax attention with rotary positions, by the kernels that are fastest for where the tensors are.
+
+Shapes: B images, T tokens of which the last P are patches, h heads of d channels.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov3_server.backbone.linear import packs
+from dinov3_server.backbone.rope import rotate_into
+
 # Scores held at a time, in elements: 8 MB in bfloat16, so that they stay in the cache of a core complex.
 _SCORES = 1 << 22
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v of [B, h, t, d] queries, scaled already, and [B, h, T, d] keys and values: [B, t, h d]."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return _by_products(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
+def attention(qkv: Tensor, rotations: Tensor, queries: int | None = None) -> Tensor:
+    """softmax(q k^T) v of the first `queries` tokens, or of all: [B, T, 3, h, d] to [B, queries, h d].
+
+    In: queries (scaled already) and keys before their rotation, their channels interleaved (see rope.py), and values.
+    `rotations` [P, 1, 1, d/2] are those of the last P tokens. `qkv` may be written over.
+    """
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+        return _by_products(qkv, rotations, queries)
+    if packs(qkv):
+        return _by_convolutions(qkv, rotations, queries)
+    patches = qkv[:, -rotations.shape[0] :, :2]
+    rotate_into(patches, patches, rotations)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, h, T, d]
+    return F.scaled_dot_product_attention(q[:, :, :queries], k, v, scale=1.0).transpose(1, 2).flatten(2)
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """An image at a time by oneDNN's matrix products, where torch's fused CPU kernel is half as fast in bfloat16.
+def _by_products(qkv: Tensor, rotations: Tensor, queries: int | None) -> Tensor:
+    """By oneDNN's matrix products; torch's fused CPU kernel is half as fast in bfloat16.
 
     Scores and probabilities are rounded to bfloat16 in between; the softmax itself is computed in fp32.
     """
-    images, heads, queries, width = q.shape
-    tokens = k.shape[2]
-    attended = q.new_empty(images, queries, heads, width)
-    step = min(queries, max(1, _SCORES // (heads * tokens)))
-    buffer = q.new_empty(heads * step * tokens)
-    for image in range(images):
-        keys = k[image].transpose(1, 2)
-        for first in range(0, queries, step):
-            chunk = q[image, :, first : first + step]
-            scores = buffer[: heads * chunk.shape[1] * tokens].view(heads, -1, tokens)
-            torch.bmm(chunk, keys, out=scores)
+    images, tokens, _, heads, width = qkv.shape
+    count = tokens if queries is None else queries
+    prefix = tokens - rotations.shape[0]
+    # Head by head, as the products want it; written once, where the rotation writes anyway.
+    by_head = qkv.new_empty(3, images, heads, tokens, width)
+    by_token = by_head.permute(1, 3, 0, 2, 4)
+    by_token[:, :prefix] = qkv[:, :prefix]
+    by_token[:, prefix:, 2] = qkv[:, prefix:, 2]
+    rotate_into(by_token[:, prefix:, :2], qkv[:, prefix:, :2], rotations)
+    q, k, v = by_head.flatten(1, 2)  # each [B h, T, d]
+
+    attended = qkv.new_empty(images, count, heads, width)
+    together = max(1, _SCORES // (heads * count * tokens))  # images
+    step = min(count, max(1, _SCORES // (heads * tokens)))  # queries of an image, where one alone has too many scores
+    buffer = qkv.new_empty(min(together, images) * heads * step * tokens)
+    for image in range(0, images, together):
+        those = slice(image * heads, (image + together) * heads)
+        keys, values = k[those].transpose(1, 2), v[those]
+        for first in range(0, count, step):
+            some = q[those, first : min(first + step, count)]
+            scores = buffer[: some.shape[0] * some.shape[1] * tokens].view(*some.shape[:2], tokens)
+            torch.bmm(some, keys, out=scores)
             torch.softmax(scores, -1, out=scores)
-            attended[image, first : first + step] = torch.bmm(scores, v[image]).transpose(0, 1)
+            products = torch.bmm(scores, values).view(-1, heads, some.shape[1], width)
+            attended[image : image + together, first : first + step] = products.transpose(1, 2)
     return attended.flatten(2)
+
+
+def _by_convolutions(qkv: Tensor, rotations: Tensor, queries: int | None) -> Tensor:
+    """An image at a time by oneDNN's 1x1 convolutions, one group a head.
+
+    They are what oneDNN has for products of many small fp32 matrices. torch's own go to a BLAS that takes half as long
+    again on the CPU of docs/performance.md. With channels last, queries, scores and what comes out are laid out token
+    by token.
+    """
+    images, tokens, _, heads, width = qkv.shape
+    count = tokens if queries is None else queries
+    prefix = tokens - rotations.shape[0]
+    q = qkv.new_empty(images, tokens, heads, width)
+    k = qkv.new_empty(images, heads, tokens, width)
+    keys_by_token = k.transpose(1, 2)
+    for to, part in ((q, 0), (keys_by_token, 1)):
+        to[:, :prefix] = qkv[:, :prefix, part]
+        rotate_into(to[:, prefix:], qkv[:, prefix:, part], rotations[:, 0])
+    v = qkv[:, :, 2].permute(0, 2, 3, 1).contiguous()  # [B, h, d, T]
+
+    attended = qkv.new_empty(images, count, heads * width)
+    step = min(count, max(1, _SCORES // (heads * tokens)))
+    for image in range(images):
+        keys = k[image].view(heads * tokens, width, 1, 1)
+        values = v[image].view(heads * width, tokens, 1, 1)
+        for first in range(0, count, step):
+            scores = _grouped_product(q[image, first : min(first + step, count)], keys)
+            torch.softmax(scores, -1, out=scores)
+            attended[image, first : first + step] = _grouped_product(scores, values).flatten(1)
+    return attended.flatten(2)
+
+
+def _grouped_product(x: Tensor, weight: Tensor) -> Tensor:
+    """[t, h, i] times each head's [o, i] of a [h o, i, 1, 1] weight: [t, h, o]."""
+    count, heads, _ = x.shape
+    pixels = x.reshape(1, count, 1, -1).permute(0, 3, 1, 2)  # [1, h i, t, 1], channels last
+    return torch.conv2d(pixels, weight, groups=heads).permute(0, 2, 3, 1).reshape(count, heads, -1)

@@ -75,12 +75,12 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return (PackedLinear if packs(weight) else Linear)(weight, bias)
 
 
-def packs(weight: Tensor) -> bool:
-    """Whether oneDNN can hold this weight packed here."""
+def packs(tensor: Tensor) -> bool:
+    """Whether oneDNN has its fast layouts for such a tensor here."""
     return (
-        weight.device.type == "cpu"
+        tensor.device.type == "cpu"
         and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and (tensor.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

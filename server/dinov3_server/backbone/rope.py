@@ -33,13 +33,13 @@ class Rope:
         self.rotations = functools.lru_cache(maxsize=_TABLES)(self._rotations)
 
     def _rotations(self, rows: int, columns: int) -> Tensor:
-        """[P, 1, d/2] complex64 unit numbers, patches in row-major order."""
+        """[P, 1, 1, d/2] complex64 unit numbers, patches in row-major order."""
         # Made on the device itself: a copy from the host would make the first batch of a shape wait for it.
         y = _centres(rows, self.periods)[:, None, None] / self.periods  # [h, 1, d/4]
         x = _centres(columns, self.periods)[None, :, None] / self.periods  # [1, w, d/4]
         shape = (rows, columns, self.periods.numel())
         angles = torch.cat((y.expand(shape), x.expand(shape)), dim=-1).flatten(0, 1)
-        return torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.polar(torch.ones_like(angles), angles)[:, None, None]
 
 
 def _centres(count: int, like: Tensor) -> Tensor:
@@ -54,9 +54,18 @@ def interleave(projection: Tensor, heads: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(projection.shape)
 
 
-def rotate_(vectors: Tensor, rotations: Tensor) -> None:
-    """Rotate interleaved [B, P, ..., d] queries or keys in place, in fp32 whatever their dtype (as upstream does)."""
-    exact = vectors.float()  # no copy where it is fp32 already
-    torch.view_as_complex(exact.view(*exact.shape[:-1], -1, 2)).mul_(rotations)
-    if exact is not vectors:
-        vectors.copy_(exact)
+def rotate_into(out: Tensor, vectors: Tensor, rotations: Tensor) -> None:
+    """Write interleaved [B, P, ..., d] queries or keys, rotated, into `out`, which is like them or themselves.
+
+    In fp32 whatever their dtype, as upstream does. The last axis of both is contiguous.
+    """
+    if out.dtype == torch.float32:
+        torch.mul(_complex(vectors), rotations, out=_complex(out))
+    else:
+        exact = vectors.float()
+        _complex(exact).mul_(rotations)
+        out.copy_(exact)
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    return torch.view_as_complex(pairs.view(*pairs.shape[:-1], -1, 2))

@@ -24,7 +24,7 @@ from dinov3_server.backbone.attention import attention
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.linear import Linear, linear
 from dinov3_server.backbone.registry import Dataset, VitVariant
-from dinov3_server.backbone.rope import Rope, interleave, rotate_
+from dinov3_server.backbone.rope import Rope, interleave
 
 # Bytes enter the patch embedding as byte - 128: exact in bfloat16, and near zero mean, so that the folded mean
 # and std cost no precision.
@@ -215,13 +215,11 @@ class _Block:
         self.ffn = ffn
 
     def __call__(self, x: Tensor, rotations: Tensor, keep: int | None) -> Tensor:
-        """[B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` [P, 1, d/2] are of the last P tokens."""
-        qkv = self.qkv(self.norm1(x).to(self.dtype)).view(*x.shape[:2], 3 * self.heads, -1)  # [B, T, 3 h, d]
-        rotate_(qkv[:, -rotations.shape[0] :, : 2 * self.heads], rotations)
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each [B, h, T, d]
+        """[B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` are for the last P of the T."""
+        qkv = self.qkv(self.norm1(x).to(self.dtype)).view(*x.shape[:2], 3, self.heads, -1)
         if keep is not None:
-            q, x = q[:, :, :keep], x[:, :keep].contiguous()
-        x = self.proj.add(attention(q, k, v), x)
+            x = x[:, :keep].contiguous()
+        x = self.proj.add(attention(qkv, rotations, keep), x)
         return self.ffn(self.norm2(x).to(self.dtype), x)
 
 
