@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,16 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-image", "grpcio"
 
 
 def metadata() -> dict[str, Any]:
-    """Hardware, versions, commit, command and date of this run."""
+    """Hardware, versions, commit, command and date of this run. What is not there (a package, git) is None."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD")
-        + (" with changes" if _git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs/plots") else ""),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "commit": _commit(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -57,9 +56,26 @@ def table(rows: list[dict[str, Any]], *columns: str) -> str:
     )
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def _commit() -> str | None:
+    commit = _git("rev-parse", "HEAD")
+    return commit and commit + (
+        " with changes" if _git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs/plots") else ""
+    )
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
     return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
