@@ -75,14 +75,14 @@ def serving(
     `environ` is added to the environment; log lines go to `log`, or to where this process's go.
     """
     command = [sys.executable, "-m", module, "serve", "--port", "0", "--http-port", "0", *flags]
-    started = subprocess.Popen(
+    with subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environ, stdout=subprocess.PIPE, stderr=log, text=True
-    )
-    try:
-        assert started.stdout is not None
-        ready = re.fullmatch(r"ready grpc=(\S+) http=(\S+)\n", started.stdout.readline())
-        assert ready is not None, f"the server did not start: {' '.join(command)}"
-        yield Server(ready[1], ready[2], psutil.Process(started.pid))
-    finally:
-        started.send_signal(signal.SIGTERM)
-        started.wait(60)
+    ) as started:
+        try:
+            assert started.stdout is not None
+            ready = re.fullmatch(r"ready grpc=(\S+) http=(\S+)\n", started.stdout.readline())
+            assert ready is not None, f"the server did not start: {' '.join(command)}"
+            yield Server(ready[1], ready[2], psutil.Process(started.pid))
+        finally:
+            started.send_signal(signal.SIGTERM)
+            started.wait(60)

@@ -1,0 +1,70 @@
+"""A runner that answers instantly: what is left of a request is the data path.
+
+Pixels are not read and features are not written: an answer holds whatever lies in the arena. `python -m bench.instant`
+is `dinov3-server` with this runner in place of a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from dinov3_server.backbone.interface import Batch, Finished, ModelInfo
+from dinov3_server.backbone.registry import DATASETS, lookup
+from dinov3_server.cli import main
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    rows: int
+
+
+class InstantRunner:
+    """Of a ViT's dimensions in bfloat16, and nothing else of it."""
+
+    pipeline_depth = 1
+
+    def __init__(self, model: str, weights: str, device: str) -> None:
+        variant, pixels = lookup(model), DATASETS["lvd1689m"]
+        self.info = ModelInfo(
+            name=variant.name,
+            weights=weights,
+            random_weights=True,
+            fingerprint="0" * 64,
+            dtype="bfloat16",
+            device=device,
+            embed_dim=variant.embed_dim,
+            depth=variant.depth,
+            patch_size=variant.patch_size,
+            registers=variant.registers,
+            mean=pixels.mean,
+            std=pixels.std,
+            parameters=0,
+        )
+        self.load_seconds: dict[str, float] = {}
+
+    def attach(self, arena: int, memory: memoryview) -> None:
+        pass
+
+    def detach(self, arena: int) -> None:
+        pass
+
+    def launch(self, batch: Batch) -> _Launched:
+        return _Launched(len(batch.rows))
+
+    def finish(self, launched: _Launched) -> Finished:
+        return Finished((True,) * launched.rows, 0.0, 0.0, 0.0)
+
+    def memory(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def build(model: str, weights: str, *, device: str, **_: object) -> InstantRunner:
+    return InstantRunner(model, weights, device)
+
+
+if __name__ == "__main__":
+    sys.exit(main(runner="bench.instant:build"))
