@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from bench import bare, operators, plots, preprocessing, rivals, service
+from bench import bare, datapath, memory, operators, plots, preprocessing, rivals, service, start
 from bench.record import write
 
 LEGS: dict[str, ModuleType] = {
@@ -16,6 +16,9 @@ LEGS: dict[str, ModuleType] = {
     "bare": bare,
     "operators": operators,
     "rivals": rivals,
+    "datapath": datapath,
+    "memory": memory,
+    "start": start,
     "preprocessing": preprocessing,
 }
 
