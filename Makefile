@@ -6,7 +6,7 @@ GPU_PYTHON ?= python3
 BIN := .venv/bin
 PROTO := protos/dinov3_serving/v1/feature_service.proto
 
-.PHONY: install demo test lint format bench gpu-check protos clean
+.PHONY: install demo test lint format bench gpu-check gpu-bench protos clean
 
 install: .venv/installed
 
@@ -46,11 +46,15 @@ format: install
 bench: install
 	$(BIN)/python -m bench
 
-# Needs no installation of ours and no network. Beside torch, pytest and psutil it wants the plain install's packages and
-# the server extra's; a GPU image mostly lacks grpcio-status, grpcio-health-checking, grpcio-reflection and
-# googleapis-common-protos: bring their wheels.
+# gpu-check and gpu-bench need no installation of ours and no network. Beside torch, pytest and psutil they want the plain
+# install's packages and the server extra's; a GPU image mostly lacks grpcio-status, grpcio-health-checking,
+# grpcio-reflection and googleapis-common-protos: bring their wheels. Where gpu-bench finds no transformers or no C
+# compiler (which torch.compile needs), it records what is absent. Its record goes to $OUT where that is set.
 gpu-check:
 	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -c tests/gpu/pytest.ini tests/gpu
+
+gpu-bench:
+	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m bench.gpu
 
 clean:
 	rm -rf .venv .venv-protoc .venv-pytriton demo-out build dist

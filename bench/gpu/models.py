@@ -1,0 +1,117 @@
+"""The models that are measured: ours in its variants, and transformers'."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.gpu.plan import BOTH, WANTED, Config, Plan
+from dinov3_server.backbone import attention, linear, rope
+from dinov3_server.backbone.cuda_graphs import Features, ForwardGraph, compute
+from dinov3_server.backbone.layouts import canonical_shapes
+from dinov3_server.backbone.registry import DATASETS, VitVariant
+from dinov3_server.backbone.rope import Rope, default_periods
+from dinov3_server.backbone.torch_runner import finite_rows
+from dinov3_server.backbone.vit import VisionTransformer
+
+Forward = Callable[[Tensor], Features]
+
+
+def our_model(plan: Plan, variant: VitVariant) -> VisionTransformer:
+    """Of random weights, drawn on the device."""
+    generator = torch.Generator(plan.device).manual_seed(0)
+    tensors = {}
+    for name, shape in canonical_shapes(variant).items():
+        drawn = torch.randn(shape, generator=generator, device=plan.device).mul_(0.02)
+        tensors[name] = drawn.add_(1.0) if "norm" in name and name.endswith("weight") else drawn
+    periods = default_periods(variant.head_dim, variant.rope_base)
+    with mock.patch.object(linear, "packs", return_value=False):  # as on CUDA, also where this is tried on a CPU
+        return VisionTransformer(variant, tensors, periods, DATASETS["lvd1689m"], dtype=plan.dtype, device=plan.device)
+
+
+def bytes_for(plan: Plan, config: Config) -> Tensor:
+    """Random pixels [B, size, size, 3], on the device."""
+    generator = torch.Generator(plan.device).manual_seed(0)
+    shape = (config.batch, config.size, config.size, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=plan.device, generator=generator)
+
+
+def eager(model: VisionTransformer) -> Forward:
+    """As the server runs it: from bytes to CLS and patches in bfloat16 and the check that they are finite."""
+    return lambda pixels: compute(model, pixels, WANTED)
+
+
+def graph(run: Forward, model: VisionTransformer, pixels: Tensor) -> Callable[[], object]:
+    """A captured `run` of `pixels`, with the copies in and out that the server makes. It must have run before."""
+    size = pixels.shape[1]
+    captured = ForwardGraph(run, pixels, model.rotations(size, size), pool=None)
+    return lambda: captured.replay(pixels, len(pixels))
+
+
+def compiled(model: VisionTransformer) -> Forward:
+    """The same by torch.compile, of a model that `fusible` gave."""
+
+    def whole(pixels: Tensor) -> tuple[list[Tensor], Tensor]:
+        features = model(pixels, BOTH)
+        values = [features[output].to(torch.bfloat16).contiguous() for output in BOTH]
+        return values, torch.stack([finite_rows([value]) for value in values], dim=1)
+
+    fast = torch.compile(whole, dynamic=False, fullgraph=True)
+    return lambda pixels: Features(*fast(pixels))
+
+
+@contextmanager
+def fusible(model: VisionTransformer, size: int) -> Iterator[VisionTransformer]:
+    """The same model for images of `size`, with RoPE in real numbers: Inductor makes no code for complex ones.
+
+    To be called until the block is left; the given model may be called meanwhile.
+    """
+    table = torch.view_as_real(model.rotations(size, size)).clone()  # [P, 1, 1, d/2, 2]
+
+    def rotate_into(out: Tensor, vectors: Tensor, rotations: Tensor) -> None:
+        if rotations.is_complex():
+            rope.rotate_into(out, vectors, rotations)
+            return
+        even, odd = vectors.float().reshape(*vectors.shape[:-1], -1, 2).unbind(-1)
+        cosine, sine = rotations.unbind(-1)
+        rotated = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+        out.copy_(rotated.flatten(-2))
+
+    def packs(weight: Tensor) -> bool:  # as on CUDA
+        return False
+
+    twin = copy.copy(model)
+    twin._rope = cast(Rope, FixedRope(table))
+    with mock.patch.object(attention, "rotate_into", rotate_into), mock.patch.object(attention, "packs", packs):
+        yield twin
+
+
+class FixedRope:
+    """One table for whatever grid."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def rotations(self, rows: int, columns: int) -> Tensor:
+        return self.table
+
+
+def transformers_model(plan: Plan, config: Config) -> tuple[Any, Tensor]:
+    """transformers' model on the device, and pixels [B, 3, size, size] that are normalised already.
+
+    Raises ImportError where transformers is not there or knows no DINOv3.
+    """
+    from transformers import DINOv3ViTModel
+
+    from bench.reference import transformers_config
+
+    with torch.device(plan.device):
+        model = DINOv3ViTModel(transformers_config(config.variant)).eval().to(plan.dtype)
+        pixels = torch.randn(config.batch, 3, config.size, config.size, dtype=plan.dtype)
+    return model, pixels
