@@ -49,8 +49,7 @@ def _by_products(qkv: Tensor, rotations: Tensor, queries: int | None) -> Tensor:
     q, k, v = by_head.flatten(1, 2)  # each [B h, T, d]
 
     attended = qkv.new_empty(images, count, heads, width)
-    together = max(1, _SCORES // (heads * count * tokens))  # images
-    step = min(count, max(1, _SCORES // (heads * tokens)))  # queries of an image, where one alone has too many scores
+    together, step = _portions(heads, count, tokens)
     buffer = qkv.new_empty(min(together, images) * heads * step * tokens)
     for image in range(0, images, together):
         those = slice(image * heads, (image + together) * heads)
@@ -66,7 +65,7 @@ def _by_products(qkv: Tensor, rotations: Tensor, queries: int | None) -> Tensor:
 
 
 def _by_convolutions(qkv: Tensor, rotations: Tensor, queries: int | None) -> Tensor:
-    """An image at a time by oneDNN's 1x1 convolutions, one group a head.
+    """By oneDNN's 1x1 convolutions, one group a head.
 
     They are what oneDNN has for products of many small fp32 matrices. torch's own go to a BLAS that takes half as long
     again on the CPU of docs/performance.md. With channels last, queries, scores and what comes out are laid out token
@@ -74,29 +73,39 @@ def _by_convolutions(qkv: Tensor, rotations: Tensor, queries: int | None) -> Ten
     """
     images, tokens, _, heads, width = qkv.shape
     count = tokens if queries is None else queries
-    prefix = tokens - rotations.shape[0]
-    q = qkv.new_empty(images, tokens, heads, width)
     k = qkv.new_empty(images, heads, tokens, width)
-    keys_by_token = k.transpose(1, 2)
-    for to, part in ((q, 0), (keys_by_token, 1)):
-        to[:, :prefix] = qkv[:, :prefix, part]
-        rotate_into(to[:, prefix:], qkv[:, prefix:, part], rotations[:, 0])
+    _rotated(qkv[:, :, 1], rotations, k.transpose(1, 2))
     v = qkv[:, :, 2].permute(0, 2, 3, 1).contiguous()  # [B, h, d, T]
 
-    attended = qkv.new_empty(images, count, heads * width)
-    step = min(count, max(1, _SCORES // (heads * tokens)))
-    for image in range(images):
-        keys = k[image].view(heads * tokens, width, 1, 1)
-        values = v[image].view(heads * width, tokens, 1, 1)
+    attended = qkv.new_empty(images, count, heads, width)
+    together, step = _portions(heads, count, tokens)
+    for image in range(0, images, together):
+        those = slice(image, image + together)
+        keys, values = k[those].view(-1, width, 1, 1), v[those].view(-1, tokens, 1, 1)
+        q = qkv.new_empty(tokens, len(k[those]), heads, width)
+        _rotated(qkv[those, :, 0], rotations, q.transpose(0, 1))
         for first in range(0, count, step):
-            scores = _grouped_product(q[image, first : min(first + step, count)], keys)
+            scores = _grouped_product(q[first : min(first + step, count)].flatten(1, 2), keys)
             torch.softmax(scores, -1, out=scores)
-            attended[image, first : first + step] = _grouped_product(scores, values).flatten(1)
+            products = _grouped_product(scores, values).view(-1, len(k[those]), heads, width)
+            attended[those, first : first + step] = products.transpose(0, 1)
     return attended.flatten(2)
 
 
+def _rotated(vectors: Tensor, rotations: Tensor, out: Tensor) -> None:
+    """Queries or keys [B, T, h, d] into `out`, the last P of the tokens rotated."""
+    prefix = vectors.shape[1] - rotations.shape[0]
+    out[:, :prefix] = vectors[:, :prefix]
+    rotate_into(out[:, prefix:], vectors[:, prefix:], rotations[:, 0])
+
+
+def _portions(heads: int, queries: int, tokens: int) -> tuple[int, int]:
+    """How many images are attended together, and how many queries of them at a time."""
+    return max(1, _SCORES // (heads * queries * tokens)), min(queries, max(1, _SCORES // (heads * tokens)))
+
+
 def _grouped_product(x: Tensor, weight: Tensor) -> Tensor:
-    """[t, h, i] times each head's [o, i] of a [h o, i, 1, 1] weight: [t, h, o]."""
-    count, heads, _ = x.shape
-    pixels = x.reshape(1, count, 1, -1).permute(0, 3, 1, 2)  # [1, h i, t, 1], channels last
-    return torch.conv2d(pixels, weight, groups=heads).permute(0, 2, 3, 1).reshape(count, heads, -1)
+    """[t, n, i] times each of n [o, i] matrices of a [n o, i, 1, 1] weight: [t, n, o]."""
+    count, groups, _ = x.shape
+    pixels = x.reshape(1, count, 1, -1).permute(0, 3, 1, 2)  # [1, n i, t, 1], channels last
+    return torch.conv2d(pixels, weight, groups=groups).permute(0, 2, 3, 1).reshape(count, groups, -1)
