@@ -3,8 +3,9 @@ DINOv3ViTModel.
 
 ViT-S/16; all three read the same file of seeded random weights and compute in `dtype`, bfloat16 where the CPU has it
 natively. A request is one 224x224 uint8 image; CLS and patches come back, in two bytes a number: bfloat16 from ours and
-from the naive server (float32 where that is `dtype`), float16 from PyTriton, as numpy has no bfloat16. Every forward
-pass may use all cores, and so may the load generator.
+from the naive server (float32 where that is `dtype`), float16 from PyTriton, as numpy has no bfloat16.
+`pytriton_float32` is the same PyTriton server asked as most ask it: normalised float32 pixels in, float32 features out.
+Every forward pass may use all cores, and so may the load generator.
 
 - naive: `grpc.server` with a pool of 10 threads, one forward pass a request, no batching, no lock around the model
   (with one it was slower by a third), so that up to 10 passes share the cores. Bytes in and out, no protobuf messages.
@@ -31,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def measure() -> dict[str, Any]:
         ]
         try:
             python = pytriton_python()
-            contestants.append(stack.enter_context(rival("pytriton", python, folder, dtype)))
+            pytriton = stack.enter_context(rival("pytriton", python, folder, dtype))
+            contestants += [pytriton, replace(pytriton, name="pytriton_float32")]
             result["pytriton_versions"] = versions(python)
         except PyTritonMissing as error:
             print("without PyTriton:", error, flush=True)
@@ -175,7 +177,7 @@ def rounds(contestants: list[Contestant], dtype: str) -> list[dict[str, Any]]:
     for in_flight, seconds in SECONDS.items():
         for number in range(1, ROUNDS + 1):
             for contestant in contestants:
-                others = [other for other in contestants if other is not contestant]
+                others = {other.process: other for other in contestants if other.process != contestant.process}.values()
                 cpu, since = sum(other.cpu_seconds() for other in others), time.perf_counter()
                 figures = json.loads(contestant.call(dtype, "load", str(in_flight), str(seconds)))
                 cpu, elapsed = sum(other.cpu_seconds() for other in others) - cpu, time.perf_counter() - since

@@ -9,7 +9,8 @@ closed loop of one 224x224 image a request as one line of JSON.
 
 Ours is called through dinov3_client, whose one connection the callers share; the naive server through one gRPC
 channel, shared too; PyTriton through its own ModelClient over gRPC, one a caller. Every answer ends as arrays, of DTYPE
-from ours and from the naive server, of float16 from PyTriton.
+from ours and from the naive server, of float16 from PyTriton, of float32 from `pytriton_float32`, which is sent float32
+pixels, normalised beforehand.
 """
 
 from __future__ import annotations
@@ -27,19 +28,21 @@ from bench.load import closed_loop
 SIDE = 224
 NAIVE_METHOD = "/naive.Features/Extract"
 PYTRITON_MODEL = "dinov3"
+PYTRITON_FLOAT32_MODEL = "dinov3_float32"
+PYTRITON_MODELS = {"pytriton": PYTRITON_MODEL, "pytriton_float32": PYTRITON_FLOAT32_MODEL}
 
 Array = NDArray[Any]
-Call = Callable[[NDArray[np.uint8]], tuple[Array, Array]]
-"""[224, 224, 3] uint8 to CLS [D] and patches [P, D]."""
+Call = Callable[[Array], tuple[Array, Array]]
+"""What `prepared` gives to CLS [D] and patches [P, D]."""
 
 
 def main(server: str, address: str, dtype: str, what: str, *arguments: str) -> None:
     if what == "tokens":
         [call] = connect(server, address, dtype, callers=1)
-        answers = [call(image) for image in images()]
+        answers = [call(prepared(server, image)) for image in images()]
         np.save(arguments[0], np.stack([np.vstack(answer).astype(np.float32) for answer in answers]))
     else:
-        noise, _ = images()
+        noise = prepared(server, images()[0])
         callers = [lambda call=call: len(call(noise)) for call in connect(server, address, dtype, int(arguments[0]))]
         print(json.dumps(closed_loop(callers, float(arguments[1])).figures()))
 
@@ -51,9 +54,17 @@ def images() -> NDArray[np.uint8]:
     return np.stack([noise, np.stack([rows, columns, SIDE - rows], axis=-1).astype(np.uint8)])
 
 
+def prepared(server: str, image: NDArray[np.uint8]) -> Array:
+    """[224, 224, 3] uint8 as it is sent."""
+    if server != "pytriton_float32":
+        return image
+    normalised = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    return np.ascontiguousarray(normalised.astype(np.float32).transpose(2, 0, 1))
+
+
 def connect(server: str, address: str, dtype: str, callers: int) -> list[Call]:
-    if server == "pytriton":
-        return [pytriton(address) for _ in range(callers)]
+    if server in PYTRITON_MODELS:
+        return [pytriton(address, PYTRITON_MODELS[server]) for _ in range(callers)]
     return [{"ours": ours, "naive": naive}[server](address, dtype)] * callers
 
 
@@ -62,7 +73,7 @@ def ours(address: str, dtype: str) -> Call:
 
     client = Client(address)
 
-    def call(image: NDArray[np.uint8]) -> tuple[Array, Array]:
+    def call(image: Array) -> tuple[Array, Array]:
         features = client.extract(image[None], preset="none", dtype=dtype)  # type: ignore[arg-type]
         assert features.cls is not None
         assert features.patches is not None
@@ -79,19 +90,19 @@ def naive(address: str, dtype: str) -> Call:
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
     tokens = 1 + (SIDE // 16) ** 2
 
-    def call(image: NDArray[np.uint8]) -> tuple[Array, Array]:
+    def call(image: Array) -> tuple[Array, Array]:
         features = np.frombuffer(extract(image.tobytes()), kind).reshape(tokens, -1)
         return features[0], features[1:]
 
     return call
 
 
-def pytriton(address: str) -> Call:
+def pytriton(address: str, model: str) -> Call:
     from pytriton.client import ModelClient
 
-    client = ModelClient(address, PYTRITON_MODEL)
+    client = ModelClient(address, model)
 
-    def call(image: NDArray[np.uint8]) -> tuple[Array, Array]:
+    def call(image: Array) -> tuple[Array, Array]:
         features = client.infer_sample(pixels=image)
         return features["cls"], features["patches"]
 

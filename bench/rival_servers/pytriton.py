@@ -2,8 +2,10 @@
 queue delay is 0, so a batch is whatever waited while the last one ran.
 
 `python -m bench.rival_servers.pytriton FOLDER DTYPE` prints `ready grpc://HOST:PORT` and serves until SIGTERM. It runs
-in the environment that `environment.py` makes. Pixels come as uint8 and are normalised here. numpy has no bfloat16, so
-features leave as float16: the smallest that a user of PyTriton gets, and as many bytes as ours.
+in the environment that `environment.py` makes. It offers the model twice. As PYTRITON_MODEL pixels come as uint8 and
+are normalised here, and features leave as float16, as numpy has no bfloat16: the smallest that a user of PyTriton gets,
+and as many bytes as ours. As PYTRITON_FLOAT32_MODEL normalised float32 pixels come and float32 features leave, as most
+write it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import socket
 import sys
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pytriton.decorators import batch
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
-from bench.rival_servers.call import PYTRITON_MODEL, SIDE
+from bench.rival_servers.call import PYTRITON_FLOAT32_MODEL, PYTRITON_MODEL, SIDE
 from bench.rival_servers.model import Model
 
 MAX_BATCH_SIZE = 32
@@ -35,21 +38,34 @@ def main(folder: str, dtype: str) -> None:
         cls, patches = model.features(pixels)
         return {"cls": cls.half().numpy(), "patches": patches.half().numpy()}
 
+    def extract_float32(pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        cls, patches = model.of_normalised(torch.from_numpy(pixels))
+        return {"cls": cls.float().numpy(), "patches": patches.float().numpy()}
+
     http, grpc, metrics = free_ports(3)
     addresses = {"http_address": "127.0.0.1", "grpc_address": "127.0.0.1"}
     config = TritonConfig(http_port=http, grpc_port=grpc, metrics_port=metrics, **addresses)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with Triton(config=config) as triton:
-        triton.bind(
-            model_name=PYTRITON_MODEL,
-            infer_func=batch(extract),
-            inputs=[Tensor(name="pixels", dtype=np.uint8, shape=(SIDE, SIDE, 3))],
-            outputs=[
-                Tensor(name="cls", dtype=np.float16, shape=(-1,)),
-                Tensor(name="patches", dtype=np.float16, shape=(-1, -1)),
-            ],
-            config=ModelConfig(max_batch_size=MAX_BATCH_SIZE),
-        )
+        for name, function, pixels, feature in (
+            (PYTRITON_MODEL, extract, Tensor(name="pixels", dtype=np.uint8, shape=(SIDE, SIDE, 3)), np.float16),
+            (
+                PYTRITON_FLOAT32_MODEL,
+                extract_float32,
+                Tensor(name="pixels", dtype=np.float32, shape=(3, SIDE, SIDE)),
+                np.float32,
+            ),
+        ):
+            triton.bind(
+                model_name=name,
+                infer_func=batch(function),
+                inputs=[pixels],
+                outputs=[
+                    Tensor(name="cls", dtype=feature, shape=(-1,)),
+                    Tensor(name="patches", dtype=feature, shape=(-1, -1)),
+                ],
+                config=ModelConfig(max_batch_size=MAX_BATCH_SIZE),
+            )
         triton.run()
         print(f"ready grpc://127.0.0.1:{grpc}", file=stdout, flush=True)
         while True:

@@ -124,9 +124,10 @@ def finite_rows(features: Sequence[Tensor]) -> Tensor:
     """[n] bool: whether every value of each row of [n, ...] tensors is finite."""
     finite = None
     for values in features:
-        # NaN and infinities pass through to the extremes: one read of the values, and no tensor as large as they are.
-        low, high = values.flatten(1).aminmax(dim=1)
-        ends = low.isfinite() & high.isfinite()
+        # NaN and infinities pass through to the extremes, and no tensor as large as the values is made. `aminmax` reads
+        # them once, yet takes five times as long on the CPU: with a dimension it has no vector code.
+        rows = values.flatten(1)
+        ends = rows.amin(dim=1).isfinite() & rows.amax(dim=1).isfinite()
         finite = ends if finite is None else finite & ends
     assert finite is not None, "a row without outputs"
     return finite
