@@ -45,7 +45,7 @@ DTYPES = ("float32", "bfloat16")
 SIZES = (224, 512)
 BATCHES = (1, 8, 32)
 RIVALS = ("eager", "compiled", "upstream")
-SECONDS = 8.0
+SECONDS = 6.0
 MINIMUM = 2
 LONG = 60.0
 

@@ -41,7 +41,12 @@ STYLE: dict[Any, Any] = {
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#444444", "#888888")
 REST = "#cccccc"
 MARKERS = "osD^vP*X"
-SERVERS = {"ours": "dinov3-serving", "naive": "naive gRPC server", "pytriton": "PyTriton"}
+SERVERS = {
+    "ours": "dinov3-serving",
+    "naive": "naive gRPC server",
+    "pytriton": "PyTriton",
+    "pytriton_float32": "PyTriton, float32 in and out",
+}
 RIVALS = {"eager": "transformers", "compiled": "transformers, compiled", "upstream": "Meta's own code"}
 SMALL = 0.03
 """A share that no bar passes goes with the rest."""
