@@ -34,8 +34,8 @@ def main() -> None:
     for name in [leg for leg in legs if leg != "plots"]:
         leg = LEGS[name]
         result = leg.measure()
-        print(leg.show(result))
-        print("recorded in", write(name, leg.__doc__ or "", result), flush=True)
+        print("recorded in", write(name, leg.__doc__ or "", result))
+        print(leg.show(result), flush=True)
     for path in plots.draw():
         print("drawn:", path, flush=True)
 

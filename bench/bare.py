@@ -47,7 +47,7 @@ BATCHES = (1, 8, 32)
 RIVALS = ("eager", "compiled", "upstream")
 SECONDS = 6.0
 MINIMUM = 2
-LONG = 60.0
+LONG = 20.0
 
 SPEC = FeatureSpec((Output("cls"), Output("patches")), "bfloat16")
 Work = Callable[[], None]

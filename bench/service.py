@@ -204,6 +204,7 @@ def beside_bare(
         "in_flight": in_flight,
         **_figures(served_rounds),
         "bare_images_per_second": round(statistics.median(bare.images_per_second for _, bare in rounds), 2),
+        "of_bare": _median(served.images_per_second / bare.images_per_second for served, bare in rounds),
         "cpu_ms_per_image": {
             role: round(sum(served.cpu_seconds[role] for served in served_rounds) / images * 1e3, 3)
             for role in served_rounds[0].cpu_seconds
