@@ -6,6 +6,7 @@ Every run of a leg draws them too. The same records give the same bytes.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -174,7 +175,7 @@ def bare_ratios(record: Record) -> Figure:
         axes.axhline(1, color="#444444", linewidth=1)
         for index, (rival, name) in enumerate(RIVALS.items()):
             if rival not in record["absent"]:
-                ratios = [row[f"ours/{rival}"] for row in rows]
+                ratios = [row.get(f"ours/{rival}", math.nan) for row in rows]
                 axes.plot(ratios, MARKERS[index], color=COLOURS[index + 1], markersize=5, label=name)
         axes.set_xticks(
             range(len(rows)), [f"{row['size']} px, {row['batch']}" for row in rows], rotation=60, ha="right"
