@@ -8,8 +8,8 @@
 
 All run in one thread of one process and have its malloc, which our runner sets to keep freed memory; eager alone gains
 from that too. Seeded random weights. A configuration is measured for SECONDS after one batch of each to warm up, at
-least MINIMUM rounds unless the first takes LONG; the HEAVIEST beside eager alone. Rates are of the median batch; `ours/x` is the median over rounds of
-x's time by ours.
+least MINIMUM rounds unless the first takes LONG; the HEAVIEST beside eager alone. Rates are of the median batch;
+`ours/x` is the median over rounds of x's time by ours.
 
 `linears` is the limit that the matrix products set: all dense layers of a forward pass as our model has them, packed,
 with weights of their own, back to back on inputs that are there, and nothing else: no attention, no GELU, no residual.
