@@ -33,18 +33,10 @@ class Load:
         return self.latencies[min(len(self.latencies) - 1, int(len(self.latencies) * percent / 100))]
 
 
-def closed_loop(
-    callers: Sequence[Callable[[], Any]],
-    seconds: float,
-    warm_up: float = 3.0,
-    *,
-    begin: Callable[[], None] = lambda: None,
-    end: Callable[[], None] = lambda: None,
-) -> Load:
+def closed_loop(callers: Sequence[Callable[[], Any]], seconds: float, warm_up: float = 3.0) -> Load:
     """Run every caller in a thread of its own, again and again: `warm_up` seconds that do not count, then `seconds`.
 
-    A caller is one blocking request; what it returns is kept in `answers`, so let it be small. `begin` and `end` are
-    called where the measured time begins and ends: to read clocks and counters. An error of a caller is raised.
+    A caller is one blocking request; what it returns is kept in `answers`, so let it be small. An error of a caller is raised.
 
     Answers come a batch at a time. So that the time holds whole batches, it is cut within `seconds`: from the widest
     gap between answers in the first third of them to that in the last third.
@@ -68,11 +60,9 @@ def closed_loop(
         stop.wait(warm_up)
         with lock:
             calls.clear()
-        begin()
         stop.wait(seconds)
         with lock:
             ended = sorted(calls, key=lambda call: call[0])
-        end()
         stop.set()
         for one in running:
             one.result()
