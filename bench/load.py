@@ -36,7 +36,8 @@ class Load:
 def closed_loop(callers: Sequence[Callable[[], Any]], seconds: float, warm_up: float = 3.0) -> Load:
     """Run every caller in a thread of its own, again and again: `warm_up` seconds that do not count, then `seconds`.
 
-    A caller is one blocking request; what it returns is kept in `answers`, so let it be small. An error of a caller is raised.
+    A caller is one blocking request; what it returns is kept in `answers`, so let it be small. An error of a caller is
+    raised.
 
     Answers come a batch at a time. So that the time holds whole batches, it is cut within `seconds`: from the widest
     gap between answers in the first third of them to that in the last third.
