@@ -18,7 +18,7 @@ RUNNER = "dinov3_server.backbone.runner:build"
 
 
 def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
-    """Run the command and return its exit code: 2, with one line on stderr, where it could not start.
+    """Run the command and return its exit code: that of the StartupError (see errors.py) where it could not start.
 
     `runner` names what builds the model on a device ("module:function"); tests serve another one.
     """
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
         return _serve(settings, variant, runner)
     except StartupError as error:
         sys.stderr.write(f"dinov3-server: {error}\n")
-        return 2
+        return error.exit_code
 
 
 def _check_sizes(settings: Settings, variant: VitVariant) -> None:
@@ -58,12 +58,6 @@ def _check_sizes(settings: Settings, variant: VitVariant) -> None:
 
 
 def _serve(settings: Settings, variant: VitVariant, runner: str) -> int:
-    if settings.weights is None:
-        raise ConfigError(
-            f"no weights for {variant.name}: give --weights FILE (the official "
-            f"{variant.official_file('lvd1689m')}, or a safetensors file), or "
-            "--weights random:0 to try the server with features that mean nothing"
-        )
     from dinov3_server import supervisor  # Imported here, so that `config` and `models` start fast.
 
     log.configure(settings.log_level, settings.log_format, "supervisor")

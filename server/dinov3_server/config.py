@@ -19,15 +19,27 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from dinov3_server.config_kinds import DEVICES, FILE, IMAGE_SIZES, PORT, TEXT, Kind, choice, integer, seconds, size
+from dinov3_server.config_kinds import (
+    BOOLEAN,
+    COMMIT,
+    DEVICES,
+    FILE,
+    IMAGE_SIZES,
+    PORT,
+    SOURCE,
+    TEXT,
+    Kind,
+    choice,
+    integer,
+    seconds,
+    size,
+)
 from dinov3_server.errors import ConfigError
 
 ENV_PREFIX = "DINOV3_"
 CONFIG_ENV = "DINOV3_CONFIG"
 # Variables of this prefix that are no settings: what names the YAML file, and what others of the project read.
-_OTHER_ENV = frozenset(
-    {CONFIG_ENV, "DINOV3_HOME", "DINOV3_OFFLINE", "DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM"}
-)
+_OTHER_ENV = frozenset({CONFIG_ENV, "DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM"})
 # What Kubernetes puts into every pod beside a Service that is called "dinov3" or "dinov3-...".
 _SERVICE_LINK = re.compile(r"DINOV3_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
@@ -96,12 +108,26 @@ class Settings:
     model: str = _setting(
         "vits16", TEXT._replace(metavar="NAME"), "model", "Variant to serve; `dinov3-server models` lists them."
     )
-    weights: str | None = _setting(
-        None,
-        TEXT._replace(metavar="FILE|random:SEED"),
+    weights: str = _setting(
+        "auto",
+        SOURCE._replace(metavar="auto|FILE|URL|hf://OWNER/REPO[@REVISION]|random:SEED"),
         "model",
-        "Weights of the variant: an official .pth or a safetensors file, or random:SEED for features without meaning. "
-        "`serve` needs it.",
+        "Where the weights come from. auto: a verified file under home, else weights_url, else Hugging Face. Or a file "
+        "or folder, an https:// or file:// URL, a repository of Hugging Face, or random:SEED for features without "
+        "meaning.",
+    )
+    dataset: str | None = _setting(
+        None,
+        choice("lvd1689m", "sat493m"),
+        "model",
+        "What the weights were trained on, which sets the mean and std of their input. Unset: as the name of the file "
+        "or repository says, else lvd1689m.",
+    )
+    backbone: str = _setting(
+        "ours",
+        choice("ours", "upstream"),
+        "model",
+        "Whose code computes: ours (the fast one), or upstream, Meta's own modules.",
     )
     dtype: str = _setting(
         "auto",
@@ -120,6 +146,56 @@ class Settings:
         IMAGE_SIZES,
         "model",
         "Input sizes that run once before the server is ready, so that no request pays for first use.",
+    )
+
+    home: str = _setting(
+        "~/.cache/dinov3-serving",
+        TEXT._replace(metavar="FOLDER"),
+        "provisioning",
+        "Where weights, Meta's code and certificates are kept. Several servers may share it.",
+    )
+    offline: bool = _setting(
+        False,
+        BOOLEAN,
+        "provisioning",
+        "Never open a connection to fetch anything: use what is there, or say what is not.",
+    )
+    weights_url: str | None = _setting(
+        None,
+        SOURCE._replace(metavar="URL"),
+        "provisioning",
+        "Where `weights: auto` fetches the official file: the signed URL that Meta sends by e-mail, or a mirror's.",
+    )
+    verify: str = _setting(
+        "manifest",
+        choice("manifest", "full"),
+        "provisioning",
+        "How weights under home are checked at start: against size and time in their manifest, or hashed in full.",
+    )
+    repo_url: str = _setting(
+        "https://github.com/facebookresearch/dinov3.git",
+        SOURCE._replace(metavar="URL"),
+        "provisioning",
+        "Git repository of Meta's code: theirs, a mirror, or a local path.",
+    )
+    revision: str = _setting(
+        "6876159a11b4df116f30f667f8c9888617df0751",
+        COMMIT,
+        "provisioning",
+        "Commit of Meta's code that is used.",
+    )
+    target_dir: str | None = _setting(
+        None,
+        TEXT._replace(metavar="FOLDER"),
+        "provisioning",
+        "Checkout of Meta's code. Unset: a folder under home, named after the revision.",
+    )
+    certificate: bool = _setting(
+        True,
+        BOOLEAN,
+        "provisioning",
+        "Compare the served features with those of Meta's code before the server is ready. It wants that code, and "
+        "the memory of one more model for a while.",
     )
 
     max_batch_images: int = _setting(32, integer(1, 65536), "batching", "Most images in one batch.")

@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 _PATCH = 16  # Of every ViT variant; the stride of the ConvNeXts is a multiple of it.
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 N = TypeVar("N", int, float)
 
@@ -63,6 +65,18 @@ def choice(*choices: str) -> Kind:
     return Kind("|".join(choices), "one of " + ", ".join(choices), parse)
 
 
+def without_secrets(text: str) -> str:
+    """A URL as it may be shown and logged: what signs it (its query) and who asks (user and password) are left out.
+
+    Anything that is no URL stays as it is.
+    """
+    parts = urlsplit(text)
+    if not parts.netloc:
+        return text
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}{'?...' if parts.query else ''}"
+
+
 def _within(value: N, least: N, most: N) -> N:
     if not least <= value <= most:  # NaN is within no range.
         raise ValueError
@@ -80,6 +94,18 @@ def _text(text: str) -> str:
     if not text:
         raise ValueError
     return text
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise ValueError
+    return _BOOLEANS[text.lower()]
+
+
+def _commit(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{40}", text.lower()):
+        raise ValueError
+    return text.lower()
 
 
 def _file(text: str) -> str:
@@ -116,6 +142,10 @@ def _image_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 TEXT = Kind("TEXT", "a text that is not empty", _text)
+# Of a file or a place that may be a URL with secrets in it.
+SOURCE = TEXT._replace(show=without_secrets)
+BOOLEAN = Kind("true|false", "true or false", _boolean, lambda value: "true" if value else "false")
+COMMIT = Kind("SHA", "the 40 hex digits of a git commit", _commit)
 FILE = Kind("FILE", "a file that exists and can be read", _file)
 PORT = integer(0, 65535)
 DEVICES = Kind("DEVICES", "auto, or cpu and cuda:N parted by commas, each cuda:N once", _devices, ",".join, many=True)

@@ -8,11 +8,17 @@
       Unauthenticated            UNAUTHENTICATED
       ModelMismatch              FAILED_PRECONDITION
       InternalError              INTERNAL, with an id that the log has too
-    StartupError                 of the process: it says so in one line and exits with 2
-      ConfigError                a flag, an environment variable or a YAML key
-      CheckpointError            a weights file
+    StartupError                 of the process: it says so and exits with `exit_code`, 2 where nothing else is said
+      ConfigError            2   a flag, an environment variable or a YAML key
+      Unreachable            3   something is missing and cannot be fetched now; trying again later may help
+      AccessRefused          4   a server refuses: a licence, a token, a signed URL that has expired
+      CheckpointError        5   weights that cannot be used: damaged, of another model, not what was promised
+      StorageError           6   a folder or disk: read-only, full, no permission
+      UpstreamCodeError      7   Meta's code cannot be vendored, or is not what it should be
+      CertificateError       8   the served features are not those of Meta's code
 
-Only `api/status.py` turns the first kind into statuses; only `cli.py` turns the second into exit codes.
+Only `api/status.py` turns the first kind into statuses; only `cli.py` turns the second into exit codes
+(docs/provisioning.md lists them).
 """
 
 from __future__ import annotations
@@ -95,10 +101,44 @@ class InternalError(ServingError):
 class StartupError(Exception):
     """The process cannot start; the message is for the person at the terminal."""
 
+    exit_code = 2
+
 
 class ConfigError(StartupError):
     """A setting that cannot be used: what was given, where, and what is allowed."""
 
 
+class Unreachable(StartupError):
+    """What is missing cannot be fetched now: no network, a server that fails, or `offline` forbids it."""
+
+    exit_code = 3
+
+
+class AccessRefused(StartupError):
+    """A server refuses what was asked for: which, and how access is got."""
+
+    exit_code = 4
+
+
 class CheckpointError(StartupError):
     """A weights file that cannot be used: which file, which key, and what was expected."""
+
+    exit_code = 5
+
+
+class StorageError(StartupError):
+    """A folder or disk that cannot be used: read-only, full, no permission."""
+
+    exit_code = 6
+
+
+class UpstreamCodeError(StartupError):
+    """Meta's code cannot be vendored, or its checkout is not what it should be."""
+
+    exit_code = 7
+
+
+class CertificateError(StartupError):
+    """The served features are not those of Meta's code on the same weights, or that could not be found out."""
+
+    exit_code = 8

@@ -49,6 +49,42 @@ class FeatureSpec(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Provisioned:
+    """What start-up found or fetched, and a runner is built from. Pickled from the provisioner to workers."""
+
+    weights: str  # path of a file, or of a folder of shards; or "random:SEED"
+    label: str  # what people call these weights: the file's name, "hf://OWNER/REPO@REVISION", "random:SEED"
+    revision: str  # of Meta's code that is wanted
+    checkout: str | None  # folder of that code, verified; None where it is not there
+    absent: str = ""  # why it is not there
+
+
+@dataclass(frozen=True)
+class OutputProof:
+    """How near one output of ours is to that of Meta's code: over all probes and tokens."""
+
+    output: TokenKind
+    dtype: FeatureDtype  # that ours was computed in; Meta's is always float32
+    least_cosine: float
+    relative_error: float  # largest over the probes of |ours - theirs| / |theirs|, Euclidean norms
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether the served features were shown to be those of Meta's code on the same weights."""
+
+    verified: bool
+    reason: str  # why not; "" where verified
+    revision: str  # commit of Meta's code; "" where there was none
+    outputs: tuple[OutputProof, ...]
+    time: str  # when it was shown: RFC 3339, UTC; "" where it was not
+    not_covered: str  # what the proof says nothing about
+
+
+NO_PROOF = Certificate(verified=False, reason="no proof was tried", revision="", outputs=(), time="", not_covered="")
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the rest of the service knows of the loaded model. Pickled from worker to frontends."""
 
@@ -65,6 +101,7 @@ class ModelInfo:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     parameters: int
+    certificate: Certificate = NO_PROOF
 
     def grid(self, shape: PixelShape) -> tuple[int, int]:
         return shape.height // self.patch_size, shape.width // self.patch_size

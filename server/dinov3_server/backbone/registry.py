@@ -34,34 +34,57 @@ DATASETS: Mapping[DatasetName, Dataset] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class VitVariant:
-    """A vision transformer's dimensions.
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What the service knows of any model.
 
-    `hashes` has, for each dataset with an official file, the first 8 hex digits of its sha256.
+    Height and width of its inputs are multiples of `patch_size`, which is also the stride of its last layer's patches;
+    `depth` is how many layers can be asked for. `hashes` has, for each dataset with an official file, the first 8 hex
+    digits of its sha256.
     """
 
     name: str
     embed_dim: int
     depth: int
+    patch_size: int
+    registers: int
+    norm_eps: float
+    parameters: int
+    hashes: Mapping[DatasetName, str]
+
+    def official_file(self, dataset: DatasetName) -> str:
+        """The name under which Meta publishes the weights."""
+        return f"{self.name}_pretrain_{dataset}-{self.hashes[dataset]}.pth"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitVariant(Variant):
+    """A vision transformer's dimensions; its layers are its blocks."""
+
     heads: int
     ffn: Literal["mlp", "swiglu"]
     ffn_dim: int
-    parameters: int
-    hashes: Mapping[DatasetName, str]
-    qkv_bias: bool = True
-    patch_size: int = 16
-    registers: int = 4
-    norm_eps: float = 1e-5
+    qkv_bias: bool
     rope_base: float = 100.0
 
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.heads
 
-    def official_file(self, dataset: DatasetName) -> str:
-        """The name under which Meta publishes the weights."""
-        return f"{self.name}_pretrain_{dataset}-{self.hashes[dataset]}.pth"
+
+@dataclass(frozen=True, kw_only=True)
+class ConvNextVariant(Variant):
+    """A ConvNeXt's dimensions: channels and blocks of its four stages, which are its layers.
+
+    Stage i has the stride 4 * 2^i.
+    """
+
+    dims: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+
+
+def _known(hashes: Mapping[str, str]) -> Mapping[DatasetName, str]:
+    return MappingProxyType({name: hashes[name] for name in DATASETS if name in hashes})
 
 
 def _vit(
@@ -74,17 +97,36 @@ def _vit(
     **hashes: str,
 ) -> VitVariant:
     embed_dim, depth, heads = dimensions
-    known: dict[DatasetName, str] = {name: hashes[name] for name in DATASETS if name in hashes}
     return VitVariant(
         name=f"dinov3_{arch}",
         embed_dim=embed_dim,
         depth=depth,
+        patch_size=16,
+        registers=4,
+        norm_eps=1e-5,
+        parameters=parameters,
+        hashes=_known(hashes),
         heads=heads,
         ffn=ffn,
         ffn_dim=ffn_dim,
-        parameters=parameters,
-        hashes=MappingProxyType(known),
         qkv_bias=qkv_bias,
+    )
+
+
+def _convnext(
+    size: str, dims: tuple[int, int, int, int], depths: tuple[int, int, int, int], parameters: int, **hashes: str
+) -> ConvNextVariant:
+    return ConvNextVariant(
+        name=f"dinov3_convnext_{size}",
+        embed_dim=dims[-1],
+        depth=len(dims),
+        patch_size=32,
+        registers=0,
+        norm_eps=1e-6,
+        parameters=parameters,
+        hashes=_known(hashes),
+        dims=dims,
+        depths=depths,
     )
 
 
@@ -105,11 +147,25 @@ VARIANTS: Mapping[str, VitVariant] = MappingProxyType(
     }
 )
 
+CONVNEXTS: Mapping[str, ConvNextVariant] = MappingProxyType(
+    {
+        variant.name: variant
+        for variant in (
+            _convnext("tiny", (96, 192, 384, 768), (3, 3, 9, 3), 27_820_128, lvd1689m="21b726bb"),
+            _convnext("small", (96, 192, 384, 768), (3, 3, 27, 3), 49_454_688, lvd1689m="296db49d"),
+            _convnext("base", (128, 256, 512, 1024), (3, 3, 27, 3), 87_566_464, lvd1689m="801f2ba9"),
+            _convnext("large", (192, 384, 768, 1536), (3, 3, 27, 3), 196_230_336, lvd1689m="61fa432d"),
+        )
+    }
+)
+
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "small": "dinov3_vits16",
         "base": "dinov3_vitb16",
         "large": "dinov3_vitl16",
+        "huge": "dinov3_vith16plus",
+        "7b": "dinov3_vit7b16",
         "vit_small": "dinov3_vits16",
         "vit_base": "dinov3_vitb16",
         "vit_large": "dinov3_vitl16",

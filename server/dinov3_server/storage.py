@@ -1,0 +1,93 @@
+"""Files that several processes and machines share: locks, whole writes, and what a disk's failure means to a person.
+
+A lock is `flock` on a file that stays: the kernel lets go of it when its process dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dinov3_server.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file at `path`, made if missing; wait while another process holds it, saying so once.
+
+    `what` is what the lock is for, in the words of the log. Raises StorageError where the file cannot be made.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with storage_errors(path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: another process is at it; waiting for it", what)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that nobody ever sees a part of it, not even after a crash. Raises StorageError."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            os.replace(name, path)  # noqa: PTH105
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)  # noqa: PTH108
+            raise
+
+
+def check_space(folder: Path, nbytes: int, what: str) -> None:
+    """That `nbytes` more fit on the disk of `folder`, which exists. Raises StorageError."""
+    with storage_errors(folder):
+        free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise StorageError(
+            f"{folder}: {what} takes {nbytes:,} bytes and {free:,} are free on that disk; make room there, or choose "
+            "another disk with --home (DINOV3_HOME)"
+        )
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError about `path` into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{error.filename or path}: {_advice(error)}") from None
+
+
+def _advice(error: OSError) -> str:
+    elsewhere = "choose another folder with --home (DINOV3_HOME)"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"the disk is full; make room, or {elsewhere}"
+        case errno.EROFS:
+            return f"the file system is read-only; mount it writable for the first start, or {elsewhere}"
+        case errno.EACCES | errno.EPERM:
+            return f"no permission (this process is uid {os.getuid()}); give it the folder, or {elsewhere}"
+        case errno.ENOTDIR | errno.EEXIST:
+            return f"a file stands where a folder is wanted; remove it, or {elsewhere}"
+    return f"{error.strerror or error}; {elsewhere} if it cannot be mended"
