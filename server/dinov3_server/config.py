@@ -304,6 +304,16 @@ class Settings:
                 f"max_images_per_request ({self.max_images_per_request}) is over max_queue_images "
                 f"({self.max_queue_images}): the largest requests could never be admitted"
             )
+        try:
+            self.home_folder  # noqa: B018 - it raises
+        except RuntimeError:
+            raise ConfigError(
+                f"home is {self.home!r} and this user has no home directory; set --home (DINOV3_HOME) to a folder"
+            ) from None
+
+    @property
+    def home_folder(self) -> Path:
+        return Path(self.home).expanduser()
 
 
 SETTINGS: tuple[Declared, ...] = tuple(Declared(f.name, f.default, **f.metadata) for f in fields(Settings))

@@ -19,19 +19,27 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from dinov3_server.engine.channel import Channel, pair
-from dinov3_server.engine.messages import StartFailed, StartFrontend, StartWorker
+from dinov3_server.engine.messages import (
+    Prepared,
+    Progress,
+    StartFailed,
+    StartFrontend,
+    StartProvisioner,
+    StartWorker,
+)
 from dinov3_server.errors import StartupError
 from dinov3_server.log import configure
 
 log = logging.getLogger(__name__)
 
-Role = Literal["frontend", "worker"]
+Role = Literal["provisioner", "frontend", "worker"]
+Start = StartProvisioner | StartFrontend | StartWorker
 _PR_SET_PDEATHSIG = 1
 # Exit status after StartFailed: the message has told the reason.
 START_FAILED = 2
 
 
-def spawn(role: Role, start: StartFrontend | StartWorker) -> tuple[subprocess.Popen[bytes], Channel]:
+def spawn(role: Role, start: Start) -> tuple[subprocess.Popen[bytes], Channel]:
     """Start a child. Must be called on the main thread: PDEATHSIG is tied to the
     thread that spawned the child, and the main thread lives as long as the process."""
     ours, theirs = pair()
@@ -58,6 +66,18 @@ def _tie_to(supervisor: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _provision(start: StartProvisioner, control: Channel) -> None:
+    """The provisioner process: have everything that workers need, tell the supervisor, end."""
+    from dinov3_server.provision.prepare import prepare
+
+    def report(text: str) -> None:
+        control.send(Progress(text))
+        control.flush()
+
+    control.send(Prepared(*prepare(start.settings, report)))
+    control.flush_within(1.0)
+
+
 def main() -> int:
     role, fd, supervisor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _tie_to(supervisor)
@@ -66,17 +86,19 @@ def main() -> int:
     control = Channel(socket.socket(fileno=fd))
     configure(start.settings.log_level, start.settings.log_format, f"{role}-{start.index}")
     try:
-        # Imported here: a frontend must not load the device's libraries, nor a worker gRPC.
+        # Each imports its own: a frontend must not load the device's libraries, nor a worker gRPC.
         if role == "worker":
             from dinov3_server.engine import worker
 
             worker.serve(start, control)
+        elif role == "provisioner":
+            _provision(start, control)
         else:
             from dinov3_server.api import frontend
 
             frontend.serve(start, control)
     except StartupError as error:
-        control.send(StartFailed(str(error)))
+        control.send(StartFailed(error))
         control.flush_within(1.0)
         return START_FAILED
     except Exception:

@@ -1,10 +1,11 @@
-"""The process that a person starts: spawns frontends and workers, restarts them, and ends them.
+"""The process that a person starts: spawns provisioner, frontends and workers, restarts them, and ends them.
 
-It loads no model and speaks no gRPC. Everything happens in one loop over the children's channels, their
-deaths (pidfd) and signals; only the HTTP endpoints have threads of their own.
+It loads no model, fetches nothing and speaks no gRPC. Workers start once the provisioner has found or fetched what they
+need. Everything happens in one loop over the children's channels, their deaths (pidfd) and signals; only the HTTP
+endpoints have threads of their own.
 
 Restarts: a child that dies after it was ready is started again at once; after that, and after a start
-that failed, with a pause that doubles from 0.5 to 30 seconds. A worker whose start fails
+that failed, with a pause that doubles from 0.5 to 30 seconds. A child whose start fails
 `worker_restart_limit` times in a row ends the server, for the orchestrator to see.
 """
 
@@ -18,26 +19,28 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 
-from dinov3_server.backbone.interface import ModelInfo
+from dinov3_server.backbone.interface import ModelInfo, Provisioned
+from dinov3_server.child import Child
 from dinov3_server.config import Settings
-from dinov3_server.engine.channel import Channel, ChannelClosed, pair
+from dinov3_server.engine.channel import ChannelClosed, pair
 from dinov3_server.engine.messages import (
     SNAPSHOT_SECONDS,
     Connected,
     Drain,
     MetricsSnapshot,
+    Prepared,
+    Progress,
     Ready,
     StartFailed,
     StartFrontend,
+    StartProvisioner,
     StartWorker,
     WorkerGone,
 )
-from dinov3_server.errors import StartupError
 from dinov3_server.http_endpoints import HttpEndpoints
 from dinov3_server.metrics import Aggregate, Metrics
-from dinov3_server.process import START_FAILED, Role, spawn
+from dinov3_server.process import START_FAILED, Start, spawn
 from dinov3_server.signals import Signals
 from dinov3_server.topology import (
     check_memory,
@@ -50,9 +53,6 @@ from dinov3_server.topology import (
 
 log = logging.getLogger(__name__)
 
-PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-# A child that has served this long is healthy: its next death is a first one.
-HEALTHY_SECONDS = 60.0
 # A child that is ready says something every SNAPSHOT_SECONDS. One that says nothing for this long is stuck where it
 # cannot end itself (stopped, swapped out, deadlocked), and is killed.
 SILENT_SECONDS = 30.0
@@ -64,30 +64,6 @@ DRAIN_SLACK = 5.0
 WORKER_SLACK = 2.0
 # How long a killed child may take to die before it is left to the kernel.
 KILL_SECONDS = 5.0
-
-
-@dataclass(eq=False)
-class _Child:
-    """A place for a process: which child, and the process in it at present."""
-
-    role: Role
-    index: int
-    device: str = ""
-    process: subprocess.Popen[bytes] | None = None
-    channel: Channel | None = None
-    pidfd: int = -1
-    ready: bool = False
-    since: float = 0.0  # start of the process; once ready, of being ready
-    heard: float = 0.0  # when it last said something
-    load_seconds: float = 10.0  # of the last successful start; a guess before the first
-    deaths: int = 0  # in a row, without HEALTHY_SECONDS of service between them
-    failed_starts: int = 0  # in a row
-    restart_at: float | None = None
-    complaint: str = ""  # why the last start failed, in its own words
-
-    @property
-    def name(self) -> str:
-        return f"{self.role}-{self.index}"
 
 
 class Supervisor:
@@ -106,8 +82,11 @@ class Supervisor:
         self._workers_told = False  # to end: every frontend has
         self._code: int | None = None
         self._turned = time.monotonic()
-        self._workers: list[_Child] = []
-        self._frontends: list[_Child] = []
+        self._provisioner = Child("provisioner", 0)
+        self._progress = "looking for the weights"
+        self._provisioned: Provisioned | None = None
+        self._workers: list[Child] = []
+        self._frontends: list[Child] = []
 
     def run(self) -> int:
         settings = self._settings
@@ -129,7 +108,7 @@ class Supervisor:
                     "gRPC on %s, metrics and probes on http://%s", show_address(settings.host, port), self._http_address
                 )
                 warn_if_open(settings)
-                for child in self._children:
+                for child in (self._provisioner, *self._frontends):  # workers once everything is there
                     self._start(child)
                 self._turned = time.monotonic()
                 while self._code is None:
@@ -142,14 +121,14 @@ class Supervisor:
 
     def _choose_children(self) -> None:
         settings = self._settings
-        self._workers = [_Child("worker", i, device) for i, device in enumerate(choose_devices(settings.devices))]
+        self._workers = [Child("worker", i, device) for i, device in enumerate(choose_devices(settings.devices))]
         count = choose_frontends(settings.frontends, self._workers[0].device)
-        self._frontends = [_Child("frontend", i) for i in range(count)]
+        self._frontends = [Child("frontend", i) for i in range(count)]
         check_memory(count, settings.arena_bytes)
 
     @property
-    def _children(self) -> list[_Child]:
-        return [*self._workers, *self._frontends]
+    def _children(self) -> list[Child]:
+        return [self._provisioner, *self._workers, *self._frontends]
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -180,7 +159,7 @@ class Supervisor:
         grace = self._settings.drain_seconds
         log.info("%s: draining, up to %g s; a second signal ends at once", name, grace)
         self._drain_until = time.monotonic() + grace + DRAIN_SLACK
-        for child in self._frontends:
+        for child in (self._provisioner, *self._frontends):
             self._end(child, Drain(grace))
 
     def _go_on_draining(self, now: float) -> None:
@@ -213,15 +192,18 @@ class Supervisor:
 
     # --- children --------------------------------------------------------------------------------
 
-    def _start(self, child: _Child) -> None:
+    def _start(self, child: Child) -> None:
         settings = self._settings
-        start: StartFrontend | StartWorker
-        if child.role == "worker":
-            start = StartWorker(settings, child.index, child.device, self._runner)
+        start: Start
+        if child.role == "provisioner":
+            start = StartProvisioner(settings)
+        elif child.role == "worker":
+            assert self._provisioned is not None
+            start = StartWorker(settings, child.index, child.device, self._runner, self._provisioned)
         else:
             start = StartFrontend(settings, child.index, len(self._frontends), settings.host, self._port)
         child.restart_at = None
-        child.ready, child.complaint = False, ""
+        child.ready, child.complaint = False, None
         child.since = time.monotonic()
         child.process, child.channel = spawn(child.role, start)
         child.pidfd = os.pidfd_open(child.process.pid)
@@ -233,7 +215,7 @@ class Supervisor:
                 if worker.ready:
                     self._connect(child, worker)
 
-    def _read(self, child: _Child) -> None:
+    def _read(self, child: Child) -> None:
         if child.channel is None:
             return  # reaped in this turn
         child.heard = time.monotonic()
@@ -246,16 +228,28 @@ class Supervisor:
                         self._aggregate.update(child.name, snapshot)
                     case StartFailed(complaint):
                         child.complaint = complaint
+                    case Progress(text):
+                        self._progress = text
+                    case Prepared(provisioned, seconds):
+                        self._on_prepared(provisioned, seconds)
         except ChannelClosed:
             self._hang_up(child)  # its death comes by the pidfd
 
-    def _hang_up(self, child: _Child) -> None:
+    def _hang_up(self, child: Child) -> None:
         if child.channel is not None:
             self._selector.unregister(child.channel)
             child.channel.close()
             child.channel = None
 
-    def _on_ready(self, child: _Child, info: ModelInfo | None) -> None:
+    def _on_prepared(self, provisioned: Provisioned, seconds: dict[str, float]) -> None:
+        self._provisioned = provisioned
+        for step, of_step in seconds.items():
+            self._metrics.model_load_seconds.set(of_step, step)
+        if self._drain_until is None:
+            for worker in self._workers:
+                self._start(worker)
+
+    def _on_ready(self, child: Child, info: ModelInfo | None) -> None:
         now = time.monotonic()
         child.ready = True
         child.load_seconds, child.since = now - child.since, now
@@ -270,7 +264,7 @@ class Supervisor:
         for frontend in self._frontends:
             self._connect(frontend, child)
 
-    def _connect(self, frontend: _Child, worker: _Child) -> None:
+    def _connect(self, frontend: Child, worker: Child) -> None:
         """A channel of their own for a frontend and a worker that is ready."""
         if frontend.channel is None or worker.channel is None:
             return
@@ -281,7 +275,7 @@ class Supervisor:
         frontend.channel.flush_within(1.0)
         worker.channel.flush_within(1.0)
 
-    def _reap(self, child: _Child) -> None:
+    def _reap(self, child: Child) -> None:
         assert child.process is not None
         self._read(child)  # its last words
         self._hang_up(child)
@@ -296,42 +290,35 @@ class Supervisor:
             back_in = self._restart(child, code, was_ready, now)
             for frontend in self._frontends:
                 self._tell(frontend, WorkerGone(child.index, back_in))
-        elif self._drain_until is None:
+        elif self._drain_until is None and (child.role == "frontend" or self._provisioned is None):
             self._restart(child, code, was_ready, now)
 
-    def _restart(self, child: _Child, code: int, was_ready: bool, now: float) -> float:
+    def _restart(self, child: Child, code: int, was_ready: bool, now: float) -> float:
         """Plan a child's successor, or give up. Seconds until the successor is expected to be ready."""
         if self._workers_told:
             return 0.0  # it was to end
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        if child.complaint:
-            how = child.complaint
-        if was_ready:
-            child.deaths = 1 if now - child.since > HEALTHY_SECONDS else child.deaths + 1
-        else:
-            child.failed_starts += 1
-            child.deaths += 1
-            if code == START_FAILED and not self._announced:
-                raise StartupError(child.complaint)  # a person must mend it; trying again would hide the message
+        how, pause = child.how_it_died(code), child.count_death(was_ready, now)
+        if not was_ready:
+            if child.complaint and code == START_FAILED and not self._announced:
+                raise child.complaint  # a person must mend it; trying again would hide the message
             if child.failed_starts >= self._settings.worker_restart_limit:
                 log.critical(
                     "%s failed to start %d times in a row (%s); giving up", child.name, child.failed_starts, how
                 )
                 self._code = 1
                 return 0.0
-        pause = PAUSES[min(child.deaths - 1 if was_ready else child.deaths, len(PAUSES) - 1)]
         child.restart_at = now + pause
         log.error("%s died (%s); its successor starts in %g s", child.name, how, pause)
         if child.role == "worker":
             self._metrics.worker_restarts.inc(child.device)
         return pause + child.load_seconds
 
-    def _tell(self, child: _Child, message: object) -> None:
+    def _tell(self, child: Child, message: object) -> None:
         if child.channel is not None:
             child.channel.send(message)
             child.channel.flush_within(1.0)
 
-    def _end(self, child: _Child, drain: Drain) -> None:
+    def _end(self, child: Child, drain: Drain) -> None:
         """Have it end; one that is not ready yet has nothing to finish, and would not listen for long."""
         child.restart_at = None
         if child.ready:
@@ -359,6 +346,8 @@ class Supervisor:
     def _update_readiness(self) -> None:
         if self._drain_until is not None:
             reason = "draining"
+        elif self._provisioned is None:
+            reason = f"provisioning: {self._progress}"
         elif not any(worker.ready for worker in self._workers):
             reason = "no worker is ready" if self._announced else "the model is still being loaded"
         elif not any(frontend.ready for frontend in self._frontends):
@@ -366,7 +355,7 @@ class Supervisor:
         else:
             reason = ""
         self._unready = reason
-        everybody = all(child.ready for child in self._children)
+        everybody = all(child.ready for child in (*self._workers, *self._frontends))
         if everybody and not reason and not self._announced:
             self._announced = True
             grpc_address = show_address(self._settings.host, self._port)

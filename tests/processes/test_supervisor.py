@@ -10,10 +10,11 @@ import psutil
 import pytest
 
 from dinov3_server import process, topology
+from dinov3_server.child import Child
 from dinov3_server.config import Settings
 from dinov3_server.engine.messages import StartFrontend
 from dinov3_server.errors import StartupError
-from dinov3_server.supervisor import SILENT_SECONDS, STUCK_SECONDS, Supervisor, _Child
+from dinov3_server.supervisor import SILENT_SECONDS, STUCK_SECONDS, Supervisor
 from tests.support.waiting import until
 
 
@@ -26,10 +27,10 @@ class FakeProcess:
 
 
 @pytest.fixture
-def watched() -> tuple[Supervisor, _Child, FakeProcess]:
+def watched() -> tuple[Supervisor, Child, FakeProcess]:
     """A supervisor with one worker that was last heard at 0."""
     boss, fake = Supervisor(Settings(), "unused:unused"), FakeProcess()
-    child = _Child("worker", 0, "cpu", process=fake, ready=True)  # type: ignore[arg-type]
+    child = Child("worker", 0, "cpu", process=fake, ready=True)  # type: ignore[arg-type]
     boss._workers = [child]
     return boss, child, fake
 

@@ -1,4 +1,4 @@
-"""What processes say to each other. F frontend, W worker, S supervisor.
+"""What processes say to each other. F frontend, W worker, S supervisor, P provisioner.
 
 Every row that a frontend submits is answered by exactly one of `Results` and `Dropped`, or by the
 supervisor's `WorkerGone`. Until then the worker may touch the row's ranges of the arena. What is said for every request
@@ -10,11 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from dinov3_server.backbone.interface import ModelInfo
+from dinov3_server.backbone.interface import ModelInfo, Provisioned
 from dinov3_server.config import Settings
 from dinov3_server.engine.block import Block
+from dinov3_server.errors import StartupError
 
 SNAPSHOT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class StartProvisioner:
+    """S -> P, on standard input: what to find or fetch."""
+
+    settings: Settings
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class StartWorker:
     index: int
     device: str
     runner: str
+    provisioned: Provisioned
 
 
 @dataclass(frozen=True)
@@ -72,9 +82,24 @@ class Ready:
 
 @dataclass(frozen=True)
 class StartFailed:
-    """F -> S and W -> S: the process cannot start for a reason that a person must mend."""
+    """F -> S, W -> S and P -> S: the process cannot start for a reason that a person must mend."""
 
-    message: str
+    error: StartupError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """P -> S: what it is at, for /readyz."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """P -> S, its last message: everything is there. `seconds` is by step, for dinov3_model_load_seconds."""
+
+    provisioned: Provisioned
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)

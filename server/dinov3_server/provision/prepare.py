@@ -1,0 +1,65 @@
+"""Everything that a worker needs before it can load a model: Meta's code and weights, found or fetched."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dinov3_server.backbone import registry
+from dinov3_server.backbone.interface import Provisioned
+from dinov3_server.config import Settings
+from dinov3_server.errors import Unreachable
+
+log = logging.getLogger(__name__)
+
+
+def prepare(settings: Settings, report: Callable[[str], None] | None = None) -> tuple[Provisioned, dict[str, float]]:
+    """What the workers of these settings need, once it is all there; and the seconds that each step took.
+
+    `report` is told now and then what is under way. Raises the StartupErrors of `vendor` and `find_or_fetch`.
+    """
+    began = time.monotonic()
+    checkout, absent = _code(settings)  # first: it is small, and a missing git should not show after 27 GB of weights
+    vendored = time.monotonic()
+    weights, label = settings.weights, settings.weights
+    if not is_random(weights):
+        from dinov3_server.provision.weights import find_or_fetch
+
+        found = find_or_fetch(settings, registry.lookup(settings.model), report=report)
+        weights, label = str(found.path), found.label
+    seconds = {"vendor": vendored - began, "weights": time.monotonic() - vendored}
+    return Provisioned(weights, label, settings.revision, checkout, absent), seconds
+
+
+def is_random(weights: str) -> bool:
+    return weights.startswith("random:")
+
+
+def checkout_folder(settings: Settings) -> Path:
+    """Where Meta's code lies, or is to lie."""
+    if settings.target_dir is not None:
+        return Path(settings.target_dir).expanduser()
+    return settings.home_folder / "upstream" / settings.revision
+
+
+def _code(settings: Settings) -> tuple[str | None, str]:
+    """The folder of Meta's verified code, or None and why it is not there."""
+    if settings.backbone != "upstream":
+        if is_random(settings.weights):
+            return None, "the weights are random"
+        if not settings.certificate:
+            return None, "the setting `certificate` is false"
+    from dinov3_server.provision.vendor import vendor
+
+    target = checkout_folder(settings)
+    try:
+        vendor(settings.repo_url, settings.revision, target, offline=settings.offline)
+    except Unreachable as error:
+        # Without a network the features can be served, if not proven. With one, what is wrong can be mended.
+        if not settings.offline or settings.backbone == "upstream":
+            raise
+        log.warning("Meta's code is not there, so the features cannot be verified: %s", error)
+        return None, f"Meta's code is not in {target}, and `offline` forbids fetching it"
+    return str(target), ""
