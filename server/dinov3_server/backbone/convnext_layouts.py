@@ -79,7 +79,7 @@ def _transformers(variant: ConvNextVariant) -> dict[str, Entry]:
                 key = f"stages.{stage}.layers.{block}.gamma"
             case ["stages", stage, block, module, leaf]:
                 key = f"stages.{stage}.layers.{block}.{_TRANSFORMERS_BLOCK[module]}.{leaf}"
-            case [_, leaf]:
+            case [*_, leaf]:
                 key = f"layer_norm.{leaf}"
         entries[key] = Entry(shape, (name,))
     return entries
@@ -94,7 +94,7 @@ _TIMM_BLOCK = {"dwconv": "conv_dw", "norm": "norm", "pwconv1": "mlp.fc1", "pwcon
 
 
 def _timm(variant: ConvNextVariant) -> dict[str, Entry]:
-    """Of `convnext_*.dinov3_lvd1689m` (timm's `models/convnext.py`): its 1x1 convolutions are linear layers, as here."""
+    """Of `convnext_*.dinov3_lvd1689m` (timm's `models/convnext.py`): 1x1 convolutions are linear layers there too."""
     entries = {}
     for name, shape in canonical_shapes(variant).items():
         match name.split("."):
@@ -106,7 +106,7 @@ def _timm(variant: ConvNextVariant) -> dict[str, Entry]:
                 key = f"stages.{stage}.blocks.{block}.gamma"
             case ["stages", stage, block, module, leaf]:
                 key = f"stages.{stage}.blocks.{block}.{_TIMM_BLOCK[module]}.{leaf}"
-            case [_, leaf]:
+            case [*_, leaf]:
                 key = f"head.norm.{leaf}"
         entries[key] = Entry(shape, (name,))
     return entries
