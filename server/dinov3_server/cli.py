@@ -1,20 +1,25 @@
-"""The command `dinov3-server`: `serve`, `config` and `models`."""
+"""The command `dinov3-server`: `serve`, what start-up needs done apart (`prepare`, `vendor`, `weights`), `config` and
+`models`."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from dinov3_server import __version__, config, log
 from dinov3_server.backbone import registry
 from dinov3_server.backbone.registry import VitVariant
-from dinov3_server.config import Settings
+from dinov3_server.config import Declared, Settings
+from dinov3_server.config_kinds import BOOLEAN
 from dinov3_server.errors import ConfigError, StartupError
 
 RUNNER = "dinov3_server.backbone.runner:build"
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
@@ -28,16 +33,28 @@ def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
         if command == "models":
             sys.stdout.write(_models())
             return 0
+        force = arguments.pop("force", None) is not None
         settings, sources = config.load(arguments, os.environ)
-        variant = registry.lookup(settings.model)
-        _check_sizes(settings, variant)
-        if command == "config":
-            sys.stdout.write(_effective(settings, sources))
-            return 0
-        return _serve(settings, variant, runner)
+        match command:
+            case "vendor":
+                _vendor(settings, force)
+            case "weights":
+                _weights(settings)
+            case "prepare":
+                registry.lookup(settings.model)
+                _prepare(settings)
+            case _:
+                _check_sizes(settings, registry.lookup(settings.model))
+                if command == "serve":
+                    return _serve(settings, runner)
+                sys.stdout.write(_effective(settings, sources))
+        return 0
     except StartupError as error:
         sys.stderr.write(f"dinov3-server: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("dinov3-server: interrupted; the same command goes on where this one stopped\n")
+        return INTERRUPTED
 
 
 def _check_sizes(settings: Settings, variant: VitVariant) -> None:
@@ -57,11 +74,56 @@ def _check_sizes(settings: Settings, variant: VitVariant) -> None:
             )
 
 
-def _serve(settings: Settings, variant: VitVariant, runner: str) -> int:
-    from dinov3_server import supervisor  # Imported here, so that `config` and `models` start fast.
+def _serve(settings: Settings, runner: str) -> int:
+    from dinov3_server import supervisor  # Imported here, so that the other commands start fast.
 
     log.configure(settings.log_level, settings.log_format, "supervisor")
     return supervisor.run(settings, runner)
+
+
+def _prepare(settings: Settings) -> None:
+    """All that `serve` would do before it loads the model."""
+    from dinov3_server.provision.prepare import prepare
+
+    _log_here(settings, "prepare")
+    found, _ = prepare(settings)
+    sys.stdout.write(f"weights {found.weights}\ncode {found.checkout or f'(none: {found.absent})'}\n")
+
+
+def _vendor(settings: Settings, force: bool) -> None:
+    from dinov3_server.provision.prepare import checkout_folder
+    from dinov3_server.provision.vendor import vendor
+
+    _log_here(settings, "vendor")
+    target = checkout_folder(settings)
+    vendor(settings.repo_url, settings.revision, target, force=force, offline=settings.offline)
+    sys.stdout.write(f"code {target}\n")
+
+
+def _weights(settings: Settings) -> None:
+    from dinov3_server.provision.prepare import is_random
+    from dinov3_server.provision.weights import find_or_fetch
+
+    _log_here(settings, "weights")
+    if is_random(settings.weights):
+        raise ConfigError("random weights are made at start: there is nothing to fetch")
+    if settings.model != "all":
+        variants = [registry.lookup(settings.model)]
+    elif settings.weights == "auto" and settings.weights_url is None:
+        dataset = settings.dataset or "lvd1689m"
+        variants = [variant for variant in registry.VARIANTS.values() if dataset in variant.hashes]
+    else:
+        raise ConfigError("--model all fetches from Hugging Face: one --source or weights_url cannot hold every model")
+    for variant in variants:
+        found = find_or_fetch(replace(settings, model=variant.name), variant)
+        sys.stdout.write(f"weights {found.path}\n")
+        sys.stdout.flush()
+
+
+def _log_here(settings: Settings, command: str) -> None:
+    """Log lines of a command that works in this process; and a SIGTERM that ends it, PID 1 or not."""
+    log.configure(settings.log_level, settings.log_format, command)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _effective(settings: Settings, sources: Mapping[str, str]) -> str:
@@ -115,43 +177,62 @@ def _parse(argv: Sequence[str]) -> dict[str, str]:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         what = unknown[0].partition("=")[0]
-        near = config.nearest(what, flags if arguments.command != "models" else (), "--")
+        near = config.nearest(what, flags[arguments.command], "--")
         parser.exit(
             2, f"{parser.prog}: unknown argument {what}{near} (see `{parser.prog} {arguments.command} --help`)\n"
         )
     return {name: text for name, text in vars(arguments).items() if text is not None}
 
 
-def _parser() -> tuple[_Parser, list[str]]:
-    shared = _Parser(add_help=False, allow_abbrev=False)
-    shared.add_argument("--config", metavar="FILE", help=f"YAML file of settings; also {config.CONFIG_ENV}")
-    groups = {topic: shared.add_argument_group(topic) for topic in config.TOPICS}
-    for declared in config.SETTINGS:
-        default = declared.show(declared.default)
-        text = declared.help + (f" Default: {default}." if default else "")
-        groups[declared.topic].add_argument(declared.flag, metavar=declared.kind.metavar, help=text.replace("%", "%%"))
+# What beside --config and the flags of logging each of the commands listens to.
+_VENDOR = ("repo_url", "revision", "target_dir", "home", "offline")
+_WEIGHTS = ("model", "weights", "dataset", "weights_url", "home", "offline", "verify")
 
+
+def _parser() -> tuple[_Parser, dict[str, list[str]]]:
+    """The parser, and the flags of each command."""
     parser = _Parser(prog="dinov3-server", description="A gRPC feature server for DINOv3.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dinov3-serving {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    about = (
-        "Every flag --some-name is also the environment variable DINOV3_SOME_NAME and the key some_name of the YAML "
-        "file. A flag wins over the environment, the environment over the file."
-    )
-    for name, help in (
-        ("serve", "serve a model until SIGTERM"),
-        ("config", "show the effective settings and where each comes from, and exit"),
-    ):
-        commands.add_parser(
+    flags: dict[str, list[str]] = {"models": []}
+
+    def add(name: str, help: str, only: Sequence[str] | None = None) -> argparse.ArgumentParser:
+        command = commands.add_parser(
             name,
             help=help,
             usage=f"dinov3-server {name} [FLAGS]",
-            description=f"{help[0].upper()}{help[1:]}. {about}",
-            parents=[shared],
+            description=f"{help[0].upper()}{help[1:]}. Every flag --some-name is also the environment variable "
+            "DINOV3_SOME_NAME and the key some_name of the YAML file. A flag wins over the environment, the "
+            "environment over the file.",
             allow_abbrev=False,
         )
+        command.add_argument("--config", metavar="FILE", help=f"YAML file of settings; also {config.CONFIG_ENV}")
+        declared = [each for each in config.SETTINGS if only is None or each.name in only or each.topic == "logging"]
+        groups = {topic: command.add_argument_group(topic) for topic in dict.fromkeys(each.topic for each in declared)}
+        for each in declared:
+            flag = "--source" if (name, each.name) == ("weights", "weights") else each.flag
+            _add_flag(groups[each.topic], flag, each)
+        flags[name] = [option for action in command._actions for option in action.option_strings]
+        return command
+
+    add("serve", "serve a model until SIGTERM; what is missing is fetched first")
+    add("prepare", "fetch all that `serve` with these settings would fetch, and exit")
+    vendor = add("vendor", "fetch Meta's code, or check what is there, and exit", _VENDOR)
+    vendor.add_argument("--force", action="store_const", const="", help="fetch anew what was modified")
+    add("weights", "fetch the weights of --model (or of all), or check what is there, and exit", _WEIGHTS)
+    add("config", "show the effective settings and where each comes from, and exit")
     commands.add_parser("models", help="list the models that can be served", allow_abbrev=False)
-    return parser, ["--config", *(declared.flag for declared in config.SETTINGS)]
+    flags["vendor"].append("--force")
+    return parser, flags
+
+
+def _add_flag(group: argparse._ArgumentGroup, flag: str, declared: Declared) -> None:
+    default = declared.show(declared.default)
+    help = (declared.help + (f" Default: {default}." if default else "")).replace("%", "%%")
+    if declared.kind is BOOLEAN:  # bare, it means true
+        group.add_argument(flag, dest=declared.name, metavar=declared.kind.metavar, help=help, nargs="?", const="true")
+    else:
+        group.add_argument(flag, dest=declared.name, metavar=declared.kind.metavar, help=help)
 
 
 if __name__ == "__main__":

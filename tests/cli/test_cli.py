@@ -16,6 +16,7 @@ import pytest
 import dinov3_server
 from dinov3_server import cli
 from dinov3_server.config import SETTINGS, Settings
+from dinov3_server.config_kinds import BOOLEAN
 from dinov3_server.errors import StartupError
 
 
@@ -81,7 +82,13 @@ def test_serve_uses_the_real_runner_unless_told(supervisor: FakeSupervisor, monk
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["serve"], "no weights for dinov3_vits16: give --weights FILE"),
+        (["prepare", "--model", "vitb14"], "model 'vitb14' is DINOv2's"),
+        (["weights", "--model", "vitb"], "model 'vitb' is not known; did you mean 'vitb16'?"),
+        (["weights", "--source", "random:0"], "random weights are made at start: there is nothing to fetch"),
+        (["weights", "--model", "all", "--source", "hf://a/b"], "--model all fetches from Hugging Face"),
+        (["vendor", "--revision", "main"], "revision is 'main' (flag --revision); allowed: the 40 hex digits"),
+        (["vendor", "--model", "vits16"], "unknown argument --model"),
+        (["weights", "--weights", "auto"], "unknown argument --weights"),
         (["serve", "--model", "vit_giant2", "--weights", "random:0"], "model 'vit_giant2' is DINOv2's"),
         (["serve", "--port", "http"], "port is 'http' (flag --port); allowed: an integer from 0 to 65535"),
         (["config", "--drain-seconds", "-5"], "drain_seconds is '-5' (flag --drain-seconds)"),
@@ -136,7 +143,9 @@ def test_config_shows_values_and_sources(
     assert shown["devices"] == ["cpu,cuda:0", "environment DINOV3_DEVICES"]
     assert shown["warm_up_sizes"] == ["none", "flag --warm-up-sizes"]
     assert shown["http_host"] == ["0.0.0.0", "default"]
-    assert shown["weights"] == ["(unset)", "default"]
+    assert shown["weights"] == ["auto", "default"]
+    assert shown["dataset"] == ["(unset)", "default"]
+    assert shown["certificate"] == ["true", "default"]
     assert shown["max_queue_delay"] == ["0", "default"]
     assert err == ""
 
@@ -184,7 +193,8 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     assert exits("serve", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     for declared in SETTINGS:
-        assert f"{declared.flag} {declared.kind.metavar} " in text
+        metavar = declared.kind.metavar
+        assert f"{declared.flag} {f'[{metavar}]' if declared.kind is BOOLEAN else metavar} " in text
         assert declared.help in text
         if default := declared.show(declared.default):
             assert f"Default: {default}." in text

@@ -11,6 +11,7 @@ import pytest
 
 from dinov3_server import config
 from dinov3_server.config import SETTINGS, Settings, load
+from dinov3_server.config_kinds import without_secrets
 from dinov3_server.errors import ConfigError
 
 # For each setting, a text that is not its default, and its value. "FILE" stands for a file that exists.
@@ -22,9 +23,19 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "max_connection_age_seconds": ("600", 600.0),
     "model": ("vitb16", "vitb16"),
     "weights": ("random:7", "random:7"),
+    "dataset": ("sat493m", "sat493m"),
+    "backbone": ("upstream", "upstream"),
     "dtype": ("bfloat16", "bfloat16"),
     "devices": ("cpu,cuda:0,cuda:11", ("cpu", "cuda:0", "cuda:11")),
     "warm_up_sizes": ("384x512,16x16", ((384, 512), (16, 16))),
+    "home": ("/srv/dinov3", "/srv/dinov3"),
+    "offline": ("yes", True),
+    "weights_url": ("https://example.org/w.pth", "https://example.org/w.pth"),
+    "verify": ("full", "full"),
+    "repo_url": ("https://example.org/dinov3.git", "https://example.org/dinov3.git"),
+    "revision": ("0123456789ABCDEF0123456789abcdef01234567", "0123456789abcdef0123456789abcdef01234567"),
+    "target_dir": ("/srv/code", "/srv/code"),
+    "certificate": ("off", False),
     "max_batch_images": ("8", 8),
     "max_batch_tokens": ("1_000", 1000),
     "max_queue_delay": ("0.005", 0.005),
@@ -154,6 +165,8 @@ def test_kinds_show_what_they_parse(existing: str) -> None:
         ("warm_up_sizes", "224x224, 256x256", ((224, 224), (256, 256))),
         ("devices", "cpu,cpu", ("cpu", "cpu")),
         ("devices", "cuda:1 , cuda:0", ("cuda:1", "cuda:0")),
+        ("offline", "1", True),
+        ("offline", "False", False),
         ("port", "65535", 65535),
         ("max_queue_delay", "10", 10.0),
     ],
@@ -258,7 +271,7 @@ def test_unknown_variable(variable: str, hint: str) -> None:
 
 
 def test_variables_that_are_no_settings() -> None:
-    names = ("DINOV3_HOME", "DINOV3_OFFLINE", "DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM")
+    names = ("DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM")
     others = dict.fromkeys(names, "x")
     # Of Services called "dinov3", "dinov3-server" and "dinov3-http", as Kubernetes writes them.
     links = {
@@ -344,3 +357,32 @@ def test_nearest() -> None:
     assert config.nearest("--frobnicate", ["--port", "--host"]) == ""
     assert config.nearest("PREFIX_ABC", ["PREFIX_XYZ"]) != ""
     assert config.nearest("PREFIX_ABC", ["PREFIX_XYZ"], "PREFIX_") == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (
+            "https://u:p@example.org:8443/a%20b/w.pth?Policy=secret&Signature=x",
+            "https://example.org:8443/a%20b/w.pth?...",
+        ),
+        ("https://example.org/w.pth", "https://example.org/w.pth"),
+        ("file:///srv/w.pth", "file:///srv/w.pth"),
+        ("hf://timm/vit@main", "hf://timm/vit@main"),
+        ("/srv/w.pth?x", "/srv/w.pth?x"),
+        ("git@github.com:facebookresearch/dinov3.git", "git@github.com:facebookresearch/dinov3.git"),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(given: str, shown: str) -> None:
+    assert without_secrets(given) == shown
+    for declared in SETTINGS:
+        if declared.name in ("weights", "weights_url", "repo_url"):
+            assert declared.show(given) == shown
+
+
+def test_home_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert Settings().home_folder == Path("/home/somebody/.cache/dinov3-serving")
+    assert Settings(home="/srv").home_folder == Path("/srv")
+    with pytest.raises(ConfigError, match="no home directory"):
+        Settings(home="~nobody-of-this-name/x")
