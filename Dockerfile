@@ -36,20 +36,26 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 FROM ${BASE}
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="dinov3-serving" \
-      org.opencontainers.image.description="A gRPC feature server for DINOv3; weights are mounted, not included" \
+      org.opencontainers.image.description="A gRPC feature server for DINOv3; fetches code and weights, holds none" \
       org.opencontainers.image.revision="${REVISION}"
 
-# Weights are mounted at /weights, read-only; a relative --weights is found there. The directory is made here because
-# not every builder's WORKDIR makes one.
+# git fetches Meta's code and checks it at every start.
+RUN command -v git || { apt-get update && \
+    apt-get install --yes --no-install-recommends git ca-certificates && rm -rf /var/lib/apt/lists/*; }
+
+# /dinov3 is the home: what is fetched, and certificates; mount a volume there to keep it. Weights that you have may be
+# mounted at /weights, read-only; a relative --weights is found there. The directories are made here because not every
+# builder's WORKDIR makes one, and a new volume takes the owner of what it covers.
 RUN groupadd --gid 10001 dinov3 && \
     useradd --uid 10001 --gid dinov3 --home-dir /nonexistent --shell /usr/sbin/nologin dinov3 && \
-    mkdir /weights
+    mkdir /weights /dinov3 && chown 10001:10001 /dinov3
 WORKDIR /weights
 COPY --from=build /opt/dinov3 /opt/dinov3
 
 # A container's loopback is its own: bound to it, the server could be reached by nobody. In here "every interface"
 # is the container's network, and what of it the world sees is decided outside: by -p, a Service, a NetworkPolicy.
 ENV DINOV3_HOST=0.0.0.0 \
+    DINOV3_HOME=/dinov3 \
     PATH=/opt/dinov3/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1
 

@@ -17,6 +17,7 @@ from tests.deploy.files import DEPLOY, ROOT, compose, dockerfile, dockerfile_env
 DEPLOYMENT = kubernetes("Deployment")
 POD = DEPLOYMENT["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
+(PREPARE,) = POD["initContainers"]
 SERVER = compose()["services"]["server"]
 GPU_IN_KUBERNETES, GPU_IN_COMPOSE = "nvidia.com/gpu", "deploy:| +resources:| +reservations:| +devices:"
 TOKEN_IN_COMPOSE = "DINOV3_TOKEN_FILE|secrets|  dinov3_token"
@@ -30,7 +31,9 @@ def settings_of(environment: dict[str, str]) -> Settings:
 
 
 def kubernetes_environment() -> dict[str, str]:
-    return {each["name"]: each["value"] for each in CONTAINER["env"]}
+    shared = {"name": kubernetes("ConfigMap")["metadata"]["name"]}
+    assert CONTAINER["envFrom"] == [{"configMapRef": shared}]
+    return kubernetes("ConfigMap")["data"] | {each["name"]: each["value"] for each in CONTAINER["env"]}
 
 
 def kubernetes_settings() -> Settings:
@@ -53,8 +56,9 @@ def seconds(text: str) -> float:
 
 def test_environments_are_settings() -> None:
     assert settings_of({}).host == "0.0.0.0"
-    assert kubernetes_settings().weights is not None
-    assert compose_settings(SERVER).weights == "random:0"
+    assert kubernetes_settings().weights == "auto"
+    assert compose_settings(SERVER).weights == "auto"
+    assert compose_settings(SERVER).home == kubernetes_settings().home == dockerfile_env()["DINOV3_HOME"]
     assert compose_settings(SERVER, DINOV3_MODEL="vitb16", DINOV3_WEIGHTS="b.pth").weights == "b.pth"
 
 
@@ -149,27 +153,43 @@ def test_service_is_headless_and_finds_the_pods() -> None:
 def test_files_that_settings_name_are_mounted() -> None:
     mounts = {each["name"]: each for each in CONTAINER["volumeMounts"]}
     assert set(mounts) == {each["name"] for each in POD["volumes"]}
-    assert all(mount["readOnly"] for mount in mounts.values())
-    environment = kubernetes_environment()
-    assert environment["DINOV3_WEIGHTS"].startswith(mounts["weights"]["mountPath"] + "/")
-    assert environment["DINOV3_TOKEN_FILE"].startswith(mounts["token"]["mountPath"] + "/")
-    assert mounts["weights"]["mountPath"] == dict(dockerfile())["WORKDIR"]
-    assert SERVER["volumes"] == [f"${{WEIGHTS_DIR:-./weights}}:{dict(dockerfile())['WORKDIR']}:ro"]
+    assert mounts["token"]["readOnly"]
+    assert kubernetes_environment()["DINOV3_TOKEN_FILE"].startswith(mounts["token"]["mountPath"] + "/")
+    assert mounts["home"]["mountPath"] == dockerfile_env()["DINOV3_HOME"]
+    assert SERVER["volumes"] == [
+        f"home:{dockerfile_env()['DINOV3_HOME']}",
+        f"${{WEIGHTS_DIR:-./weights}}:{dict(dockerfile())['WORKDIR']}:ro",
+    ]
+    assert "home" in compose()["volumes"]
 
-    (volume,) = (each for each in POD["volumes"] if each["name"] == "weights")
+    (volume,) = (each for each in POD["volumes"] if each["name"] == "home")
     claim = kubernetes("PersistentVolumeClaim")["metadata"]["name"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim
+
+
+def test_the_init_container_fetches_what_the_server_then_finds() -> None:
+    assert PREPARE["args"] == ["prepare"]
+    assert PREPARE["image"] == CONTAINER["image"]
+    assert PREPARE["envFrom"][0] == CONTAINER["envFrom"][0]
+    assert PREPARE["volumeMounts"] == [each for each in CONTAINER["volumeMounts"] if each["name"] == "home"]
+    assert kubernetes_settings().offline
+    # The secret that pays for the download is not the server's.
+    assert [each["secretRef"]["optional"] for each in PREPARE["envFrom"] if "secretRef" in each] == [True]
 
 
 def test_containers_have_no_rights_that_they_do_not_need() -> None:
     assert POD["securityContext"]["runAsNonRoot"]
     assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert POD["automountServiceAccountToken"] is False
-    assert CONTAINER["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
+    assert (
+        PREPARE["securityContext"]
+        == CONTAINER["securityContext"]
+        == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+    )
     assert (SERVER["read_only"], SERVER["cap_drop"]) == (True, ["ALL"])
     assert SERVER["security_opt"] == ["no-new-privileges:true"]
 
