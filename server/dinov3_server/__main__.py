@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 
 # What the extra "server" adds to a plain install and is not there without it, by the names that are imported.
-NEEDED = ("grpc_health", "grpc_reflection", "prometheus_client", "torch", "yaml")
+NEEDED = ("grpc_health", "grpc_reflection", "huggingface_hub", "prometheus_client", "torch", "yaml")
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dinov3_client import Dinov3Error
+from dinov3_server.errors import CheckpointError
 from tests.processes.test_crashes import ask, photo
 from tests.support.numpy_runner import BLOCK
 from tests.support.serve import RUNNER
@@ -125,7 +126,7 @@ def test_a_taken_port_is_told_with_the_way_out_also_when_it_could_be_shared() ->
 
 def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason() -> None:
     ended = start(runner=f"{SCRIPTED}:bad_weights")
-    assert ended.returncode == 2
+    assert ended.returncode == CheckpointError.exit_code
     assert "scripted: no such key" in ended.stderr
     assert "Traceback" not in ended.stderr
 
