@@ -42,7 +42,8 @@ class Block:
     """The images of one input size."""
 
     input_size: tuple[int, int]
-    grid: tuple[int, int]
+    grids: Mapping[int | None, tuple[int, int]]
+    """Rows and columns of patches, of each layer as asked for and of the last (None)."""
     rows: Array
     """[R] the image of each row."""
     tensors: Mapping[Key, Array]
@@ -90,6 +91,15 @@ class Packing:
         shape = self.shapes[key] if block_of_others is None else block_of_others.tensors[key].shape[1:]
         return np.zeros(shape, self.dtype)
 
+    def grid(self, layer: int | None) -> tuple[int, int]:
+        """Of each image; (0, 0) where all failed."""
+        return self.sole_block("grid").grids[layer] if self.blocks else (0, 0)
+
+    def row_grid(self, image: int, layer: int | None) -> tuple[int, int]:
+        """Of one image; (0, 0) where it failed before its size was known."""
+        block = self.block(image)
+        return block.grids[layer] if block else (0, 0)
+
     def block(self, image: int) -> Block | None:
         """Whose sizes an image has. A failed one without a row takes the others', where they have one size."""
         if image in self._places:
@@ -107,10 +117,14 @@ class Packing:
 
 
 class LayerFeatures:
-    """The tokens of one layer, of all images of a call or of one of them. What was not asked for is None."""
+    """The tokens of one layer, of all images of a call or of one of them. What was not asked for is None.
 
-    def __init__(self, get: Callable[[TokenKind], Array | None]) -> None:
+    Layers of a ConvNeXt have a D and a grid of their own.
+    """
+
+    def __init__(self, get: Callable[[TokenKind], Array | None], grid: Callable[[], tuple[int, int]]) -> None:
         self._get = get
+        self._grid = grid
 
     @cached_property
     def cls(self) -> Array | None:
@@ -127,6 +141,11 @@ class LayerFeatures:
         """[N, G, D], or [G, D] of one image: the register tokens."""
         return self._get("registers")
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of each image, (rows, columns); (0, 0) where all images failed."""
+        return self._grid()
+
 
 class ImageFeatures(LayerFeatures):
     """The features of one image: those of the last layer, and `layers`, keyed as they were asked for.
@@ -136,13 +155,13 @@ class ImageFeatures(LayerFeatures):
     """
 
     def __init__(self, packing: Packing, image: int, layers: Iterable[int], error: StatusError | None) -> None:
-        super().__init__(partial(packing.row, image, None))
+        super().__init__(partial(packing.row, image, None), partial(packing.row_grid, image, None))
         self.layers: dict[int, LayerFeatures] = {
-            layer: LayerFeatures(partial(packing.row, image, layer)) for layer in layers
+            layer: LayerFeatures(partial(packing.row, image, layer), partial(packing.row_grid, image, layer))
+            for layer in layers
         }
         block = packing.block(image)
         self.input_size = block.input_size if block else (0, 0)
-        self.grid = block.grid if block else (0, 0)
         self.error = error
 
 
@@ -169,18 +188,15 @@ class Features(LayerFeatures, Sequence[ImageFeatures]):
         frontend: int,
         fingerprint: str,
     ) -> None:
-        super().__init__(partial(packing.pack, None))
-        self.layers: dict[int, LayerFeatures] = {layer: LayerFeatures(partial(packing.pack, layer)) for layer in layers}
+        super().__init__(partial(packing.pack, None), partial(packing.grid, None))
+        self.layers: dict[int, LayerFeatures] = {
+            layer: LayerFeatures(partial(packing.pack, layer), partial(packing.grid, layer)) for layer in layers
+        }
         self.errors = dict(errors)
         self.timings = timings
         self.frontend = frontend
         self.fingerprint = fingerprint
         self._packing = packing
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches of each image, (rows, columns); (0, 0) where all images failed."""
-        return self._packing.sole_block("grid").grid if self._packing.blocks else (0, 0)
 
     @property
     def input_size(self) -> tuple[int, int]:

@@ -77,15 +77,12 @@ def _images_in(most_bytes: int, model: Model, options: Options) -> int:
     height, width = options.size or (side, side)
     if height is None or width is None:
         return 1
-    patches = (height // model.patch_size) * (width // model.patch_size)
-    tokens = {"cls": 1, "patches": patches, "registers": model.register_tokens}
-    image_bytes = (
-        sum(tokens[kind] for kind in options.outputs)
-        * (1 + len(options.layers))
-        * model.embed_dim
-        * numpy_of(options.dtype).itemsize
-    )
-    return most_bytes // max(1, image_bytes)
+    values = 0
+    for layer in (-1, *options.layers):
+        stride = model.layer_strides[layer]
+        tokens = {"cls": 1, "patches": (height // stride) * (width // stride), "registers": model.register_tokens}
+        values += sum(tokens[kind] for kind in options.outputs) * model.layer_dims[layer]
+    return most_bytes // max(1, values * numpy_of(options.dtype).itemsize)
 
 
 def _chunks(

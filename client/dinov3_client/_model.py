@@ -39,9 +39,13 @@ class Model:
     """What the model computes in."""
     devices: tuple[str, ...]
     embed_dim: int
-    """D, the channels of every token."""
+    """D, the channels of the last layer's tokens."""
     depth: int
-    """Blocks; `layers` of `extract` are 0 .. depth - 1."""
+    """Layers (a ViT's blocks, a ConvNeXt's stages); `layers` of `extract` are 0 .. depth - 1."""
+    layer_dims: tuple[int, ...]
+    """D of each layer."""
+    layer_strides: tuple[int, ...]
+    """Pixels of the model input, in height and in width, to a patch of each layer."""
     patch_size: int
     """Pixels; height and width of every model input are multiples of it."""
     register_tokens: int
@@ -68,6 +72,8 @@ def read_model(response: pb.GetModelResponse) -> Model:
         devices=tuple(response.devices),
         embed_dim=response.embed_dim,
         depth=response.depth,
+        layer_dims=tuple(response.layer_dims),
+        layer_strides=tuple(response.layer_strides),
         patch_size=response.patch_size,
         register_tokens=response.register_tokens,
         mean=tuple(response.mean),

@@ -55,24 +55,27 @@ def _block(block: pb.FeatureBlock, query: Query) -> Block:
     if found != query.blocks:
         raise InvalidResponse(f"asked for the layers {list(query.blocks)}, the answer has {list(found)}")
     rows = len(block.image_indices)
-    grid = (block.grid_height, block.grid_width)
+    grids: dict[int | None, tuple[int, int]] = {}
     tensors: dict[Key, Array] = {}
     holders: Iterable[tuple[int | None, pb.FeatureBlock | pb.LayerFeatures]] = [
         (None, block),
         *zip(query.options.layers, block.layers, strict=True),
     ]
     for layer, holder in holders:
+        grids[layer] = (holder.grid_height, holder.grid_width)
         for kind in query.options.kinds:
             name = kind if layer is None else f"layer {layer}'s {kind}"
             if not holder.HasField(kind):
                 raise InvalidResponse(f"asked for {name}, the answer has none")
             array = _array(getattr(holder, kind), name, query.options.dtype)
-            tokens = {"cls": (), "patches": (math.prod(grid),), "registers": array.shape[1:2]}[kind]
+            tokens = {"cls": (), "patches": (math.prod(grids[layer]),), "registers": array.shape[1:2]}[kind]
             if array.ndim != 2 + (kind != "cls") or array.shape[:-1] != (rows, *tokens):
-                raise InvalidResponse(f"{name} has shape {list(array.shape)} for {rows} images and a grid of {grid}")
+                raise InvalidResponse(
+                    f"{name} has shape {list(array.shape)} for {rows} images and a grid of {grids[layer]}"
+                )
             tensors[layer, kind] = array
     return Block(
-        (block.input_size.height, block.input_size.width), grid, np.array(block.image_indices, np.int64), tensors
+        (block.input_size.height, block.input_size.width), grids, np.array(block.image_indices, np.int64), tensors
     )
 
 

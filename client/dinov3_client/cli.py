@@ -58,7 +58,7 @@ def _info(args: argparse.Namespace) -> int:
         "weights": model.weights + (" (random: features have no meaning)" if model.random_weights else ""),
         "fingerprint": model.fingerprint,
         "parameters": f"{model.parameters:,}",
-        "shape": f"{model.embed_dim} channels, {model.depth} blocks, patch {model.patch_size}, "
+        "shape": f"{_each(model.layer_dims)} channels, {model.depth} layers, patch {_each(model.layer_strides)}, "
         f"{model.register_tokens} registers",
         "computes in": f"{model.dtype} on {', '.join(model.devices)}",
         "mean, std": f"{_rounded(model.mean)}, {_rounded(model.std)}",
@@ -151,10 +151,10 @@ def _model(client: Client) -> Model:
 
 
 def _layers(asked: Sequence[int], model: Model) -> tuple[int, ...]:
-    """As block numbers, so that a file's names say the same whatever the model's depth."""
+    """As numbers from 0 on, so that a file's names say the same whatever the model's depth."""
     for layer in asked:
         if not -model.depth <= layer < model.depth:
-            raise UsageError(f"--layers {layer}: {model.name} has the blocks 0 to {model.depth - 1}")
+            raise UsageError(f"--layers {layer}: {model.name} has the layers 0 to {model.depth - 1}")
     return tuple(dict.fromkeys(layer % model.depth for layer in asked))
 
 
@@ -178,7 +178,7 @@ def _contents(done: Extracted, model: Model, options: Options) -> dict[str, Any]
     named += [(f"layer{layer}_", features) for layer, features in done.features.layers.items()]
     return {
         **{f"{prefix}{kind}": getattr(features, kind) for prefix, features in named for kind in options.outputs},
-        "grid": np.array(done.features.grid),
+        **{f"{prefix}grid": np.array(features.grid) for prefix, features in named},
         "input_size": np.array(done.features.input_size),
         "preset": np.array(options.preset),
         "exif": np.array(options.exif),
@@ -226,8 +226,8 @@ def _parser() -> argparse.ArgumentParser:
         parents=[images, server],
         help="features of images, one npz file each",
         description="Writes DIR/STEM.npz for each image (in the place of an older one), with an array for each output "
-        "(cls [D], patches [P, D], registers [G, D], and layerI_... for layers), grid, input_size, and where it all "
-        "came from. Broken images are named and left out; the exit code is 1 then.",
+        "(cls [D], patches [P, D], registers [G, D]) and grid, the same of layers as layerI_..., input_size, and where it "
+        "all came from. Broken images are named and left out; the exit code is 1 then.",
     )
     extract.add_argument("--out", type=Path, required=True, metavar="DIR")
     extract.add_argument("--preset", choices=get_args(Preset), default="dinov3", help="default: %(default)s")
@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_numbers,
         default=(),
         metavar="I,...",
-        help="blocks whose outputs come as well; negative ones count from the end (--layers=-4,-1)",
+        help="layers whose outputs come as well; negative ones count from the end (--layers=-4,-1)",
     )
     extract.add_argument(
         "--dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s; npz has no bfloat16"
@@ -293,7 +293,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(map(int, text.split(",")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of block numbers; 3,7,-1 is one") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; 3,7,-1 is one") from None
 
 
 def _seconds(text: str) -> float:
@@ -301,6 +301,11 @@ def _seconds(text: str) -> float:
         return check_deadline(float(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds") from None
+
+
+def _each(values: Sequence[int]) -> str:
+    """Of all layers: 384, or 96/192/384/768 where they differ."""
+    return "/".join(map(str, dict.fromkeys(values)))
 
 
 def _rounded(values: Sequence[float]) -> str:

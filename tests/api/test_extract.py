@@ -22,8 +22,10 @@ DTYPES = {
 }
 
 
-def expected(pixels: np.ndarray, output: Output, tokens: int, dtype: np.dtype = BF16) -> bytes:
-    return features(pixels.tobytes(), output, tokens * MODEL.embed_dim * dtype.itemsize)
+def expected(
+    pixels: np.ndarray, output: Output, tokens: int, dtype: np.dtype = BF16, channels: int = MODEL.embed_dim
+) -> bytes:
+    return features(pixels.tobytes(), output, tokens * channels * dtype.itemsize)
 
 
 def rows_of(message: pb.Tensor) -> list[bytes]:
@@ -66,7 +68,7 @@ async def test_packed_pixels_all_outputs_and_dtypes(dtype: pb.DataType) -> None:
     outputs = pb.Outputs(cls=True, patches=True, registers=True, dtype=dtype)
     outputs.layers.add(layer=5, patches=True)
     outputs.layers.add(layer=0, cls=True, registers=True, skip_norm=True)
-    outputs.layers.add(layer=0, cls=True)
+    outputs.layers.add(layer=0, patches=True)
     async with serving() as rig:
         request = pb.ExtractRequest(pixels=tensor(photos), preprocessing=AS_IS, outputs=outputs)
         answer = await rig.stub.Extract(request)
@@ -74,18 +76,20 @@ async def test_packed_pixels_all_outputs_and_dtypes(dtype: pb.DataType) -> None:
         numpy_dtype = DTYPES[dtype]
         layers = [(entry.layer, entry) for entry in block.layers]
         assert [layer for layer, _ in layers] == [5, 0, 0]
-        for message, output, tokens in (
-            (block.cls, Output("cls"), 1),
-            (block.patches, Output("patches"), 6),
-            (block.registers, Output("registers"), 4),
-            (block.layers[0].patches, Output("patches", 5), 6),
-            (block.layers[1].cls, Output("cls", 0, norm=False), 1),
-            (block.layers[1].registers, Output("registers", 0, norm=False), 4),
-            (block.layers[2].cls, Output("cls", 0), 1),
+        # Layer 0 has fewer channels than the others, and a finer grid.
+        assert [(entry.grid_height, entry.grid_width) for entry in block.layers] == [(2, 3), (4, 6), (4, 6)]
+        for message, output, tokens, channels in (
+            (block.cls, Output("cls"), 1, 24),
+            (block.patches, Output("patches"), 6, 24),
+            (block.registers, Output("registers"), 4, 24),
+            (block.layers[0].patches, Output("patches", 5), 6, 24),
+            (block.layers[1].cls, Output("cls", 0, norm=False), 1, 8),
+            (block.layers[1].registers, Output("registers", 0, norm=False), 4, 8),
+            (block.layers[2].patches, Output("patches", 0), 24, 8),
         ):
             assert message.dtype == dtype
-            assert list(message.shape) == ([7, 24] if output.kind == "cls" else [7, tokens, 24])
-            assert rows_of(message) == [expected(photo, output, tokens, numpy_dtype) for photo in photos]
+            assert list(message.shape) == ([7, channels] if output.kind == "cls" else [7, tokens, channels])
+            assert rows_of(message) == [expected(photo, output, tokens, numpy_dtype, channels) for photo in photos]
         assert not block.layers[0].HasField("cls")
 
 
@@ -293,6 +297,8 @@ async def test_get_model() -> None:
         assert model.dtype == pb.DATA_TYPE_BFLOAT16
         assert list(model.devices) == ["cpu", "cpu"]
         assert (model.embed_dim, model.depth, model.patch_size, model.register_tokens) == (24, 6, 16, 4)
+        assert list(model.layer_dims) == [8, 24, 24, 24, 24, 24]
+        assert list(model.layer_strides) == [8, 16, 16, 16, 16, 16]
         assert list(model.mean) == pytest.approx(MODEL.mean)
         assert list(model.std) == pytest.approx(MODEL.std)
         assert model.parameters == 12345

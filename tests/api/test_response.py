@@ -19,7 +19,7 @@ from tests.api.rig import MODEL
 KINDS = ("cls", "patches", "registers")
 kinds = st.lists(st.sampled_from(KINDS), unique=True).map(lambda chosen: [kind for kind in KINDS if kind in chosen])
 layers = st.lists(
-    st.tuples(st.integers(0, 300), st.booleans(), kinds.filter(bool)), max_size=3, unique_by=lambda layer: layer[:2]
+    st.tuples(st.integers(0, 299), st.booleans(), kinds.filter(bool)), max_size=3, unique_by=lambda layer: layer[:2]
 )
 errors = st.one_of(
     st.builds(InvalidInput, st.text(max_size=2000), field=st.text(max_size=300)),
@@ -34,9 +34,12 @@ def answers(draw: st.DrawFn) -> tuple:
     outputs = [Output(kind) for kind in last]
     outputs += [Output(kind, layer, norm) for layer, norm, chosen in intermediate for kind in chosen]
     spec = FeatureSpec(tuple(outputs or [Output("cls")]), draw(st.sampled_from(sorted(DTYPES))))
+    dims, strides = draw(st.tuples(st.integers(1, 400), st.integers(1, 400))), (8, 16)
     model = replace(
         MODEL,
-        embed_dim=draw(st.integers(1, 400)),
+        # Even layers have a width and a grid of their own; odd ones, and so the last, have the final features'.
+        layer_dims=dims * 150,
+        layer_strides=strides * 150,
         registers=draw(st.integers(1, 5)),
         fingerprint=draw(st.text(max_size=300)),
     )
@@ -94,13 +97,17 @@ def as_protobuf(
                 block, row = rows[image]
                 start = block.outputs[index] + row * block.strides[index]
                 data += memory[start : start + block.strides[index]]
-            tokens = {"cls": [], "patches": [grid[0] * grid[1]], "registers": [model.registers]}[output.kind]
-            tensor = pb.Tensor(dtype=DTYPES[spec.dtype], shape=[len(rows), *tokens, model.embed_dim], data=data)
+            is_finer = output.layer is not None and output.layer % 2 == 0
+            cells = height // 8 * (width // 8) if is_finer else height // 16 * (width // 16)
+            tokens = {"cls": [], "patches": [cells], "registers": [model.registers]}[output.kind]
+            channels = model.layer_dims[0 if is_finer else 1]
+            tensor = pb.Tensor(dtype=DTYPES[spec.dtype], shape=[len(rows), *tokens, channels], data=data)
             previous = spec.outputs[index - 1] if index else None
             target = message
             if output.layer is not None:
                 if previous is None or previous[1:] != output[1:]:
-                    message.layers.add(layer=output.layer)
+                    scale = 2 if is_finer else 1
+                    message.layers.add(layer=output.layer, grid_height=grid[0] * scale, grid_width=grid[1] * scale)
                 target = message.layers[-1]
             getattr(target, output.kind).CopyFrom(tensor)
     return response

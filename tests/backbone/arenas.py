@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import torch
@@ -46,10 +47,10 @@ class Arena:
         """A copy of a row's outputs, each [tokens, D] fp32."""
         found = []
         for output, offset in zip(row.spec.outputs, row.outputs, strict=True):
-            shape_of = (info.token_count(output.kind, shape), info.embed_dim)
+            shape_of = info.output_shape(output, shape)
             dtype = TORCH_DTYPES[row.spec.dtype]
-            values = torch.frombuffer(self.memory, dtype=dtype, count=shape_of[0] * shape_of[1], offset=offset)
-            found.append(values.view(shape_of).float().clone())
+            values = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape_of), offset=offset)
+            found.append(values.view(-1, shape_of[-1]).float().clone())
         return found
 
 

@@ -43,7 +43,9 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def runner(notes: FakeCuda) -> CudaRunner:
     model = ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0))
     info = dataclasses.replace(
-        build("vits16", "random:0", dtype="float32", threads=1, warm_up=()).info, embed_dim=64, depth=2
+        build("vits16", "random:0", dtype="float32", threads=1, warm_up=()).info,
+        layer_dims=TINY.layer_dims,
+        layer_strides=TINY.layer_strides,
     )
     made = CudaRunner(model, info)
     notes.log.clear()

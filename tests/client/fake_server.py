@@ -24,6 +24,8 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import add_FeatureServiceServicer_to_server
 
 CHANNELS, REGISTERS, PATCH, DEPTH = 24, 4, 16, 12
+# Layer 0 has fewer channels and a finer grid than the others.
+LAYER_DIMS, LAYER_STRIDES = (18,) + (CHANNELS,) * 11, (8,) + (PATCH,) * 11
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = {
     pb.DATA_TYPE_FLOAT32: np.dtype(np.float32),
@@ -33,19 +35,23 @@ DTYPES = {
 _MIX = np.random.default_rng(0).normal(size=(6, CHANNELS))
 
 
-def tokens(pixels: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Features of one model input, uint8 [H, W, 3] or float32 [3, H, W], as float32: cls, patches, registers."""
+def tokens(pixels: np.ndarray[Any, Any], layer: int = -1) -> dict[str, np.ndarray[Any, Any]]:
+    """Features of one model input, uint8 [H, W, 3] or float32 [3, H, W], as float32: cls, patches, registers.
+
+    Those of an intermediate layer still have to be scaled by `layer_scale`.
+    """
     image = pixels / 255.0 if pixels.dtype == np.uint8 else pixels.transpose(1, 2, 0)
-    height, width = image.shape[0] // PATCH, image.shape[1] // PATCH
-    cells = image.reshape(height, PATCH, width, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(height * width, -1, 3)
-    patches = np.concatenate([cells.mean(1), cells.std(1)], 1) @ _MIX
+    side = LAYER_STRIDES[layer]
+    height, width = image.shape[0] // side, image.shape[1] // side
+    cells = image.reshape(height, side, width, side, 3).transpose(0, 2, 1, 3, 4).reshape(height * width, -1, 3)
+    patches = np.concatenate([cells.mean(1), cells.std(1)], 1) @ _MIX[:, : LAYER_DIMS[layer]]
     cls = patches.mean(0)
     registers = np.outer(np.arange(1, REGISTERS + 1), cls)
     return {name: t.astype(np.float32) for name, t in (("cls", cls), ("patches", patches), ("registers", registers))}
 
 
 def layer_scale(layer: int) -> float:
-    """Features of an intermediate layer are those of the last, times this."""
+    """Features of an intermediate layer are `tokens`, times this."""
     return (layer + 1) / 16
 
 
@@ -134,6 +140,8 @@ class FakeServer:
             devices=["cpu"],
             embed_dim=CHANNELS,
             depth=DEPTH,
+            layer_dims=LAYER_DIMS,
+            layer_strides=LAYER_STRIDES,
             patch_size=PATCH,
             register_tokens=REGISTERS,
             mean=MEAN,
@@ -177,12 +185,12 @@ def _answer(request: pb.ExtractRequest) -> pb.ExtractResponse:
         frontend=1,
         fingerprint="f00d",
     )
-    sizes: dict[tuple[int, int], list[tuple[int, dict[str, np.ndarray[Any, Any]] | None]]] = {}
+    sizes: dict[tuple[int, int], list[tuple[int, np.ndarray[Any, Any] | None]]] = {}
     for index, image in enumerate(_images(request)):
         try:
             pixels = _preprocessed(image, request.preprocessing)
             sizes.setdefault(pixels.shape[:2] if pixels.dtype == np.uint8 else pixels.shape[1:], []).append(
-                (index, tokens(pixels))
+                (index, pixels)
             )
         except _ImageFault as fault:
             status = failure(grpc.StatusCode.INVALID_ARGUMENT, str(fault), bad_request(f"images[{index}]", str(fault)))
@@ -229,25 +237,25 @@ def _preprocessed(image: bytes | np.ndarray[Any, Any], preprocessing: pb.Preproc
 
 
 def _block(
-    size: tuple[int, int], rows: list[tuple[int, dict[str, np.ndarray[Any, Any]] | None]], outputs: pb.Outputs
+    size: tuple[int, int], rows: list[tuple[int, np.ndarray[Any, Any] | None]], outputs: pb.Outputs
 ) -> pb.FeatureBlock:
-    grid = (size[0] // PATCH, size[1] // PATCH)
-    shapes = {"cls": (CHANNELS,), "patches": (grid[0] * grid[1], CHANNELS), "registers": (REGISTERS, CHANNELS)}
     block = pb.FeatureBlock(
-        input_size=pb.Size(height=size[0], width=size[1]),
-        grid_height=grid[0],
-        grid_width=grid[1],
-        image_indices=[index for index, _ in rows],
+        input_size=pb.Size(height=size[0], width=size[1]), image_indices=[index for index, _ in rows]
     )
     for layer in outputs.layers:
         block.layers.add(layer=layer.layer)
-    for wanted, holder, scale in [
-        (outputs, block, 1.0),
-        *((layer, block.layers[i], layer_scale(layer.layer)) for i, layer in enumerate(outputs.layers)),
+    for wanted, holder, layer, scale in [
+        (outputs, block, -1, 1.0),
+        *((one, block.layers[i], one.layer, layer_scale(one.layer)) for i, one in enumerate(outputs.layers)),
     ]:
-        for kind, shape in shapes.items():
+        holder.grid_height, holder.grid_width = (side // LAYER_STRIDES[layer] for side in size)
+        # Rows of failed images are zeros.
+        found = [tokens(np.zeros((*size, 3), np.uint8) if pixels is None else pixels, layer) for _, pixels in rows]
+        for kind in found[0]:
             if getattr(wanted, kind):
-                packed = np.stack([np.zeros(shape, np.float32) if t is None else t[kind] for _, t in rows]) * scale
+                packed = np.stack(
+                    [t[kind] * (pixels is not None) for t, (_, pixels) in zip(found, rows, strict=True)]
+                ) * np.float32(scale)
                 data = packed.astype(DTYPES[outputs.dtype]).tobytes()
                 getattr(holder, kind).CopyFrom(pb.Tensor(dtype=outputs.dtype, shape=packed.shape, data=data))
     return block

@@ -38,7 +38,13 @@ def run(server: FakeServer, *args: object) -> int:
 def test_info(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(server, "info") == 0
     out = capsys.readouterr().out
-    for text in ("dinov3_vits16", "f00d", "21,601,152", "24 channels, 12 blocks, patch 16, 4 registers", "bfloat16"):
+    for text in (
+        "dinov3_vits16",
+        "f00d",
+        "21,601,152",
+        "18/24 channels, 12 layers, patch 8/16, 4 registers",
+        "bfloat16",
+    ):
         assert text in out
     assert "random" not in out
 
@@ -75,7 +81,7 @@ def test_extract_writes_what_was_asked_for(
         "none",
         "--dtype",
         "float32",
-        "--layers=-1,2",
+        "--layers=-1,0",
         "--exif",
     )
     assert run(server, "extract", *photos, "--out", out, *options) == 0
@@ -83,13 +89,17 @@ def test_extract_writes_what_was_asked_for(
     assert sorted(path.name for path in out.iterdir()) == [f"photo{index}.npz" for index in range(5)]
     for index, path in enumerate(photos):
         with np.load(out / f"photo{index}.npz") as file:
-            for prefix, scale in (("", 1.0), ("layer11_", layer_scale(11)), ("layer2_", layer_scale(2))):
-                for kind, expected in tokens(pattern(index)).items():
+            for prefix, layer, scale in (
+                ("", -1, 1.0),
+                ("layer11_", 11, layer_scale(11)),
+                ("layer0_", 0, layer_scale(0)),
+            ):
+                for kind, expected in tokens(pattern(index), layer).items():
                     assert np.array_equal(file[prefix + kind], (expected * scale).astype(np.float32))
-            assert file["grid"].tolist() == [6, 8]
+                assert file[f"{prefix}grid"].tolist() == ([12, 16] if layer == 0 else [6, 8])
             assert file["input_size"].tolist() == [96, 128]
             said = {key: str(file[key]) for key in ("preset", "source", "model", "weights", "fingerprint", "exif")}
-            assert len(file.files) == 9 + 2 + 6
+            assert len(file.files) == 3 * 4 + 1 + 6
         assert said == {
             "preset": "none",
             "source": str(path),
@@ -143,6 +153,9 @@ def test_requests_stay_below_the_servers_limits(photos: list[Path], tmp_path: Pa
     assert counts(max_message_bytes=(64 << 10) + 3 * 12_336) == [3, 2]
     assert counts("--dtype", "float32", max_message_bytes=(64 << 10) + 3 * 12_336) == [1] * 5
     assert counts("--layers", "3,4", max_message_bytes=(64 << 10) + 6 * 12_336) == [2, 2, 1]
+    # Layer 0 has 1,025 tokens of 18 channels.
+    assert counts("--layers", "0", max_message_bytes=(64 << 10) + 2 * (12_336 + 36_900)) == [2, 2, 1]
+    assert counts("--layers", "0", max_message_bytes=(64 << 10) + 2 * (12_336 + 36_900) - 1) == [1] * 5
     # The request.
     two = sum(path.stat().st_size for path in photos[:2])
     assert counts("--outputs", "cls", max_message_bytes=(64 << 10) + two)[0] == 2
@@ -257,8 +270,8 @@ USAGE: list[tuple[list[str], str]] = [
     (["info", "--target", "http://localhost:50051"], "target is 'http://localhost:50051'; it must be HOST:PORT"),
     (["extract", "a.jpg", "--out", "x", "--size", "1x2x3"], "'1x2x3' is no size"),
     (["extract", "a.jpg", "--out", "x", "--outputs", "cls,tokens"], "'tokens' is no output; cls, patches and"),
-    (["extract", "a.jpg", "--out", "x", "--layers", "one"], "'one' is no list of block numbers; 3,7,-1 is one"),
-    (["extract", "a.jpg", "--out", "x", "--layers", "12"], "--layers 12: dinov3_vits16 has the blocks 0 to 11"),
+    (["extract", "a.jpg", "--out", "x", "--layers", "one"], "'one' is no list of layers; 3,7,-1 is one"),
+    (["extract", "a.jpg", "--out", "x", "--layers", "12"], "--layers 12: dinov3_vits16 has the layers 0 to 11"),
     (["extract", "a.jpg", "--out", "x", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
     (["info", "--deadline", "-3"], "'-3' is no positive number of seconds"),
     (["info", "--deadline", "soon"], "'soon' is no positive number of seconds"),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dinov3_client import Client, ImageErrors, InvalidRequest, InvalidResponse, MixedSizes
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.client.fake_server import CHANNELS, MEAN, STD, FakeServer, layer_scale, tokens
+from tests.client.fake_server import CHANNELS, LAYER_DIMS, MEAN, STD, FakeServer, layer_scale, tokens
 
 
 def photo(height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -34,9 +34,10 @@ def normalised(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return ((pixels / 255 - MEAN) / STD).transpose(2, 0, 1).astype(np.float32)
 
 
-def same(features: Any, pixels: np.ndarray[Any, Any], scale: float = 1.0) -> None:
+def same(features: Any, pixels: np.ndarray[Any, Any], layer: int | None = None) -> None:
     """These are the features of these very pixels (float32, exactly)."""
-    for kind, expected in tokens(pixels).items():
+    scale = 1.0 if layer is None else layer_scale(layer)
+    for kind, expected in tokens(pixels, -1 if layer is None else layer).items():
         found = getattr(features, kind)
         assert found is None or np.array_equal(found, (expected * scale).astype(np.float32)), kind
 
@@ -255,8 +256,9 @@ def test_layers_are_keyed_as_asked_and_negative_ones_pin_the_model(client: Clien
         features = client.extract(pixels, kinds, preset="none", dtype="float32", layers=(-1, 0, -9))
         assert list(features.layers) == [-1, 0, -9]
         for asked, block in ((-1, 11), (0, 0), (-9, 3)):
-            same(features[0].layers[asked], pixels, layer_scale(block))
+            same(features[0].layers[asked], pixels, block)
             packed = features.layers[asked].patches
+            assert features.layers[asked].grid == features[0].layers[asked].grid == ((8, 12) if block == 0 else (4, 6))
             assert packed is not None
             assert np.array_equal(packed[0], features[0].layers[asked].patches)
         same(features[0], pixels)
@@ -285,17 +287,19 @@ def test_sequence_of_images(client: Client) -> None:
 def test_mixed_sizes_pack_what_can_be_packed(client: Client) -> None:
     pictures = [photo(64, 64), photo(32, 48, 1), photo(64, 64, 2), photo(32, 48, 3)]
     kinds = ("cls", "patches", "registers")
-    features = client.extract(pictures, kinds, preset="none", dtype="float32", layers=(4,))
+    features = client.extract(pictures, kinds, preset="none", dtype="float32", layers=(4, 0))
     for one, pixels in zip(features, pictures, strict=True):
         same(one, pixels)
-        same(one.layers[4], pixels, layer_scale(4))
+        same(one.layers[4], pixels, 4)
+        same(one.layers[0], pixels, 0)
         assert one.input_size == pixels.shape[:2]
     assert np.array_equal(features.cls, [tokens(pixels)["cls"] for pixels in pictures])  # in the order of the images
     assert np.array_equal(features.registers, [tokens(pixels)["registers"] for pixels in pictures])
-    assert features[1].grid == (2, 3)
+    assert (features[1].grid, features[1].layers[4].grid, features[1].layers[0].grid) == ((2, 3), (2, 3), (4, 6))
     reads: list[Callable[[], object]] = [
         lambda: features.patches,
         lambda: features.layers[4].patches,
+        lambda: features.layers[0].grid,
         lambda: features.grid,
         lambda: features.input_size,
     ]
@@ -338,7 +342,7 @@ def test_failed_images_are_zeros_when_returned(client: Client) -> None:
 def test_failed_image_of_unknown_size_takes_the_size_of_the_others(client: Client) -> None:
     pictures = [photo(), photo(seed=2)]
     features = client.extract(
-        [pictures[0], b"broken", pictures[1]], preset="none", dtype="float32", on_error="return", layers=(1,)
+        [pictures[0], b"broken", pictures[1]], preset="none", dtype="float32", on_error="return", layers=(1, 0)
     )
     assert features.patches.shape == (3, 24, CHANNELS)
     assert features.cls.shape == (3, CHANNELS)
@@ -351,6 +355,7 @@ def test_failed_image_of_unknown_size_takes_the_size_of_the_others(client: Clien
     assert one.patches.shape == (24, CHANNELS)
     assert not one.patches.any()
     assert one.layers[1].cls.shape == (CHANNELS,)
+    assert (one.layers[0].grid, one.layers[0].patches.shape) == ((8, 12), (96, LAYER_DIMS[0]))
 
 
 def test_failed_image_of_unknown_size_among_several_sizes(client: Client) -> None:
@@ -403,6 +408,10 @@ BROKEN_ANSWERS: dict[str, tuple[Callable[[pb.ExtractResponse], object], str]] = 
     "negative shape": (lambda r: r.blocks[0].cls.shape.__setitem__(slice(None), [-3, -24]), r"shape \[-3, -24\]"),
     "rank": (lambda r: r.blocks[0].cls.shape.__setitem__(slice(None), [72]), r"cls has shape \[72\] for 3 images"),
     "grid": (lambda r: setattr(r.blocks[0], "grid_width", 5), r"patches has shape \[3, 256, 24\] for 3 images and a"),
+    "layer's grid": (
+        lambda r: setattr(r.blocks[0].layers[0], "grid_width", 5),
+        r"layer 2's patches has shape \[3, 256, 24\] for 3 images and a grid of \(16, 5\)",
+    ),
     "no cls": (lambda r: r.blocks[0].ClearField("cls"), "asked for cls, the answer has none"),
     "no layer's cls": (lambda r: r.blocks[0].layers[0].ClearField("cls"), "asked for layer 2's cls, the answer has"),
     "other layer": (lambda r: setattr(r.blocks[0].layers[0], "layer", 5), r"the layers \[2\], the answer has \[5\]"),

@@ -24,7 +24,7 @@ from tests.support.numpy_runner import NumpyRunner, _Launched, expected
 from tests.support.waiting import LIMIT
 
 SHAPE = PixelShape(32, 48, "uint8")
-SPEC = FeatureSpec((Output("cls"), Output("patches")), "float32")
+SPEC = FeatureSpec((Output("cls"), Output("patches"), Output("patches", 0)), "float32")
 Outcome = Exception | None
 
 
@@ -71,7 +71,7 @@ class PlayedFrontend:
         control.flush()
         theirs.close()
         self.channel = Channel(ours)
-        self.arena = Arena(64 * PAGE)
+        self.arena = Arena(128 * PAGE)
         self.say(Attach(self.arena.nbytes), [self.arena.fd])
         self.heard: list[Any] = []
         self.backlog: int | None = None  # of the others, as last told

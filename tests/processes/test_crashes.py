@@ -35,13 +35,14 @@ def check(features: Any, images: list[NDArray[np.uint8]]) -> None:
     for one, image in zip(features, images, strict=True):
         np.testing.assert_array_equal(one.cls, expected(image, Output("cls")))
         np.testing.assert_array_equal(one.patches, expected(image, Output("patches")))
+        np.testing.assert_array_equal(one.layers[0].patches, expected(image, Output("patches", 0)))
 
 
 def ask(client: Client, seed: int) -> None:
     """One request of one to four images of one size, its answer checked."""
     height, width = SIZES[seed % len(SIZES)]
     images = [photo(seed * 10 + i, height, width) for i in range(1 + seed % 4)]
-    check(client.extract(images, preset="none", dtype="float32"), images)
+    check(client.extract(images, preset="none", dtype="float32", layers=0), images)
 
 
 class Load:
@@ -104,7 +105,7 @@ def test_a_worker_killed_again_and_again_under_load_loses_no_request() -> None:
 def ask_for_many(client: Client, seed: int) -> None:
     """A request that is spread over workers."""
     images = [photo(seed * 100 + i, 32, 32) for i in range(80)]
-    check(client.extract(images, preset="none", dtype="float32"), images)
+    check(client.extract(images, preset="none", dtype="float32", layers=0), images)
 
 
 def test_of_two_workers_one_is_killed_and_the_other_serves_on() -> None:

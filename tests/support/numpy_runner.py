@@ -1,8 +1,9 @@
 """A runner without a model: features are a formula of the pixels, so a row in the wrong place is seen.
 
-For uint8 pixels let m be the mean of an image's patch (16x16, all channels) as float32. Then
+For uint8 pixels let m be the mean of an image's patch (16x16 pixels, all channels) as float32. Then
     patches[p, d] = m[p] + d / 1024,  cls[d] = mean(m) + d / 1024,  registers[g, d] = cls[d] + 1 + g,
-and an intermediate layer l adds 2 + l (5 more without norm). `expected` computes it for a test.
+and an intermediate layer l adds 2 + l (5 more without norm). Layer 0 has half the channels and patches of 8x8 pixels.
+`expected` computes it for a test.
 
 The first pixel of an image can script what happens to its batch (`KILL`, `FAIL`, `NAN`, `SLOW`, `OOM`).
 """
@@ -30,8 +31,8 @@ from dinov3_server.backbone.interface import (
     Row,
 )
 
-DIM = 64
-DEPTH = 4
+DIMS = (32, 64, 64, 64)
+STRIDES = (8, 16, 16, 16)
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # RGB of the first pixel -> what happens.
@@ -44,11 +45,13 @@ LOST = (255, 0, 6)  # the device is lost
 
 
 def expected(pixels: NDArray[np.uint8], output: Output) -> NDArray[np.float32]:
-    """Features of one image [H, W, 3]: [DIM] for cls, else [tokens, DIM]."""
+    """Features of one image [H, W, 3]: [D] for cls, else [tokens, D]."""
     height, width, _ = pixels.shape
-    cells = pixels.astype(np.float32).reshape(height // 16, 16, width // 16, 16, 3)
+    layer = -1 if output.layer is None else output.layer
+    side = STRIDES[layer]
+    cells = pixels.astype(np.float32).reshape(height // side, side, width // side, side, 3)
     patches = cells.mean(axis=(1, 3, 4)).reshape(-1, 1)
-    channels = np.arange(DIM, dtype=np.float32) / 1024
+    channels = np.arange(DIMS[layer], dtype=np.float32) / 1024
     shift = 0 if output.layer is None else 2 + output.layer + (0 if output.norm else 5)
     cls = patches.mean() + channels + shift
     match output.kind:
@@ -76,9 +79,8 @@ class NumpyRunner:
             fingerprint="f0",
             dtype="float32",
             device=device,
-            embed_dim=DIM,
-            depth=DEPTH,
-            patch_size=16,
+            layer_dims=DIMS,
+            layer_strides=STRIDES,
             registers=4,
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),

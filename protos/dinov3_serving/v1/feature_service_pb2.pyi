@@ -258,7 +258,7 @@ class ServerLimits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_image_tokens: _Optional[int] = ..., stream_window: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "certificate")
+    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "certificate", "layer_dims", "layer_strides")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +277,8 @@ class GetModelResponse(_message.Message):
     FRONTEND_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_DIMS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_STRIDES_FIELD_NUMBER: _ClassVar[int]
     model: str
     weights: str
     random_weights: bool
@@ -295,7 +297,9 @@ class GetModelResponse(_message.Message):
     frontend: int
     server_version: str
     certificate: Certificate
-    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ...) -> None: ...
+    layer_dims: _containers.RepeatedScalarFieldContainer[int]
+    layer_strides: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Certificate(_message.Message):
     __slots__ = ("verified", "reason", "upstream_revision", "outputs", "time", "not_covered")

@@ -21,6 +21,8 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 
 # Pieces of a message, in order; the big ones are views of the arena.
 Pieces = list["bytes | memoryview"]
+# Of a message with data in k places: what stands before each, and what stands after the last.
+Frames = list[bytes]
 
 DTYPES: dict[FeatureDtype, pb.DataType] = {
     "float32": pb.DATA_TYPE_FLOAT32,
@@ -96,15 +98,16 @@ def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[Placed
     shape, spec = blocks[0].block.shape, blocks[0].block.spec
     images, runs = _in_order(blocks)
     pieces: Pieces = []
-    for output, head in enumerate(_heads(model, shape, spec, tuple(images))):
+    *heads, end = _frames(model, shape, spec, tuple(images))
+    for output, head in enumerate(heads):
         pieces.append(head)
         pieces += [_section(memory, run, output) for run in runs]
-    return pieces
+    return [*pieces, end]
 
 
 @lru_cache(maxsize=256)  # one caller's requests are mostly alike
-def _heads(model: ModelInfo, shape: PixelShape, spec: FeatureSpec, images: tuple[int, ...]) -> list[bytes]:
-    """What stands before the data of each output, in the field that is the FeatureBlock."""
+def _frames(model: ModelInfo, shape: PixelShape, spec: FeatureSpec, images: tuple[int, ...]) -> Frames:
+    """The field that is the FeatureBlock, without the data of its outputs."""
     grid_height, grid_width = model.grid(shape)
     header = pb.FeatureBlock(
         input_size=pb.Size(height=shape.height, width=shape.width),
@@ -112,28 +115,33 @@ def _heads(model: ModelInfo, shape: PixelShape, spec: FeatureSpec, images: tuple
         grid_width=grid_width,
         image_indices=images,
     )
-    heads: list[bytes] = []
+    block: Frames = [header.SerializeToString()]
     nbytes = 0
     for (layer, _), outputs in groupby(spec.outputs, key=lambda output: (output.layer, output.norm)):
         fields = _BLOCK_FIELDS if layer is None else _LAYER_FIELDS
-        tensors: list[bytes] = []
+        group: Frames = [b"" if layer is None else pb.LayerFeatures(layer=layer).SerializeToString()]
         of_group = 0
         for output in outputs:
             of_output = len(images) * model.output_nbytes(output, spec.dtype, shape)
             tensor = _tensor(model, spec.dtype, shape, output, len(images)) + _tag(3, of_output)
-            tensors += _message(fields[output.kind], b"", [tensor], of_output)
+            group = _joined(group, _message(fields[output.kind], [tensor, b""], of_output))
             of_group += of_output
         if layer is not None:
-            tensors = _message(_LAYERS_FIELD, pb.LayerFeatures(layer=layer).SerializeToString(), tensors, of_group)
-        heads += tensors
+            grid_height, grid_width = model.grid(shape, layer)
+            grid = pb.LayerFeatures(grid_height=grid_height, grid_width=grid_width)  # their numbers are the highest
+            group = _message(_LAYERS_FIELD, _joined(group, [grid.SerializeToString()]), of_group)
+        block = _joined(block, group)
         nbytes += of_group
-    return _message(1, header.SerializeToString(), heads, nbytes)
+    return _message(1, block, nbytes)
 
 
-def _message(number: int, start: bytes, heads: Sequence[bytes], nbytes: int) -> list[bytes]:
-    """The heads of field `number`, a message of `start`, `heads` and the `nbytes` of data that follow these."""
-    first, *others = heads
-    return [_tag(number, len(start) + sum(map(len, heads)) + nbytes) + start + first, *others]
+def _message(number: int, content: Frames, nbytes: int) -> Frames:
+    """Field `number`, a message of `content` with `nbytes` of data in it."""
+    return [_tag(number, sum(map(len, content)) + nbytes) + content[0], *content[1:]]
+
+
+def _joined(first: Frames, second: Frames) -> Frames:
+    return [*first[:-1], first[-1] + second[0], *second[1:]]
 
 
 def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[list[int], list[_Run]]:
@@ -160,8 +168,7 @@ def _section(memory: memoryview, run: _Run, output: int) -> memoryview:
 
 def _tensor(model: ModelInfo, dtype: FeatureDtype, shape: PixelShape, output: Output, rows: int) -> bytes:
     """A Tensor without its data."""
-    tokens = () if output.kind == "cls" else (model.token_count(output.kind, shape),)
-    return pb.Tensor(dtype=DTYPES[dtype], shape=(rows, *tokens, model.embed_dim)).SerializeToString()
+    return pb.Tensor(dtype=DTYPES[dtype], shape=(rows, *model.output_shape(output, shape))).SerializeToString()
 
 
 def _tag(number: int, nbytes: int) -> bytes:

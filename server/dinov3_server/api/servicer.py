@@ -90,6 +90,8 @@ class FeatureService:
             mean=model.mean,
             std=model.std,
             parameters=model.parameters,
+            layer_dims=model.layer_dims,
+            layer_strides=model.layer_strides,
             limits=pb.ServerLimits(
                 max_message_bytes=settings.max_message_bytes,
                 max_images_per_request=settings.max_images_per_request,

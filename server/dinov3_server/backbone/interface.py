@@ -7,6 +7,7 @@ Shapes: R rows of a batch, H x W pixels, P patches, G registers, D channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -94,30 +95,52 @@ class ModelInfo:
     fingerprint: str
     dtype: FeatureDtype
     device: str
-    embed_dim: int
-    depth: int
-    patch_size: int
+    layer_dims: tuple[int, ...]  # channels of each layer's tokens
+    layer_strides: tuple[int, ...]  # pixels of the input to a patch of each layer; the last is a multiple of the others
     registers: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     parameters: int
     certificate: Certificate = NO_PROOF
 
-    def grid(self, shape: PixelShape) -> tuple[int, int]:
-        return shape.height // self.patch_size, shape.width // self.patch_size
+    @property
+    def embed_dim(self) -> int:
+        """Channels of the last layer, of which the final features are."""
+        return self.layer_dims[-1]
+
+    @property
+    def depth(self) -> int:
+        return len(self.layer_dims)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels to a patch of the last layer; heights and widths of inputs are multiples of it."""
+        return self.layer_strides[-1]
+
+    def width(self, layer: int | None) -> int:
+        """Channels of a layer; `layer` is as in Output."""
+        return self.layer_dims[-1 if layer is None else layer]
+
+    def grid(self, shape: PixelShape, layer: int | None = None) -> tuple[int, int]:
+        """Rows and columns of a layer's patches."""
+        stride = self.layer_strides[-1 if layer is None else layer]
+        return shape.height // stride, shape.width // stride
 
     def tokens(self, shape: PixelShape) -> int:
-        """CLS + registers + patches of one image: the unit of the batch budget."""
+        """CLS + registers + patches of the last layer of one image: the unit of the batch budget."""
         rows, columns = self.grid(shape)
         return 1 + self.registers + rows * columns
 
-    def token_count(self, kind: TokenKind, shape: PixelShape) -> int:
-        rows, columns = self.grid(shape)
-        return {"cls": 1, "patches": rows * columns, "registers": self.registers}[kind]
+    def output_shape(self, output: Output, shape: PixelShape) -> tuple[int, ...]:
+        """Of one row of `output`: [D] for cls, else [tokens, D]."""
+        width = self.width(output.layer)
+        if output.kind == "cls":
+            return (width,)
+        return (self.registers if output.kind == "registers" else math.prod(self.grid(shape, output.layer)), width)
 
     def output_nbytes(self, output: Output, dtype: FeatureDtype, shape: PixelShape) -> int:
-        """Bytes of one row of `output`: [D] for cls, else [tokens, D]."""
-        return self.token_count(output.kind, shape) * self.embed_dim * ITEM_SIZES[dtype]
+        """Bytes of one row of `output`."""
+        return math.prod(self.output_shape(output, shape)) * ITEM_SIZES[dtype]
 
 
 @dataclass(frozen=True, slots=True)

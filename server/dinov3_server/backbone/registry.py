@@ -52,6 +52,16 @@ class Variant:
     parameters: int
     hashes: Mapping[DatasetName, str]
 
+    @property
+    def layer_dims(self) -> tuple[int, ...]:
+        """Channels of each layer's tokens."""
+        return (self.embed_dim,) * self.depth
+
+    @property
+    def layer_strides(self) -> tuple[int, ...]:
+        """Pixels of the input, in height and in width, to a patch of each layer."""
+        return (self.patch_size,) * self.depth
+
     def official_file(self, dataset: DatasetName) -> str:
         """The name under which Meta publishes the weights."""
         return f"{self.name}_pretrain_{dataset}-{self.hashes[dataset]}.pth"
@@ -81,6 +91,14 @@ class ConvNextVariant(Variant):
 
     dims: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
+
+    @property
+    def layer_dims(self) -> tuple[int, ...]:
+        return self.dims
+
+    @property
+    def layer_strides(self) -> tuple[int, ...]:
+        return tuple(4 << stage for stage in range(self.depth))
 
 
 def _known(hashes: Mapping[str, str]) -> Mapping[DatasetName, str]:

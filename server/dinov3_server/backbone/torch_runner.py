@@ -83,13 +83,11 @@ class TorchRunner(abc.ABC):
 
     def _features_in_arena(self, run: FeatureRun, shape: PixelShape) -> list[Tensor]:
         """Where the features of a run go: for each output [n, D] (cls) or [n, tokens, D], in the dtype asked for."""
-        width = self.info.embed_dim
-        places = []
-        for output, offset in zip(run.spec.outputs, run.offsets, strict=True):
-            tokens = () if output.kind == "cls" else (self.info.token_count(output.kind, shape),)
-            dtype = TORCH_DTYPES[run.spec.dtype]
-            places.append(self._in_arena(run.arena, offset, dtype, (run.count, *tokens, width)))
-        return places
+        dtype = TORCH_DTYPES[run.spec.dtype]
+        return [
+            self._in_arena(run.arena, offset, dtype, (run.count, *self.info.output_shape(output, shape)))
+            for output, offset in zip(run.spec.outputs, run.offsets, strict=True)
+        ]
 
     def _guarded(self, work: Callable[[], T]) -> T:
         """work(), with the device's failures translated; after any failure nothing of it is under way."""
