@@ -7,7 +7,6 @@ Ctrl-C in a terminal must drain, not cut every process off.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pickle
@@ -28,13 +27,13 @@ from dinov3_server.engine.messages import (
     StartWorker,
 )
 from dinov3_server.errors import StartupError
+from dinov3_server.lifeline import die_with
 from dinov3_server.log import configure
 
 log = logging.getLogger(__name__)
 
 Role = Literal["provisioner", "frontend", "worker"]
 Start = StartProvisioner | StartFrontend | StartWorker
-_PR_SET_PDEATHSIG = 1
 # Exit status after StartFailed: the message has told the reason.
 START_FAILED = 2
 
@@ -59,9 +58,7 @@ def spawn(role: Role, start: Start) -> tuple[subprocess.Popen[bytes], Channel]:
 
 def _tie_to(supervisor: int) -> None:
     """Die when the supervisor does, and take no signals but from it."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor:
-        sys.exit(0)  # it died before the line above
+    die_with(supervisor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
