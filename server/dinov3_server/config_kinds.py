@@ -70,7 +70,10 @@ def without_secrets(text: str) -> str:
 
     Anything that is no URL stays as it is.
     """
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # what might be secret in it cannot be told
+        return text.partition("://")[0] + "://..."
     if not parts.netloc:
         return text
     host = parts.netloc.rpartition("@")[2]

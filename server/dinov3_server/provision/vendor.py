@@ -1,0 +1,204 @@
+"""Meta's own code, fetched by git and verified at every start, in a folder of its own.
+
+A folder is never seen half done: a commit is fetched into `.NAME.XXXXXXXX.part` beside it, verified there, and renamed.
+Where another checkout is in the way, that is renamed to `.NAME.old` first and removed last; a process that was killed
+in between is put right by the next. All of it happens under the lock `NAME.lock`; a checkout that is good needs
+neither lock nor network nor git.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from dinov3_server.config_kinds import without_secrets
+from dinov3_server.errors import AccessRefused, StartupError, StorageError, Unreachable, UpstreamCodeError
+from dinov3_server.provision.checkout import Found, State, is_nothing, look
+from dinov3_server.provision.git_fetch import BACKOFF, FetchFailed, Reason, fetch
+from dinov3_server.storage import locked, storage_errors
+
+log = logging.getLogger(__name__)
+
+
+def vendor(
+    repo_url: str,
+    revision: str,
+    target: Path,
+    *,
+    force: bool = False,
+    offline: bool = False,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Have the commit `revision` (40 hex digits) of Meta's repository in `target`, whole and unmodified.
+
+    A good checkout is left alone, another commit's is replaced, unless somebody works in it. `force` fetches anew
+    whatever Meta's code in `target` is like. `offline` fetches nothing. `sleep` waits between attempts.
+
+    Raises UpstreamCodeError (`target` holds what must not be replaced, or the repository is not what is wanted),
+    Unreachable, AccessRefused or StorageError.
+    """
+    target = target.resolve()
+    with suppress(OSError):  # also of files that go while another process puts a new checkout in place
+        if not force and look(target, revision).state is State.GOOD:
+            return
+    vendoring = _Vendoring(repo_url, revision, target)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(target.with_name(target.name + ".lock"), f"Meta's code in {target}"))
+        except StorageError:
+            with storage_errors(target):
+                vendoring.refuse(look(target, revision), force, offline)  # what is wrong with it says more
+            raise
+        with storage_errors(target):
+            vendoring.recover()
+            found = look(target, revision)  # another process may just have put it there
+            if found.state is State.GOOD and not force:
+                return
+            vendoring.refuse(found, force, offline)
+            vendoring.fetch(sleep)
+    log.info(
+        "Meta's code is in %s. Using it is accepting the DINOv3 License, %s; it may be redistributed only under that "
+        "license, with a copy of it",
+        target,
+        target / "LICENSE.md",
+    )
+
+
+class _Vendoring:
+    """What is done to one target, by whoever holds its lock."""
+
+    def __init__(self, url: str, revision: str, target: Path) -> None:
+        self._url = url
+        self._revision = revision
+        self._target = target
+        self._old = target.with_name(f".{target.name}.old")
+
+    def recover(self) -> None:
+        """Put right what a process left that was killed."""
+        if self._old.exists():
+            if is_nothing(self._target):
+                self._old.rename(self._target)
+            else:
+                self._discard(self._old)
+        for path in self._target.parent.iterdir():
+            if re.fullmatch(re.escape(f".{self._target.name}.") + r"[0-9a-f]{8}\.part", path.name):
+                shutil.rmtree(path, ignore_errors=True)  # a git that outlived its starter may still write there
+
+    def refuse(self, found: Found, force: bool, offline: bool) -> None:
+        """Raise where what was found must be left alone, or nothing may be fetched."""
+        target = shlex.quote(str(self._target))
+        again = f"`dinov3-server vendor --force --revision {self._revision} --target-dir {target}`"
+        if found.state is State.FOREIGN:
+            raise UpstreamCodeError(
+                f"{self._target} {found.detail}. It is left alone: name another folder for Meta's code with "
+                f"--target-dir (DINOV3_TARGET_DIR), or remove this one: `rm -r {target}`"
+            )
+        if found.state is State.MODIFIED and not force:
+            raise UpstreamCodeError(
+                f"{self._target} {found.detail}. Meta's code is used unmodified only. {again} fetches it anew; so does "
+                f"the next start once the folder is gone: `rm -r {target}`"
+            )
+        if found.state is State.ON_BRANCH and not force:
+            raise UpstreamCodeError(
+                f"{self._target} {found.detail}, and {self._revision} is wanted. On a branch it may be somebody's "
+                f"work, so it is not replaced: `git -C {target} checkout --detach {self._revision}`, or {again}"
+            )
+        if offline:
+            there = "is not there" if found.state is State.NOTHING else found.detail or "is to be fetched anew"
+            raise Unreachable(
+                f"{self._target} {there}; wanted is commit {self._revision} of Meta's code, and --offline "
+                f"(DINOV3_OFFLINE) forbids fetching it. {self._by_hand()}"
+            )
+
+    def fetch(self, sleep: Callable[[float], None]) -> None:
+        """Fetch, verify, put in place."""
+        if self._target.is_mount():
+            raise StorageError(
+                f"{self._target} is a mount point, so that nothing can be renamed to it: name a folder in it, as "
+                f"--target-dir {self._target / 'dinov3'} (DINOV3_TARGET_DIR)"
+            )
+        log.info("fetching Meta's code, commit %s of %s", self._revision, without_secrets(self._url))
+        staging = self._unfinished()
+        try:
+            staging.mkdir()
+            try:
+                fetch(self._url, self._revision, staging, sleep)
+            except FetchFailed as failed:
+                raise self._error(failed) from None
+            found = look(staging, self._revision)
+            if found.state is not State.GOOD:
+                raise UpstreamCodeError(
+                    f"{without_secrets(self._url)}: what was fetched {found.detail}; it is not used. Check --repo-url "
+                    "(DINOV3_REPO_URL) and --revision (DINOV3_REVISION)"
+                )
+            if self._target.exists():
+                self._target.rename(self._old)
+            staging.rename(self._target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            self.recover()
+
+    def _error(self, failed: FetchFailed) -> StartupError | OSError:
+        url, words = without_secrets(self._url), failed.words
+        check = f"Check --repo-url (DINOV3_REPO_URL) with `git ls-remote {shlex.quote(url)}`"
+        match failed.reason:
+            case Reason.NO_SPACE:
+                return OSError(errno.ENOSPC, words, str(self._target.parent))
+            case Reason.READ_ONLY:
+                return OSError(errno.EROFS, words, str(self._target.parent))
+            case Reason.NO_GIT:
+                return UpstreamCodeError(
+                    f"git is not installed, and Meta's code, which is not in {self._target}, is fetched with it: "
+                    f"`apt-get install git`, or do without. {self._by_hand()}"
+                )
+            case Reason.NO_COMMIT:
+                return UpstreamCodeError(
+                    f"{url} has no commit {self._revision} ({words}). Check --revision (DINOV3_REVISION), and that "
+                    "--repo-url (DINOV3_REPO_URL) is Meta's repository or a mirror that is up to date"
+                )
+            case Reason.REFUSED:
+                return AccessRefused(
+                    f"{url} refuses access: {words}. It is private, or not there (GitHub asks for a password then, "
+                    f"too). {check}; for a private one, see `git help credentials`: git must find them without asking"
+                )
+            case Reason.NO_REPOSITORY:
+                return UpstreamCodeError(f"{url} is no git repository: {words}. {check}")
+            case Reason.UNTRUSTED:
+                return Unreachable(
+                    f"{url} is not trusted: {words}. Where a company's proxy signs what passes, name the file of its "
+                    "certificate: `export GIT_SSL_CAINFO=/path/of/ca.pem`"
+                )
+            case Reason.UNREACHABLE:
+                return Unreachable(
+                    f"{url} cannot be reached, in {len(BACKOFF) + 1} attempts: {words}. A proxy is named by "
+                    f"`export HTTPS_PROXY=http://HOST:PORT`, a mirror by --repo-url (DINOV3_REPO_URL). "
+                    f"{self._by_hand()}"
+                )
+            case Reason.OTHER:
+                return UpstreamCodeError(f"git could not fetch {self._revision} from {url}: {words}. {check}")
+
+    def _by_hand(self) -> str:
+        return (
+            "To bring it by hand, on a machine with a network:\n"
+            f"  git clone {shlex.quote(without_secrets(self._url))} dinov3\n"
+            f"  git -C dinov3 checkout --detach {self._revision}\n"
+            "and copy that folder here, with the .git in it:\n"
+            f"  rsync -a dinov3/ {shlex.quote(f'HOST:{self._target}/')}"
+        )
+
+    def _unfinished(self) -> Path:
+        return self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}.part")
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a folder so that no part of it is ever taken for the whole."""
+        doomed = self._unfinished()
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
