@@ -27,9 +27,10 @@ from dinov3_client._errors import (
     Unavailable,
 )
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures, Timings
-from dinov3_client._model import Limits, Model
+from dinov3_client._model import Certificate, Limits, Model, OutputProof
 
 __all__ = [
+    "Certificate",
     "Client",
     "DeadlineExceeded",
     "Dinov3Error",
@@ -45,6 +46,7 @@ __all__ = [
     "MixedSizes",
     "Model",
     "ModelMismatch",
+    "OutputProof",
     "Overloaded",
     "ServerError",
     "StatusError",

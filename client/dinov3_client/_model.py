@@ -24,6 +24,36 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class OutputProof:
+    """How near one output is to that of Meta's code in float32, at worst."""
+
+    output: str
+    """cls or patches."""
+    dtype: str
+    """What the server computed in."""
+    least_cosine: float
+    """Of any token of any probe image."""
+    relative_error: float
+    """|ours - theirs| / |theirs|, Euclidean norms, of any probe image."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether the server showed, at its start, that its features are those of Meta's own code on the same weights."""
+
+    verified: bool
+    reason: str
+    """Why not; empty where verified."""
+    upstream_revision: str
+    """Commit of Meta's code."""
+    outputs: tuple[OutputProof, ...]
+    time: str
+    """RFC 3339, UTC."""
+    not_covered: str
+    """What the proof says nothing about."""
+
+
+@dataclass(frozen=True)
 class Model:
     """The model that a server serves."""
 
@@ -59,6 +89,7 @@ class Model:
     frontend: int
     """The one that answered."""
     server_version: str
+    certificate: Certificate
 
 
 def read_model(response: pb.GetModelResponse) -> Model:
@@ -89,4 +120,22 @@ def read_model(response: pb.GetModelResponse) -> Model:
         frontends=response.frontends,
         frontend=response.frontend,
         server_version=response.server_version,
+        certificate=_certificate(response),
+    )
+
+
+def _certificate(response: pb.GetModelResponse) -> Certificate:
+    if not response.HasField("certificate"):
+        return Certificate(False, "the server tells of no proof", "", (), "", "")
+    told = response.certificate
+    return Certificate(
+        verified=told.verified,
+        reason=told.reason,
+        upstream_revision=told.upstream_revision,
+        outputs=tuple(
+            OutputProof(proof.output, name_of(proof.dtype), proof.least_cosine, proof.relative_error)
+            for proof in told.outputs
+        ),
+        time=told.time,
+        not_covered=told.not_covered,
     )

@@ -64,10 +64,21 @@ def _info(args: argparse.Namespace) -> int:
         "mean, std": f"{_rounded(model.mean)}, {_rounded(model.std)}",
         "limits": f"{limits.max_images_per_request} images and {limits.max_message_bytes:,} bytes a request; "
         f"{limits.max_image_pixels:,} pixels and {limits.max_image_tokens:,} tokens an image",
+        "certificate": _certified(model),
         "server": f"{model.server_version}, {model.frontends} frontend{'s' if model.frontends != 1 else ''}",
     }
     _say("\n".join(f"{name:<12} {value}" for name, value in rows.items()))
     return 0
+
+
+def _certified(model: Model) -> str:
+    certificate = model.certificate
+    if not certificate.verified:
+        return f"not verified: {certificate.reason}"
+    cosines = ", ".join(
+        f"{proof.output} cosine {proof.least_cosine:.6f}" for proof in certificate.outputs if proof.dtype == model.dtype
+    )
+    return f"verified against Meta's code at {certificate.upstream_revision[:12]}: {cosines} in {model.dtype}"
 
 
 def _extract(args: argparse.Namespace) -> int:

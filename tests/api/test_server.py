@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dinov3_server.api.server import FrontendServer
+from dinov3_server.backbone.interface import Certificate, OutputProof
 from dinov3_server.config import Settings
 from dinov3_server.errors import ConfigError, StartupError
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1 import feature_service_pb2_grpc as pb_grpc
-from tests.api.rig import AS_IS, FakeEngine, failure_of, open_channel, picture, serving, tensor
+from tests.api.rig import AS_IS, MODEL, FakeEngine, failure_of, open_channel, picture, serving, tensor
 from tests.support.waiting import until_async
 
 SERVICE = "dinov3_serving.v1.FeatureService"
@@ -297,3 +299,27 @@ async def test_when_the_grace_is_over_the_rest_is_cancelled() -> None:
         assert rig.engine.cancelled_runs == 1
         assert (await failure_of(call)).code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "CANCELLED") == 1)
+
+
+async def test_a_server_tells_whether_its_features_are_proven() -> None:
+    proofs = (OutputProof("cls", "float32", 0.999999, 2e-6), OutputProof("cls", "bfloat16", 0.9995, 0.0125))
+    certificate = Certificate(
+        verified=True,
+        reason="",
+        revision="6876159a",
+        outputs=proofs,
+        time="2026-01-02T03:04:05Z",
+        not_covered="The size of the moon.",
+    )
+    async with serving() as rig:
+        unproven = (await rig.stub.GetModel(pb.GetModelRequest())).certificate
+        assert (unproven.verified, unproven.reason) == (False, "no proof was tried")
+        rig.engine.model = replace(MODEL, certificate=certificate)
+        told = (await rig.stub.GetModel(pb.GetModelRequest())).certificate
+    assert told.verified
+    assert (told.upstream_revision, told.time) == ("6876159a", "2026-01-02T03:04:05Z")
+    assert told.not_covered == "The size of the moon."
+    assert [
+        (proof.output, proof.dtype, pytest.approx(proof.least_cosine), pytest.approx(proof.relative_error))
+        for proof in told.outputs
+    ] == [("cls", pb.DATA_TYPE_FLOAT32, 0.999999, 2e-6), ("cls", pb.DATA_TYPE_BFLOAT16, 0.9995, 0.0125)]

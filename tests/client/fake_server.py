@@ -97,6 +97,7 @@ class FakeServer:
     script: list[status_pb2.Status | None] = field(default_factory=list)
     edit: Callable[[pb.ExtractResponse], object] | None = None
     random_weights: bool = False
+    certificate: pb.Certificate | None = None
     max_images: int = 64
     max_message_bytes: int = 64 << 20
     server_options: Sequence[tuple[str, int]] = (("grpc.max_receive_message_length", 64 << 20),)
@@ -157,6 +158,7 @@ class FakeServer:
             frontends=2,
             frontend=1,
             server_version="0.1.0",
+            certificate=self.certificate,
         )
 
     def Extract(self, request: pb.ExtractRequest, context: grpc.ServicerContext) -> pb.ExtractResponse:

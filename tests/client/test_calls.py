@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dinov3_client import (
+    Certificate,
     Client,
     DeadlineExceeded,
     Dinov3Error,
@@ -25,6 +26,7 @@ from dinov3_client import (
     Limits,
     MessageTooLarge,
     ModelMismatch,
+    OutputProof,
     Overloaded,
     ServerError,
     StatusError,
@@ -32,6 +34,7 @@ from dinov3_client import (
     Unavailable,
 )
 from dinov3_client._retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, Attempts
+from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.client.conftest import FakeClock
 from tests.client.fake_server import FakeServer, bad_request, failure, retry_info, tokens
 
@@ -51,6 +54,33 @@ def test_model(client: Client, server: FakeServer) -> None:
     assert (model.frontends, model.frontend, model.server_version) == (2, 1, "0.1.0")
     client.model()
     assert len(server.seen) == 2  # one call, one answer: nothing is remembered
+
+
+def test_the_proof_that_a_server_tells_of() -> None:
+    told = pb.Certificate(
+        verified=True,
+        upstream_revision="6876159a",
+        outputs=[
+            pb.OutputProof(output="cls", dtype=pb.DATA_TYPE_BFLOAT16, least_cosine=0.5, relative_error=0.25),
+            pb.OutputProof(output="patches", dtype=77, least_cosine=0.75, relative_error=0.125),
+        ],
+        time="2026-01-02T03:04:05Z",
+        not_covered="The size of the moon.",
+    )
+    with FakeServer(certificate=told) as server, Client(server.target) as client:
+        assert client.model().certificate == Certificate(
+            verified=True,
+            reason="",
+            upstream_revision="6876159a",
+            outputs=(OutputProof("cls", "bfloat16", 0.5, 0.25), OutputProof("patches", "unknown (77)", 0.75, 0.125)),
+            time="2026-01-02T03:04:05Z",
+            not_covered="The size of the moon.",
+        )
+
+
+def test_an_older_server_tells_of_no_proof(client: Client) -> None:
+    certificate = client.model().certificate
+    assert (certificate.verified, certificate.reason) == (False, "the server tells of no proof")
 
 
 FAILURES: list[tuple[Any, type[StatusError]]] = [
@@ -354,6 +384,7 @@ def test_public_names() -> None:
     import dinov3_client
 
     assert sorted(dinov3_client.__all__) == [
+        "Certificate",
         "Client",
         "DeadlineExceeded",
         "Dinov3Error",
@@ -369,6 +400,7 @@ def test_public_names() -> None:
         "MixedSizes",
         "Model",
         "ModelMismatch",
+        "OutputProof",
         "Overloaded",
         "ServerError",
         "StatusError",

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dinov3_client.cli import main
+from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.client.fake_server import FakeServer, failure, layer_scale, tokens
 
 
@@ -47,6 +48,26 @@ def test_info(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert text in out
     assert "random" not in out
+
+
+def test_info_tells_whether_the_features_are_proven(capsys: pytest.CaptureFixture[str]) -> None:
+    proofs = [
+        pb.OutputProof(output=output, dtype=dtype, least_cosine=cosine)
+        for dtype, cosine in ((pb.DATA_TYPE_FLOAT32, 0.999999), (pb.DATA_TYPE_BFLOAT16, 0.998))
+        for output in ("cls", "patches")
+    ]
+    proven = pb.Certificate(verified=True, upstream_revision="6876159a11b4df11", outputs=proofs)
+    for certificate, line in (
+        (
+            proven,
+            "verified against Meta's code at 6876159a11b4: cls cosine 0.998000, patches cosine 0.998000 in bfloat16",
+        ),
+        (pb.Certificate(reason="offline"), "not verified: offline"),
+        (None, "not verified: the server tells of no proof"),
+    ):
+        with FakeServer(certificate=certificate) as server:
+            assert run(server, "info") == 0
+        assert f"certificate  {line}\n" in capsys.readouterr().out
 
 
 def test_random_weights_are_said(capsys: pytest.CaptureFixture[str], photos: list[Path], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import SERVICE, Context
 from dinov3_server.api.response import DTYPES
 from dinov3_server.api.stream import Stream
+from dinov3_server.backbone.interface import Certificate
 from dinov3_server.config import Settings
 from dinov3_server.engine.client import Engine
 from dinov3_server.errors import Unavailable
@@ -102,6 +103,7 @@ class FeatureService:
             frontends=self._frontends,
             frontend=self._index,
             server_version=self._version,
+            certificate=_certificate(model.certificate),
         ).SerializeToString()
 
     def _check_open(self) -> None:
@@ -109,3 +111,22 @@ class FeatureService:
             raise Unavailable(
                 "the server is shutting down; another one, or its successor, can answer", reason="draining"
             )
+
+
+def _certificate(certificate: Certificate) -> pb.Certificate:
+    return pb.Certificate(
+        verified=certificate.verified,
+        reason=certificate.reason,
+        upstream_revision=certificate.revision,
+        outputs=[
+            pb.OutputProof(
+                output=proof.output,
+                dtype=DTYPES[proof.dtype],
+                least_cosine=proof.least_cosine,
+                relative_error=proof.relative_error,
+            )
+            for proof in certificate.outputs
+        ],
+        time=certificate.time,
+        not_covered=certificate.not_covered,
+    )

@@ -81,6 +81,16 @@ class Certificate:
     time: str  # when it was shown: RFC 3339, UTC; "" where it was not
     not_covered: str  # what the proof says nothing about
 
+    def __str__(self) -> str:
+        """One line of a log."""
+        if not self.verified:
+            return f"NOT VERIFIED: {self.reason}"
+        figures = "; ".join(
+            f"{each.output} in {each.dtype}: cosine {each.least_cosine:.6f}, relative error {each.relative_error:.1e}"
+            for each in self.outputs
+        )
+        return f"verified against Meta's code at {self.revision}: {figures}"
+
 
 NO_PROOF = Certificate(verified=False, reason="no proof was tried", revision="", outputs=(), time="", not_covered="")
 

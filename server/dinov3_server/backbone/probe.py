@@ -39,4 +39,4 @@ def _probe(k: int, height: int, width: int) -> NDArray[np.uint8]:
     shade = 5 * np.where(inside, 255 - wave, wave) // 8
     board = 48 * ((x // 20 + y // 28) % 2)
     grain = (7919 * x + 104729 * y + 1299709 * c + 15485863 * k) ** 2 // 1024 % 32
-    return (shade + board + grain).astype(np.uint8)
+    return np.asarray(shade + board + grain, dtype=np.uint8)
