@@ -1,4 +1,4 @@
-"""Checkpoints in each layout, written as their makers write them."""
+"""Checkpoints of a ViT in each layout, written as their makers write them."""
 
 from __future__ import annotations
 
@@ -37,3 +37,44 @@ def transformers_state(variant: VitVariant, tensors: dict[str, Tensor], *, older
     names = transformers_names(variant)
     state = {names[name].removeprefix("model." if older else ""): tensor for name, tensor in tensors.items()}
     return state | {"embeddings.mask_token": torch.zeros(1, 1, variant.embed_dim)}
+
+
+_TIMM_BLOCK = {
+    "norm1.weight": "norm1.weight",
+    "norm1.bias": "norm1.bias",
+    "attn.q.bias": "attn.q_bias",
+    "attn.v.bias": "attn.v_bias",
+    "attn.proj.weight": "attn.proj.weight",
+    "attn.proj.bias": "attn.proj.bias",
+    "ls1.gamma": "gamma_1",
+    "norm2.weight": "norm2.weight",
+    "norm2.bias": "norm2.bias",
+    "ls2.gamma": "gamma_2",
+}
+_TIMM_MLP = {"fc1": "fc1", "fc2": "fc2"}
+_TIMM_SWIGLU = {"w1": "fc1_g", "w2": "fc1_x", "w3": "fc2"}
+
+
+def timm_state(variant: VitVariant, tensors: dict[str, Tensor], *, biases: bool) -> dict[str, Tensor]:
+    """timm's layout, with biases of queries and values (`vit_*_patch16_dinov3_qkvb`) or without them.
+
+    The names are those of timm 1.0.31, with which test_timm.py compares where timm is installed.
+    """
+    state = {
+        "cls_token": tensors["cls_token"],
+        "reg_token": tensors["storage_tokens"],
+        "patch_embed.proj.weight": tensors["patch_embed.proj.weight"],
+        "patch_embed.proj.bias": tensors["patch_embed.proj.bias"],
+        "norm.weight": tensors["norm.weight"],
+        "norm.bias": tensors["norm.bias"],
+    }
+    inner = dict(_TIMM_BLOCK)
+    for ours, theirs in (_TIMM_MLP if variant.ffn == "mlp" else _TIMM_SWIGLU).items():
+        inner |= {f"mlp.{ours}.{leaf}": f"mlp.{theirs}.{leaf}" for leaf in ("weight", "bias")}
+    if not biases:
+        del inner["attn.q.bias"], inner["attn.v.bias"]
+    for i in range(variant.depth):
+        state |= {f"blocks.{i}.{theirs}": tensors[f"blocks.{i}.{ours}"] for ours, theirs in inner.items()}
+        fused = torch.cat([tensors[f"blocks.{i}.attn.{p}.weight"] for p in "qkv"])
+        state[f"blocks.{i}.attn.qkv.weight"] = fused
+    return state

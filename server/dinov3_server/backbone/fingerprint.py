@@ -12,24 +12,27 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.checkpoint import Checkpoint
+from dinov3_server.backbone.vit_layouts import PERIODS
 
 # Of the arithmetic in vit.py: changes when its features change by more than rounding.
 BACKBONE = "ours-1"
 
 
-def fingerprint(checkpoint: Checkpoint, *, dtype: str, preprocessing: str) -> str:
+def fingerprint(checkpoint: Checkpoint, *, dtype: str, preprocessing: str, backbone: str = BACKBONE) -> str:
     """32 hex digits: sha256, cut to 16 bytes, over everything that determines the features of an encoded image.
 
-    That is the canonical tensors (name, shape, little-endian fp32 values), the RoPE periods, the variant, the input
-    normalisation, the serving dtype, the backbone's version, and `preprocessing`, the identity of what turns images
-    into pixels.
+    That is the canonical tensors (name, shape, little-endian fp32 values), a ViT's RoPE periods, the variant, the input
+    normalisation, the serving dtype, `backbone` (whose code computes, and its version), and `preprocessing`, the
+    identity of what turns images into pixels.
     """
-    tensors = {**checkpoint.tensors, "rope_embed.periods": checkpoint.periods}
+    tensors = dict(checkpoint.tensors)
+    if checkpoint.periods is not None:
+        tensors[PERIODS] = checkpoint.periods
     # hashlib and torch let go of the GIL on large buffers; each thread holds one tensor in fp32 at a time.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
     identity = {
-        "backbone": BACKBONE,
+        "backbone": backbone,
         "dtype": dtype,
         "mean": checkpoint.dataset.mean,
         "model": checkpoint.variant.name,

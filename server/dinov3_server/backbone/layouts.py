@@ -1,149 +1,40 @@
-"""The names and shapes of a DINOv3 ViT's tensors: canonical, and in each layout that files have.
-
-Canonical names are the official repository's, except that queries, keys and values are apart
-(`blocks.0.attn.q.weight`; a file's fused `qkv` is split without a copy) and that what inference does not use is left
-out: the key bias (masked to zero by every layout), `mask_token`, `local_cls_norm`. So the same model from any layout
-gives the same tensors.
-"""
+"""The names and shapes of a model's tensors, of either family: canonical, and in the layout that a file has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from dinov3_server.backbone.registry import VitVariant
-
-Shape = tuple[int, ...]
-
-PERIODS = "rope_embed.periods"
+from dinov3_server.backbone import convnext_layouts, vit_layouts
+from dinov3_server.backbone.layout import Layout, Shape
+from dinov3_server.backbone.registry import ConvNextVariant, Variant, VitVariant
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its shape, and the canonical names of its equal parts along the first axis.
-
-    A part called None, like an entry without parts, is checked and left out. `is_bias_mask` marks the mask of a
-    fused qkv bias, whose values are checked too.
-    """
-
-    shape: Shape
-    parts: tuple[str | None, ...] = ()
-    required: bool = True
-    is_bias_mask: bool = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way of naming a model's tensors. `spelling` maps alternative spellings of a key to the one in `entries`."""
-
-    name: str
-    entries: Callable[[VitVariant], dict[str, Entry]]
-    spelling: Callable[[str], str] = str
-
-
-def canonical_shapes(variant: VitVariant) -> dict[str, Shape]:
+def canonical_shapes(variant: Variant) -> dict[str, Shape]:
     """Name and shape of every canonical tensor, in a fixed order."""
-    width, hidden, patch = variant.embed_dim, variant.ffn_dim, variant.patch_size
-    shapes: dict[str, Shape] = {
-        "cls_token": (1, 1, width),
-        "storage_tokens": (1, variant.registers, width),
-        "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-    }
-    for i in range(variant.depth):
-        block: dict[str, Shape] = {"norm1.weight": (width,), "norm1.bias": (width,)}
-        for part in "qkv":
-            block[f"attn.{part}.weight"] = (width, width)
-            if variant.qkv_bias and part != "k":
-                block[f"attn.{part}.bias"] = (width,)
-        block |= {"attn.proj.weight": (width, width), "attn.proj.bias": (width,), "ls1.gamma": (width,)}
-        block |= {"norm2.weight": (width,), "norm2.bias": (width,)}
-        into, out = (("fc1",), "fc2") if variant.ffn == "mlp" else (("w1", "w2"), "w3")
-        for name in into:
-            block |= {f"mlp.{name}.weight": (hidden, width), f"mlp.{name}.bias": (hidden,)}
-        block |= {f"mlp.{out}.weight": (width, hidden), f"mlp.{out}.bias": (width,), "ls2.gamma": (width,)}
-        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
+    match variant:
+        case VitVariant():
+            return vit_layouts.canonical_shapes(variant)
+        case ConvNextVariant():
+            return convnext_layouts.canonical_shapes(variant)
+    raise TypeError(f"{variant.name} is of no known family")
 
 
-def _official(variant: VitVariant) -> dict[str, Entry]:
-    width = variant.embed_dim
-    entries: dict[str, Entry] = {
-        "mask_token": Entry((1, width), required=False),
-        # Of the models trained with a separate norm for local crops (7B, and ViT-L on SAT-493M).
-        "local_cls_norm.weight": Entry((width,), required=False),
-        "local_cls_norm.bias": Entry((width,), required=False),
-        PERIODS: Entry((variant.head_dim // 4,), (PERIODS,)),
-    }
-    for name, shape in canonical_shapes(variant).items():
-        prefix, attn, rest = name.partition("attn.")
-        if not attn or rest.startswith("proj"):
-            entries[name] = Entry(shape, (name,))
-        elif rest == "q.weight":
-            parts = tuple(f"{prefix}attn.{part}.weight" for part in "qkv")
-            entries[f"{prefix}attn.qkv.weight"] = Entry((3 * width, width), parts)
-        elif rest == "q.bias":
-            parts_of_bias = (f"{prefix}attn.q.bias", None, f"{prefix}attn.v.bias")
-            entries[f"{prefix}attn.qkv.bias"] = Entry((3 * width,), parts_of_bias)
-            entries[f"{prefix}attn.qkv.bias_mask"] = Entry((3 * width,), is_bias_mask=True)
-    return entries
+def layouts(variant: Variant) -> tuple[Layout, ...]:
+    """Every layout that a file of `variant` may have."""
+    match variant:
+        case VitVariant():
+            return vit_layouts.layouts(variant)
+        case ConvNextVariant():
+            return convnext_layouts.layouts(variant)
+    raise TypeError(f"{variant.name} is of no known family")
 
 
-_TRANSFORMERS_OUTER = {
-    "cls_token": "embeddings.cls_token",
-    "storage_tokens": "embeddings.register_tokens",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
-    "norm.weight": "norm.weight",
-    "norm.bias": "norm.bias",
-}
-_TRANSFORMERS_BLOCK = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attn.q": "attention.q_proj",
-    "attn.k": "attention.k_proj",
-    "attn.v": "attention.v_proj",
-    "attn.proj": "attention.o_proj",
-    "ls1": "layer_scale1",
-    "ls2": "layer_scale2",
-    "mlp.fc1": "mlp.up_proj",
-    "mlp.fc2": "mlp.down_proj",
-    "mlp.w1": "mlp.gate_proj",
-    "mlp.w2": "mlp.up_proj",
-    "mlp.w3": "mlp.down_proj",
-}
+def layout_of(keys: Iterable[str], variant: Variant) -> Layout | None:
+    """The layout of `variant` that names the most of `keys`, and lacks the fewest; None where none names any."""
 
+    def fit(layout: Layout) -> tuple[int, int]:
+        found = {layout.spelling(key) for key in keys} & layout.entries.keys()
+        return len(found), -len(layout.entries.keys() - found)
 
-def _transformers(variant: VitVariant) -> dict[str, Entry]:
-    entries = {"embeddings.mask_token": Entry((1, 1, variant.embed_dim), required=False)}
-    for name, shape in canonical_shapes(variant).items():
-        if name in _TRANSFORMERS_OUTER:
-            key = _TRANSFORMERS_OUTER[name]
-        else:
-            _, index, inner = name.split(".", 2)
-            module, _, leaf = inner.rpartition(".")
-            key = f"layer.{index}.{_TRANSFORMERS_BLOCK[module]}.{'lambda1' if leaf == 'gamma' else leaf}"
-        entries[key] = Entry(shape, (name,))
-    return entries
-
-
-def _transformers_spelling(key: str) -> str:
-    """Files on the hub say `layer.0`, newer classes save `model.layer.0`."""
-    return key.removeprefix("model.") if key.startswith("model.layer.") else key
-
-
-LAYOUTS = (
-    Layout("official", _official),
-    Layout("transformers", _transformers, _transformers_spelling),
-)
-
-
-def layout_of(keys: Mapping[str, object], variant: VitVariant) -> Layout | None:
-    """The layout that names the most of `keys`, or None where no layout names any."""
-
-    def named(layout: Layout) -> int:
-        entries = layout.entries(variant)
-        return sum(layout.spelling(key) in entries for key in keys)
-
-    best = max(LAYOUTS, key=named)
-    return best if named(best) else None
+    best = max(layouts(variant), key=fit)
+    return best if fit(best)[0] else None

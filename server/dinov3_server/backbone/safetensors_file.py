@@ -50,7 +50,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 _Span = tuple[torch.dtype, tuple[int, ...], int, int]
 
 
-def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+def parse_json(raw: bytes) -> Any:
+    """Raises ValueError for what is not JSON in UTF-8, or has a name twice in one object."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -58,8 +60,15 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
         return found
 
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"{path}: the safetensors header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object")
