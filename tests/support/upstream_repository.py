@@ -15,11 +15,11 @@ def served_repository(tmp_path: Path) -> tuple[str, str]:
     It is the HEAD of the git repository DINOV3_UPSTREAM, where that has all files of it. A copy may lack some, such as
     large notebooks: then it is a new commit with all others.
     """
-    source, served = Path(os.environ["DINOV3_UPSTREAM"]), tmp_path / "upstream.git"
+    source, served = Path(os.environ["DINOV3_UPSTREAM"]), tmp_path / "upstream"
     objects = Path(_git(source, "rev-parse", "--git-path", "objects"))
     commit = _git(source, "rev-parse", "HEAD")
-    _git(tmp_path, "init", "--quiet", "--bare", str(served))
-    (served / "objects" / "info" / "alternates").write_text(f"{(source / objects).resolve()}\n")
+    _git(tmp_path, "init", "--quiet", str(served))
+    (served / ".git" / "objects" / "info" / "alternates").write_text(f"{(source / objects).resolve()}\n")
     listed = _git(source, "rev-list", "--objects", "--missing=print", "--no-walk", commit).splitlines()
     missing = {line[1:] for line in listed if line.startswith("?")}
     if missing:

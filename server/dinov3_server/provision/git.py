@@ -47,7 +47,8 @@ _OVERRIDES = (
 # What says nothing about a failure: progress, hints, and what git adds to most failures of a connection.
 _IDLE = re.compile(
     r"(remote: )?[A-Z][a-z]+ (objects|deltas|files|references): |(remote: )?Total \d|(hint|warning):|From |"
-    r"The most similar command|fatal: Could not read from remote repository|Please make sure you have the correct|and the repository exists"
+    r"The most similar command|fatal: Could not read from remote repository|Please make sure you have the correct|"
+    r"and the repository exists"
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
 _LAST_WORDS = 400  # characters
