@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from dinov3_server.backbone import cpu
+from dinov3_server.backbone.certificate import Claim, certified
 from dinov3_server.backbone.checkpoint import Checkpoint, load_checkpoint
 from dinov3_server.backbone.cpu_runner import CpuRunner
 from dinov3_server.backbone.cuda_runner import CudaRunner
-from dinov3_server.backbone.fingerprint import fingerprint
-from dinov3_server.backbone.interface import Batch, FeatureDtype, FeatureSpec, ModelInfo, Output, PixelShape, Row
+from dinov3_server.backbone.fingerprint import BACKBONE, fingerprint
+from dinov3_server.backbone.interface import (
+    FeatureDtype,
+    FeatureSpec,
+    ModelInfo,
+    Output,
+    PixelShape,
+    Provisioned,
+    TokenKind,
+)
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import DATASETS, VitVariant, lookup
 from dinov3_server.backbone.rope import default_periods
 from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner
+from dinov3_server.backbone.trial import run_image
+from dinov3_server.backbone.upstream import UpstreamModel
 from dinov3_server.backbone.vit import VisionTransformer
-from dinov3_server.errors import CheckpointError, ConfigError
+from dinov3_server.errors import CheckpointError, ConfigError, UpstreamCodeError
 
 logger = logging.getLogger(__name__)
 
 WARM_UP = (PixelShape(256, 256, "uint8"), PixelShape(224, 224, "uint8"))
-_WARM_UP_ARENA = -1
 
 
 def build(
@@ -39,43 +50,48 @@ def build(
     threads: int = 0,
     preprocessing: str = "",
     warm_up: Sequence[PixelShape] = WARM_UP,
+    dataset: str | None = None,
+    backbone: str = "ours",
+    provisioned: Provisioned | None = None,
+    certificates: str | None = None,
 ) -> TorchRunner:
-    """Load a model and run it once at each shape of `warm_up`.
+    """Load a model, compare it with Meta's code, and run it once at each shape of `warm_up`.
 
     `model` is a name of registry.py; `weights` the path of a file, or `random:SEED`; `dtype` "auto", "float32" or
     "bfloat16"; `device` "cpu" or "cuda:N"; `threads` the CPU threads of one forward pass, 0 for as many as there are;
-    `preprocessing` the identity of what makes pixels of images, for the fingerprint.
+    `preprocessing` the identity of what makes pixels of images, for the fingerprint; `dataset` what the weights were
+    trained on, where it is known; `backbone` "ours", or "upstream" for Meta's own modules.
 
-    Raises ConfigError or CheckpointError.
+    `provisioned` tells where Meta's code is, and what people call the weights. `certificates` is the folder in which
+    proofs are kept; where it or Meta's code is missing, nothing is compared, and the certificate says why.
+
+    Raises ConfigError, CheckpointError, UpstreamCodeError or CertificateError.
     """
     variant = lookup(model)
     torch_device = _device(device)
     compute_dtype = _dtype(dtype, torch_device)
     if threads < 0:
         raise ConfigError(f"threads is {threads}; it must be at least 1, or 0 for all that there are")
+    threads = threads or cpu.available_threads()
     if torch_device.type == "cpu":
-        torch.set_num_threads(threads or cpu.available_threads())
+        torch.set_num_threads(threads)
+    checkout = None if backbone == "ours" else _checkout(provisioned)
     seconds: dict[str, float] = {}
+    step = partial(_step, seconds)
 
-    with _step(seconds, "read", f"{variant.name} from {weights}"):
-        checkpoint, is_random = _weights(variant, weights)
-    with _step(seconds, "fingerprint", "every tensor hashed"):
-        identity = fingerprint(checkpoint, dtype=compute_dtype, preprocessing=preprocessing)
-    with _step(seconds, "build", f"{compute_dtype} on {torch_device}"):
-        transformer = VisionTransformer(
-            variant,
-            checkpoint.tensors,
-            checkpoint.periods,
-            checkpoint.dataset,
-            dtype=TORCH_DTYPES[compute_dtype],
-            device=torch_device,
-        )
+    with step("read", f"{variant.name} from {weights}"):
+        checkpoint, is_random = _weights(variant, weights, dataset)
+    with step("fingerprint", "every tensor hashed"):
+        code = BACKBONE if provisioned is None or checkout is None else f"upstream-{provisioned.revision}"
+        identity = fingerprint(checkpoint, dtype=compute_dtype, preprocessing=preprocessing, backbone=code)
+
+    def load(dtype: FeatureDtype) -> TorchRunner:
         info = ModelInfo(
             name=variant.name,
-            weights=weights if is_random else Path(weights).name,
+            weights=provisioned.label if provisioned else weights if is_random else Path(weights).name,
             random_weights=is_random,
             fingerprint=identity,
-            dtype=compute_dtype,
+            dtype=dtype,
             device=str(torch_device),
             layer_dims=variant.layer_dims,
             layer_strides=variant.layer_strides,
@@ -84,10 +100,23 @@ def build(
             std=checkpoint.dataset.std,
             parameters=variant.parameters,
         )
-        runner = (CudaRunner if torch_device.type == "cuda" else CpuRunner)(transformer, info)
+        network = _model(checkpoint, TORCH_DTYPES[dtype], torch_device, checkout)
+        return (CudaRunner if torch_device.type == "cuda" else CpuRunner)(network, info)
+
+    claim = Claim(
+        checkpoint,
+        None if is_random else Path(weights),
+        identity,
+        compute_dtype,
+        torch_device,
+        threads,
+        provisioned,
+        None if certificates is None else Path(certificates),
+    )
+    runner = certified(claim, load, step)
     if torch_device.type == "cpu":
         cpu.keep_freed_memory()
-    with _step(seconds, "warm_up", ", ".join(f"{shape.height}x{shape.width} {shape.format}" for shape in warm_up)):
+    with step("warm_up", ", ".join(f"{shape.height}x{shape.width} {shape.format}" for shape in warm_up)):
         for shape in warm_up:
             _run_once(runner, shape)
     runner.load_seconds = seconds
@@ -96,10 +125,12 @@ def build(
 
 @contextmanager
 def _step(seconds: dict[str, float], name: str, what: str) -> Iterator[None]:
+    """Time a step of loading; the parts of one that has several are added up."""
     started = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - started
-    logger.info("load: %s took %.2f s (%s)", name, seconds[name], what)
+    elapsed = time.perf_counter() - started
+    seconds[name] = seconds.get(name, 0.0) + elapsed
+    logger.info("load: %s took %.2f s (%s)", name, elapsed, what)
 
 
 def _device(device: str) -> torch.device:
@@ -128,7 +159,7 @@ def _dtype(dtype: str, device: torch.device) -> FeatureDtype:
     return "bfloat16"
 
 
-def _weights(variant: VitVariant, weights: str) -> tuple[Checkpoint, bool]:
+def _weights(variant: VitVariant, weights: str, dataset: str | None) -> tuple[Checkpoint, bool]:
     """The checkpoint that `weights` names, and whether it is random."""
     kind, colon, seed = weights.partition(":")
     if kind == "random" and colon:
@@ -138,7 +169,31 @@ def _weights(variant: VitVariant, weights: str) -> tuple[Checkpoint, bool]:
         tensors = random_tensors(variant, int(seed))
         periods = default_periods(variant.head_dim, variant.rope_base)
         return Checkpoint(variant, DATASETS["lvd1689m"], tensors, periods), True
-    return load_checkpoint(Path(weights), variant), False
+    return load_checkpoint(Path(weights), variant, dataset), False
+
+
+def _checkout(provisioned: Provisioned | None) -> Path:
+    """Where Meta's code is, which is to be served."""
+    if provisioned is None or provisioned.checkout is None:
+        reason = provisioned.absent if provisioned else "nothing was provisioned"
+        raise UpstreamCodeError(
+            f"--backbone upstream serves Meta's code, and that is not here: {reason}. `dinov3-server vendor` fetches "
+            "it; --backbone ours does without"
+        )
+    return Path(provisioned.checkout)
+
+
+def _model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, checkout: Path | None
+) -> VisionTransformer:
+    """Meta's modules where `checkout` is given, else ours."""
+    if checkout is not None:
+        return cast(VisionTransformer, UpstreamModel(checkout, checkpoint, dtype=dtype, device=device))
+    assert isinstance(checkpoint.variant, VitVariant)
+    assert checkpoint.periods is not None
+    return VisionTransformer(
+        checkpoint.variant, checkpoint.tensors, checkpoint.periods, checkpoint.dataset, dtype=dtype, device=device
+    )
 
 
 def _run_once(runner: TorchRunner, shape: PixelShape) -> None:
@@ -146,21 +201,13 @@ def _run_once(runner: TorchRunner, shape: PixelShape) -> None:
     info = runner.info
     if shape.height % info.patch_size or shape.width % info.patch_size:
         raise ConfigError(f"warm-up at {shape.height}x{shape.width}: not multiples of {info.patch_size}")
-    spec = FeatureSpec((Output("cls"), Output("registers"), Output("patches")), info.dtype)
-    offsets = [0]
-    for size in (shape.nbytes, *(info.output_nbytes(output, spec.dtype, shape) for output in spec.outputs)):
-        offsets.append(offsets[-1] + size)
-    arena = mmap.mmap(-1, offsets[-1])
+    kinds: tuple[TokenKind, ...] = ("cls", "registers", "patches") if info.registers else ("cls", "patches")
+    spec = FeatureSpec(tuple(map(Output, kinds)), info.dtype)
     if shape.format == "uint8":
-        arena[: shape.nbytes] = b"\x80" * shape.nbytes
-    runner.attach(_WARM_UP_ARENA, memoryview(arena))
-    try:
-        row = Row(_WARM_UP_ARENA, pixels=0, outputs=tuple(offsets[1:-1]), spec=spec)
-        finished = runner.finish(runner.launch(Batch(shape, (row,))))
-    finally:
-        runner.detach(_WARM_UP_ARENA)
-    arena.close()
-    if not all(finished.finite):
+        grey = torch.full((shape.height, shape.width, 3), 128, dtype=torch.uint8)
+    else:
+        grey = torch.zeros(3, shape.height, shape.width)
+    if not all(bool(features.isfinite().all()) for features in run_image(runner, grey, spec)):
         raise CheckpointError(
             f"{info.name} gives NaN or infinite features for a grey {shape.height}x{shape.width} image with the "
             f"weights {info.weights!r}: the file is damaged, or does not belong to this model"

@@ -359,18 +359,26 @@ def serve(start: StartWorker, control: Channel) -> None:
     build: Callable[..., Runner] = getattr(importlib.import_module(module), function)
     runner = build(
         settings.model,
-        settings.weights,
+        start.provisioned.weights,
         dtype=settings.dtype,
         device=start.device,
         threads=settings.threads,
         preprocessing=PREPROCESSING_ID,
         warm_up=[PixelShape(height, width, "uint8") for height, width in settings.warm_up_sizes],
+        dataset=settings.dataset,
+        backbone=settings.backbone,
+        provisioned=start.provisioned,
+        certificates=str(settings.home_folder / "certificates") if settings.certificate else None,
     )
     metrics = Metrics()
     info = runner.info
     metrics.model_info.set(1, info.name, info.weights, info.fingerprint, info.dtype, info.device)
     for step, seconds in runner.load_seconds.items():
         metrics.model_load_seconds.set(seconds, step)
+    for proof in info.certificate.outputs:
+        if proof.dtype == info.dtype:
+            metrics.certificate_cosine.set(proof.least_cosine, proof.output)
+    log.log(logging.INFO if info.certificate.verified else logging.WARNING, "certificate: %s", info.certificate)
     control.send(Ready(info))
     control.flush()
     Worker(runner, settings, control, metrics).run()

@@ -1,0 +1,273 @@
+"""The proof at start that what is served are the features of Meta's code.
+
+Meta's code computes the probes (probe.py) in float32 from the same weights, in a process of its own; then ours does, in
+float32, which shows the algebra (folded scales and normalisation, interleaved channels, the reading of names) to within
+rounding; then the very runner that will serve does, in its own dtype. Not more than one model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+
+from dinov3_server import __version__
+from dinov3_server.backbone import cpu, probe
+from dinov3_server.backbone.certificate_folder import CertificateFolder
+from dinov3_server.backbone.checkpoint import Checkpoint
+from dinov3_server.backbone.interface import (
+    NO_PROOF,
+    Certificate,
+    FeatureDtype,
+    FeatureSpec,
+    Output,
+    OutputProof,
+    Provisioned,
+    TokenKind,
+)
+from dinov3_server.backbone.torch_runner import TorchRunner
+from dinov3_server.backbone.trial import run_image
+from dinov3_server.backbone.upstream_process import PROVEN, Features, NotRun, upstream_features
+from dinov3_server.errors import CertificateError
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[str, str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one output must reach: the cosine of every token, and the relative error of every image."""
+
+    cosine: float
+    relative_error: float
+
+
+# docs/provisioning.md says how these were chosen.
+BOUNDS: Mapping[FeatureDtype, Mapping[TokenKind, Bound]] = MappingProxyType(
+    {
+        "float32": {"cls": Bound(0.99999, 1e-4), "patches": Bound(0.99999, 1e-4)},
+        "bfloat16": {"cls": Bound(0.99, 0.15), "patches": Bound(0.98, 0.15)},
+    }
+)
+
+_NOT_PREPROCESSING = (
+    "The way from an image file to pixels (decoding, resizing) is not compared: the proof begins with pixels."
+)
+_NOT_NAMES = (
+    "The weights are not in Meta's own layout: Meta's code was given them under the names that we translated theirs "
+    "to, so that a mistake in that translation would not show."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to be shown: that these weights, served in this dtype on this device, give the features of that code."""
+
+    checkpoint: Checkpoint
+    weights: Path | None  # where the checkpoint was read from; None where it is random
+    fingerprint: str
+    dtype: FeatureDtype
+    device: torch.device
+    threads: int
+    provisioned: Provisioned | None
+    folder: Path | None  # of certificates
+
+    def about(self, revision: str) -> dict[str, str | int]:
+        """Everything that the figures depend on."""
+        return {
+            "device": _name(self.device),
+            "fingerprint": self.fingerprint,
+            "names": "translated" if self.checkpoint.official is None else "Meta's",
+            "probe": probe.VERSION,
+            "revision": revision,
+            "server": __version__,
+            "torch": torch.__version__,
+        }
+
+    def not_covered(self) -> str:
+        return f"{_NOT_NAMES} {_NOT_PREPROCESSING}" if self.checkpoint.official is None else _NOT_PREPROCESSING
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    """What Meta's features are computed from."""
+
+    weights: Path
+    checkout: Path
+    revision: str
+
+
+def certified(claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: Step) -> TorchRunner:
+    """The runner that serves, with its certificate: one that is kept, or a new one, or one that says why there is none.
+
+    `load` builds the model in a dtype; `step` times and logs what takes long. Raises CertificateError where the
+    features are not Meta's, or where that cannot be found out.
+    """
+    theirs = _theirs(claim)
+    if isinstance(theirs, str):
+        return _build(claim, load, step, replace(NO_PROOF, reason=theirs))
+    assert claim.folder is not None
+    kept = CertificateFolder(claim.folder, claim.about(theirs.revision))
+    certificate = _holding(kept.read(), claim)
+    if certificate is None:
+        with kept.locked():
+            # Another process may have proven the same while this one waited.
+            certificate = _holding(kept.read(), claim)
+            if certificate is None:
+                runner = _prove(claim, theirs, load, step)
+                kept.write(runner.info.certificate)
+                return runner
+    return _build(claim, load, step, certificate)
+
+
+def _theirs(claim: Claim) -> _Theirs | str:
+    """What Meta's features come from; or why there are none to compare with."""
+    if claim.weights is None:
+        return "random weights: nothing to verify"
+    if claim.provisioned is None:
+        return NO_PROOF.reason
+    if claim.folder is None:
+        return "the setting `certificate` is false"
+    if claim.provisioned.checkout is None:
+        return claim.provisioned.absent
+    return _Theirs(claim.weights, Path(claim.provisioned.checkout), claim.provisioned.revision)
+
+
+def _build(
+    claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: Step, certificate: Certificate
+) -> TorchRunner:
+    with step("build", f"{claim.dtype} on {claim.device}"):
+        runner = load(claim.dtype)
+    runner.info = replace(runner.info, certificate=certificate)
+    return runner
+
+
+def _prove(claim: Claim, theirs: _Theirs, load: Callable[[FeatureDtype], TorchRunner], step: Step) -> TorchRunner:
+    checkpoint = claim.checkpoint
+    try:
+        with step("upstream", f"Meta's code at {theirs.revision[:12]}: {len(probe.SIZES)} images in float32"):
+            expected = upstream_features(
+                theirs.checkout,
+                theirs.weights,
+                checkpoint.variant,
+                checkpoint.dataset.name,
+                device=claim.device,
+                threads=claim.threads,
+            )
+    except NotRun as error:
+        raise CertificateError(
+            f"Meta's code could not be run, so nobody knows whether the features of {checkpoint.variant.name} would be "
+            f"the right ones: {error}\nMend that, or serve them unproven: --certificate false "
+            "(DINOV3_CERTIFICATE=false)"
+        ) from None
+    proofs: list[OutputProof] = []
+    if claim.dtype != "float32":
+        with step("certificate", "ours in float32"):
+            proofs += compare(_of_float32(claim, load), expected, "float32")
+        _check(claim, theirs, proofs)
+    certificate = Certificate(
+        verified=True,
+        reason="",
+        revision=theirs.revision,
+        outputs=(),
+        time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        not_covered=claim.not_covered(),
+    )
+    runner = _build(claim, load, step, certificate)
+    with step("certificate", f"ours in {claim.dtype}, as it will serve"):
+        proofs += compare(_features(runner), expected, claim.dtype)
+    _check(claim, theirs, proofs)
+    runner.info = replace(runner.info, certificate=replace(certificate, outputs=tuple(proofs)))
+    return runner
+
+
+def _of_float32(claim: Claim, load: Callable[[FeatureDtype], TorchRunner]) -> Features:
+    """Ours in float32, with nothing of the model left in memory."""
+    runner = load("float32")
+    features = _features(runner)
+    runner.close()
+    del runner
+    if claim.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return features
+
+
+def compare(ours: Features, theirs: Features, dtype: FeatureDtype) -> list[OutputProof]:
+    """How near each output is, at worst, over all probes and tokens. `dtype` is that of ours."""
+    proofs = []
+    for kind in PROVEN:
+        pairs = [(a[kind].double(), b[kind].double()) for a, b in zip(ours, theirs, strict=True)]
+        cosines = [float(F.cosine_similarity(a, b, dim=-1).min()) for a, b in pairs]
+        errors = [float((a - b).norm() / b.norm()) for a, b in pairs]
+        proofs.append(OutputProof(kind, dtype, least_cosine=min(cosines), relative_error=max(errors)))
+    return proofs
+
+
+def holds(proof: OutputProof) -> bool:
+    """Whether it reaches its bound; what is not a number does not."""
+    bound = BOUNDS[proof.dtype][proof.output]
+    return proof.least_cosine >= bound.cosine and proof.relative_error <= bound.relative_error
+
+
+def _features(runner: TorchRunner) -> Features:
+    # In float32 whatever it computes in: not the rounding of an answer is in question.
+    spec = FeatureSpec(tuple(Output(kind) for kind in PROVEN), "float32")
+    return [
+        dict(zip(PROVEN, run_image(runner, torch.from_numpy(image), spec), strict=True)) for image in probe.probes()
+    ]
+
+
+def _check(claim: Claim, theirs: _Theirs, proofs: Sequence[OutputProof]) -> None:
+    failed = [proof for proof in proofs if not holds(proof)]
+    if not failed:
+        return
+    lines = []
+    for proof in proofs:
+        bound = BOUNDS[proof.dtype][proof.output]
+        lines.append(
+            f"    {proof.output} in {proof.dtype}: cosine {proof.least_cosine:.6f} (at least {bound.cosine:g}), "
+            f"relative error {proof.relative_error:.2e} (at most {bound.relative_error:g})"
+            + (" FAILS" if proof in failed else "")
+        )
+    only_rounding = all(proof.dtype != "float32" for proof in failed)
+    raise CertificateError(
+        "\n".join(
+            (
+                f"the features of {claim.checkpoint.variant.name} on {_name(claim.device)} are not those of Meta's "
+                f"code at {theirs.revision}:",
+                *lines,
+                "They are not served. Please report it with these figures. Until then: "
+                + ("--dtype float32 serves those that pass; " if only_rounding else "")
+                + "--backbone upstream serves Meta's own modules; --certificate false serves these, unproven.",
+            )
+        )
+    )
+
+
+def _holding(certificate: Certificate | None, claim: Claim) -> Certificate | None:
+    """A kept certificate if it proves what is claimed, by the bounds of today."""
+    if certificate is None:
+        return None
+    wanted = {(kind, dtype) for kind in PROVEN for dtype in ("float32", claim.dtype)}
+    shown = {(proof.output, proof.dtype) for proof in certificate.outputs}
+    if not certificate.verified or shown != wanted or not all(map(holds, certificate.outputs)):
+        log.warning("a kept certificate does not reach the bounds; it is proven anew")
+        return None
+    return certificate
+
+
+def _name(device: torch.device) -> str:
+    """What computes: figures of one kind of device say nothing about another."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    bf16 = ", native bfloat16" if cpu.has_native_bf16() else ""
+    return f"CPU ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}{bf16})"
