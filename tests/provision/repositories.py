@@ -54,3 +54,8 @@ def program(folder: Path, name: str, script: str) -> Path:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return path
+
+
+def beside(folder: Path) -> list[str]:
+    """What lies where `folder` lies, itself among it."""
+    return sorted(path.name for path in folder.parent.iterdir())
