@@ -65,7 +65,7 @@ class _Handler(BaseHTTPRequestHandler):
         if answer == STALL:
             state.ended.wait()
         elif answer is not None:
-            body = b"<html>This is a page, not a repository.</html>"
+            body = b"<html>\nThis is a page, not a repository.\n</html>\n"
             self.send_response(answer)
             if answer == 401:
                 self.send_header("WWW-Authenticate", 'Basic realm="private"')
