@@ -35,7 +35,7 @@ from bench.record import table
 from bench.reference import transformers_model, upstream_checkout, upstream_commit, upstream_model
 from dinov3_server.backbone.interface import Batch, FeatureSpec, Output, PixelShape, Row
 from dinov3_server.backbone.linear import linear
-from dinov3_server.backbone.registry import VitVariant, lookup
+from dinov3_server.backbone.registry import VITS, VitVariant
 from dinov3_server.backbone.runner import build
 from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner
 from dinov3_server.engine.block import Block
@@ -62,7 +62,7 @@ def measure() -> dict[str, Any]:
         checkout = None if "upstream" in absent else upstream_checkout(Path(scratch))
         for name, dtype in itertools.product(MODELS, DTYPES):
             runner = build(name, "random:0", dtype=dtype, device="cpu")
-            variant, torch_dtype = lookup(name), TORCH_DTYPES[runner.info.dtype]
+            variant, torch_dtype = VITS[f"dinov3_{name}"], TORCH_DTYPES[runner.info.dtype]
             rivals = rival_models(variant, torch_dtype, checkout)
             for size, images in itertools.product(SIZES, BATCHES):
                 where = {"model": name, "dtype": dtype, "size": size, "batch": images}

@@ -30,7 +30,7 @@ from bench.bare import Work, our_batch
 from bench.record import table
 from dinov3_server.backbone import attention, cpu_runner, vit
 from dinov3_server.backbone.linear import PackedLinear
-from dinov3_server.backbone.registry import VitVariant, lookup
+from dinov3_server.backbone.registry import VITS, VitVariant
 from dinov3_server.backbone.runner import build
 
 CASES = (("vits16", 224), ("vitb16", 224), ("vits16", 512))
@@ -69,7 +69,7 @@ def measure() -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for (model, size), dtype in itertools.product(CASES, DTYPES):
         work = our_batch(build(model, "random:0", dtype=dtype, device="cpu"), size, IMAGES)
-        times = operator_times(work, lookup(model), size)
+        times = operator_times(work, VITS[f"dinov3_{model}"], size)
         rows.append({"model": model, "dtype": dtype, "size": size, "batch": IMAGES, **times})
         print(rows[-1], flush=True)
     return {"rows": rows}

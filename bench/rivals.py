@@ -48,7 +48,7 @@ from bench.rival_servers.call import images
 from bench.rival_servers.environment import PyTritonMissing, pytriton_python
 from bench.server import serving
 from dinov3_server.backbone.cpu import has_native_bf16
-from dinov3_server.backbone.registry import lookup
+from dinov3_server.backbone.registry import VITS
 
 SECONDS = {1: 8.0, 8: 12.0, 32: 14.0}
 """Of a measurement, by requests in flight."""
@@ -88,7 +88,7 @@ def measure() -> dict[str, Any]:
     result: dict[str, Any] = {"dtype": dtype}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        reference = transformers_model(lookup("vits16"), torch.float32)
+        reference = transformers_model(VITS["dinov3_vits16"], torch.float32)
         reference.save_pretrained(folder)
         flags = ("--model", "vits16", "--weights", str(folder / "model.safetensors"), "--dtype", dtype)
         server = stack.enter_context(serving(*flags))

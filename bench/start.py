@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from bench.record import table
 from bench.reference import transformers_model
 from bench.server import serving
-from dinov3_server.backbone.registry import lookup
+from dinov3_server.backbone.registry import VITS
 
 MODELS = ("vits16", "vitb16")
 REPEATS = 3
@@ -42,7 +42,7 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         for model in MODELS:
             weights = Path(scratch, f"{model}.safetensors")
-            save_file(transformers_model(lookup(model), torch.float32).state_dict(), weights)
+            save_file(transformers_model(VITS[f"dinov3_{model}"], torch.float32).state_dict(), weights)
             started: dict[str, list[dict[str, float]]] = {"warm": [], "cold": []}
             start(model, weights, {})  # compiles what is not yet, and reads it all once
             for repeat in range(REPEATS):

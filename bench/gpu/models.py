@@ -50,7 +50,7 @@ def eager(model: VisionTransformer) -> Forward:
 def graph(run: Forward, model: VisionTransformer, pixels: Tensor) -> Callable[[], object]:
     """A captured `run` of `pixels`, with the copies in and out that the server makes. It must have run before."""
     size = pixels.shape[1]
-    captured = ForwardGraph(run, pixels, model.rotations(size, size), pool=None)
+    captured = ForwardGraph(run, pixels, model.tables(size, size), pool=None)
     return lambda: captured.replay(pixels, len(pixels))
 
 
@@ -72,7 +72,7 @@ def fusible(model: VisionTransformer, size: int) -> Iterator[VisionTransformer]:
 
     To be called until the block is left; the given model may be called meanwhile.
     """
-    table = torch.view_as_real(model.rotations(size, size)).clone()  # [P, 1, 1, d/2, 2]
+    table = torch.view_as_real(model.tables(size, size)[0]).clone()  # [P, 1, 1, d/2, 2]
 
     def rotate_into(out: Tensor, vectors: Tensor, rotations: Tensor) -> None:
         if rotations.is_complex():

@@ -8,7 +8,7 @@ import torch
 
 from dinov3_server.backbone.interface import FeatureSpec, Output
 from dinov3_server.backbone.plan import Wanted
-from dinov3_server.backbone.registry import VitVariant, lookup
+from dinov3_server.backbone.registry import VITS, VitVariant
 
 BOTH = (Output("cls"), Output("patches"))
 WANTED = tuple(Wanted(output, "bfloat16") for output in BOTH)
@@ -25,7 +25,7 @@ class Config:
 
     @property
     def variant(self) -> VitVariant:
-        return lookup(self.model)
+        return VITS[f"dinov3_{self.model}"]
 
     @property
     def tokens(self) -> int:

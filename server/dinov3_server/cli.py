@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from dinov3_server import __version__, config, log
 from dinov3_server.backbone import registry
-from dinov3_server.backbone.registry import VitVariant
+from dinov3_server.backbone.registry import ConvNextVariant, Variant, VitVariant
 from dinov3_server.config import Declared, Settings
 from dinov3_server.config_kinds import BOOLEAN
 from dinov3_server.errors import ConfigError, StartupError
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
         return INTERRUPTED
 
 
-def _check_sizes(settings: Settings, variant: VitVariant) -> None:
+def _check_sizes(settings: Settings, variant: Variant) -> None:
     """What settings say of image sizes must suit the model. Raises ConfigError."""
     for height, width in settings.warm_up_sizes:
         rows, odd_height = divmod(height, variant.patch_size)
@@ -141,17 +141,26 @@ def _models() -> str:
             f"{variant.parameters:,}",
             str(variant.embed_dim),
             str(variant.depth),
-            str(variant.heads),
-            f"{variant.ffn} {variant.ffn_dim}",
             str(variant.patch_size),
             str(variant.registers),
+            _architecture(variant),
             ", ".join(variant.hashes),
         )
         for variant in registry.VARIANTS.values()
     ]
-    head = ("MODEL", "PARAMETERS", "DIM", "DEPTH", "HEADS", "FFN", "PATCH", "REGISTERS", "OFFICIAL WEIGHTS")
+    head = ("MODEL", "PARAMETERS", "DIM", "LAYERS", "PATCH", "REGISTERS", "ARCHITECTURE", "OFFICIAL WEIGHTS")
     aliases = ", ".join(f"{alias} = {name}" for alias, name in registry.ALIASES.items())
     return f"{_table(head, rows)}\nThe prefix dinov3_ may be left out. Aliases: {aliases}.\n"
+
+
+def _architecture(variant: Variant) -> str:
+    match variant:
+        case VitVariant():
+            return f"ViT: {variant.heads} heads, {variant.ffn} {variant.ffn_dim}"
+        case ConvNextVariant():
+            blocks, channels = ("/".join(map(str, each)) for each in (variant.depths, variant.dims))
+            return f"ConvNeXt: blocks {blocks}, channels {channels}"
+    raise TypeError(f"{variant.name} is of no known family")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.interface import Output
+from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.registry import DATASETS, Dataset, VitVariant
 from dinov3_server.backbone.vit import VisionTransformer
 
@@ -61,7 +62,7 @@ def every_output(depth: int) -> list[Output]:
 
 
 @torch.inference_mode()
-def worst_error(model: VisionTransformer, pixels: Tensor, expected: dict[Output, Tensor]) -> float:
+def worst_error(model: Model, pixels: Tensor, expected: dict[Output, Tensor]) -> float:
     """The largest relative error, norm(a - b) / norm(b), of any output."""
     actual = model(pixels, list(expected))
     assert {output: tensor.shape for output, tensor in actual.items()} == {

@@ -1,4 +1,4 @@
-"""The oracle: transformers' DINOv3ViTModel with our weights; and photographs to show both.
+"""The oracles: transformers' DINOv3ViTModel and DINOv3ConvNextModel with our weights; and photographs to show all.
 
 The map of names is written out here, apart from the one in layouts.py that it checks.
 """
@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from skimage import data
 from torch import Tensor
-from transformers import DINOv3ViTModel
+from transformers import DINOv3ConvNextConfig, DINOv3ConvNextModel, DINOv3ViTModel
 
 from bench.reference import transformers_config
 from dinov3_server.backbone.interface import Output
-from dinov3_server.backbone.registry import VitVariant
+from dinov3_server.backbone.registry import ConvNextVariant, VitVariant
+from tests.backbone.convnext_files import convnext_transformers_state
 from tests.backbone.features import every_output
 
 _OUTER = {
@@ -91,4 +92,27 @@ def transformers_features(model: DINOv3ViTModel, pixels: Tensor) -> dict[Output,
             tokens = model.norm(tokens) if output.norm else tokens
         parts = {"cls": tokens[:, 0], "registers": tokens[:, 1 : 1 + registers], "patches": tokens[:, 1 + registers :]}
         features[output] = parts[output.kind]
+    return features
+
+
+def transformers_convnext(variant: ConvNextVariant, tensors: dict[str, Tensor]) -> DINOv3ConvNextModel:
+    """The same model by transformers."""
+    config = DINOv3ConvNextConfig(hidden_sizes=list(variant.dims), depths=list(variant.depths))
+    model = DINOv3ConvNextModel(config).eval()
+    model.load_state_dict(convnext_transformers_state(variant, tensors, older=False), strict=True)
+    return model
+
+
+@torch.inference_mode()
+def transformers_convnext_features(model: DINOv3ConvNextModel, pixels: Tensor) -> dict[Output, Tensor]:
+    """The final features and every stage's, from normalised floats; the final norm is the last stage's alone."""
+    answer = model(pixels, output_hidden_states=True)
+    features = {Output("cls"): answer.last_hidden_state[:, 0], Output("patches"): answer.last_hidden_state[:, 1:]}
+    maps = answer.hidden_states[-4:]  # [B, C, h, w] each
+    for layer, stage in enumerate(maps):
+        cells = stage.flatten(2).transpose(1, 2)
+        for norm in (False, True):
+            final = model.layer_norm if norm and layer == 3 else torch.nn.Identity()
+            features[Output("cls", layer, norm)] = final(cells.mean(1))
+            features[Output("patches", layer, norm)] = final(cells)
     return features

@@ -262,7 +262,7 @@ def test_what_is_captured_has_just_run_with_the_same_shape(rig: Rig, monkeypatch
         sizes.append((len(pixels), rig.cuda.capturing is not None))
         return model(pixels, outputs)
 
-    monkeypatch.setattr(noted, "rotations", model.rotations, raising=False)
+    monkeypatch.setattr(noted, "tables", model.tables, raising=False)
     monkeypatch.setattr(rig.runner, "_model", noted)
     rig.serve(SQUARE, 17, times=CAPTURE_AT + 1)
     assert sizes == [*[(17, False)] * (CAPTURE_AT - 1), (18, False), (18, True)]
@@ -290,11 +290,11 @@ def test_a_replay_flags_the_row_that_is_not_finite_and_only_that(rig: Rig) -> No
 
 
 def test_a_graph_keeps_the_rope_table_that_it_reads(rig: Rig) -> None:
-    table = rig.runner._model.rotations(32, 32)
+    (table,) = rig.runner._model.tables(32, 32)
     rig.serve(SQUARE, 2, times=CAPTURE_AT)
     rig.runner._model._rope.rotations.cache_clear()
     (entry,) = rig.runner._graphs._entries.values()
-    assert any(held is table for held in vars(entry.graph).values())
+    assert any(held is table for held in entry.graph._tables)
     rig.serve(SQUARE, 2)
 
 

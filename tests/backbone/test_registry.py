@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from dinov3_server.backbone.layouts import canonical_shapes
-from dinov3_server.backbone.registry import DATASETS, VARIANTS, VitVariant, lookup
+from dinov3_server.backbone.registry import CONVNEXTS, DATASETS, VARIANTS, VITS, ConvNextVariant, VitVariant, lookup
 from dinov3_server.errors import ConfigError
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=str)
-def test_exact_parameter_counts(variant: VitVariant) -> None:
+@pytest.mark.parametrize("variant", VITS.values(), ids=lambda variant: variant.name)
+def test_exact_parameter_counts_of_vision_transformers(variant: VitVariant) -> None:
     inference = sum(math.prod(shape) for shape in canonical_shapes(variant).values())
     mask_token = variant.embed_dim
     masked_key_biases = variant.depth * variant.embed_dim if variant.qkv_bias else 0
@@ -22,11 +22,27 @@ def test_exact_parameter_counts(variant: VitVariant) -> None:
     assert variant.parameters == inference + mask_token + masked_key_biases + local_cls_norm
 
 
+@pytest.mark.parametrize("variant", CONVNEXTS.values(), ids=lambda variant: variant.name)
+def test_exact_parameter_counts_of_convnexts(variant: ConvNextVariant) -> None:
+    assert variant.parameters == sum(math.prod(shape) for shape in canonical_shapes(variant).values())
+
+
 def test_every_variant_is_found_by_its_names() -> None:
+    assert VARIANTS == VITS | CONVNEXTS
     for name, variant in VARIANTS.items():
         assert variant.name == name
-        for spelling in (name, name.removeprefix("dinov3_"), name.upper(), f" {name} "):
+        short = name.removeprefix("dinov3_")
+        for spelling in (name, short, name.upper(), f" {name} ", short.replace("_", "-"), name.replace("_", "-")):
             assert lookup(spelling) is variant
+
+
+def test_layers_of_both_families() -> None:
+    vit, convnext = lookup("vits16"), lookup("convnext_base")
+    assert (vit.layer_dims, vit.layer_strides) == ((384,) * 12, (16,) * 12)
+    assert (convnext.layer_dims, convnext.layer_strides) == ((128, 256, 512, 1024), (4, 8, 16, 32))
+    for variant in VARIANTS.values():
+        assert (variant.layer_dims[-1], variant.layer_strides[-1]) == (variant.embed_dim, variant.patch_size)
+        assert len(variant.layer_dims) == len(variant.layer_strides) == variant.depth
 
 
 @pytest.mark.parametrize(("alias", "name"), [("small", "vits16"), ("vit_base", "vitb16"), ("vit-large", "vitl16")])
@@ -48,7 +64,7 @@ def test_official_file_names() -> None:
         ("dinov3_vitg14", "DINOv3 has no giant2"),
         ("vits14", "patch of 16, not 14.*518.*512 or 528"),
         ("dinov2_vitb", "patch of 16"),
-        ("dinov3_convnext_tiny", "ConvNeXt.*does not serve"),
+        ("convnext_huge", "did you mean 'convnext_"),
         ("vitb61", "did you mean 'vitb16'"),
         ("dinov3_vitsl16plus", "did you mean 'vits?l?16plus'"),
         ("resnet50", "is not known"),

@@ -164,10 +164,12 @@ def test_detach_lets_the_arena_go() -> None:
     arena.memory.close()
 
 
-def test_a_failed_batch_lets_the_arena_go_too() -> None:
+def test_a_failed_batch_lets_the_arena_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
-    (row,) = arena.request(served.info, BYTES, picture(32, 48), FeatureSpec((Output("cls", 99),), "float32"))
+    (row,) = arena.request(served.info, BYTES, picture(32, 48), SPECS[0])
+    model = served._model
+    monkeypatch.setattr(served, "_model", lambda pixels, outputs: model(pixels, [Output("cls", 99)]))
     with pytest.raises(ValueError, match="no layer 99"):
         serve(served, BYTES, [row])
     served.close()

@@ -14,7 +14,7 @@ from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.layouts import canonical_shapes
 from dinov3_server.backbone.linear import Linear, PackedLinear, linear
 from dinov3_server.backbone.random_weights import random_tensors
-from dinov3_server.backbone.registry import VARIANTS, VitVariant, lookup
+from dinov3_server.backbone.registry import VITS, VitVariant, lookup
 from dinov3_server.backbone.rope import Rope, default_periods
 from tests.backbone.features import every_output, normalised, ours, picture, worst_error
 from tests.backbone.reference import transformers_features, transformers_model
@@ -166,9 +166,9 @@ def test_attention(kernel: str, queries: int | None, scores: int, monkeypatch: p
         assert error < (0.02 if bf16 else 1e-6)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", VITS)
 def test_every_variant_builds_and_runs_without_memory(name: str) -> None:
-    variant = VARIANTS[name]
+    variant = VITS[name]
     tensors = {key: torch.empty(shape, device=META) for key, shape in canonical_shapes(variant).items()}
     periods = default_periods(variant.head_dim, variant.rope_base)
     model = ours(variant, tensors, periods, dtype=torch.bfloat16, device=META)

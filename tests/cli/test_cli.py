@@ -177,15 +177,20 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
         "1024",
         "24",
         "16",
+        "4",
+        "ViT:",
+        "16",
+        "heads,",
         "mlp",
         "4096",
-        "16",
-        "4",
         "lvd1689m,",
         "sat493m",
     ]
     (huge,) = [line.split() for line in lines if line.startswith("dinov3_vit7b16 ")]
-    assert huge[1:7] == ["6,716,043,264", "4096", "40", "32", "swiglu", "8192"]
+    assert huge[1:10] == ["6,716,043,264", "4096", "40", "16", "4", "ViT:", "32", "heads,", "swiglu"]
+    (tiny,) = [line for line in lines if line.startswith("dinov3_convnext_tiny ")]
+    assert tiny.split()[1:6] == ["27,820,128", "768", "4", "32", "0"]
+    assert "ConvNeXt: blocks 3/3/9/3, channels 96/192/384/768" in tiny
     assert "small = dinov3_vits16" in lines[-1]
 
 

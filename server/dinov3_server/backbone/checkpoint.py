@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dinov3_server.backbone.layout import Entry
 from dinov3_server.backbone.layouts import canonical_shapes, layout_of, layouts
-from dinov3_server.backbone.registry import CONVNEXTS, DATASETS, VARIANTS, Dataset, Variant, VitVariant
+from dinov3_server.backbone.registry import DATASETS, VARIANTS, Dataset, Variant, VitVariant
 from dinov3_server.backbone.rope import default_periods
 from dinov3_server.backbone.tensor_files import enumerate_some, read_tensors
 from dinov3_server.backbone.vit_layouts import PERIODS
@@ -103,7 +103,7 @@ def _problems(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> li
 
 
 def _looks_like(stored: Mapping[str, Tensor]) -> str:
-    for variant in (*VARIANTS.values(), *CONVNEXTS.values()):
+    for variant in VARIANTS.values():
         for layout in layouts(variant):
             if not _problems({layout.spelling(key): tensor for key, tensor in stored.items()}, layout.entries):
                 return f" It looks like {variant.name}."

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.interface import PixelShape
+from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.plan import Wanted
 from dinov3_server.backbone.torch_runner import TORCH_DTYPES, finite_rows
-from dinov3_server.backbone.vit import VisionTransformer
 
 # The use of a key that captures it: most of what is asked for once or twice is never asked for again.
 CAPTURE_AT = 3
@@ -54,7 +54,7 @@ class Features:
     finite: Tensor
 
 
-def compute(model: VisionTransformer, pixels: Tensor, wanted: Sequence[Wanted]) -> Features:
+def compute(model: Model, pixels: Tensor, wanted: Sequence[Wanted]) -> Features:
     """A whole forward pass, on the current stream: nothing in it waits for the device."""
     features = model(pixels, dict.fromkeys(output for output, _ in wanted))
     values = [features[output].to(TORCH_DTYPES[dtype]).contiguous() for output, dtype in wanted]
@@ -68,15 +68,17 @@ class ForwardGraph:
     overwrites what the others left there, features included.
     """
 
-    def __init__(self, forward: Callable[[Tensor], Features], pixels: Tensor, reads: Tensor, pool: object) -> None:
+    def __init__(
+        self, forward: Callable[[Tensor], Features], pixels: Tensor, tables: Sequence[Tensor], pool: object
+    ) -> None:
         """Capture `forward` of tensors like `pixels`, on the current stream. It must have run before, on this thread
         and stream and with this shape: libraries and kernels are loaded then, which a capture cannot do.
 
-        `reads` is what `forward` reads beside weights; it is kept. `pool` is another graph's, None for the first.
+        `tables` are what `forward` reads beside weights; they are kept. `pool` is another graph's, None for the first.
         Raises torch.OutOfMemoryError, or RuntimeError where the device refuses. Does not wait for the device, as
         torch.cuda.graph would.
         """
-        self._reads = reads
+        self._tables = tuple(tables)
         self._pixels = torch.empty_like(pixels)
         self._graph = torch.cuda.CUDAGraph()
         # Another thread may wait for an event meanwhile, which is its right in this mode.

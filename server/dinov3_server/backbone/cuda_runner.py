@@ -26,13 +26,13 @@ from torch import Tensor
 
 from dinov3_server.backbone.cuda_graphs import ForwardGraph, GraphCache, Key, compute, padded
 from dinov3_server.backbone.interface import Batch, DeviceOutOfMemory, Finished, Launched, ModelInfo, PixelShape
+from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.plan import Wanted, feature_runs, pixel_runs, wanted_features
 from dinov3_server.backbone.torch_runner import (
     TorchRunner,
     device_failure,
     pixel_layout,
 )
-from dinov3_server.backbone.vit import VisionTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class CudaRunner(TorchRunner):
 
     pipeline_depth = 2
 
-    def __init__(self, model: VisionTransformer, info: ModelInfo) -> None:
+    def __init__(self, model: Model, info: ModelInfo) -> None:
         super().__init__(model, info)
         self._device = model.device
         self._graphs = GraphCache(int(self.memory()["total"] * _GRAPHS_SHARE))
@@ -153,9 +153,9 @@ class CudaRunner(TorchRunner):
     def _capture(self, key: Key, pixels: Tensor) -> None:
         """Have a graph for `key` from now on. Nothing that goes wrong here is an error of the batch just launched."""
         # Held by the graph, and asked for before the capture: in one it would be made of memory that others overwrite.
-        rotations = self._model.rotations(key.shape.height, key.shape.width)
+        tables = self._model.tables(key.shape.height, key.shape.width)
         try:
-            graph = ForwardGraph(lambda x: compute(self._model, x, key.wanted), pixels, rotations, self._graphs.pool())
+            graph = ForwardGraph(lambda x: compute(self._model, x, key.wanted), pixels, tables, self._graphs.pool())
         except RuntimeError as error:
             if isinstance(device_failure(error), DeviceOutOfMemory):
                 logger.warning("no memory for a CUDA graph of %d images of %s: it runs without", key.images, key.shape)

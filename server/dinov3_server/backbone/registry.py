@@ -148,7 +148,7 @@ def _convnext(
     )
 
 
-VARIANTS: Mapping[str, VitVariant] = MappingProxyType(
+VITS: Mapping[str, VitVariant] = MappingProxyType(
     {
         variant.name: variant
         for variant in (
@@ -177,6 +177,8 @@ CONVNEXTS: Mapping[str, ConvNextVariant] = MappingProxyType(
     }
 )
 
+VARIANTS: Mapping[str, Variant] = MappingProxyType({**VITS, **CONVNEXTS})
+
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "small": "dinov3_vits16",
@@ -191,8 +193,9 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def lookup(name: str) -> VitVariant:
+def lookup(name: str) -> Variant:
     """The variant called `name`: `dinov3_vits16`, or short `vits16`, or an alias such as `small`.
+    Hyphens are as good as underscores.
 
     Raises ConfigError for a name that is not one, saying which are.
     """
@@ -215,8 +218,6 @@ def _why_unknown(key: str) -> str:
             "is DINOv2's: every DINOv3 vision transformer has a patch of 16, not 14 (so an input of 518 pixels, which "
             "is no multiple of 16, becomes 512 or 528)."
         )
-    if "convnext" in key:
-        return "is of DINOv3's ConvNeXt family, which this version does not serve."
     shorts = [full.removeprefix("dinov3_") for full in VARIANTS]
     nearest = difflib.get_close_matches(key.removeprefix("dinov3_"), [*shorts, *ALIASES], n=1, cutoff=0.6)
     return f"is not known; did you mean {nearest[0]!r}?" if nearest else "is not known."

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -27,13 +26,13 @@ from dinov3_server.backbone.interface import (
     Provisioned,
     TokenKind,
 )
+from dinov3_server.backbone.model import Model, our_model
 from dinov3_server.backbone.random_weights import random_tensors
-from dinov3_server.backbone.registry import DATASETS, VitVariant, lookup
+from dinov3_server.backbone.registry import DATASETS, Variant, VitVariant, lookup
 from dinov3_server.backbone.rope import default_periods
 from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner
 from dinov3_server.backbone.trial import run_image
 from dinov3_server.backbone.upstream import UpstreamModel
-from dinov3_server.backbone.vit import VisionTransformer
 from dinov3_server.errors import CheckpointError, ConfigError, UpstreamCodeError
 
 logger = logging.getLogger(__name__)
@@ -159,7 +158,7 @@ def _dtype(dtype: str, device: torch.device) -> FeatureDtype:
     return "bfloat16"
 
 
-def _weights(variant: VitVariant, weights: str, dataset: str | None) -> tuple[Checkpoint, bool]:
+def _weights(variant: Variant, weights: str, dataset: str | None) -> tuple[Checkpoint, bool]:
     """The checkpoint that `weights` names, and whether it is random."""
     kind, colon, seed = weights.partition(":")
     if kind == "random" and colon:
@@ -167,7 +166,9 @@ def _weights(variant: VitVariant, weights: str, dataset: str | None) -> tuple[Ch
             raise ConfigError(f"weights {weights!r}: the seed must be a whole number below 2^63, as in 'random:0'")
         logger.warning("RANDOM WEIGHTS (%s): the features of %s mean nothing", weights, variant.name)
         tensors = random_tensors(variant, int(seed))
-        periods = default_periods(variant.head_dim, variant.rope_base)
+        periods = None
+        if isinstance(variant, VitVariant):
+            periods = default_periods(variant.head_dim, variant.rope_base)
         return Checkpoint(variant, DATASETS["lvd1689m"], tensors, periods), True
     return load_checkpoint(Path(weights), variant, dataset), False
 
@@ -183,17 +184,11 @@ def _checkout(provisioned: Provisioned | None) -> Path:
     return Path(provisioned.checkout)
 
 
-def _model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, checkout: Path | None
-) -> VisionTransformer:
+def _model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, checkout: Path | None) -> Model:
     """Meta's modules where `checkout` is given, else ours."""
     if checkout is not None:
-        return cast(VisionTransformer, UpstreamModel(checkout, checkpoint, dtype=dtype, device=device))
-    assert isinstance(checkpoint.variant, VitVariant)
-    assert checkpoint.periods is not None
-    return VisionTransformer(
-        checkpoint.variant, checkpoint.tensors, checkpoint.periods, checkpoint.dataset, dtype=dtype, device=device
-    )
+        return UpstreamModel(checkout, checkpoint, dtype=dtype, device=device)
+    return our_model(checkpoint, dtype=dtype, device=device)
 
 
 def _run_once(runner: TorchRunner, shape: PixelShape) -> None:

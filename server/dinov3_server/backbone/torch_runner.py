@@ -20,8 +20,8 @@ from dinov3_server.backbone.interface import (
     ModelInfo,
     PixelShape,
 )
+from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.plan import FeatureRun
-from dinov3_server.backbone.vit import VisionTransformer
 
 T = TypeVar("T")
 
@@ -33,14 +33,14 @@ TORCH_DTYPES: dict[FeatureDtype, torch.dtype] = {
 
 
 class TorchRunner(abc.ABC):
-    """A `Runner` (see interface.py) over our own model.
+    """A `Runner` (see interface.py) over a torch model.
 
     `load_seconds` tells how long each step of loading took, by the step's name.
     """
 
     pipeline_depth: int
 
-    def __init__(self, model: VisionTransformer, info: ModelInfo) -> None:
+    def __init__(self, model: Model, info: ModelInfo) -> None:
         self.info = info
         self.load_seconds: dict[str, float] = {}
         self._model = model

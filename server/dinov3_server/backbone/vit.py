@@ -23,12 +23,9 @@ from torch import Tensor
 from dinov3_server.backbone.attention import attention
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.linear import Linear, linear
+from dinov3_server.backbone.patch_embedding import PatchEmbedding
 from dinov3_server.backbone.registry import Dataset, VitVariant
 from dinov3_server.backbone.rope import Rope, interleave
-
-# Bytes enter the patch embedding as byte - 128: exact in bfloat16, and near zero mean, so that the folded mean
-# and std cost no precision.
-_BYTE_CENTRE = 128
 
 
 class VisionTransformer:
@@ -58,9 +55,8 @@ class VisionTransformer:
         def dense(weight: Tensor, bias: Tensor | None) -> Linear:
             return linear(weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype))
 
-        weight, bias = exact("patch_embed.proj.weight"), exact("patch_embed.proj.bias")
-        self._embed_floats = dense(weight.flatten(1), bias)
-        self._embed_bytes = dense(*_fold_normalisation(weight, bias, dataset))
+        projection = exact("patch_embed.proj.weight"), exact("patch_embed.proj.bias")
+        self._patch_embedding = PatchEmbedding(*projection, dataset, multiple=variant.patch_size, dtype=dtype)
         self._prefix = torch.cat((exact("cls_token"), exact("storage_tokens")), dim=1)  # [1, 1 + G, D]
         self._norm = _Norm(exact("norm.weight"), exact("norm.bias"), variant.norm_eps)
         self._rope = Rope(periods.to(device, torch.float32))
@@ -98,9 +94,9 @@ class VisionTransformer:
                     features |= self._pick(x, group, norm)
         return features
 
-    def rotations(self, height: int, width: int) -> Tensor:
-        """The RoPE table for pixels of this size: what a forward pass reads beside weights, cached for a while only."""
-        return self._rope.rotations(height // self.variant.patch_size, width // self.variant.patch_size)
+    def tables(self, height: int, width: int) -> tuple[Tensor, ...]:
+        """The RoPE table for pixels of this size, which is cached for a while only."""
+        return (self._rope.rotations(height // self.variant.patch_size, width // self.variant.patch_size),)
 
     def _source(self, output: Output) -> tuple[int, bool]:
         """The block whose output it is, and whether the final norm comes after it."""
@@ -115,24 +111,9 @@ class VisionTransformer:
 
     def _embed(self, pixels: Tensor) -> tuple[Tensor, int, int]:
         """The [B, T, D] tokens that enter the first block, and the patch grid."""
-        patch = self.variant.patch_size
-        is_bytes = pixels.dtype == torch.uint8
-        height, width, channels = pixels.shape[1:] if is_bytes else (*pixels.shape[2:], pixels.shape[1])
-        if channels != 3 or height % patch or width % patch or not height or not width:
-            raise ValueError(
-                f"pixels of shape {tuple(pixels.shape)} {pixels.dtype}; wanted [B, H, W, 3] uint8 or [B, 3, H, W] "
-                f"floats with H and W positive multiples of {patch}"
-            )
-        rows, columns = height // patch, width // patch
-        if is_bytes:
-            grid = pixels.view(-1, rows, patch, columns, patch, 3).permute(0, 1, 3, 2, 4, 5)
-            # Made contiguous as bytes, when a copy is cheapest.
-            patches = grid.reshape(-1, rows * columns, patch * patch * 3).to(self.dtype).sub_(_BYTE_CENTRE)
-            tokens = self._embed_bytes(patches)
-        else:
-            grid = pixels.view(-1, 3, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-            tokens = self._embed_floats(grid.to(self.dtype).reshape(-1, rows * columns, 3 * patch * patch))
-        stream = torch.cat((self._prefix.expand(tokens.shape[0], -1, -1), tokens.float()), dim=1)
+        patches = self._patch_embedding(pixels)
+        batch, rows, columns, _ = patches.shape
+        stream = torch.cat((self._prefix.expand(batch, -1, -1), patches.flatten(1, 2).float()), dim=1)
         return stream, rows, columns
 
     def _pick(self, x: Tensor, group: list[Output], norm: bool) -> dict[Output, Tensor]:
@@ -260,17 +241,3 @@ def _block(
     else:
         ffn = _SwiGlu(plain("mlp.w1"), plain("mlp.w2"), scaled("mlp.w3", "ls2"))
     return _Block(variant.heads, dtype, norm("norm1"), qkv(), scaled("attn.proj", "ls1"), norm("norm2"), ffn)
-
-
-def _fold_normalisation(weight: Tensor, bias: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """A [D, 3, p, p] patch embedding of (byte / 255 - mean) / std as a [D, p p 3] one of byte - 128.
-
-    (byte / 255 - mean) / std = (byte - 128) / (255 std) + (128 / 255 - mean) / std
-    """
-    # In fp64: it is done once, and a sum of 768 products loses digits in fp32.
-    mean = torch.tensor(dataset.mean, dtype=torch.float64, device=weight.device)
-    std = torch.tensor(dataset.std, dtype=torch.float64, device=weight.device)
-    exact = weight.double()
-    offset = (exact.sum((2, 3)) * ((_BYTE_CENTRE / 255 - mean) / std)).sum(1)
-    scaled = exact / (255 * std)[:, None, None]
-    return scaled.permute(0, 2, 3, 1).flatten(1).float(), (bias.double() + offset).float()
