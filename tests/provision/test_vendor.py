@@ -412,3 +412,13 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_a_missing_one(rig: Rig, m
     with pytest.raises(StorageError, match=r"backbones.py: no permission"):
         rig.vendor()
     assert rig.target.exists()
+
+
+def test_what_was_left_beside_a_good_checkout_is_no_reason_to_write(rig: Rig, monkeypatch: Any) -> None:
+    rig.vendor()
+    rig.target.with_name(".code.01234567.part").mkdir()
+    with monkeypatch.context() as patched:
+        refuse_to_write(patched, errno.EROFS)
+        rig.vendor()
+    rig.vendor()
+    assert rig.holds(rig.first)

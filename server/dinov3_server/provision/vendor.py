@@ -46,16 +46,19 @@ def vendor(
     Unreachable, AccessRefused or StorageError.
     """
     target = target.resolve()
-    with suppress(OSError):  # also of files that go while another process puts a new checkout in place
-        if not force and look(target, revision).state is State.GOOD:
-            return
     vendoring = _Vendoring(repo_url, revision, target)
+    with suppress(OSError):  # also of files that go while another process puts a new checkout in place
+        if not force and look(target, revision).state is State.GOOD and not vendoring.leftovers():
+            return
     with ExitStack() as held:
         try:
             held.enter_context(locked(target.with_name(target.name + ".lock"), f"Meta's code in {target}"))
         except StorageError:
             with storage_errors(target):
-                vendoring.refuse(look(target, revision), force, offline)  # what is wrong with it says more
+                found = look(target, revision)
+            if found.state is State.GOOD and not force:
+                return
+            vendoring.refuse(found, force, offline)  # what is wrong with it says more
             raise
         with storage_errors(target):
             vendoring.recover()
@@ -81,16 +84,19 @@ class _Vendoring:
         self._target = target
         self._old = target.with_name(f".{target.name}.old")
 
+    def leftovers(self) -> list[Path]:
+        """What processes left beside the target that were killed, or are at work now."""
+        unfinished = re.compile(re.escape(f".{self._target.name}.") + r"([0-9a-f]{8}\.part|old)")
+        return [path for path in self._target.parent.iterdir() if unfinished.fullmatch(path.name)]
+
     def recover(self) -> None:
         """Put right what a process left that was killed."""
-        if self._old.exists():
-            if is_nothing(self._target):
-                self._old.rename(self._target)
-            else:
-                self._discard(self._old)
-        for path in self._target.parent.iterdir():
-            if re.fullmatch(re.escape(f".{self._target.name}.") + r"[0-9a-f]{8}\.part", path.name):
-                shutil.rmtree(path, ignore_errors=True)  # a git that outlived its starter may still write there
+        if self._old.exists() and is_nothing(self._target):
+            self._old.rename(self._target)
+        for path in self.leftovers():
+            if path == self._old:  # renamed first, so that no part of it is ever taken for the whole
+                path = path.rename(self._unfinished())
+            shutil.rmtree(path, ignore_errors=True)  # a git that outlived its starter may still write there
 
     def refuse(self, found: Found, force: bool, offline: bool) -> None:
         """Raise where what was found must be left alone, or nothing may be fetched."""
@@ -196,9 +202,3 @@ class _Vendoring:
 
     def _unfinished(self) -> Path:
         return self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}.part")
-
-    def _discard(self, folder: Path) -> None:
-        """Remove a folder so that no part of it is ever taken for the whole."""
-        doomed = self._unfinished()
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
