@@ -2,26 +2,27 @@
 
 Meta's code computes the probes (probe.py) in float32 from the same weights, in a process of its own; then ours does, in
 float32, which shows the algebra (folded scales and normalisation, interleaved channels, the reading of names) to within
-rounding; then the very runner that will serve does, in its own dtype. Not more than one model is in memory at a time.
+rounding; then the very runner that will serve does, in its own dtype, which Meta's code is run in too, for a measure of
+what rounding does to these weights. Not more than one model is in memory at a time.
 """
 
 from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from dinov3_server import __version__
 from dinov3_server.backbone import cpu, probe
-from dinov3_server.backbone.certificate_folder import CertificateFolder
+from dinov3_server.backbone.certificate_folder import CertificateFolder, Kept
 from dinov3_server.backbone.checkpoint import Checkpoint
 from dinov3_server.backbone.interface import (
     NO_PROOF,
@@ -31,7 +32,6 @@ from dinov3_server.backbone.interface import (
     Output,
     OutputProof,
     Provisioned,
-    TokenKind,
 )
 from dinov3_server.backbone.torch_runner import TorchRunner
 from dinov3_server.backbone.trial import run_image
@@ -43,21 +43,20 @@ log = logging.getLogger(__name__)
 Step = Callable[[str, str], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What one output must reach: the cosine of every token, and the relative error of every image."""
+class Bound(NamedTuple):
+    """What an output must reach: the cosine of every token, and the relative error of every image."""
 
     cosine: float
     relative_error: float
 
 
-# docs/provisioning.md says how these were chosen.
-BOUNDS: Mapping[FeatureDtype, Mapping[TokenKind, Bound]] = MappingProxyType(
-    {
-        "float32": {"cls": Bound(0.99999, 1e-4), "patches": Bound(0.99999, 1e-4)},
-        "bfloat16": {"cls": Bound(0.99, 0.15), "patches": Bound(0.98, 0.15)},
-    }
-)
+# float32 differs by the order of sums alone: some 1e-6 (docs/architecture.md has the figures).
+EXACT = Bound(0.99999, 1e-4)
+# How far rounding to bfloat16 takes features depends on the weights; Meta's own code in bfloat16 shows how far. Ours
+# may be this many times as far from Meta's float32, in 1 - cosine and in relative error; or, where rounding
+# hardly shows and ratios say little, as far as `NEAR`.
+MARGIN = Bound(4.0, 2.0)
+NEAR = Bound(0.999, 0.05)
 
 _NOT_PREPROCESSING = (
     "The way from an image file to pixels (decoding, resizing) is not compared: the proof begins with pixels."
@@ -116,15 +115,15 @@ def certified(claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: S
     if isinstance(theirs, str):
         return _build(claim, load, step, replace(NO_PROOF, reason=theirs))
     assert claim.folder is not None
-    kept = CertificateFolder(claim.folder, claim.about(theirs.revision))
-    certificate = _holding(kept.read(), claim)
+    folder = CertificateFolder(claim.folder, claim.about(theirs.revision))
+    certificate = _holding(folder.read(), claim)
     if certificate is None:
-        with kept.locked():
+        with folder.locked():
             # Another process may have proven the same while this one waited.
-            certificate = _holding(kept.read(), claim)
+            certificate = _holding(folder.read(), claim)
             if certificate is None:
-                runner = _prove(claim, theirs, load, step)
-                kept.write(runner.info.certificate)
+                runner, rounding = _prove(claim, theirs, load, step)
+                folder.write(Kept(runner.info.certificate, rounding))
                 return runner
     return _build(claim, load, step, certificate)
 
@@ -151,15 +150,22 @@ def _build(
     return runner
 
 
-def _prove(claim: Claim, theirs: _Theirs, load: Callable[[FeatureDtype], TorchRunner], step: Step) -> TorchRunner:
+def _prove(
+    claim: Claim, theirs: _Theirs, load: Callable[[FeatureDtype], TorchRunner], step: Step
+) -> tuple[TorchRunner, tuple[OutputProof, ...]]:
+    """The runner with a new certificate, and what Meta's own rounding is (see Kept)."""
     checkpoint = claim.checkpoint
+    dtypes: tuple[FeatureDtype, ...] = ("float32",) if claim.dtype == "float32" else ("float32", claim.dtype)
     try:
-        with step("upstream", f"Meta's code at {theirs.revision[:12]}: {len(probe.SIZES)} images in float32"):
-            expected = upstream_features(
+        with step(
+            "upstream", f"Meta's code at {theirs.revision[:12]}: {len(probe.SIZES)} images in {' and '.join(dtypes)}"
+        ):
+            computed = upstream_features(
                 theirs.checkout,
                 theirs.weights,
                 checkpoint.variant,
                 checkpoint.dataset.name,
+                dtypes,
                 device=claim.device,
                 threads=claim.threads,
             )
@@ -169,11 +175,14 @@ def _prove(claim: Claim, theirs: _Theirs, load: Callable[[FeatureDtype], TorchRu
             f"the right ones: {error}\nMend that, or serve them unproven: --certificate false "
             "(DINOV3_CERTIFICATE=false)"
         ) from None
+    expected = computed["float32"]
     proofs: list[OutputProof] = []
+    rounding: tuple[OutputProof, ...] = ()
     if claim.dtype != "float32":
+        rounding = tuple(compare(computed[claim.dtype], expected, claim.dtype))
         with step("certificate", "ours in float32"):
             proofs += compare(_of_float32(claim, load), expected, "float32")
-        _check(claim, theirs, proofs)
+        _check(claim, theirs, proofs, rounding)
     certificate = Certificate(
         verified=True,
         reason="",
@@ -185,9 +194,9 @@ def _prove(claim: Claim, theirs: _Theirs, load: Callable[[FeatureDtype], TorchRu
     runner = _build(claim, load, step, certificate)
     with step("certificate", f"ours in {claim.dtype}, as it will serve"):
         proofs += compare(_features(runner), expected, claim.dtype)
-    _check(claim, theirs, proofs)
+    _check(claim, theirs, proofs, rounding)
     runner.info = replace(runner.info, certificate=replace(certificate, outputs=tuple(proofs)))
-    return runner
+    return runner, rounding
 
 
 def _of_float32(claim: Claim, load: Callable[[FeatureDtype], TorchRunner]) -> Features:
@@ -212,10 +221,21 @@ def compare(ours: Features, theirs: Features, dtype: FeatureDtype) -> list[Outpu
     return proofs
 
 
-def holds(proof: OutputProof) -> bool:
+def bound(proof: OutputProof, rounding: Iterable[OutputProof]) -> Bound:
+    """What `proof` must reach, where Meta's own code in the serving dtype reaches `rounding`."""
+    for theirs in rounding:
+        if (theirs.output, theirs.dtype) == (proof.output, proof.dtype):
+            return Bound(
+                min(NEAR.cosine, 1 - MARGIN.cosine * (1 - theirs.least_cosine)),
+                max(NEAR.relative_error, MARGIN.relative_error * theirs.relative_error),
+            )
+    return EXACT
+
+
+def holds(proof: OutputProof, rounding: Iterable[OutputProof]) -> bool:
     """Whether it reaches its bound; what is not a number does not."""
-    bound = BOUNDS[proof.dtype][proof.output]
-    return proof.least_cosine >= bound.cosine and proof.relative_error <= bound.relative_error
+    least = bound(proof, rounding)
+    return proof.least_cosine >= least.cosine and proof.relative_error <= least.relative_error
 
 
 def _features(runner: TorchRunner) -> Features:
@@ -226,41 +246,49 @@ def _features(runner: TorchRunner) -> Features:
     ]
 
 
-def _check(claim: Claim, theirs: _Theirs, proofs: Sequence[OutputProof]) -> None:
-    failed = [proof for proof in proofs if not holds(proof)]
+def _check(claim: Claim, theirs: _Theirs, proofs: Sequence[OutputProof], rounding: Sequence[OutputProof]) -> None:
+    failed = [proof for proof in proofs if not holds(proof, rounding)]
     if not failed:
         return
     lines = []
     for proof in proofs:
-        bound = BOUNDS[proof.dtype][proof.output]
+        least = bound(proof, rounding)
         lines.append(
-            f"    {proof.output} in {proof.dtype}: cosine {proof.least_cosine:.6f} (at least {bound.cosine:g}), "
-            f"relative error {proof.relative_error:.2e} (at most {bound.relative_error:g})"
-            + (" FAILS" if proof in failed else "")
+            f"    {proof.output} in {proof.dtype}: cosine {proof.least_cosine:.6f} (at least {least.cosine:.6f}), "
+            f"relative error {proof.relative_error:.1e} (at most {least.relative_error:.1e})"
+            + (": FAILS" if proof in failed else "")
         )
-    only_rounding = all(proof.dtype != "float32" for proof in failed)
+    # Where float32 passes, the model is the right one.
+    exact = "" if failed[0].dtype == "float32" else "--dtype float32 serves features that pass; "
     raise CertificateError(
         "\n".join(
             (
                 f"the features of {claim.checkpoint.variant.name} on {_name(claim.device)} are not those of Meta's "
                 f"code at {theirs.revision}:",
                 *lines,
-                "They are not served. Please report it with these figures. Until then: "
-                + ("--dtype float32 serves those that pass; " if only_rounding else "")
-                + "--backbone upstream serves Meta's own modules; --certificate false serves these, unproven.",
+                "They are not served. Please report it, with these figures. Until it is mended: "
+                f"{exact}--backbone upstream serves Meta's own modules; --certificate false serves these, unproven.",
             )
         )
     )
 
 
-def _holding(certificate: Certificate | None, claim: Claim) -> Certificate | None:
-    """A kept certificate if it proves what is claimed, by the bounds of today."""
-    if certificate is None:
+def _holding(kept: Kept | None, claim: Claim) -> Certificate | None:
+    """A kept certificate if it shows what is claimed, by the bounds of today."""
+    if kept is None:
         return None
-    wanted = {(kind, dtype) for kind in PROVEN for dtype in ("float32", claim.dtype)}
+    certificate, rounding = kept
+    serving = {(kind, claim.dtype) for kind in PROVEN}
+    wanted = serving | {(kind, "float32") for kind in PROVEN}
     shown = {(proof.output, proof.dtype) for proof in certificate.outputs}
-    if not certificate.verified or shown != wanted or not all(map(holds, certificate.outputs)):
-        log.warning("a kept certificate does not reach the bounds; it is proven anew")
+    judged = {(proof.output, proof.dtype) for proof in rounding}
+    if (
+        not certificate.verified
+        or shown != wanted
+        or judged != (set() if claim.dtype == "float32" else serving)
+        or not all(holds(proof, rounding) for proof in certificate.outputs)
+    ):
+        log.warning("a kept certificate does not reach the bounds of today: the features are compared again")
         return None
     return certificate
 

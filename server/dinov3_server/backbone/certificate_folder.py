@@ -14,13 +14,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinov3_server.backbone.interface import Certificate, OutputProof
 from dinov3_server.errors import StorageError
 from dinov3_server.storage import locked, write_whole
 
 log = logging.getLogger(__name__)
+
+
+class Kept(NamedTuple):
+    """A certificate, and what it is judged by: how near Meta's own code in the serving dtype is to itself in float32.
+
+    `rounding` is empty where the serving dtype is float32.
+    """
+
+    certificate: Certificate
+    rounding: tuple[OutputProof, ...]
 
 
 class CertificateFolder:
@@ -31,8 +41,8 @@ class CertificateFolder:
         key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:32]
         self.path = folder / f"{key}.json"
 
-    def read(self) -> Certificate | None:
-        """The certificate that is kept; None where there is none, or none that can be read."""
+    def read(self) -> Kept | None:
+        """What is kept; None where that is nothing, or cannot be read."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -56,25 +66,33 @@ class CertificateFolder:
                 log.warning("the certificate will not be kept, so every start will compare again: %s", error)
             yield
 
-    def write(self, certificate: Certificate) -> None:
-        content = {"about": self._about, "certificate": asdict(certificate)}
+    def write(self, kept: Kept) -> None:
+        content = {
+            "about": self._about,
+            "certificate": asdict(kept.certificate),
+            "rounding": [asdict(proof) for proof in kept.rounding],
+        }
         try:
             write_whole(self.path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
         except StorageError as error:
             log.warning("the certificate is not kept, so every start compares again: %s", error)
 
 
-def _parse(content: Any, about: Mapping[str, str | int]) -> Certificate:
+def _parse(content: Any, about: Mapping[str, str | int]) -> Kept:
     """Raises ValueError, TypeError or KeyError for anything but what `write` writes."""
     if content["about"] != about:
         raise ValueError("it is about something else")
     stored = dict(content["certificate"])
-    outputs = tuple(
-        OutputProof(proof["output"], proof["dtype"], float(proof["least_cosine"]), float(proof["relative_error"]))
-        for proof in stored.pop("outputs")
-    )
+    outputs = _proofs(stored.pop("outputs"))
     if not isinstance(stored["verified"], bool) or not all(
         isinstance(stored[name], str) for name in ("reason", "revision", "time", "not_covered")
     ):
         raise ValueError("a field is not what it should be")
-    return Certificate(outputs=outputs, **stored)
+    return Kept(Certificate(outputs=outputs, **stored), _proofs(content["rounding"]))
+
+
+def _proofs(stored: Any) -> tuple[OutputProof, ...]:
+    return tuple(
+        OutputProof(each["output"], each["dtype"], float(each["least_cosine"]), float(each["relative_error"]))
+        for each in stored
+    )

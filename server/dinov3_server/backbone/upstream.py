@@ -23,7 +23,6 @@ from dinov3_server.backbone.checkpoint import Checkpoint
 from dinov3_server.backbone.interface import Output, TokenKind
 from dinov3_server.backbone.layout import Entry
 from dinov3_server.backbone.layouts import layouts
-from dinov3_server.backbone.registry import Dataset
 from dinov3_server.backbone.vit_layouts import PERIODS
 from dinov3_server.errors import UpstreamCodeError
 
@@ -52,7 +51,9 @@ class UpstreamModel:
             for module in self._module.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
-        self._dataset = checkpoint.dataset
+        # On the device once and for all: a copy from the host would be no part of a CUDA graph.
+        self._mean = torch.tensor(checkpoint.dataset.mean, device=device)
+        self._std = torch.tensor(checkpoint.dataset.std, device=device)
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
         """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of the
@@ -64,13 +65,18 @@ class UpstreamModel:
         for output in outputs:
             wanted.setdefault((output.layer, output.norm), []).append(output)
         if pixels.dtype == torch.uint8:
-            pixels = normalised(pixels, self._dataset)
+            pixels = ((pixels.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2).contiguous()
         features: dict[Output, Tensor] = {}
+        # cache_enabled: there is nothing to cache, and a cache would be no part of a CUDA graph.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
             for (layer, norm), group in wanted.items():
                 tokens = self._final(pixels) if layer is None else self._layer(pixels, layer, norm)
                 features |= {output: tokens[output.kind].float() for output in group}
         return features
+
+    def tables(self, height: int, width: int) -> tuple[Tensor, ...]:
+        """None: Meta's code makes its RoPE table anew in every forward pass."""
+        return ()
 
     def _final(self, pixels: Tensor) -> dict[TokenKind, Tensor]:
         found = self._module.forward_features(pixels)
@@ -85,13 +91,6 @@ class UpstreamModel:
         extra = {"return_extra_tokens": True} if self.variant.registers else {}
         (parts,) = self._module.get_intermediate_layers(pixels, n=[layer], return_class_token=True, norm=norm, **extra)
         return dict(zip(("patches", "cls", "registers"), parts, strict=False))
-
-
-def normalised(pixels: Tensor, dataset: Dataset) -> Tensor:
-    """[B, H, W, 3] bytes as [B, 3, H, W] fp32: (byte / 255 - mean) / std."""
-    mean = torch.tensor(dataset.mean, device=pixels.device)
-    std = torch.tensor(dataset.std, device=pixels.device)
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
 def load_upstream(checkout: Path, checkpoint: Checkpoint, device: torch.device) -> Any:
@@ -117,10 +116,13 @@ def load_upstream(checkout: Path, checkpoint: Checkpoint, device: torch.device) 
 
 def _short(error: Exception) -> str:
     """The kind and beginning of an error: torch names every key of a state dict that does not fit."""
-    lines = f"{type(error).__name__}: {error}".splitlines()
-    return "\n".join(
-        line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..." for line in lines[:_MOST_LINES]
-    )
+    text = ": ".join(filter(None, (type(error).__name__, str(error))))
+    return "\n".join(map(cut, text.splitlines()[:_MOST_LINES]))
+
+
+def cut(line: str) -> str:
+    """A line of somebody else's words, no longer than a message of ours can quote."""
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."
 
 
 def official_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -13,17 +13,19 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.checkpoint import load_checkpoint
-from dinov3_server.backbone.interface import Output, TokenKind
+from dinov3_server.backbone.checkpoint import Checkpoint, load_checkpoint
+from dinov3_server.backbone.interface import FeatureDtype, Output, TokenKind
 from dinov3_server.backbone.probe import probes
 from dinov3_server.backbone.registry import DatasetName, Variant
-from dinov3_server.backbone.upstream import UpstreamModel
+from dinov3_server.backbone.torch_runner import TORCH_DTYPES
+from dinov3_server.backbone.upstream import UpstreamModel, cut
 from dinov3_server.errors import UpstreamCodeError
 from dinov3_server.lifeline import die_with
 
@@ -41,9 +43,16 @@ class NotRun(Exception):
 
 
 def upstream_features(
-    checkout: Path, weights: Path, variant: Variant, dataset: DatasetName, *, device: torch.device, threads: int
-) -> Features:
-    """Meta's features of the probes, in float32, from the same weights that ours are built from.
+    checkout: Path,
+    weights: Path,
+    variant: Variant,
+    dataset: DatasetName,
+    dtypes: Sequence[FeatureDtype],
+    *,
+    device: torch.device,
+    threads: int,
+) -> dict[FeatureDtype, Features]:
+    """Meta's features of the probes, computed in each of `dtypes`, from the same weights that ours are built from.
 
     To be called on the main thread: the process dies with the thread that starts it. Raises NotRun.
     """
@@ -51,13 +60,13 @@ def upstream_features(
     plain = replace(variant, hashes=dict(variant.hashes))
     done = subprocess.run(
         [sys.executable, "-m", "dinov3_server.backbone.upstream_process", str(os.getpid())],
-        input=pickle.dumps((checkout, weights, plain, dataset, str(device), threads)),
+        input=pickle.dumps((checkout, weights, plain, dataset, tuple(dtypes), str(device), threads)),
         capture_output=True,
         check=False,
     )
     if done.returncode:
         raise NotRun(_how_it_ended(done.returncode, done.stderr.decode(errors="replace")))
-    features: Features = torch.load(io.BytesIO(done.stdout), weights_only=True)
+    features: dict[FeatureDtype, Features] = torch.load(io.BytesIO(done.stdout), weights_only=True)
     return features
 
 
@@ -67,7 +76,7 @@ def _how_it_ended(code: int, said: str) -> str:
         ended = f"killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
             ended += ", as the kernel does where memory runs out"
-    return "\n    ".join([ended, *said.rstrip().splitlines()[-_LAST_LINES:]])
+    return "\n    ".join([ended, *map(cut, said.rstrip().splitlines()[-_LAST_LINES:])])
 
 
 def main() -> int:
@@ -84,19 +93,29 @@ def main() -> int:
     return 0
 
 
-@torch.inference_mode()
 def _compute(
-    checkout: Path, weights: Path, variant: Variant, dataset: DatasetName, device: str, threads: int
-) -> Features:
+    checkout: Path,
+    weights: Path,
+    variant: Variant,
+    dataset: DatasetName,
+    dtypes: Sequence[FeatureDtype],
+    device: str,
+    threads: int,
+) -> dict[FeatureDtype, Features]:
     # Of convolutions it is on by default, and rounds what they multiply to 10 bits of mantissa.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(threads)
-    where = torch.device(device)
-    model = UpstreamModel(checkout, load_checkpoint(weights, variant, dataset), dtype=torch.float32, device=where)
+    checkpoint = load_checkpoint(weights, variant, dataset)
+    return {dtype: _features(checkout, checkpoint, dtype, torch.device(device)) for dtype in dtypes}
+
+
+@torch.inference_mode()
+def _features(checkout: Path, checkpoint: Checkpoint, dtype: FeatureDtype, device: torch.device) -> Features:
+    model = UpstreamModel(checkout, checkpoint, dtype=TORCH_DTYPES[dtype], device=device)
     features: Features = []
     for image in probes():
-        computed = model(torch.from_numpy(image)[None].to(where), [Output(kind) for kind in PROVEN])
+        computed = model(torch.from_numpy(image)[None].to(device), [Output(kind) for kind in PROVEN])
         features.append({output.kind: tokens[0].cpu().clone() for output, tokens in computed.items()})
     return features
 
