@@ -17,17 +17,18 @@ from safetensors.torch import save_file
 from dinov3_server.backbone.checkpoint import load_checkpoint
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.layouts import layout_of
+from dinov3_server.backbone.model import our_model
 from dinov3_server.backbone.random_weights import random_tensors
-from dinov3_server.backbone.registry import CONVNEXTS, VARIANTS, VitVariant, lookup
+from dinov3_server.backbone.registry import VARIANTS, VITS, VitVariant
 from dinov3_server.backbone.rope import default_periods
 from tests.backbone.convnext_files import NARROW, convnext_official_state
-from tests.backbone.features import normalised, ours, picture, worst_error
+from tests.backbone.features import CPU, normalised, ours, picture, worst_error
 from tests.backbone.files import SHALLOW, SHALLOW_SWIGLU, official_state
 
 timm = pytest.importorskip("timm", reason="timm (which needs torchvision) is not installed", exc_type=ImportError)
 
 # vit7b16 has no biases of queries and values, and heads twice as wide as the others'.
-NARROW_7B = dataclasses.replace(lookup("vit7b16"), depth=2, embed_dim=256, heads=2, ffn_dim=512)
+NARROW_7B = dataclasses.replace(VITS["dinov3_vit7b16"], depth=2, embed_dim=256, heads=2, ffn_dim=512)
 
 PUBLISHED = {
     "vit_small_patch16_dinov3": "dinov3_vits16",
@@ -56,7 +57,7 @@ def timm_model(name: str, **dimensions: Any) -> Any:
 def test_every_published_model_has_the_names_and_shapes_that_we_read(theirs: str, name: str) -> None:
     with torch.device("meta"):
         state = timm_model(theirs).state_dict()
-    layout = layout_of(state, {**VARIANTS, **CONVNEXTS}[name])
+    layout = layout_of(state, VARIANTS[name])
     assert layout is not None
     assert layout.name.startswith("timm")
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
@@ -111,6 +112,15 @@ def test_a_convnext_that_timm_converts_from_the_official_file(tmp_path: Path) ->
     convert = timm.models.convnext.checkpoint_filter_fn
     model.load_state_dict(convert(convnext_official_state(tensors), model), strict=True)
     save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
-    loaded = load_checkpoint(tmp_path, NARROW).tensors
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    checkpoint = load_checkpoint(tmp_path, NARROW)
+    assert checkpoint.tensors.keys() == tensors.keys()
+    assert all(torch.equal(checkpoint.tensors[name], tensor) for name, tensor in tensors.items())
+
+    images = picture(64, 96)
+    with torch.inference_mode():
+        cells = model.forward_features(normalised(images))
+        expected = {
+            Output("cls"): model.forward_head(cells, pre_logits=True),
+            Output("patches"): model.head.norm(cells).flatten(2).transpose(1, 2),
+        }
+    assert worst_error(our_model(checkpoint, dtype=torch.float32, device=CPU), images, expected) <= 1e-5

@@ -1,22 +1,27 @@
 """Run by test_upstream.py in a process of its own: Meta's model with seeded weights, its file and its features.
 
-    python upstream_export.py CHECKOUT NAME OUT
+    python upstream_export.py CHECKOUT NAME DATASET DEPTH OUT
 
-Importing upstream changes torch process-wide, which is why it is not imported by a test. Writes OUT/weights.pth (a
-plain state dict, as the official files are) and OUT/features.pth: for each "HxW" the normalised pixels, the normed
-final tokens by kind, and the tokens of every block before the final norm.
+DEPTH is how many blocks of a ViT are made; a ConvNeXt is always whole. Importing upstream changes torch process-wide,
+which is why it is not imported by a test. Writes OUT/weights.pth (a plain state dict, as the official files are) and
+OUT/features.pth: for each "HxW" the normalised pixels, the normed final tokens by kind, and the tokens of every layer
+before the final norm.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def seed_weights(model: torch.nn.Module) -> None:
-    """Weights with which a wrong attention or feed-forward shows; masks and periods stay as upstream makes them."""
+    """Weights with which a wrong attention, convolution or feed-forward shows; masks and periods stay as upstream
+    makes them. Queries and keys shrink with the width, so that no attention is all on one token, where rounding decides
+    on which."""
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -24,17 +29,36 @@ def seed_weights(model: torch.nn.Module) -> None:
                 parameter.fill_(0.5)
                 continue
             parameter.normal_(0.0, 0.02, generator=generator)
-            if "norm" in name and name.endswith("weight"):
+            if name.endswith("weight") and parameter.ndim == 1:
                 parameter.mul_(5).add_(1)
             if name.endswith("qkv.weight"):
-                parameter[: 2 * parameter.shape[1]].mul_(4)
+                width = parameter.shape[1]
+                parameter[: 2 * width].mul_(4 * (384 / width) ** 0.5)
 
 
-def main(checkout: str, name: str, out: Path) -> None:
+def make(backbones: Any, name: str, dataset: str, depth: int) -> Any:
+    """The model by upstream's own entry point, whose call of its constructor is given another depth."""
+    construct = backbones._make_dinov3_vit
+    backbones._make_dinov3_vit = lambda **settings: construct(**settings | {"depth": depth})
+    weights = backbones.Weights[dataset.upper()]
+    return getattr(backbones, name)(pretrained=False, weights=weights).float().eval()
+
+
+def layers_of(model: Any, pixels: Tensor) -> list[dict[str, Tensor]]:
+    if model.n_storage_tokens:
+        vit = model.get_intermediate_layers(
+            pixels, n=model.n_blocks, return_class_token=True, return_extra_tokens=True, norm=False
+        )
+        return [{"patches": p, "cls": c, "registers": r} for p, c, r in vit]
+    stages = model.get_intermediate_layers(pixels, n=model.n_blocks, return_class_token=True, norm=False)
+    return [{"patches": p, "cls": c} for p, c in stages]
+
+
+def main(checkout: str, name: str, dataset: str, depth: int, out: Path) -> None:
     sys.path.insert(0, checkout)
     from dinov3.hub import backbones  # type: ignore[import-not-found]
 
-    model = getattr(backbones, name)(pretrained=False).float().eval()
+    model = make(backbones, name, dataset, depth)
     seed_weights(model)
     torch.save(model.state_dict(), out / "weights.pth")
     features = {}
@@ -42,21 +66,13 @@ def main(checkout: str, name: str, out: Path) -> None:
     for height, width in ((224, 224), (256, 384)):
         pixels = torch.randn(1, 3, height, width, generator=generator)
         with torch.inference_mode():
-            final = model.forward_features(pixels)
-            layers = model.get_intermediate_layers(
-                pixels, n=model.n_blocks, return_class_token=True, return_extra_tokens=True, norm=False
-            )
-        features[f"{height}x{width}"] = {
-            "pixels": pixels,
-            "final": {
-                "cls": final["x_norm_clstoken"],
-                "registers": final["x_storage_tokens"],
-                "patches": final["x_norm_patchtokens"],
-            },
-            "layers": [{"patches": p, "cls": c, "registers": r} for p, c, r in layers],
-        }
+            tokens = model.forward_features(pixels)
+            final = {"cls": tokens["x_norm_clstoken"], "patches": tokens["x_norm_patchtokens"]}
+            if model.n_storage_tokens:
+                final["registers"] = tokens["x_storage_tokens"]
+            features[f"{height}x{width}"] = {"pixels": pixels, "final": final, "layers": layers_of(model, pixels)}
     torch.save(features, out / "features.pth")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
