@@ -4,9 +4,11 @@ import os
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from dinov3_server.backbone.interface import Certificate, OutputProof
 from dinov3_server.errors import CheckpointError
 from tests.support.numpy_runner import NumpyRunner
 
@@ -49,3 +51,29 @@ class _ClosesBadly(NumpyRunner):
 
 def closes_badly(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
     return _ClosesBadly(device)
+
+
+def proven(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
+    runner = NumpyRunner(device)
+    shown = Certificate(
+        verified=True,
+        reason="",
+        revision="6876159a",
+        outputs=(
+            OutputProof("cls", "bfloat16", 0.25, 0.5),  # not what this runner serves
+            OutputProof("cls", "float32", 0.999, 1e-3),
+            OutputProof("patches", "float32", 0.998, 2e-3),
+        ),
+        time="2026-01-02T03:04:05Z",
+        not_covered="",
+    )
+    runner.info = replace(runner.info, certificate=shown)
+    return runner
+
+
+def tells(model: str, weights: str, *, device: str, **arguments: object) -> NumpyRunner:
+    """Writes what it is called with to TEST_REPORT."""
+    named = {"model": model, "weights": weights, "device": device, **arguments}
+    lines = [f"{name} = {value!r}\n" for name, value in named.items()]
+    Path(os.environ["TEST_REPORT"]).write_text("".join(lines))
+    return NumpyRunner(device)
