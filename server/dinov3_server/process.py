@@ -81,7 +81,8 @@ def main() -> int:
     os.set_inheritable(fd, False)
     start: Any = pickle.load(sys.stdin.buffer)
     control = Channel(socket.socket(fileno=fd))
-    configure(start.settings.log_level, start.settings.log_format, f"{role}-{start.index}")
+    name = role if role == "provisioner" else f"{role}-{start.index}"
+    configure(start.settings.log_level, start.settings.log_format, name)
     try:
         # Each imports its own: a frontend must not load the device's libraries, nor a worker gRPC.
         if role == "worker":
@@ -99,7 +100,7 @@ def main() -> int:
         control.flush_within(1.0)
         return START_FAILED
     except Exception:
-        log.critical("%s-%d ends by an error of ours", role, start.index, exc_info=True)
+        log.critical("%s ends by an error of ours", name, exc_info=True)
         os._exit(1)  # at once: an interpreter that shuts down would wait for threads, maybe for ever
     return 0
 
