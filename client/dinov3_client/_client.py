@@ -103,8 +103,8 @@ class Client:
             pixels as they are, with sides that are multiples of the patch size.
         size: pixels of the model's input, one number or (height, width), in the place of the preset's.
         dtype: of the arrays that come back: "float32", "float16" or "bfloat16" (that of ml_dtypes).
-        layers: 0-based blocks whose `outputs` come back as well, after the final norm; negative ones count from
-            the end.
+        layers: 0-based layers (blocks of a ViT, stages of a ConvNeXt) whose `outputs` come back as well, after the
+            final norm (a ConvNeXt's is the last stage's alone); negative ones count from the end.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos", in the place of the preset's.
         exif: turn images by their EXIF orientation first; training loaders do not.
         priority: "bulk" gives way to "interactive" requests of others.

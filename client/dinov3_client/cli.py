@@ -107,16 +107,18 @@ def _pca_picture(args: argparse.Namespace) -> int:
     Image.MAX_IMAGE_PIXELS = None
     with _connect(args) as client:
         model = _model(client)
-        options = Options(("patches",), "dinov3", args.size, "float16", (), args.exif)
+        layers = () if args.layer is None else _layers((args.layer,), model)
+        options = Options(("patches",), "dinov3", args.size, "float16", layers, args.exif)
         failures = _Failures()
         names, photos, patches, grids = [], [], [], []
         for done in _files.extract(client, model, args.images, options, failures):
             photo = Image.open(io.BytesIO(done.data))
             names.append(done.path.name)
             photos.append(_picture.thumbnail(ImageOps.exif_transpose(photo) if args.exif else photo))
-            assert done.features.patches is not None, "asked for"
-            patches.append(done.features.patches)
-            grids.append(done.features.grid)
+            shown = done.features.layers[layers[0]] if layers else done.features
+            assert shown.patches is not None, "asked for"
+            patches.append(shown.patches)
+            grids.append(shown.grid)
     if not photos:
         raise Dinov3Error("no image left to draw")
     maps = [
@@ -124,7 +126,7 @@ def _pca_picture(args: argparse.Namespace) -> int:
     ]
     caption = (
         f"{model.name}{' (random weights)' if model.random_weights else ''}: principal components 1-3 of "
-        f"{grids[0][0]} x {grids[0][1]} patches as RGB"
+        f"{grids[0][0]} x {grids[0][1]} patches{f' of layer {layers[0]}' if layers else ''} as RGB"
     )
     picture = _picture.draw(list(map(_picture.Pair, names, photos, maps)), caption)
     with _files.replacing(args.output) as draft, draft.open("wb") as file:
@@ -165,7 +167,7 @@ def _layers(asked: Sequence[int], model: Model) -> tuple[int, ...]:
     """As numbers from 0 on, so that a file's names say the same whatever the model's depth."""
     for layer in asked:
         if not -model.depth <= layer < model.depth:
-            raise UsageError(f"--layers {layer}: {model.name} has the layers 0 to {model.depth - 1}")
+            raise UsageError(f"layer {layer}: {model.name} has the layers 0 to {model.depth - 1}")
     return tuple(dict.fromkeys(layer % model.depth for layer in asked))
 
 
@@ -237,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[images, server],
         help="features of images, one npz file each",
         description="Writes DIR/STEM.npz for each image (in the place of an older one), with an array for each output "
-        "(cls [D], patches [P, D], registers [G, D]) and grid, the same of layers as layerI_..., input_size, and where it "
+        "(cls [D], patches [P, D], registers [G, D]) and grid, those of layers as layerI_..., input_size, and where it "
         "all came from. Broken images are named and left out; the exit code is 1 then.",
     )
     extract.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -271,6 +273,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     pca.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="pca.png for one")
     _add_size(pca, (PCA_SIDE, PCA_SIDE), str(PCA_SIDE))
+    pca.add_argument(
+        "--layer",
+        type=int,
+        metavar="I",
+        help="show the patches of this layer and not the last one's; a ConvNeXt's earlier ones have finer grids",
+    )
     pca.set_defaults(command=_pca_picture)
     return parser
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone import cuda_graphs, cuda_runner
+from dinov3_server.backbone.convnext import ConvNext
 from dinov3_server.backbone.cuda_graphs import CAPTURE_AT, MAX_TOKENS, GraphCache, Key, padded
 from dinov3_server.backbone.cuda_runner import CudaRunner
 from dinov3_server.backbone.interface import (
@@ -24,11 +25,13 @@ from dinov3_server.backbone.interface import (
     PixelShape,
     Row,
 )
+from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.plan import Wanted
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.rope import default_periods
 from tests.backbone.arenas import Arena
+from tests.backbone.convnext_files import NARROW as CONVNEXT
 from tests.backbone.fake_cuda import FakeCuda, FakeTorch
 from tests.backbone.features import LVD, ours, picture
 
@@ -155,15 +158,26 @@ def test_keys_are_forgotten_before_they_fill_the_memory(monkeypatch: pytest.Monk
 # --- replays, in any order -----------------------------------------------------------------------------
 
 
+def tiny_vit() -> Model:
+    return ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0))
+
+
 class Rig:
     """A CUDA runner over a fake device, and what its features should be."""
 
-    def __init__(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        cuda: FakeCuda,
+        monkeypatch: pytest.MonkeyPatch,
+        make: Callable[[], Model] = tiny_vit,
+        info: ModelInfo = INFO,
+    ) -> None:
         for module in (cuda_graphs, cuda_runner):
             monkeypatch.setattr(module, "torch", FakeTorch(cuda))
         self.cuda = cuda
-        self.model = ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0))
-        self.runner = CudaRunner(ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0)), INFO)
+        self.info = info
+        self.model = make()
+        self.runner = CudaRunner(make(), info)
         self.arena = Arena(0, size=8 << 20)
         self.runner.attach(0, memoryview(self.arena.memory))
         self._seed = 0
@@ -173,14 +187,14 @@ class Rig:
         """Rows of pixels that no other request has."""
         self._seed += 1
         pixels = picture(shape.height, shape.width, count, seed=self._seed)
-        return self.arena.request(INFO, shape, pixels, spec), pixels
+        return self.arena.request(self.info, shape, pixels, spec), pixels
 
     def check(self, shape: PixelShape, rows: list[Row], pixels: Tensor) -> None:
         outputs = rows[0].spec.outputs
         with torch.inference_mode():
             expected = self.model(pixels, outputs)
         for i, row in enumerate(rows):
-            for output, actual in zip(outputs, self.arena.features(INFO, shape, row), strict=True):
+            for output, actual in zip(outputs, self.arena.features(self.info, shape, row), strict=True):
                 tolerance = 1e-5 if row.spec.dtype == "float32" else 2e-2
                 close = torch.allclose(actual, expected[output][i].view(actual.shape), tolerance, tolerance)
                 assert close, f"image {i} of {len(rows)} of {shape}: {output}"
@@ -252,6 +266,21 @@ def test_a_padded_graph_serves_every_size_up_to_its_own(rig: Rig) -> None:
     rig.serve(SQUARE, 16)
     rig.serve(SQUARE, 19)
     assert rig.cuda.log.count("replay") == 3
+
+
+def test_a_convnext_is_captured_with_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no tables beside its weights, and its layers differ in width and grid."""
+
+    def make() -> Model:
+        return ConvNext(CONVNEXT, random_tensors(CONVNEXT, 0), LVD, dtype=torch.float32, device=torch.device("cpu"))
+
+    dims, strides = CONVNEXT.layer_dims, CONVNEXT.layer_strides
+    info = dataclasses.replace(INFO, layer_dims=dims, layer_strides=strides, registers=0)
+    rig = Rig(FakeCuda(), monkeypatch, make, info)
+    stages = FeatureSpec((CLS, PATCHES, Output("patches", 0), Output("cls", 1, norm=False)), "float32")
+    rig.serve(PixelShape(32, 64, "uint8"), 3, stages, times=CAPTURE_AT + 2)
+    assert rig.cuda.log.count("capture begins") == 1
+    assert rig.cuda.log.count("replay") == 2
 
 
 def test_what_is_captured_has_just_run_with_the_same_shape(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,6 +157,8 @@ def test_config_shows_values_and_sources(
         (["--model", "giant2"], "giant2"),
         (["--warm-up-sizes", "518x518"], "multiples of 16"),
         (["--warm-up-sizes", "4096x4096"], "65541 tokens"),
+        (["--model", "convnext_tiny", "--warm-up-sizes", "240x240"], "dinov3_convnext_tiny takes multiples of 32 only"),
+        (["--model", "convnext_tiny", "--warm-up-sizes", "4096x4096"], "16385 tokens"),
         (["--max-batch-tokens", "100"], "261 tokens; max_batch_tokens allows an image of 100"),
     ],
 )

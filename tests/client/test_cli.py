@@ -254,6 +254,19 @@ def test_pca_shows_photos_beside_their_maps(
         assert each.std(axis=(0, 1)).min() > 20  # all three components show
 
 
+def test_pca_of_a_layer_has_the_grid_of_the_layer(server: FakeServer, photos: list[Path], tmp_path: Path) -> None:
+    for layer, cells in ((-12, 64), (3, 32)):
+        picture = tmp_path / f"{layer}.png"
+        assert run(server, "pca", photos[0], "-o", picture, f"--layer={layer}") == 0
+        with Image.open(picture) as opened:
+            shown = np.asarray(opened)[50 : 50 + 240, 352:672]
+        side = 320 // cells
+        blocks = shown.reshape(240, cells, side, 3)
+        assert (blocks == blocks[:, :, :1]).all()
+        assert (blocks[:, ::2] != blocks[:, 1::2]).any()  # no coarser than that
+    assert [layer.layer for request in server.requests for layer in request.outputs.layers] == [0, 3]
+
+
 def test_pca_leaves_broken_images_out(
     server: FakeServer, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,10 +305,11 @@ USAGE: list[tuple[list[str], str]] = [
     (["extract", "a.jpg", "--out", "x", "--size", "1x2x3"], "'1x2x3' is no size"),
     (["extract", "a.jpg", "--out", "x", "--outputs", "cls,tokens"], "'tokens' is no output; cls, patches and"),
     (["extract", "a.jpg", "--out", "x", "--layers", "one"], "'one' is no list of layers; 3,7,-1 is one"),
-    (["extract", "a.jpg", "--out", "x", "--layers", "12"], "--layers 12: dinov3_vits16 has the layers 0 to 11"),
+    (["extract", "a.jpg", "--out", "x", "--layers", "12"], "layer 12: dinov3_vits16 has the layers 0 to 11"),
     (["extract", "a.jpg", "--out", "x", "--dtype", "bfloat16"], "invalid choice: 'bfloat16'"),
     (["info", "--deadline", "-3"], "'-3' is no positive number of seconds"),
     (["info", "--deadline", "soon"], "'soon' is no positive number of seconds"),
+    (["pca", "a.jpg", "-o", "pca.png", "--layer", "12"], "layer 12: dinov3_vits16 has the layers 0 to 11"),
     (["pca", "a.jpg", "-o", "pca.txt"], "-o pca.txt: its ending names no image format to write; .png does"),
     (["pca", "a.jpg", "-o", "no/such/folder/pca.png"], "there is no folder no/such/folder"),
 ]

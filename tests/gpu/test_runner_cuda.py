@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
+from dinov3_server.backbone.convnext import ConvNext  # noqa: E402
+from dinov3_server.backbone.cuda_graphs import CAPTURE_AT  # noqa: E402
 from dinov3_server.backbone.cuda_runner import CudaRunner  # noqa: E402
 from dinov3_server.backbone.interface import (  # noqa: E402
     Batch,
@@ -23,11 +25,13 @@ from dinov3_server.backbone.interface import (  # noqa: E402
     PixelShape,
 )
 from dinov3_server.backbone.random_weights import random_tensors  # noqa: E402
-from dinov3_server.backbone.registry import VitVariant, lookup  # noqa: E402
+from dinov3_server.backbone.registry import CONVNEXTS, VitVariant, lookup  # noqa: E402
 from dinov3_server.backbone.rope import default_periods  # noqa: E402
 from dinov3_server.backbone.runner import build  # noqa: E402
 from tests.backbone.arenas import Arena, serve  # noqa: E402
 from tests.backbone.features import (  # noqa: E402
+    CPU,
+    LVD,
     every_output,
     normalised,
     ours,
@@ -39,6 +43,7 @@ from tests.backbone.features import (  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
+CONVNEXT = CONVNEXTS["dinov3_convnext_tiny"]
 SWIGLU = dataclasses.replace(lookup("vits16plus"), depth=6)
 FINAL = (Output("cls"), Output("registers"), Output("patches"))
 SHAPE = PixelShape(224, 224, "uint8")
@@ -89,6 +94,37 @@ def test_bf16_is_near_the_cpus_fp32(variant: VitVariant, size: tuple[int, int]) 
         actual = model(images.to(DEVICE), FINAL)
     cosines = {output.kind: worst_cosine(actual[output].cpu(), expected[output]) for output in FINAL}
     assert min(cosines.values()) >= 0.9995, cosines
+
+
+@pytest.mark.parametrize("size", [(224, 224), (256, 384)])
+def test_a_convnext_in_fp32_and_in_bf16(size: tuple[int, int]) -> None:
+    tensors, images = random_tensors(CONVNEXT, 7), picture(*size, count=2)
+    outputs = [Output(kind, layer) for layer in (None, 0, 1, 2, 3) for kind in ("cls", "patches")]
+    with torch.inference_mode():
+        expected = ConvNext(CONVNEXT, tensors, LVD, dtype=torch.float32, device=CPU)(images, outputs)
+        exact = ConvNext(CONVNEXT, tensors, LVD, dtype=torch.float32, device=DEVICE)
+        near = ConvNext(CONVNEXT, tensors, LVD, dtype=torch.bfloat16, device=DEVICE)(images.to(DEVICE), outputs)
+    on_device = {output: values.to(DEVICE) for output, values in expected.items()}
+    assert worst_error(exact, images.to(DEVICE), on_device) <= 1e-5
+    cosines = {output: worst_cosine(near[output].cpu(), values) for output, values in expected.items()}
+    assert min(cosines.values()) >= 0.9995, cosines
+
+
+def test_a_convnext_is_captured_as_a_graph() -> None:
+    built = build("convnext_tiny", "random:7", dtype="bfloat16", device="cuda:0", warm_up=())
+    arena = Arena(0, size=64 << 20)
+    built.attach(0, memoryview(arena.memory))
+    spec = FeatureSpec((Output("cls"), Output("patches"), Output("patches", 0)), "float32")
+    rows = arena.request(built.info, SHAPE, picture(224, 224, count=3), spec)
+    answers = []
+    for _ in range(CAPTURE_AT + 2):
+        assert serve(built, SHAPE, rows).finite == (True,) * 3
+        answers.append([values for row in rows for values in arena.features(built.info, SHAPE, row)])
+    assert len(built._graphs) == 1
+    for first, last in zip(answers[0], answers[-1], strict=True):
+        assert worst_cosine(last, first) > 0.99999
+    built.close()
+    arena.memory.close()
 
 
 def test_build_says_what_it_made(runner: CudaRunner) -> None:
