@@ -47,7 +47,11 @@ class UpstreamModel:
         self.dtype = dtype
         self.device = device
         self._module = load_upstream(checkout, checkpoint, device)
-        if dtype != torch.float32:
+        if dtype == torch.float32:
+            # Of convolutions TF32 is on by default: it rounds what they multiply to 10 bits. For the whole process.
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
+        else:
             for module in self._module.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)

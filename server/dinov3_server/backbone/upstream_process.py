@@ -102,9 +102,6 @@ def _compute(
     device: str,
     threads: int,
 ) -> dict[FeatureDtype, Features]:
-    # Of convolutions it is on by default, and rounds what they multiply to 10 bits of mantissa.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(threads)
     checkpoint = load_checkpoint(weights, variant, dataset)
     return {dtype: _features(checkout, checkpoint, dtype, torch.device(device)) for dtype in dtypes}
