@@ -1,0 +1,270 @@
+"""Asking an HTTP server for a file, and what its refusals mean to a person.
+
+The standard library's client, without the parts that know better: redirects are followed here (its own would carry
+tokens to other hosts), and every status comes back as an answer. Proxies (HTTPS_PROXY, NO_PROXY) and certificates
+(SSL_CERT_FILE) are the environment's. No message has the query of a URL, a token or a password in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import http.client
+import re
+import socket
+import ssl
+import string
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import NoReturn
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urljoin, urlsplit
+
+from dinov3_server import __version__
+from dinov3_server.config_kinds import without_secrets
+from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StartupError, Unreachable
+from dinov3_server.provision.source import BLOCK, NoSuchRange, Transient, Version
+
+META_ASKS = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
+USER_AGENT = f"dinov3-serving/{__version__}"
+REDIRECTS = 10
+# A server that asks for more is asked again after this, in seconds.
+LONGEST_WAIT = 300.0
+# Of an error's body, in bytes; and of what it says, in letters, where that is short enough to be quoted.
+_ERROR_BYTES = 8192
+_QUOTED = 160
+
+
+class HttpBody:
+    """The answer to a GET for a file from `start` on; it begins at 0 where the server would not or should not go on.
+
+    `headers` are the caller's: they are not sent to another host than the URL's. `version` is the one that the bytes
+    before `start` are of. `stall_seconds` is how long the server may be silent.
+
+    Raises Transient for what can pass; AccessRefused, ConfigError, CheckpointError or Unreachable for what cannot;
+    NoSuchRange.
+    """
+
+    def __init__(
+        self, url: str, start: int, version: Version, headers: Mapping[str, str], stall_seconds: float
+    ) -> None:
+        self._shown = without_secrets(url)
+        self._secrets = _secrets(url, headers)
+        self._signed = bool(urlsplit(url).query)
+        self._stall_seconds = stall_seconds
+        ranged = {"Range": f"bytes={start}-", **_present("If-Range", version.if_range)} if start else {}
+        self._response = self._follow(url, headers, ranged)
+        try:
+            self._understand(start, version)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self) -> bytes:
+        try:
+            return self._response.read1(BLOCK)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error, "the connection broke off") from None
+
+    def close(self) -> None:
+        self._response.close()
+
+    def _follow(self, url: str, headers: Mapping[str, str], ranged: Mapping[str, str]) -> http.client.HTTPResponse:
+        """The answer of the server that redirects lead to."""
+        opener = urllib.request.OpenerDirector()
+        for handler in (
+            urllib.request.ProxyHandler(),
+            urllib.request.HTTPHandler(),
+            urllib.request.HTTPSHandler(),
+            urllib.request.UnknownHandler(),  # of a proxy's scheme
+        ):
+            opener.add_handler(handler)
+        parts = _checked(url)
+        for name, value in headers.items():
+            if not (value.isascii() and value.isprintable()):
+                raise ConfigError(
+                    f"{self._shown}: the value of the header {name} (a token?) cannot be sent: it has a line break or "
+                    "another character outside of ASCII in it"
+                )
+        own = {**_login(parts), **headers}
+        for _ in range(REDIRECTS + 1):
+            response = self._ask(opener, parts, {**own, **ranged})
+            if response.status not in (301, 302, 303, 307, 308) or not response.headers["Location"]:
+                return response
+            response.close()
+            location = quote(response.headers["Location"], safe=string.punctuation, encoding="iso-8859-1")
+            try:
+                target = _checked(urljoin(parts.geturl(), location))
+            except ConfigError as error:
+                raise Unreachable(f"{self._shown}: redirects to what cannot be followed: {error}") from None
+            if parts.scheme == "https" and target.scheme != "https":
+                raise Unreachable(
+                    f"{self._shown}: redirects to {without_secrets(target.geturl())}, which is not encrypted; that is "
+                    "not followed"
+                )
+            if _origin(target) != _origin(parts):
+                own = _login(target)
+            parts = target
+        raise Unreachable(f"{self._shown}: redirects more than {REDIRECTS} times, perhaps in a circle")
+
+    def _ask(
+        self, opener: urllib.request.OpenerDirector, parts: SplitResult, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        address = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
+        request = urllib.request.Request(address, headers={"User-Agent": USER_AGENT, **headers})
+        try:
+            response = opener.open(request, timeout=self._stall_seconds)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error, parts.hostname or "") from None
+        except ValueError:
+            raise ConfigError(f"{self._shown}: its host, or the proxy of HTTPS_PROXY, is not well formed") from None
+        assert isinstance(response, http.client.HTTPResponse)
+        return response
+
+    def _understand(self, start: int, version: Version) -> None:
+        response = self._response
+        etag, last_modified = _plain(response.headers["ETag"]), _plain(response.headers["Last-Modified"])
+        match response.status:
+            case 200:
+                self.start, size = 0, response.length
+            case 206:
+                self.start, size = self._range()
+            case 416 if start:
+                said = re.fullmatch(r"bytes \*/(\d+)", response.headers["Content-Range"] or "")
+                raise NoSuchRange(int(said[1]) if said else None)
+            case status:
+                self._refuse(status)
+        self.version = Version(etag, last_modified, size)
+        if self.start and (self.start != start or self.version.contradicts(version)):
+            raise NoSuchRange(None)
+        encoding = response.headers["Content-Encoding"] or "identity"
+        if encoding != "identity":
+            raise CheckpointError(
+                f"{self._shown}: the server sends the file encoded ({encoding!r}), though it was asked not to; have it "
+                "serve the file as it is"
+            )
+        self.content_type = response.headers.get_content_type() if response.headers["Content-Type"] else ""
+
+    def _range(self) -> tuple[int, int | None]:
+        """Offset and whole size that a 206 says."""
+        said = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", self._response.headers["Content-Range"] or "")
+        if not said:
+            raise NoSuchRange(None)
+        return int(said[1]), None if said[2] == "*" else int(said[2])
+
+    def _refuse(self, status: int) -> NoReturn:
+        says = f"{status} {self._response.reason or ''}".strip() + self._quote()
+        where = f"{self._shown}: the server answers {says}"
+        if status in (408, 425, 429) or status >= 500:
+            raise Transient(where, _retry_after(self._response.headers["Retry-After"]))
+        if status in (401, 403) or (status == 400 and self._signed):
+            raise AccessRefused(f"{where}. {self._how_to_get_access()}")
+        if status in (404, 410):
+            raise ConfigError(f"{where}: nothing is there under this name; compare the URL letter by letter")
+        if status == 407:
+            raise Unreachable(f"{where}: the proxy wants HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT")
+        raise Unreachable(f"{where}, which is no answer to a request for a file; is it the right URL?")
+
+    def _how_to_get_access(self) -> str:
+        if self._signed:
+            return (
+                "A signed URL lasts about a week and must be given whole (in a shell: between quotes). If it has "
+                f"expired, ask Meta for a new mail at {META_ASKS}"
+            )
+        return (
+            "A gated repository wants the token (HF_TOKEN) of an account that was granted access; Meta's own files "
+            f"want the signed URL out of a mail, to be had at {META_ASKS}"
+        )
+
+    def _quote(self) -> str:
+        """What the server says in words, if that is short and does not repeat secrets."""
+        try:
+            text = self._response.read(_ERROR_BYTES).decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException):
+            return ""
+        found = re.search(r"<(message|title)>(.*?)</\1>", text, re.IGNORECASE | re.DOTALL)
+        line = next((line.strip() for line in (found[2] if found else text).splitlines() if line.strip()), "")
+        shown = line.isprintable() and 0 < len(line) <= _QUOTED and not line.startswith("<")
+        return f" ({line})" if shown and not any(secret in line for secret in self._secrets) else ""
+
+    def _unreachable(self, error: Exception, host: str) -> StartupError:
+        if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
+            error = error.reason
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return Unreachable(
+                f"{self._shown}: the certificate of {host} is not trusted ({error.verify_message}); where a proxy or a "
+                "mirror has its own authority, name its certificates with SSL_CERT_FILE"
+            )
+        if isinstance(error, ssl.SSLError):
+            return Unreachable(f"{self._shown}: {host} speaks no TLS that is understood here ({error.reason})")
+        if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+            return Unreachable(
+                f"{self._shown}: no address is known for {host} ({error.strerror}); check the name, and the network or "
+                "its proxy (HTTPS_PROXY)"
+            )
+        return self._broken(error, f"{host} cannot be reached")
+
+    def _broken(self, error: Exception, what: str) -> Transient:
+        if isinstance(error, TimeoutError):
+            return Transient(f"{self._shown}: {what}: not a byte for {self._stall_seconds:g} s")
+        if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
+            return Transient(f"{self._shown}: {what}: the answer is no whole HTTP ({type(error).__name__})")
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        return Transient(f"{self._shown}: {what} ({reason}); check the network or its proxy (HTTPS_PROXY)")
+
+
+def _checked(url: str) -> SplitResult:
+    """The parts of an http or https URL, what must be escaped escaped. Raises ConfigError."""
+    try:
+        parts = urlsplit(quote(url, safe=string.punctuation))
+        port = parts.port
+    except ValueError:
+        raise ConfigError(f"{without_secrets(url)}: is no URL: the host or its port cannot be read") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ConfigError(f"{without_secrets(url)}: a URL looks like https://HOST[:PORT]/PATH")
+    return parts
+
+
+def _origin(parts: SplitResult) -> tuple[str, str | None, int]:
+    return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _login(parts: SplitResult) -> dict[str, str]:
+    """Basic authentication (RFC 7617) for the user and password that a URL has."""
+    if parts.username is None:
+        return {}
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
+def _plain(text: str | None) -> str:
+    """A validator as it can be sent back."""
+    return text if text and text.isprintable() else ""
+
+
+def _present(name: str, value: str) -> dict[str, str]:
+    return {name: value} if value else {}
+
+
+def _secrets(url: str, headers: Mapping[str, str]) -> set[str]:
+    """Everything that a server may have been told and must not be shown when it says it back."""
+    parts = urlsplit(url)
+    values = [*headers.values(), parts.username or "", parts.password or "", *parts.query.split("&")]
+    values += [value for _, value in parse_qsl(parts.query)]
+    words = {word for value in values for word in value.replace("=", " ").split()}
+    return {word for word in words if len(word) > 3}
+
+
+def _retry_after(text: str | None) -> float:
+    """Seconds to wait (RFC 9110, 10.2.3: a number of them, or a date)."""
+    if not text:
+        return 0.0
+    if text.strip().isdecimal():
+        seconds = float(text)
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_WAIT)

@@ -1,0 +1,118 @@
+"""How far a download or a check is: a line that is rewritten on a terminal, log lines elsewhere, and a word for the supervisor."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+
+log = logging.getLogger(__name__)
+
+LINE_SECONDS = 10.0
+LINE_SHARE = 0.05  # of the whole; a line is due when both have passed
+REPORT_SECONDS = 1.0
+REWRITE_SECONDS = 0.25
+# The rate is that of the last so many seconds.
+WINDOW_SECONDS = 10
+
+
+class Progress:
+    """Tell how far `name` is. `at` is called for every block and is cheap; on leaving, a terminal's line is cleared.
+
+    `report` gets a short text ("34 % of 342 MB, 12 MB/s, 19 s left") at most once a second.
+    """
+
+    def __init__(self, name: str, report: Callable[[str], None] | None, clock: Callable[[], float]) -> None:
+        self._name = name
+        self._report = report
+        self._clock = clock
+        self._terminal = sys.stderr.isatty()
+        self._shown = False
+        self.began = clock()
+        self._lined = self._reported = self._rewritten = self.began
+        self._lined_bytes = 0
+        self._samples: deque[tuple[float, int]] = deque(maxlen=WINDOW_SECONDS + 1)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clear()
+
+    def start(self, done: int, total: int | None, verb: str = "fetching") -> None:
+        """Bytes begin to come, or to come again: the rate is measured from here."""
+        now = self._clock()
+        self._samples.clear()
+        self._samples.append((now, done))
+        self._lined, self._lined_bytes = now, done
+        of = f"{size(total)}" if total is not None else "a file whose size the server does not say"
+        self.say(f"going on at {size(done)} of {of}" if done else f"{verb} {of}")
+
+    def at(self, done: int, total: int | None) -> None:
+        """So many bytes of so many are there."""
+        now = self._clock()
+        if now - self._samples[-1][0] >= 1:
+            self._samples.append((now, done))
+        if self._report and now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            self._report(self._text(now, done, total))
+        if self._terminal:
+            if now - self._rewritten >= REWRITE_SECONDS:
+                self._rewritten = now
+                self._rewrite(f"{self._name}: {self._text(now, done, total)}")
+        elif now - self._lined >= LINE_SECONDS and done - self._lined_bytes >= LINE_SHARE * (total or 0):
+            self._lined, self._lined_bytes = now, done
+            log.info("%s: %s", self._name, self._text(now, done, total))
+
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """A line of its own, in the log, and in short for the supervisor."""
+        self._clear()
+        log.log(level, "%s: %s", self._name, text)
+        if self._report:
+            self._reported = self._clock()
+            self._report(text)
+
+    def _text(self, now: float, done: int, total: int | None) -> str:
+        then, had = self._samples[0]
+        rate = (done - had) / (now - then) if now > then else 0.0
+        if total is None:
+            return f"{size(done)}, {size(rate)}/s"
+        text = f"{100 * done // max(total, 1)} % of {size(total)}, {size(rate)}/s"
+        return f"{text}, {duration((total - done) / rate)} left" if rate > 0 else text
+
+    def _rewrite(self, text: str) -> None:
+        columns = shutil.get_terminal_size().columns
+        sys.stderr.write(f"\r{text[: columns - 1]}\x1b[K")
+        sys.stderr.flush()
+        self._shown = True
+
+    def _clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
+
+
+def size(nbytes: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = 0
+    while nbytes >= 999.5 and power < len(units) - 1:
+        nbytes /= 1000
+        power += 1
+    return f"{nbytes:.0f} {units[power]}" if nbytes >= 99.5 or power == 0 else f"{nbytes:.3g} {units[power]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,125 @@
+"""Where a file's bytes come from: what a source answers, and the source that is a file of this machine."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from dinov3_server.errors import ConfigError, StorageError, Unreachable
+
+# What one read asks for. Larger ones gain nothing: sha256 is slower than the calls.
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Version:
+    """What tells two versions of a file apart; each is empty where the source does not say."""
+
+    etag: str = ""
+    last_modified: str = ""
+    size: int | None = None
+
+    @property
+    def if_range(self) -> str:
+        """The validator for `If-Range` (RFC 9110, 13.1.5), which a weak ETag cannot be."""
+        return self.etag if self.etag.startswith('"') else self.last_modified
+
+    @property
+    def told(self) -> bool:
+        return bool(self.etag or self.last_modified)
+
+    def contradicts(self, other: Version) -> bool:
+        """Whether both say the same thing differently. The date speaks only where one has no ETag."""
+        if self.etag and other.etag:
+            differ = self.etag != other.etag
+        else:
+            differ = bool(self.last_modified and other.last_modified) and self.last_modified != other.last_modified
+        return differ or (self.size is not None and other.size is not None and self.size != other.size)
+
+
+class Body(Protocol):
+    """Bytes of a file, from `start` on. `version.size` is the whole file's."""
+
+    start: int
+    version: Version
+    content_type: str
+
+    def read(self) -> bytes:
+        """The next bytes, b"" at the end. Raises Transient where the source breaks off."""
+
+    def close(self) -> None: ...
+
+
+class Transient(Unreachable):
+    """What can pass by itself. `wait` is the seconds that the server asks to wait."""
+
+    def __init__(self, message: str, wait: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class NoSuchRange(Exception):
+    """The source does not go on from the wanted offset. `size` is the whole file's where it has no more than that."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+class FileBody:
+    """A `file://` URL, from `start` on, or from 0 where its file is no longer the `version` that was begun.
+
+    Raises ConfigError for one that names no file, StorageError for one that cannot be read.
+    """
+
+    content_type = ""
+
+    def __init__(self, url: str, start: int, version: Version) -> None:
+        path = _path(url)
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not wait
+        except FileNotFoundError:
+            raise ConfigError(f"{url}: there is no such file on this machine{_nearest(path)}") from None
+        except OSError as error:
+            raise StorageError(f"{url}: cannot be read: {error.strerror} (this process is uid {os.getuid()})") from None
+        try:
+            status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+                raise ConfigError(f"{url}: {kind}; name the checkpoint file itself")
+            self.version = Version(last_modified=str(status.st_mtime_ns), size=status.st_size)
+            self.start = 0 if version.contradicts(self.version) or start > status.st_size else start
+            os.lseek(self._descriptor, self.start, os.SEEK_SET)
+        except BaseException:
+            self.close()
+            raise
+        self._url = url
+
+    def read(self) -> bytes:
+        try:
+            return os.read(self._descriptor, BLOCK)
+        except OSError as error:
+            raise Transient(f"{self._url}: reading broke off: {error.strerror}") from None
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _path(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise ConfigError(f"{url}: file:// wants a full path: file:///folder/name, with three slashes")
+    return Path(url2pathname(parts.path))
+
+
+def _nearest(path: Path) -> str:
+    """How much of a missing path is there: a mount that is missing is seen at once."""
+    for parent in path.parents:
+        if parent.is_dir():
+            return f" ({parent} is there, but not {path.relative_to(parent).parts[0]!r} in it)"
+    return ""
