@@ -30,11 +30,10 @@ def layouts(variant: Variant) -> tuple[Layout, ...]:
 
 
 def layout_of(keys: Iterable[str], variant: Variant) -> Layout | None:
-    """The layout of `variant` that names the most of `keys`, and lacks the fewest; None where none names any."""
+    """The layout of `variant` that names the most of `keys`, the first of several; None where none names any."""
 
-    def fit(layout: Layout) -> tuple[int, int]:
-        found = {layout.spelling(key) for key in keys} & layout.entries.keys()
-        return len(found), -len(layout.entries.keys() - found)
+    def named(layout: Layout) -> int:
+        return len({layout.spelling(key) for key in keys} & layout.entries.keys())
 
-    best = max(layouts(variant), key=fit)
-    return best if fit(best)[0] else None
+    best = max(layouts(variant), key=named)
+    return best if named(best) else None

@@ -47,7 +47,8 @@ def layouts(variant: VitVariant) -> tuple[Layout, ...]:
     return (
         Layout("official", _official(variant)),
         Layout("transformers", _transformers(variant), _transformers_spelling),
-        # Of `vit_*_patch16_dinov3`: timm's makers found these biases to be zeros, and store none.
+        # Of `vit_*_patch16_dinov3`: timm's makers found these biases to be zeros, and store none. It is before the one
+        # that has them, whose names are all of these and more, so that a file without them is taken for the former.
         Layout("timm", without_biases),
         Layout("timm (qkvb)", timm),
     )
