@@ -233,5 +233,5 @@ def test_long_reads_are_reported(file: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(manifest, "_CHUNK", 1000)
     said: list[str] = []
     assert manifest.sha256_of(file, said.append) == SHA
-    assert said
-    assert said[0] == "checking model.pth: 3,000 of 7,000 bytes (42%)"
+    assert said[0] == "checking 7 kB"
+    assert said[1].startswith("14 % of 7 kB")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dinov3_server.errors import CheckpointError, StorageError
+from dinov3_server.provision.progress import Progress
 from dinov3_server.storage import storage_errors, write_whole
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ Authority = Literal["registry", "hub", "nothing"]
 
 SUFFIX = ".manifest.json"
 _CHUNK = 2**22
-_REPORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -130,17 +130,20 @@ def check(file: Path, promise: Promise, care: Care) -> Manifest:
 
 
 def sha256_of(file: Path, report: Callable[[str], None] | None = None) -> str:
-    """The sha256 of `file`, 64 hex digits; reading takes a while for large files, and `report` hears how far it is."""
-    digest, done, said = hashlib.sha256(), 0, time.monotonic()
+    """The sha256 of `file`, 64 hex digits. For large files, log and `report` hear how far it is."""
+    digest, done = hashlib.sha256(), 0
     buffer = memoryview(bytearray(_CHUNK))
-    with storage_errors(file), file.open("rb", buffering=0) as stream:
+    with (
+        storage_errors(file),
+        file.open("rb", buffering=0) as stream,
+        Progress(file.name, report, time.monotonic) as progress,
+    ):
         size = file.stat().st_size
+        progress.start(0, size, "checking")
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
             done += count
-            if report and time.monotonic() - said >= _REPORT_SECONDS:
-                said = time.monotonic()
-                report(f"checking {file.name}: {done:,} of {size:,} bytes ({done * 100 // max(size, 1)}%)")
+            progress.at(done, size)
     return digest.hexdigest()
 
 
