@@ -15,6 +15,8 @@ import pytest
 from dinov3_server import storage
 from dinov3_server.errors import StorageError, Unreachable, UpstreamCodeError
 from dinov3_server.provision import git as git_module
+from dinov3_server.provision import vendor as vendor_module
+from dinov3_server.provision.checkout import Found
 from dinov3_server.provision.vendor import vendor
 from tests.provision.repositories import BACKBONES, LAYOUT, LICENSE, add_commit, beside, git, make_repository, program
 
@@ -59,9 +61,11 @@ def test_code_is_put_in_place_once_with_its_license(rig: Rig, as_url: Any, caplo
     assert rig.target.stat().st_mode == others_may_read
 
 
-def test_history_is_not_fetched(rig: Rig) -> None:
+def test_neither_history_nor_tags_are_fetched(rig: Rig) -> None:
+    git(rig.repository, "tag", "released", rig.second)
     rig.vendor(rig.second)
     assert git(rig.target, "rev-list", "--count", "HEAD") == "1"
+    assert git(rig.target, "tag", "--list") == ""
 
 
 def test_a_good_checkout_needs_no_git_no_lock_and_no_repository(rig: Rig, monkeypatch: Any) -> None:
@@ -286,9 +290,9 @@ def test_neither_configuration_nor_environment_has_a_say(
     user = tmp_path / "gitconfig"
     user.write_text(
         f"[core]\nhooksPath = {hooks}\nfsmonitor = {monitor}\nautocrlf = true\nworktree = {tmp_path}\nbare = true\n"
-        f"fileMode = false\nsparseCheckout = true\n[init]\ntemplateDir = {templates}\ndefaultObjectFormat = sha256\n"
+        f"fileMode = false\nsymlinks = false\nsparseCheckout = true\n[init]\ntemplateDir = {templates}\ndefaultObjectFormat = sha256\n"
         f'[filter "x"]\nsmudge = touch {ran}\n[core]\nattributesFile = {tmp_path / "attributes"}\n'
-        f"[gc]\nauto = 1\n[fetch]\nrecurseSubmodules = true\n[checkout]\ndefaultRemote = none\n"
+        f"[gc]\nauto = 1\n[fetch]\nrecurseSubmodules = true\n[protocol]\nversion = 0\n"
     )
     (tmp_path / "attributes").write_text("* filter=x eol=crlf\n")
     decoy = tmp_path / "decoy"
@@ -310,9 +314,12 @@ def test_neither_configuration_nor_environment_has_a_say(
         "LANG": "de_DE.UTF-8",
     }.items():
         monkeypatch.setenv(name, str(value))
+    (rig.repository / "link").symlink_to(LICENSE)
+    third = add_commit(rig.repository, {})
     rig.vendor()
-    rig.vendor(rig.second)
-    assert rig.holds(rig.second)
+    rig.vendor(third)
+    assert rig.holds(third)
+    assert (rig.target / "link").is_symlink()
     assert not ran.exists(), ran.read_text()
     assert git(decoy, "status", "--porcelain", "--branch") == before
 
@@ -422,3 +429,20 @@ def test_what_was_left_beside_a_good_checkout_is_no_reason_to_write(rig: Rig, mo
         rig.vendor()
     rig.vendor()
     assert rig.holds(rig.first)
+
+
+def test_a_checkout_that_changes_under_the_first_look_is_looked_at_again(rig: Rig, monkeypatch: Any) -> None:
+    rig.vendor()
+    real, looks = vendor_module.look, 0
+
+    def look(folder: Path, revision: str) -> Found:
+        nonlocal looks
+        looks += 1
+        if looks == 1:  # as where another process puts a new one in its place just now
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(folder / LICENSE))
+        return real(folder, revision)
+
+    monkeypatch.setattr(vendor_module, "look", look)
+    monkeypatch.setattr(git_module.subprocess, "Popen", None)
+    rig.vendor()
+    assert looks == 2

@@ -183,12 +183,16 @@ def test_a_server_that_falls_silent_is_left(rig: Rig, monkeypatch: pytest.Monkey
     assert rig.waits == [1, 2, 4]
 
 
-def test_git_is_told_to_leave_a_slow_connection(rig: Rig, programs: Path, tmp_path: Path) -> None:
+def test_git_is_told_to_leave_a_slow_connection_and_to_speak_english(
+    rig: Rig, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     real = git(tmp_path, "--exec-path") + "/git"
-    program(programs, "git", f'echo "$@" >> {tmp_path}/calls; exec {real} "$@"')
+    program(programs, "git", f'echo "$@ in $LC_ALL" >> {tmp_path}/calls; exec {real} "$@"')
     rig.vendor()
     (fetched,) = [line for line in (tmp_path / "calls").read_text().splitlines() if " fetch " in line]
     assert "-c http.lowSpeedLimit=1000 -c http.lowSpeedTime=30 " in fetched
+    assert fetched.endswith(" in C")
 
 
 WORDS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dinov3_server.provision.checkout import State, look
+from dinov3_server.provision.checkout import Found, State, look
 from dinov3_server.provision.vendor import vendor
 from tests.provision import vendor_process
 from tests.provision.repositories import BACKBONES, add_commit, beside, git, make_repository, program
@@ -60,6 +60,10 @@ class Rig:
             assert (found, state.detail) == ("another commit", f"holds commit {self.old}")
         else:
             assert state.state in (State.NOTHING, State.GOOD)
+        aside = look(self.target.with_name(".code.old"), self.old)
+        if aside.state is not State.NOTHING:  # it may yet come back, so it is what it was
+            wanted = Found(State.MODIFIED, f"is not as its commit has it: {BACKBONES} (changed)")
+            assert aside == (wanted if found == "a modified tree" else Found(State.GOOD))
         vendor(str(self.repository), self.new, self.target, force=found == "a modified tree")
         assert look(self.target, self.new).state is State.GOOD
         assert (self.target / "dinov3" / "new.py").exists()
