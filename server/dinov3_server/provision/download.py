@@ -14,7 +14,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import urlsplit
 
 from dinov3_server.config_kinds import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError, Unreachable
@@ -78,9 +77,9 @@ def download(
     (something else came than was expected) or StorageError. After Unreachable and StorageError what has come is kept.
     """
     shown = without_secrets(url)
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0].lower()
     if scheme not in ("https", "http", "file"):
-        raise ConfigError(f"{shown}: the scheme {scheme!r} is unknown here; allowed: https://, http:// and file://")
+        raise ConfigError(f"{shown}: a URL that can be fetched begins with https://, http:// or file://")
     if offline and scheme != "file":
         raise Unreachable(
             f"{shown}: is needed and must not be fetched, for the setting `offline` (DINOV3_OFFLINE) forbids it; fetch "
@@ -92,8 +91,7 @@ def download(
             return FileBody(url, start, version)
         return HttpBody(url, start, version, headers, timing.stall_seconds)
 
-    # Two signed URLs of one file differ in their queries.
-    origin = without_secrets(urlsplit(url)._replace(query="", fragment="").geturl())
+    origin = shown.removesuffix("?...")  # Two signed URLs of one file differ in their queries.
     with Part(target, origin) as part, Progress(target.name, report, timing.clock) as progress:
         fetch = _Fetch(shown, open_body, expected, part, progress)
         fetch.until_whole(timing.sleep)
@@ -123,7 +121,7 @@ class _Fetch:
 
     def until_whole(self, sleep: Callable[[float], None]) -> None:
         furthest = failures = 0
-        if self._part.size and self._resumable():
+        if self._resumable():
             self._progress.say(f"checking the {size(self._part.size)} that an earlier attempt has left")
             self._part.read_back()
             furthest = self._part.size
@@ -136,7 +134,7 @@ class _Fetch:
                 furthest = max(furthest, self._part.size)
                 if failures == ATTEMPTS:
                     kept = (
-                        f". {size(self._part.size)} are kept: the next start goes on there" if self._part.size else ""
+                        f". {size(self._part.size)} are kept: the next start goes on there" if self._resumable() else ""
                     )
                     raise Unreachable(
                         f"{error}; given up after {ATTEMPTS} attempts in a row without progress{kept}"
@@ -164,7 +162,7 @@ class _Fetch:
 
     def _resumable(self) -> bool:
         """Whether something can tell that what comes belongs to what is there."""
-        return self._part.version.told or self._expected.sha256 is not None
+        return self._part.size > 0 and (self._part.version.told or self._expected.sha256 is not None)
 
     def _attempt(self) -> None:
         """Go on from where the part ends. Returns when it is whole; raises Transient where it breaks off."""

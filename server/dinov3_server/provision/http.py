@@ -50,11 +50,12 @@ class HttpBody:
         self, url: str, start: int, version: Version, headers: Mapping[str, str], stall_seconds: float
     ) -> None:
         self._shown = without_secrets(url)
-        self._secrets = _secrets(url, headers)
-        self._signed = bool(urlsplit(url).query)
+        parts = _checked(url)
+        self._secrets = _secrets(parts, headers)
+        self._signed = bool(parts.query)
         self._stall_seconds = stall_seconds
         ranged = {"Range": f"bytes={start}-", **_present("If-Range", version.if_range)} if start else {}
-        self._response = self._follow(url, headers, ranged)
+        self._response = self._follow(parts, headers, ranged)
         try:
             self._understand(start, version)
         except BaseException:
@@ -70,7 +71,9 @@ class HttpBody:
     def close(self) -> None:
         self._response.close()
 
-    def _follow(self, url: str, headers: Mapping[str, str], ranged: Mapping[str, str]) -> http.client.HTTPResponse:
+    def _follow(
+        self, parts: SplitResult, headers: Mapping[str, str], ranged: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
         """The answer of the server that redirects lead to."""
         opener = urllib.request.OpenerDirector()
         for handler in (
@@ -80,7 +83,6 @@ class HttpBody:
             urllib.request.UnknownHandler(),  # of a proxy's scheme
         ):
             opener.add_handler(handler)
-        parts = _checked(url)
         for name, value in headers.items():
             if not (value.isascii() and value.isprintable()):
                 raise ConfigError(
@@ -96,8 +98,9 @@ class HttpBody:
             location = quote(response.headers["Location"], safe=string.punctuation, encoding="iso-8859-1")
             try:
                 target = _checked(urljoin(parts.geturl(), location))
-            except ConfigError as error:
-                raise Unreachable(f"{self._shown}: redirects to what cannot be followed: {error}") from None
+            except (ConfigError, ValueError):
+                shown = without_secrets(location.partition("?")[0])
+                raise Unreachable(f"{self._shown}: redirects to what cannot be followed: {shown}") from None
             if parts.scheme == "https" and target.scheme != "https":
                 raise Unreachable(
                     f"{self._shown}: redirects to {without_secrets(target.geturl())}, which is not encrypted; that is "
@@ -105,6 +108,7 @@ class HttpBody:
                 )
             if _origin(target) != _origin(parts):
                 own = _login(target)
+            self._secrets |= _secrets(target, {})
             parts = target
         raise Unreachable(f"{self._shown}: redirects more than {REDIRECTS} times, perhaps in a circle")
 
@@ -247,10 +251,10 @@ def _present(name: str, value: str) -> dict[str, str]:
     return {name: value} if value else {}
 
 
-def _secrets(url: str, headers: Mapping[str, str]) -> set[str]:
+def _secrets(parts: SplitResult, headers: Mapping[str, str]) -> set[str]:
     """Everything that a server may have been told and must not be shown when it says it back."""
-    parts = urlsplit(url)
-    values = [*headers.values(), parts.username or "", parts.password or "", *parts.query.split("&")]
+    login = [parts.username or "", parts.password or ""]
+    values = [*headers.values(), *login, *map(unquote, login), *parts.query.split("&")]
     values += [value for _, value in parse_qsl(parts.query)]
     words = {word for value in values for word in value.replace("=", " ").split()}
     return {word for word in words if len(word) > 3}

@@ -1,4 +1,4 @@
-"""How far a download or a check is: a line that is rewritten on a terminal, log lines elsewhere, and a word for the supervisor."""
+"""How far a download or check is: a line rewritten on a terminal, log lines elsewhere, a word for the supervisor."""
 
 from __future__ import annotations
 

@@ -111,7 +111,10 @@ class FileBody:
 
 
 def _path(url: str) -> Path:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         raise ConfigError(f"{url}: file:// wants a full path: file:///folder/name, with three slashes")
     return Path(url2pathname(parts.path))

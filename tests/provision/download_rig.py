@@ -1,0 +1,81 @@
+"""Downloads in tests: a clock that moves only when somebody waits, and what lies beside the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from dinov3_server.provision.download import Downloaded, Expected, Timing, download
+
+DATA = Random(4).randbytes(200_000)
+SECRET = "Policy=eyJTdGF0ZW1lbnQiOl&Signature=c2lnbmVk~a-b_c&Key-Pair-Id=K15QRJLYKIFSLZ"
+NOTHING = Expected()
+NO_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+@dataclass
+class Rig:
+    """Downloads to `target`, and knows how long each wait was."""
+
+    target: Path
+    waits: list[float] = field(default_factory=list)
+    reports: list[str] = field(default_factory=list)
+    now: float = 0.0
+
+    @property
+    def part(self) -> Path:
+        return self.target.with_name(self.target.name + ".part")
+
+    @property
+    def about(self) -> Path:
+        return self.target.with_name(self.target.name + ".part.json")
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+    def download(
+        self,
+        url: str,
+        expected: Expected = NOTHING,
+        *,
+        headers: Mapping[str, str] | None = None,
+        offline: bool = False,
+        stall_seconds: float = 20.0,
+    ) -> Downloaded:
+        timing = Timing(clock=lambda: self.now, sleep=self.sleep, stall_seconds=stall_seconds)
+        return download(
+            url,
+            self.target,
+            expected,
+            headers=headers or {},
+            offline=offline,
+            report=self.reports.append,
+            timing=timing,
+        )
+
+    def fails(
+        self, error: type[Exception], url: str, expected: Expected = NOTHING, *, stall_seconds: float = 20.0
+    ) -> str:
+        """What the error says; the target is not there, or what it was."""
+        before = self.target.read_bytes() if self.target.exists() else None
+        with pytest.raises(error) as raised:
+            self.download(url, expected, stall_seconds=stall_seconds)
+        assert type(raised.value) is error
+        assert (self.target.read_bytes() if self.target.exists() else None) == before
+        return str(raised.value)
+
+    def left(self) -> list[str]:
+        """The files in the target's folder."""
+        return sorted(path.name for path in self.target.parent.iterdir())
+
+
+def rig(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Rig:
+    """A rig in a folder that is not there yet, where no proxy is set."""
+    for name in NO_PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    return Rig(folder / "home" / "weights" / "model.pth")
