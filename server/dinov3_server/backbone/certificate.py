@@ -50,8 +50,10 @@ class Bound(NamedTuple):
     relative_error: float
 
 
-# float32 differs by the order of sums alone: some 1e-6 (docs/architecture.md has the figures).
-EXACT = Bound(0.99999, 1e-4)
+# float32 differs by the order of sums alone: some 1e-6, and up to 1e-4 in large models whose weights multiply any
+# difference. The mildest mistake that we know of, RoPE periods rounded otherwise than they should be, is 2e-3 in CLS
+# (docs/architecture.md has the figures).
+EXACT = Bound(0.9999, 1e-3)
 # How far rounding to bfloat16 takes features depends on the weights; Meta's own code in bfloat16 shows how far. Ours
 # may be this many times as far from Meta's float32, in 1 - cosine and in relative error; or, where rounding
 # hardly shows and ratios say little, as far as `NEAR`.
