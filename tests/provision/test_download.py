@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov3_server import __version__
-from dinov3_server.errors import AccessRefused
+from dinov3_server.errors import AccessRefused, Unreachable
 from dinov3_server.provision.download import Expected
 from tests.provision.download_rig import DATA, SECRET, Rig, rig
 from tests.support.file_server import Answer, FileServer
@@ -71,9 +71,10 @@ def test_a_file_of_this_machine_goes_on_while_it_is_the_same(here: Rig, tmp_path
     here.target.parent.mkdir(parents=True)
     status = source.stat()
     about = {"url": source.as_uri(), "etag": "", "last_modified": str(status.st_mtime_ns), "size": status.st_size}
-    for known, first in ((about, b"#"), ({**about, "last_modified": "1"}, DATA[:1])):
+    changed = {**about, "last_modified": "1"}
+    for known, length, first in ((about, 1000, b"#"), (changed, 1000, DATA[:1]), (about, len(DATA) + 1, DATA[:1])):
         # A marker in the part shows whether it was used.
-        here.part.write_bytes(b"#" + DATA[1:1000])
+        here.part.write_bytes((b"#" + DATA[1:] + b"more")[:length])
         here.about.write_text(json.dumps(known))
         here.download(source.as_uri())
         assert here.target.read_bytes() == first + DATA[1:]
@@ -211,6 +212,32 @@ def test_a_server_that_does_not_go_on_is_asked_for_the_whole(here: Rig, files: F
     here.download(files.url(PATH))
     assert here.target.read_bytes() == new
     assert files.ranges(PATH) in (["bytes=60000-"], ["bytes=60000-", None])
+
+
+def test_a_part_is_no_progress(here: Rig, files: FileServer) -> None:
+    files.put(PATH, DATA, ETAG)
+    interrupt(here, files, 60_000)
+    files.always(PATH, Answer(status=503))
+    here.fails(Unreachable, files.url(PATH))
+    assert files.ranges(PATH) == ["bytes=60000-"] * 5
+    assert here.part.read_bytes() == DATA[:60_000]
+
+
+def test_a_weak_etag_is_no_condition_but_the_date_is(here: Rig, files: FileServer) -> None:
+    date = "Fri, 20 Nov 2026 10:00:00 GMT"
+    files.put(PATH, DATA, {"ETag": 'W/"v1"', "Last-Modified": date})
+    interrupt(here, files, 60_000)
+    here.download(files.url(PATH))
+    assert [(seen.headers["range"], seen.headers["if-range"]) for seen in files.requests] == [("bytes=60000-", date)]
+    assert here.target.read_bytes() == DATA
+
+
+def test_no_more_is_taken_than_the_range_that_is_answered(here: Rig, files: FileServer) -> None:
+    files.put(PATH, DATA, ETAG)
+    interrupt(here, files, 60_000)
+    files.script(PATH, Answer(body=DATA + b"more", headers={"Content-Range": "bytes 60000-199999/200000"}))
+    here.download(files.url(PATH))
+    assert here.target.read_bytes() == DATA
 
 
 @pytest.mark.parametrize("said", ["bytes */200000", None])

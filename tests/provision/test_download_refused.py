@@ -143,7 +143,7 @@ def test_a_server_that_says_another_length_than_was_promised(here: Rig, files: F
 
 def test_a_body_without_end(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA)
-    files.always(PATH, Answer(chunked=True))
+    files.always(PATH, Answer(chunked=True, hold_after=100))
     said = here.fails(CheckpointError, files.url(PATH), Expected(size=10))
     assert "where 10 were expected" in said
     assert here.left() == ["model.pth"]
