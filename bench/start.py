@@ -1,25 +1,31 @@
 """How long a start takes, step by step: from the supervisor's exec to its `ready` line. ViT-S/16 and ViT-B/16, `dtype
-auto`, on the CPU, seeded random weights in a float32 safetensors file of transformers' layout.
+auto`, on the CPU, seeded random weights in a float32 safetensors file of transformers' layout, given by its path;
+Meta's code in the home, where DINOV3_UPSTREAM names a copy of its repository.
 
-`warm`: the file is in the page cache and every module is compiled (.pyc). `cold`: the file's pages are dropped
-(posix_fadvise) and PYTHONPYCACHEPREFIX names an empty folder, so that every module is compiled anew; shared libraries
-(torch's, gRPC's) stay in the page cache, as the bench maps them too. Both in turn, REPEATS of each; figures are medians
-over them, in seconds.
+`fresh`: no certificate is kept, so the features are compared with Meta's code. `warm`: the certificate is kept
+(without DINOV3_UPSTREAM there is none, and no `fresh`), the file is in the page cache and every module is compiled
+(.pyc). `cold`: likewise, but the file's pages are dropped (posix_fadvise) and PYTHONPYCACHEPREFIX names an empty
+folder, so that every module is compiled anew; shared libraries (torch's, gRPC's) stay in the page cache, as the bench
+maps them too. All in turn, REPEATS of each; figures are medians over them, in seconds.
 
-The steps follow one another. `supervisor`: to its first log line: interpreter, imports, ports bound. `worker_imports`:
-from there until the worker begins to load: its interpreter, torch, the backbone; the frontend starts meanwhile, on the
+The steps follow one another. `supervisor`: to its first log line: interpreter, imports, ports bound. `vendor` (Meta's
+checkout is compared with its commit) and `weights` (found). `imports`: the interpreters and imports of the
+provisioner and the worker (torch, the backbone), until that begins to load; the frontend starts meanwhile, on the
 same cores. `read` (the file is checked and mapped), `fingerprint` (every tensor hashed, the first to touch the file's
-pages), `build` and `warm_up` (256x256 and 224x224): dinov3_model_load_seconds of /metrics. `connect`: until the
-frontend knows the worker, which is when the line comes. `ready`: all of it.
+pages), `upstream` (Meta's code computes the probes, in a process of its own, in float32 and the serving dtype),
+`certificate` (ours does, in both), `build` and `warm_up` (256x256 and 224x224): dinov3_model_load_seconds of
+/metrics. `connect`: until the frontend knows the worker, which is when the line comes. `ready`: all of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,54 +36,74 @@ from safetensors.torch import save_file
 from bench.record import table
 from bench.reference import transformers_model
 from bench.server import serving
+from bench.upstream_repository import served_repository
 from dinov3_server.backbone.registry import VITS
 
 MODELS = ("vits16", "vitb16")
 REPEATS = 3
-LOAD_STEPS = ("read", "fingerprint", "build", "warm_up")
+PROVISION_STEPS = ("vendor", "weights")
+LOAD_STEPS = ("read", "fingerprint", "upstream", "certificate", "build", "warm_up")
 
 
 def measure() -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch, "home")
+        flags = ["--home", str(home), *_code(Path(scratch))]
+        certified = "--certificate" not in flags
         for model in MODELS:
             weights = Path(scratch, f"{model}.safetensors")
             save_file(transformers_model(VITS[f"dinov3_{model}"], torch.float32).state_dict(), weights)
-            started: dict[str, list[dict[str, float]]] = {"warm": [], "cold": []}
-            start(model, weights, {})  # compiles what is not yet, and reads it all once
+            given = ("--model", model, "--weights", str(weights), *flags)
+            start(given)  # vendors, compiles what is not yet, proves, and reads it all once
+            started: dict[str, list[dict[str, float]]] = {"fresh": [], "warm": [], "cold": []}
             for repeat in range(REPEATS):
                 drop_from_page_cache(weights)
-                empty = {"PYTHONPYCACHEPREFIX": str(Path(scratch, f"{model}-{repeat}"))}
-                started["cold"].append(start(model, weights, empty))
-                started["warm"].append(start(model, weights, {}))
+                started["cold"].append(start(given, PYTHONPYCACHEPREFIX=str(Path(scratch, f"{model}-{repeat}"))))
+                if certified:
+                    shutil.rmtree(home / "certificates")
+                    started["fresh"].append(start(given))
+                started["warm"].append(start(given))
             for state, runs in started.items():
-                steps = {step: round(statistics.median(run[step] for run in runs), 3) for step in runs[0]}
-                rows.append({"model": model, "state": state, "file_bytes": weights.stat().st_size, **steps})
-                print(rows[-1], flush=True)
-    return {"rows": rows}
+                if runs:
+                    steps = {step: round(statistics.median(run[step] for run in runs), 3) for step in runs[0]}
+                    rows.append({"model": model, "state": state, "file_bytes": weights.stat().st_size, **steps})
+                    print(rows[-1], flush=True)
+    return {"certificate": certified, "rows": rows}
 
 
 def show(result: dict[str, Any]) -> str:
-    return table(result["rows"], "model", "state", "supervisor", "worker_imports", *LOAD_STEPS, "connect", "ready")
+    steps = ("supervisor", *PROVISION_STEPS, "imports", *LOAD_STEPS, "connect", "ready")
+    return table(result["rows"], "model", "state", *steps)
 
 
-def start(model: str, weights: Path, environ: dict[str, str]) -> dict[str, float]:
+def _code(scratch: Path) -> list[str]:
+    """The flags for Meta's code."""
+    if "DINOV3_UPSTREAM" not in os.environ:
+        print("DINOV3_UPSTREAM names no copy of Meta's repository: starts are without a certificate", flush=True)
+        return ["--certificate", "false"]
+    url, commit = served_repository(scratch)
+    return ["--repo-url", url, "--revision", commit]
+
+
+def start(flags: Sequence[str], **environ: str) -> dict[str, float]:
     """The seconds of each step of one start. `environ` is added to the environment."""
     with tempfile.TemporaryFile() as log:
         began = time.time()
-        flags = ("--model", model, "--weights", str(weights), "--log-format", "json")
-        with serving(*flags, environ=environ, log=log) as server:
+        with serving(*flags, "--log-format", "json", environ=environ, log=log) as server:
             ready = time.time()
             while ("dinov3_model_load_seconds", "warm_up") not in (metrics := server.metrics()):
                 time.sleep(0.05)  # the worker's first snapshot is on its way
         log.seek(0)
         lines = [json.loads(line) for line in log]
-    load = {step: metrics["dinov3_model_load_seconds", step] for step in LOAD_STEPS}
+    # A step that was not taken has no series.
+    steps = {step: metrics.get(("dinov3_model_load_seconds", step), 0.0) for step in (*PROVISION_STEPS, *LOAD_STEPS)}
     bound = _logged(lines, "supervisor", "gRPC on ")
+    provisioning = sum(steps[step] for step in PROVISION_STEPS)
     return {
         "supervisor": bound - began,
-        "worker_imports": _logged(lines, "worker-0", "load: read took ") - load["read"] - bound,
-        **load,
+        "imports": _logged(lines, "worker-0", "load: read took ") - steps["read"] - bound - provisioning,
+        **steps,
         "connect": ready - _logged(lines, "worker-0", "load: warm_up took "),
         "ready": ready - began,
     }

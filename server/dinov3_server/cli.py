@@ -101,6 +101,7 @@ def _vendor(settings: Settings, force: bool) -> None:
 
 
 def _weights(settings: Settings) -> None:
+    from dinov3_server.provision.hub import REPOSITORIES
     from dinov3_server.provision.prepare import is_random
     from dinov3_server.provision.weights import find_or_fetch
 
@@ -111,7 +112,7 @@ def _weights(settings: Settings) -> None:
         variants = [registry.lookup(settings.model)]
     elif settings.weights == "auto" and settings.weights_url is None:
         dataset = settings.dataset or "lvd1689m"
-        variants = [variant for variant in registry.VARIANTS.values() if dataset in variant.hashes]
+        variants = [registry.lookup(name) for name, of in REPOSITORIES if of == dataset]
     else:
         raise ConfigError("--model all fetches from Hugging Face: one --source or weights_url cannot hold every model")
     for variant in variants:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.upstream_repository import served_repository
 from dinov3_server.provision.checkout import State, look
 from dinov3_server.provision.vendor import vendor
-from tests.support.upstream_repository import served_repository
 
 pytestmark = [
     pytest.mark.upstream,
