@@ -290,15 +290,19 @@ def test_neither_configuration_nor_environment_has_a_say(
     user = tmp_path / "gitconfig"
     user.write_text(
         f"[core]\nhooksPath = {hooks}\nfsmonitor = {monitor}\nautocrlf = true\nworktree = {tmp_path}\nbare = true\n"
-        f"fileMode = false\nsymlinks = false\nsparseCheckout = true\n[init]\ntemplateDir = {templates}\ndefaultObjectFormat = sha256\n"
-        f'[filter "x"]\nsmudge = touch {ran}\n[core]\nattributesFile = {tmp_path / "attributes"}\n'
-        f"[gc]\nauto = 1\n[fetch]\nrecurseSubmodules = true\n[protocol]\nversion = 0\n"
+        "fileMode = false\nsymlinks = false\nsparseCheckout = true\n"
+        f"attributesFile = {tmp_path / 'attributes'}\n"
+        f"[init]\ntemplateDir = {templates}\ndefaultObjectFormat = sha256\n"
+        f'[filter "x"]\nsmudge = touch {ran}\n'
+        "[gc]\nauto = 1\n[fetch]\nrecurseSubmodules = true\n[protocol]\nversion = 0\n"
     )
+    (tmp_path / ".gitconfig").write_bytes(user.read_bytes())
     (tmp_path / "attributes").write_text("* filter=x eol=crlf\n")
     decoy = tmp_path / "decoy"
     make_repository(decoy, {"a": "b"})
     before = git(decoy, "status", "--porcelain", "--branch")
     for name, value in {
+        "HOME": tmp_path,
         "GIT_CONFIG_GLOBAL": user,
         "GIT_CONFIG_SYSTEM": user,
         "GIT_DIR": decoy / ".git",

@@ -275,7 +275,8 @@ def test_how_a_repository_is_reached_is_the_users_to_configure(
 def test_git_dies_with_us(rig: Rig, programs: Path, tmp_path: Path, sent: signal.Signals) -> None:
     """On Ctrl-C at once, with all that it started; after SIGKILL nobody listens to its next word."""
     pids = tmp_path / "pids"
-    program(programs, "git", f"echo $$ >> {pids}; (while echo working; do sleep 0.05; done) & echo $! >> {pids}; wait")
+    works = "while echo working; do sleep 0.05; done" if sent == signal.SIGKILL else "exec sleep 60"
+    program(programs, "git", f"echo $$ >> {pids}; ({works}) & echo $! >> {pids}; wait")
     code = "import sys, pathlib; from dinov3_server.provision.vendor import vendor; "
     code += "vendor(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))"
     command = [sys.executable, "-c", code, rig.url, rig.first, str(rig.target)]
