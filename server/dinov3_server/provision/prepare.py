@@ -18,17 +18,24 @@ log = logging.getLogger(__name__)
 def prepare(settings: Settings, report: Callable[[str], None] | None = None) -> tuple[Provisioned, dict[str, float]]:
     """What the workers of these settings need, once it is all there; and the seconds that each step took.
 
-    `report` is told now and then what is under way. Raises the StartupErrors of `vendor` and `find_or_fetch`.
+    `report` is told now and then what is under way. Raises the StartupErrors of `vendor` and `find_or_fetch`; of a
+    machine without a network one error says all that is missing.
     """
     began = time.monotonic()
-    checkout, absent = _code(settings)  # first: it is small, and a missing git should not show after 27 GB of weights
+    # Code first: it is small, and a missing git should not show after 27 GB of weights.
+    missing: list[Unreachable] = []
+    try:
+        checkout, absent = _code(settings)
+    except Unreachable as error:
+        log.warning("Meta's code cannot be had; the weights are looked for before the start is given up")
+        missing.append(error)
     vendored = time.monotonic()
-    weights, label = settings.weights, settings.weights
-    if not is_random(weights):
-        from dinov3_server.provision.weights import find_or_fetch
-
-        found = find_or_fetch(settings, registry.lookup(settings.model), report=report)
-        weights, label = str(found.path), found.label
+    try:
+        weights, label = _weights(settings, report)
+    except Unreachable as error:
+        missing.insert(0, error)
+    if missing:
+        raise Unreachable("\nAnd ".join(map(str, missing)))
     seconds = {"vendor": vendored - began, "weights": time.monotonic() - vendored}
     return Provisioned(weights, label, settings.revision, checkout, absent), seconds
 
@@ -42,6 +49,16 @@ def checkout_folder(settings: Settings) -> Path:
     if settings.target_dir is not None:
         return Path(settings.target_dir).expanduser()
     return settings.home_folder / "upstream" / settings.revision
+
+
+def _weights(settings: Settings, report: Callable[[str], None] | None) -> tuple[str, str]:
+    """Where the weights lie, and what people call them."""
+    if is_random(settings.weights):
+        return settings.weights, settings.weights
+    from dinov3_server.provision.weights import find_or_fetch
+
+    found = find_or_fetch(settings, registry.lookup(settings.model), report=report)
+    return str(found.path), found.label
 
 
 def _code(settings: Settings) -> tuple[str | None, str]:
@@ -58,8 +75,12 @@ def _code(settings: Settings) -> tuple[str | None, str]:
         vendor(settings.repo_url, settings.revision, target, offline=settings.offline)
     except Unreachable as error:
         # Without a network the features can be served, if not proven. With one, what is wrong can be mended.
-        if not settings.offline or settings.backbone == "upstream":
+        if settings.backbone == "upstream":
             raise
+        if not settings.offline:
+            raise Unreachable(
+                f"{error}\nOr serve without the proof that it is for: --certificate false (DINOV3_CERTIFICATE=false)"
+            ) from None
         log.warning("Meta's code is not there, so the features cannot be verified: %s", error)
         return None, f"Meta's code is not in {target}, and `offline` forbids fetching it"
     return str(target), ""

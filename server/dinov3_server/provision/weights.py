@@ -86,6 +86,15 @@ class _Search:
 
     def auto(self) -> Weights:
         """In this order: home under an official name; `weights_url`; Hugging Face, from home or from the hub."""
+        try:
+            return self._auto()
+        except _Forbidden:
+            raise
+        except Unreachable as error:
+            dataset = self._dataset(self._settings.dataset)
+            raise Unreachable(self._how_to_bring(dataset, f"fetching them failed: {error}")) from None
+
+    def _auto(self) -> Weights:
         settings, url = self._settings, self._settings.weights_url
         dataset = self._dataset(settings.dataset or (url and self._named_dataset(url)))
         if found := self._official(dataset):
@@ -97,7 +106,7 @@ class _Search:
             if path := hub.find(self._home, repository, self._care):
                 return Weights(path, str(repository))
         if forbidden := self._forbidden():
-            raise Unreachable(self._how_to_bring(dataset, forbidden))
+            raise _Forbidden(self._how_to_bring(dataset, f"{forbidden} forbids fetching them"))
         if not repositories:
             raise ConfigError(
                 f"{self._variant.name} ({dataset}) is not on Hugging Face, so `auto` cannot fetch it: ask Meta for "
@@ -140,7 +149,8 @@ class _Search:
         promise = Promise(shown, "registry" if target.dataset else "nothing", target.digits)
         if not target.path.exists():
             if not self._may_open(url):
-                raise Unreachable(self._how_to_bring(target.dataset, "`offline`", target.path))
+                why = "`offline` forbids fetching them"
+                raise _Forbidden(self._how_to_bring(target.dataset, why, target.path))
             with locked(target.path.with_name(target.path.name + ".lock"), f"fetching {target.path.name}"):
                 if not target.path.exists():
                     digits = target.digits[0] if target.digits else None
@@ -225,8 +235,8 @@ class _Search:
         """What forbids to ask Hugging Face, if anything does."""
         return "`offline`" if self._settings.offline else hub.disabled()
 
-    def _how_to_bring(self, dataset: DatasetName | None, forbidden: str, target: Path | None = None) -> str:
-        """The message for weights that are not there and may not be fetched."""
+    def _how_to_bring(self, dataset: DatasetName | None, why: str, target: Path | None = None) -> str:
+        """The message for weights that are not there; `why` says why they are not fetched."""
         target = target or self._folder / self._variant.official_file(dataset or "lvd1689m")
         ways = [self._by_copy(), f"  - the URL that Meta sends ({META_ASKS}):\n    {self._by_curl(target)}"]
         if dataset and (known := hub.REPOSITORIES.get((self._variant.name, dataset))):
@@ -235,7 +245,7 @@ class _Search:
                 "    then copy FOLDER here and set weights (--weights, DINOV3_WEIGHTS) to its path"
             )
         return (
-            f"the weights of {self._variant.name} are not there, and {forbidden} forbids fetching them. Wanted is\n"
+            f"the weights of {self._variant.name} are not there, and {why}. Wanted is\n"
             f"    {target}\n" + "Bring it by one of\n" + "\n".join(ways)
         )
 
@@ -257,6 +267,10 @@ class _Search:
         if settings.dataset:
             words += ["--dataset", settings.dataset]
         return " ".join([*map(shlex.quote, words), "--home", shlex.quote(home or str(self._home))])
+
+
+class _Forbidden(Unreachable):
+    """It tells how to bring what may not be fetched."""
 
 
 @dataclass(frozen=True)
