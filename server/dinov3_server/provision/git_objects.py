@@ -84,7 +84,7 @@ def _packed_reference(git_dir: Path, reference: str) -> str:
 
 
 class _Pack(NamedTuple):
-    index: mmap.mmap
+    listing: mmap.mmap
     data: mmap.mmap
 
     def offset(self, name: bytes) -> int | None:
@@ -92,17 +92,17 @@ class _Pack(NamedTuple):
 
         The index is: a fan-out table by the first byte, sorted names, checksums, offsets, offsets that need 64 bits.
         """
-        if self.index[:8] != b"\xfftOc\0\0\0\2":
+        if self.listing[:8] != b"\xfftOc\0\0\0\2":
             raise ValueError("a pack's index is not of version 2")
-        fan_out = struct.unpack_from(">256I", self.index, 8)
+        fan_out = struct.unpack_from(">256I", self.listing, 8)
         first, last, count = fan_out[name[0] - 1] if name[0] else 0, fan_out[name[0]], fan_out[255]
         names = 8 + 1024
         for place in range(first, last):
-            if self.index[names + 20 * place : names + 20 * place + 20] == name:
-                (offset,) = struct.unpack_from(">I", self.index, names + 24 * count + 4 * place)
+            if self.listing[names + 20 * place : names + 20 * place + 20] == name:
+                (offset,) = struct.unpack_from(">I", self.listing, names + 24 * count + 4 * place)
                 if offset & 0x8000_0000:
                     place = offset & 0x7FFF_FFFF
-                    (offset,) = struct.unpack_from(">Q", self.index, names + 28 * count + 8 * place)
+                    (offset,) = struct.unpack_from(">Q", self.listing, names + 28 * count + 8 * place)
                 return int(offset)
         return None
 
