@@ -14,7 +14,6 @@ import pytest
 
 from dinov3_server import storage
 from dinov3_server.errors import StorageError, Unreachable, UpstreamCodeError
-from dinov3_server.provision import git as git_module
 from dinov3_server.provision import vendor as vendor_module
 from dinov3_server.provision.checkout import Found
 from dinov3_server.provision.vendor import vendor
@@ -68,12 +67,11 @@ def test_neither_history_nor_tags_are_fetched(rig: Rig) -> None:
     assert git(rig.target, "tag", "--list") == ""
 
 
-def test_a_good_checkout_needs_no_git_no_lock_and_no_repository(rig: Rig, monkeypatch: Any) -> None:
+def test_a_good_checkout_needs_no_lock_and_no_repository(rig: Rig, monkeypatch: Any) -> None:
     rig.vendor()
     rig.target.with_name("code.lock").unlink()
     shutil.rmtree(rig.repository)
-    monkeypatch.setattr(git_module.subprocess, "Popen", None)  # whoever starts a program fails
-    monkeypatch.setattr(storage.os, "open", None)  # and whoever asks for a lock
+    monkeypatch.setattr(vendor_module, "locked", None)
     rig.vendor()
     rig.vendor(offline=True)
     assert beside(rig.target) == ["code"]
@@ -165,8 +163,11 @@ MODIFIED = {
     "a library added": (lambda target: (target / "torch.abi3.so").write_text(""), "torch.abi3.so"),
     "a compiled module added": (lambda target: (target / "torch.pyc").write_text(""), "torch.pyc"),
     "a link added": (lambda target: (target / "torch").symlink_to("/usr"), "torch"),
-    "no commit": (lambda target: (target / ".git" / "HEAD").write_text("ref: refs/heads/none"), "HEAD"),
-    "no objects": (lambda target: shutil.rmtree(target / ".git" / "objects"), "missing"),
+    "no commit": (
+        lambda target: (target / ".git" / "HEAD").write_text("ref: refs/heads/none"),
+        "damaged git repository",
+    ),
+    "no objects": (lambda target: shutil.rmtree(target / ".git" / "objects"), "damaged git rep"),
 }
 
 
@@ -347,7 +348,7 @@ def test_folders_may_belong_to_anybody(rig: Rig) -> None:
 def test_offline_says_what_is_missing_and_how_to_bring_it(rig: Rig, found: str, monkeypatch: Any) -> None:
     if found == "another commit":
         rig.vendor(rig.second)
-    monkeypatch.setattr(git_module.subprocess, "Popen", None)
+    monkeypatch.setattr(vendor_module, "fetch", None)
     with pytest.raises(Unreachable) as raised:
         rig.vendor(offline=True)
     said = str(raised.value)
@@ -374,7 +375,7 @@ def refuse_to_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     real = os.open
 
     def open_or_not(path: Any, flags: int, *rest: Any, **options: Any) -> int:
-        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR) and path != os.devnull:
             raise OSError(number, os.strerror(number), str(path))
         return real(path, flags, *rest, **options)
 
@@ -447,6 +448,6 @@ def test_a_checkout_that_changes_under_the_first_look_is_looked_at_again(rig: Ri
         return real(folder, revision)
 
     monkeypatch.setattr(vendor_module, "look", look)
-    monkeypatch.setattr(git_module.subprocess, "Popen", None)
+    monkeypatch.setattr(vendor_module, "fetch", None)
     rig.vendor()
     assert looks == 2

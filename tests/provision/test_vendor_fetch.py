@@ -228,14 +228,17 @@ def test_gits_own_words_are_understood_and_quoted(rig: Rig, programs: Path, tmp_
     assert rig.waits == ([1, 2, 4] if kind is Unreachable and "GIT_SSL_CAINFO" not in str(error) else [])
 
 
+@pytest.mark.parametrize("there", [False, True])
 def test_without_git_it_says_how_to_get_it_or_do_without(
-    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
+    if there:  # then it cannot be checked
+        rig.vendor()
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    error = rig.fails()
-    assert isinstance(error, UpstreamCodeError)
-    assert "apt-get install git" in str(error)
-    assert f"git -C dinov3 checkout --detach {rig.first}" in str(error)
+    with pytest.raises(UpstreamCodeError) as error:
+        rig.vendor()
+    assert "apt-get install git" in str(error.value)
+    assert "--certificate false" in str(error.value)
 
 
 def test_ssh_does_not_ask(rig: Rig, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from importlib.machinery import all_suffixes
 from pathlib import Path
 from typing import NamedTuple
 
-from dinov3_server.provision.git_objects import Damaged, Entry, files, head, object_id
+from dinov3_server.provision.git import GitFailed, GitMissing, ask
 
 # What makes a repository Meta's: the terms of its use, and the only module of it that we import.
 REQUIRED = ("LICENSE.md", "dinov3/hub/backbones.py")
@@ -25,6 +26,13 @@ class State(Enum):
     ON_BRANCH = "whole, of another commit, on a branch: somebody works in it"
     MODIFIED = "Meta's code, but not as its commit has it"
     FOREIGN = "not a checkout of Meta's code"
+
+
+class _Entry(NamedTuple):
+    """A file of a commit: its mode as git has it, and the id of its content."""
+
+    mode: int
+    blob: str
 
 
 class Found(NamedTuple):
@@ -43,16 +51,22 @@ def is_nothing(folder: Path) -> bool:
 
 
 def look(folder: Path, revision: str) -> Found:
-    """Compare every file of `folder` with what its commit says, by content. Nothing is written. Raises OSError."""
+    """Compare every file of `folder` with what its commit says, by content. Nothing is written.
+
+    By content, and not as `git status` does: that trusts an index, which is told what to overlook, and times.
+    Raises OSError and GitMissing.
+    """
     if is_nothing(folder):
         return Found(State.NOTHING)
-    git_dir = folder / ".git"
-    if not git_dir.is_dir():
+    if not (folder / ".git").is_dir():
         return Found(State.FOREIGN, "is not empty and is no git checkout")
     try:
-        commit, branch = head(git_dir)
-        tracked = files(git_dir, commit)
-    except Damaged as damage:
+        commit = ask("rev-parse", "--verify", "HEAD^{commit}", folder=folder).decode().strip()
+        branch = ask("rev-parse", "--abbrev-ref", "HEAD", folder=folder).decode().strip()
+        tracked = _files(folder, commit)
+    except GitMissing:
+        raise
+    except GitFailed as damage:
         if (folder / REQUIRED[-1]).is_file():
             return Found(State.MODIFIED, f"holds a damaged git repository: {damage}")
         return Found(State.FOREIGN, f"holds a git repository that is not Meta's, or is damaged: {damage}")
@@ -65,12 +79,22 @@ def look(folder: Path, revision: str) -> Found:
         return Found(State.MODIFIED, f"is not as its commit has it: {', '.join(changes[:_SHOWN])}{more}")
     if commit == revision:
         return Found(State.GOOD)
-    if branch is not None:
+    if branch != "HEAD":  # which is what a detached one calls itself
         return Found(State.ON_BRANCH, f"holds commit {commit} on the branch {branch}")
     return Found(State.OTHER, f"holds commit {commit}")
 
 
-def _changed(folder: Path, tracked: Mapping[str, Entry]) -> Iterator[str]:
+def _files(folder: Path, commit: str) -> dict[str, _Entry]:
+    """Every file of a commit by its path from the root. Raises GitFailed."""
+    files = {}
+    for line in ask("ls-tree", "-r", "-z", "--full-tree", commit, folder=folder).split(b"\0")[:-1]:
+        about, _, path = line.partition(b"\t")
+        mode, _, blob = about.decode().split()
+        files[os.fsdecode(path)] = _Entry(int(mode, 8), blob)
+    return files
+
+
+def _changed(folder: Path, tracked: Mapping[str, _Entry]) -> Iterator[str]:
     for path, entry in tracked.items():
         if entry.mode == _SUBMODULE:
             continue
@@ -80,15 +104,20 @@ def _changed(folder: Path, tracked: Mapping[str, Entry]) -> Iterator[str]:
             yield f"{path} (deleted)"
             continue
         same_kind = stat.S_ISLNK(mode) if entry.mode == _LINK else stat.S_ISREG(mode)
-        if not same_kind or object_id(b"blob", _content(folder / path, mode)) != entry.blob:
+        if not same_kind or _blob(_content(folder / path, mode)) != entry.blob:
             yield f"{path} (changed)"
+
+
+def _blob(content: bytes) -> str:
+    """The id that git gives to a file of this content."""
+    return hashlib.sha1(b"blob %d\0%s" % (len(content), content), usedforsecurity=False).hexdigest()
 
 
 def _content(path: Path, mode: int) -> bytes:
     return os.fsencode(path.readlink()) if stat.S_ISLNK(mode) else path.read_bytes()
 
 
-def _importable(folder: Path, tracked: Mapping[str, Entry]) -> Iterator[str]:
+def _importable(folder: Path, tracked: Mapping[str, _Entry]) -> Iterator[str]:
     """What the commit does not have and Python could import: modules, and links that may be packages.
 
     Python's own caches are none: they hold what it makes of the files beside them.

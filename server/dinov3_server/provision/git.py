@@ -53,11 +53,30 @@ _IDLE = re.compile(
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
 _LAST_WORDS = 400  # characters
 
-NOT_INSTALLED = "git is not installed"
-
 
 class GitFailed(Exception):
     """git ended with an error; the text is its own last words, short and without secrets."""
+
+
+class GitMissing(GitFailed):
+    """git is not installed."""
+
+
+def ask(*arguments: str, folder: Path) -> bytes:
+    """What a command that only reads the repository in `folder` writes to standard output. Raises GitFailed."""
+    try:
+        done = subprocess.run(
+            ["git", *_overrides(), *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=_environment(os.environ, folder, reaching=False),
+            check=False,
+        )
+    except (FileNotFoundError, PermissionError):
+        raise GitMissing from None
+    if done.returncode:
+        raise GitFailed(_last_words(done.stderr) or f"git {arguments[0]} ended with status {done.returncode}")
+    return done.stdout
 
 
 def run(*arguments: str, folder: Path, reaching: bool = False) -> None:
@@ -66,10 +85,9 @@ def run(*arguments: str, folder: Path, reaching: bool = False) -> None:
     `reaching` is for the command that talks to another repository: how that is reached (proxy, certificates,
     credentials) is the user's configuration to tell. All others see none but the repository's own. Raises GitFailed.
     """
-    overrides = [part for each in _OVERRIDES for part in ("-c", each)]
     try:
         process = subprocess.Popen(
-            ["git", *overrides, *arguments],
+            ["git", *_overrides(), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -78,7 +96,7 @@ def run(*arguments: str, folder: Path, reaching: bool = False) -> None:
             env=_environment(os.environ, folder, reaching),
         )
     except (FileNotFoundError, PermissionError):
-        raise GitFailed(NOT_INSTALLED) from None
+        raise GitMissing from None
     with process:
         try:
             said = _listen(process, SILENT_SECONDS if reaching else None)
@@ -89,6 +107,10 @@ def run(*arguments: str, folder: Path, reaching: bool = False) -> None:
                     os.killpg(process.pid, signal.SIGKILL)
     if status:
         raise GitFailed(_last_words(said) or f"git {arguments[0]} ended with status {status} and said nothing")
+
+
+def _overrides() -> list[str]:
+    return [part for each in _OVERRIDES for part in ("-c", each)]
 
 
 def _environment(inherited: Mapping[str, str], folder: Path, reaching: bool) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
-from dinov3_server.provision.git import NOT_INSTALLED, GitFailed, run
+from dinov3_server.provision.git import GitFailed, GitMissing, run
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,6 @@ class Reason(Enum):
     UNREACHABLE = "no connection, or one that broke off"
     NO_SPACE = "the disk is full"
     READ_ONLY = "the file system is read-only"
-    NO_GIT = "git is not installed"
     OTHER = "git's words are not known"
 
 
@@ -40,7 +39,6 @@ class FetchFailed(Exception):
 
 # In this order: the last lines that git says of a lost connection are also said after most other failures.
 _WORDS = {
-    Reason.NO_GIT: rf"^{NOT_INSTALLED}$",
     Reason.NO_SPACE: r"No space left on device|Disk quota exceeded",
     Reason.READ_ONLY: r"Read-only file system",
     Reason.NO_COMMIT: r"not our ref|unadvertised object|want [0-9a-f]{40} not valid|dumb http transport",
@@ -70,7 +68,7 @@ _ANYBODYS = "--upload-pack=git -c 'safe.directory=*' upload-pack"
 def fetch(url: str, revision: str, folder: Path, sleep: Callable[[float], None]) -> None:
     """Check `revision` of the repository at `url` out in `folder`, which is there and empty.
 
-    What may pass is tried again after `sleep(seconds)`. Raises FetchFailed, and OSError of the folder.
+    What may pass is tried again after `sleep(seconds)`. Raises FetchFailed, GitMissing, and OSError of the folder.
     """
     _run("init", "--quiet", "--template=", folder=folder)  # a template could bring hooks
     # Bytes as they are in the commit, whatever its own .gitattributes ask for: they are what is verified.
@@ -109,6 +107,8 @@ def _attempt(url: str, revision: str, folder: Path) -> None:
 def _run(*arguments: str, folder: Path, reaching: bool = False) -> None:
     try:
         run(*arguments, folder=folder, reaching=reaching)
+    except GitMissing:
+        raise
     except GitFailed as failure:
         words = str(failure)
         reason = next((reason for reason, known in _WORDS.items() if re.search(known, words)), Reason.OTHER)

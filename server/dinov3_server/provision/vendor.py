@@ -3,7 +3,7 @@
 A folder is never seen half done: a commit is fetched into `.NAME.XXXXXXXX.part` beside it, verified there, and renamed.
 Where another checkout is in the way, that is renamed to `.NAME.old` first and removed last; a process that was killed
 in between is put right by the next. All of it happens under the lock `NAME.lock`; a checkout that is good needs
-neither lock nor network nor git.
+neither lock nor network.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from dinov3_server.config_kinds import without_secrets
 from dinov3_server.errors import AccessRefused, StartupError, StorageError, Unreachable, UpstreamCodeError
 from dinov3_server.provision.checkout import Found, State, is_nothing, look
+from dinov3_server.provision.git import GitMissing
 from dinov3_server.provision.git_fetch import BACKOFF, FetchFailed, Reason, fetch
 from dinov3_server.storage import locked, storage_errors
 
@@ -46,10 +47,29 @@ def vendor(
     Unreachable, AccessRefused or StorageError.
     """
     target = target.resolve()
-    vendoring = _Vendoring(repo_url, revision, target)
+    try:
+        fetched = _have(_Vendoring(repo_url, revision, target), force, offline, sleep)
+    except GitMissing:
+        raise UpstreamCodeError(
+            f"git is not installed, and Meta's code (in {target}) is fetched and checked with it: "
+            "`apt-get install git`; or serve without the proof that it is for: --certificate false "
+            "(DINOV3_CERTIFICATE=false)"
+        ) from None
+    if fetched:
+        log.info(
+            "Meta's code is in %s. Using it is accepting the DINOv3 License, %s; it may be redistributed only under "
+            "that license, with a copy of it",
+            target,
+            target / "LICENSE.md",
+        )
+
+
+def _have(vendoring: _Vendoring, force: bool, offline: bool, sleep: Callable[[float], None]) -> bool:
+    """Whether anything had to be fetched."""
+    target, revision = vendoring.target, vendoring.revision
     with suppress(OSError):  # also of files that go while another process puts a new checkout in place
         if not force and look(target, revision).state is State.GOOD and not vendoring.leftovers():
-            return
+            return False
     with ExitStack() as held:
         try:
             held.enter_context(locked(target.with_name(target.name + ".lock"), f"Meta's code in {target}"))
@@ -57,22 +77,17 @@ def vendor(
             with storage_errors(target):
                 found = look(target, revision)
             if found.state is State.GOOD and not force:
-                return
+                return False
             vendoring.refuse(found, force, offline)  # what is wrong with it says more
             raise
         with storage_errors(target):
             vendoring.recover()
             found = look(target, revision)  # another process may just have put it there
             if found.state is State.GOOD and not force:
-                return
+                return False
             vendoring.refuse(found, force, offline)
             vendoring.fetch(sleep)
-    log.info(
-        "Meta's code is in %s. Using it is accepting the DINOv3 License, %s; it may be redistributed only under that "
-        "license, with a copy of it",
-        target,
-        target / "LICENSE.md",
-    )
+    return True
 
 
 class _Vendoring:
@@ -80,19 +95,19 @@ class _Vendoring:
 
     def __init__(self, url: str, revision: str, target: Path) -> None:
         self._url = url
-        self._revision = revision
-        self._target = target
+        self.revision = revision
+        self.target = target
         self._old = target.with_name(f".{target.name}.old")
 
     def leftovers(self) -> list[Path]:
         """What processes left beside the target that were killed, or are at work now."""
-        unfinished = re.compile(re.escape(f".{self._target.name}.") + r"([0-9a-f]{8}\.part|old)")
-        return [path for path in self._target.parent.iterdir() if unfinished.fullmatch(path.name)]
+        unfinished = re.compile(re.escape(f".{self.target.name}.") + r"([0-9a-f]{8}\.part|old)")
+        return [path for path in self.target.parent.iterdir() if unfinished.fullmatch(path.name)]
 
     def recover(self) -> None:
         """Put right what a process left that was killed."""
-        if self._old.exists() and is_nothing(self._target):
-            self._old.rename(self._target)
+        if self._old.exists() and is_nothing(self.target):
+            self._old.rename(self.target)
         for path in self.leftovers():
             if path == self._old:  # renamed first, so that no part of it is ever taken for the whole
                 path = path.rename(self._unfinished())
@@ -100,54 +115,54 @@ class _Vendoring:
 
     def refuse(self, found: Found, force: bool, offline: bool) -> None:
         """Raise where what was found must be left alone, or nothing may be fetched."""
-        target = shlex.quote(str(self._target))
-        again = f"`dinov3-server vendor --force --revision {self._revision} --target-dir {target}`"
+        target = shlex.quote(str(self.target))
+        again = f"`dinov3-server vendor --force --revision {self.revision} --target-dir {target}`"
         if found.state is State.FOREIGN:
             raise UpstreamCodeError(
-                f"{self._target} {found.detail}. It is left alone: name another folder for Meta's code with "
+                f"{self.target} {found.detail}. It is left alone: name another folder for Meta's code with "
                 f"--target-dir (DINOV3_TARGET_DIR), or remove this one: `rm -r {target}`"
             )
         if found.state is State.MODIFIED and not force:
             raise UpstreamCodeError(
-                f"{self._target} {found.detail}. Meta's code is used unmodified only. {again} fetches it anew; so does "
+                f"{self.target} {found.detail}. Meta's code is used unmodified only. {again} fetches it anew; so does "
                 f"the next start once the folder is gone: `rm -r {target}`"
             )
         if found.state is State.ON_BRANCH and not force:
             raise UpstreamCodeError(
-                f"{self._target} {found.detail}, and {self._revision} is wanted. On a branch it may be somebody's "
-                f"work, so it is not replaced: `git -C {target} checkout --detach {self._revision}`, or {again}"
+                f"{self.target} {found.detail}, and {self.revision} is wanted. On a branch it may be somebody's "
+                f"work, so it is not replaced: `git -C {target} checkout --detach {self.revision}`, or {again}"
             )
         if offline:
             there = "is not there" if found.state is State.NOTHING else found.detail or "is to be fetched anew"
             raise Unreachable(
-                f"{self._target} {there}; wanted is commit {self._revision} of Meta's code, and --offline "
+                f"{self.target} {there}; wanted is commit {self.revision} of Meta's code, and --offline "
                 f"(DINOV3_OFFLINE) forbids fetching it. {self._by_hand()}"
             )
 
     def fetch(self, sleep: Callable[[float], None]) -> None:
         """Fetch, verify, put in place."""
-        if self._target.is_mount():
+        if self.target.is_mount():
             raise StorageError(
-                f"{self._target} is a mount point, so that nothing can be renamed to it: name a folder in it, as "
-                f"--target-dir {self._target / 'dinov3'} (DINOV3_TARGET_DIR)"
+                f"{self.target} is a mount point, so that nothing can be renamed to it: name a folder in it, as "
+                f"--target-dir {self.target / 'dinov3'} (DINOV3_TARGET_DIR)"
             )
-        log.info("fetching Meta's code, commit %s of %s", self._revision, without_secrets(self._url))
+        log.info("fetching Meta's code, commit %s of %s", self.revision, without_secrets(self._url))
         staging = self._unfinished()
         try:
             staging.mkdir()
             try:
-                fetch(self._url, self._revision, staging, sleep)
+                fetch(self._url, self.revision, staging, sleep)
             except FetchFailed as failed:
                 raise self._error(failed) from None
-            found = look(staging, self._revision)
+            found = look(staging, self.revision)
             if found.state is not State.GOOD:
                 raise UpstreamCodeError(
                     f"{without_secrets(self._url)}: what was fetched {found.detail}; it is not used. Check --repo-url "
                     "(DINOV3_REPO_URL) and --revision (DINOV3_REVISION)"
                 )
-            if self._target.exists():
-                self._target.rename(self._old)
-            staging.rename(self._target)
+            if self.target.exists():
+                self.target.rename(self._old)
+            staging.rename(self.target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
             self.recover()
@@ -157,17 +172,12 @@ class _Vendoring:
         check = f"Check --repo-url (DINOV3_REPO_URL) with `git ls-remote {shlex.quote(url)}`"
         match failed.reason:
             case Reason.NO_SPACE:
-                return OSError(errno.ENOSPC, words, str(self._target.parent))
+                return OSError(errno.ENOSPC, words, str(self.target.parent))
             case Reason.READ_ONLY:
-                return OSError(errno.EROFS, words, str(self._target.parent))
-            case Reason.NO_GIT:
-                return UpstreamCodeError(
-                    f"git is not installed, and Meta's code, which is not in {self._target}, is fetched with it: "
-                    f"`apt-get install git`, or do without. {self._by_hand()}"
-                )
+                return OSError(errno.EROFS, words, str(self.target.parent))
             case Reason.NO_COMMIT:
                 return UpstreamCodeError(
-                    f"{url} has no commit {self._revision} ({words}). Check --revision (DINOV3_REVISION), and that "
+                    f"{url} has no commit {self.revision} ({words}). Check --revision (DINOV3_REVISION), and that "
                     "--repo-url (DINOV3_REPO_URL) is Meta's repository or a mirror that is up to date"
                 )
             case Reason.REFUSED:
@@ -189,16 +199,16 @@ class _Vendoring:
                     f"{self._by_hand()}"
                 )
             case Reason.OTHER:
-                return UpstreamCodeError(f"git could not fetch {self._revision} from {url}: {words}. {check}")
+                return UpstreamCodeError(f"git could not fetch {self.revision} from {url}: {words}. {check}")
 
     def _by_hand(self) -> str:
         return (
             "To bring it by hand, on a machine with a network:\n"
             f"  git clone {shlex.quote(without_secrets(self._url))} dinov3\n"
-            f"  git -C dinov3 checkout --detach {self._revision}\n"
+            f"  git -C dinov3 checkout --detach {self.revision}\n"
             "and copy that folder here, with the .git in it:\n"
-            f"  rsync -a dinov3/ {shlex.quote(f'HOST:{self._target}/')}"
+            f"  rsync -a dinov3/ {shlex.quote(f'HOST:{self.target}/')}"
         )
 
     def _unfinished(self) -> Path:
-        return self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}.part")
+        return self.target.with_name(f".{self.target.name}.{secrets.token_hex(4)}.part")
