@@ -151,6 +151,16 @@ def test_another_package_of_that_name_is_not_taken(tmp_path: Path, monkeypatch: 
     assert str(tmp_path / "code") not in sys.path
 
 
+def test_a_checkout_may_be_named_from_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkout(tmp_path / "code")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "code")
+    monkeypatch.chdir(tmp_path / "here")
+    weights = checkpoint(tmp_path)
+    for code in ("../code", "../link"):
+        load_upstream(Path(code), weights, CPU)
+
+
 def test_one_process_has_one_checkout(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path)
     load_upstream(write_checkout(tmp_path / "code"), weights, CPU)

@@ -168,6 +168,7 @@ def _fitted(state: Mapping[str, Tensor], made: Mapping[str, Tensor], device: tor
 
 def _import_from(checkout: Path) -> ModuleType:
     """`dinov3.hub.backbones` of this checkout, whatever else is called dinov3 on this machine."""
+    checkout = checkout.resolve()  # as modules have their files
     if _ENTRY_POINTS not in sys.modules:
         sys.meta_path.insert(0, _CheckoutFinder(checkout))
     module = importlib.import_module(_ENTRY_POINTS)
