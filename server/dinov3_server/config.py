@@ -304,12 +304,16 @@ class Settings:
                 f"max_images_per_request ({self.max_images_per_request}) is over max_queue_images "
                 f"({self.max_queue_images}): the largest requests could never be admitted"
             )
-        try:
-            self.home_folder  # noqa: B018 - it raises
-        except RuntimeError:
-            raise ConfigError(
-                f"home is {self.home!r} and this user has no home directory; set --home (DINOV3_HOME) to a folder"
-            ) from None
+        for name in ("home", "target_dir", "weights"):
+            path = getattr(self, name) or ""
+            try:
+                Path(path).expanduser()
+            except RuntimeError:
+                declared = _BY_NAME[name]
+                raise ConfigError(
+                    f"{name} is {declared.show(path)!r} and no such home directory is known; set {declared.flag} "
+                    f"({declared.env}) to a full path"
+                ) from None
 
     @property
     def home_folder(self) -> Path:

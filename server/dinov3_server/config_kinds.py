@@ -75,7 +75,9 @@ def without_secrets(text: str) -> str:
     except ValueError:  # what might be secret in it cannot be told
         return text.partition("://")[0] + "://..."
     if not parts.netloc:
-        return text
+        # A path; or a URL that lost its https:// on the way, and has what signs it still.
+        path, _, query = text.partition("?")
+        return f"{path}?..." if "=" in query else text
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}{'?...' if parts.query else ''}"
 

@@ -370,6 +370,9 @@ def test_nearest() -> None:
         ("file:///srv/w.pth", "file:///srv/w.pth"),
         ("hf://timm/vit@main", "hf://timm/vit@main"),
         ("/srv/w.pth?x", "/srv/w.pth?x"),
+        ("example.org/a/w.pth?Policy=secret&Signature=x", "example.org/a/w.pth?..."),
+        ("https:/example.org/w.pth?Policy=secret", "https:/example.org/w.pth?..."),
+        ("https:///w.pth?Policy=secret", "https:///w.pth?..."),
         ("git@github.com:facebookresearch/dinov3.git", "git@github.com:facebookresearch/dinov3.git"),
     ],
 )
@@ -384,5 +387,9 @@ def test_home_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert Settings().home_folder == Path("/home/somebody/.cache/dinov3-serving")
     assert Settings(home="/srv").home_folder == Path("/srv")
-    with pytest.raises(ConfigError, match="no home directory"):
-        Settings(home="~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize("name", ["home", "target_dir", "weights"])
+def test_a_home_directory_that_nobody_has(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is '~nobody-of-this-name/x.*' and no such home directory is known"):
+        Settings(**{name: "~nobody-of-this-name/x"})  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 
 from dinov3_server.backbone.registry import VARIANTS
 from dinov3_server.config import Settings
-from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StartupError, Unreachable
+from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StartupError, StorageError, Unreachable
 from dinov3_server.provision import manifest
 from dinov3_server.provision.weights import Weights, find_or_fetch
 from tests.provision.weights_rig import (
@@ -84,6 +84,28 @@ def test_a_path_may_begin_with_the_users_home(home: Path, tmp_path: Path, monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.pth").write_bytes(DATA)
     assert find(home, "~/mine.pth").path == tmp_path / "mine.pth"
+
+
+def test_a_signed_url_without_its_beginning_is_taken_for_a_path_and_not_shown(home: Path) -> None:
+    said = refused(ConfigError, home, f"example.org/a/w.pth{SECRET}/secret")
+    assert said == "weights is 'example.org/a/w.pth?...', and there is no folder example.org/a that can be read"
+
+
+def test_the_name_that_wget_gives_a_file_is_not_shown_whole(home: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"w.pth{SECRET}"
+    path.write_bytes(DATA)
+    assert find(home, weights=str(path)) == (path, "w.pth?...")
+
+
+def test_a_path_that_cannot_be_looked_at(home: Path) -> None:
+    with pytest.raises(StorageError, match=r"weights is '/x+': File name too long \(this process is uid \d+\)"):
+        find(home, weights="/" + "x" * 300)
+
+
+@pytest.mark.parametrize("source", ["auto", "https://host.invalid/x.pth", "hf://me/tuned"])
+def test_a_home_that_cannot_be_looked_at(tmp_path: Path, source: str, no_sockets: None) -> None:
+    with pytest.raises(StorageError, match=r"File name too long; choose another folder with --home"):
+        find(tmp_path / ("x" * 300), weights=source)
 
 
 def test_a_missing_file_names_the_near_ones(home: Path, tmp_path: Path) -> None:

@@ -92,8 +92,8 @@ def parse(url: str) -> Repository:
     good = len(parts) == 2 and all(_NAME.fullmatch(part) and ".." not in part and "--" not in part for part in parts)
     if not good or (at and (not _REVISION.fullmatch(revision) or ".." in revision)):
         raise ConfigError(
-            f"weights is {url!r}, which names no repository; allowed: hf://OWNER/REPO or hf://OWNER/REPO@REVISION, as "
-            "hf://timm/vit_base_patch16_dinov3.lvd1689m@main"
+            f"weights is {without_secrets(url)!r}, which names no repository; allowed: hf://OWNER/REPO or "
+            "hf://OWNER/REPO@REVISION, as hf://timm/vit_base_patch16_dinov3.lvd1689m@main"
         )
     return Repository(name, revision or "main")
 

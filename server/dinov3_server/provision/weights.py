@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from urllib.parse import unquote, urlsplit
 from dinov3_server.backbone.registry import DatasetName, Variant
 from dinov3_server.config import Settings
 from dinov3_server.config_kinds import without_secrets
-from dinov3_server.errors import AccessRefused, ConfigError, Unreachable
+from dinov3_server.errors import AccessRefused, ConfigError, StorageError, Unreachable
 from dinov3_server.provision import hub, manifest
 from dinov3_server.provision.download import Expected, download
 from dinov3_server.provision.http import META_ASKS
 from dinov3_server.provision.manifest import Care, Promise
-from dinov3_server.storage import locked
+from dinov3_server.storage import locked, storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,13 @@ def find_or_fetch(settings: Settings, variant: Variant, *, report: Callable[[str
     """
     search = _Search(settings, variant, report)
     given = settings.weights
-    if given == "auto":
-        return search.auto()
-    if given.startswith("hf://"):
-        return search.of_repository(hub.parse(given))
-    if given.startswith(("https://", "http://", "file://")):
-        return search.of_url(given)
+    with storage_errors(settings.home_folder / "weights"):
+        if given == "auto":
+            return search.auto()
+        if given.startswith("hf://"):
+            return search.of_repository(hub.parse(given))
+        if given.startswith(("https://", "http://", "file://")):
+            return search.of_url(given)
     if "://" in given:
         raise ConfigError(
             f"weights is {without_secrets(given)!r}; URLs may begin with https://, http://, file:// or hf://"
@@ -61,16 +63,22 @@ def find_or_fetch(settings: Settings, variant: Variant, *, report: Callable[[str
 
 def _in_place(given: str) -> Weights:
     """A person's own file or folder, used where it lies; the loader checks what is in it."""
-    path = Path(given).expanduser()
-    if path.exists():
-        return Weights(path, path.absolute().name)
+    shown = without_secrets(given)
+    try:
+        path = Path(given).expanduser()
+        if path.exists():
+            # wget calls a file from a signed URL as the URL ends, with what signs it.
+            return Weights(path, without_secrets(path.absolute().name))
+    except OSError as error:
+        raise StorageError(f"weights is {shown!r}: {error.strerror} (this process is uid {os.getuid()})") from None
+    path = Path(shown).expanduser()
     try:
         beside = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except OSError:
-        raise ConfigError(f"weights is {given!r}, and there is no folder {path.parent} that can be read") from None
+        raise ConfigError(f"weights is {shown!r}, and there is no folder {path.parent} that can be read") from None
     near = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.5)
     what = f"did you mean {' or '.join(near)}?" if near else f"it holds {', '.join(beside[:8]) or 'nothing'}"
-    raise ConfigError(f"weights is {given!r}, and there is no {path.name!r} in {path.parent.absolute()}; {what}")
+    raise ConfigError(f"weights is {shown!r}, and there is no {path.name!r} in {path.parent.absolute()}; {what}")
 
 
 class _Search:
