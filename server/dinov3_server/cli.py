@@ -17,6 +17,7 @@ from dinov3_server.backbone.registry import ConvNextVariant, Variant, VitVariant
 from dinov3_server.config import Declared, Settings
 from dinov3_server.config_kinds import BOOLEAN
 from dinov3_server.errors import ConfigError, StartupError
+from dinov3_server.signals import unwind_on_sigterm
 
 RUNNER = "dinov3_server.backbone.runner:build"
 INTERRUPTED = 128 + signal.SIGINT
@@ -122,9 +123,9 @@ def _weights(settings: Settings) -> None:
 
 
 def _log_here(settings: Settings, command: str) -> None:
-    """Log lines of a command that works in this process; and a SIGTERM that ends it, PID 1 or not."""
+    """Log lines of a command that works in this process; and a SIGTERM that unwinds it."""
     log.configure(settings.log_level, settings.log_format, command)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    unwind_on_sigterm()
 
 
 def _effective(settings: Settings, sources: Mapping[str, str]) -> str:

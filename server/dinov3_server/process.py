@@ -29,6 +29,7 @@ from dinov3_server.engine.messages import (
 from dinov3_server.errors import StartupError
 from dinov3_server.lifeline import die_with
 from dinov3_server.log import configure
+from dinov3_server.signals import unwind_on_sigterm
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +57,14 @@ def spawn(role: Role, start: Start) -> tuple[subprocess.Popen[bytes], Channel]:
     return process, Channel(ours)
 
 
-def _tie_to(supervisor: int) -> None:
+def _tie_to(supervisor: int, role: Role) -> None:
     """Die when the supervisor does, and take no signals but from it."""
     die_with(supervisor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if role == "provisioner":
+        unwind_on_sigterm()  # how the supervisor ends it: its git would outlive a SIGKILL
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _provision(start: StartProvisioner, control: Channel) -> None:
@@ -76,8 +80,9 @@ def _provision(start: StartProvisioner, control: Channel) -> None:
 
 
 def main() -> int:
+    role: Any
     role, fd, supervisor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    _tie_to(supervisor)
+    _tie_to(supervisor, role)
     os.set_inheritable(fd, False)
     start: Any = pickle.load(sys.stdin.buffer)
     control = Channel(socket.socket(fileno=fd))

@@ -1,12 +1,14 @@
-"""SIGTERM and SIGINT as something that a selector loop can wait for."""
+"""SIGTERM and SIGINT as something that a selector loop can wait for, or as an exception."""
 
 from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import FrameType
 
 
 @dataclass
@@ -38,3 +40,14 @@ class Signals:
     def clear(self) -> None:
         with suppress(BlockingIOError):
             self.reader.recv(4096)
+
+
+def unwind_on_sigterm() -> None:
+    """Have the first SIGTERM end this process as an exception does, PID 1 or not: what it started is ended, and what is
+    half done cleared away. A second one must not disturb that."""
+
+    def unwind(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, unwind)

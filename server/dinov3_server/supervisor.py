@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from dinov3_server.backbone.interface import ModelInfo, Provisioned
 from dinov3_server.child import Child
@@ -62,6 +63,8 @@ STUCK_SECONDS = 10.0
 # What frontends may take beyond the grace, and workers after them, before they are killed.
 DRAIN_SLACK = 5.0
 WORKER_SLACK = 2.0
+# How long the provisioner may take to end its git and remove what is half done, before it is killed.
+PROVISIONER_SLACK = 2.0
 # How long a killed child may take to die before it is left to the kernel.
 KILL_SECONDS = 5.0
 
@@ -159,7 +162,8 @@ class Supervisor:
         grace = self._settings.drain_seconds
         log.info("%s: draining, up to %g s; a second signal ends at once", name, grace)
         self._drain_until = time.monotonic() + grace + DRAIN_SLACK
-        for child in (self._provisioner, *self._frontends):
+        self._end_provisioner()
+        for child in self._frontends:
             self._end(child, Drain(grace))
 
     def _go_on_draining(self, now: float) -> None:
@@ -326,7 +330,17 @@ class Supervisor:
         elif child.process is not None:
             child.process.kill()
 
+    def _end_provisioner(self) -> subprocess.Popen[bytes] | None:
+        """Have it stop what it does and clear it away; its process, if there is one still."""
+        self._provisioner.restart_at = None
+        if self._provisioner.process is not None:
+            self._provisioner.process.terminate()
+        return self._provisioner.process
+
     def _kill_all(self) -> None:
+        if (provisioner := self._end_provisioner()) is not None:
+            with suppress(subprocess.TimeoutExpired):
+                provisioner.wait(PROVISIONER_SLACK)
         processes = [(child.name, child.process) for child in self._children if child.process is not None]
         for _, process in processes:
             process.kill()

@@ -17,6 +17,7 @@ import pytest
 
 from dinov3_client import Client
 from tests.support.file_server import Answer, FileServer
+from tests.support.git_server import STALL, git_server
 from tests.support.server import ROOT
 from tests.support.waiting import LIMIT, until
 
@@ -122,6 +123,22 @@ def test_a_signal_ends_it_at_once(files: FileServer, home: Path) -> None:
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert server.end() == 0
     until(lambda: not any(child.is_running() for child in family))
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_ends_git_too_and_removes_what_is_half_done(tmp_path: Path, home: Path, signals: int) -> None:
+    """git has a session of its own: a provisioner that was killed would leave it behind."""
+    with git_server(tmp_path) as git:
+        git.answers = [STALL]
+        server = Starting(home, "--certificate", "true", "--weights", "w.pth", "--repo-url", git.url("dinov3.git"))
+        until(lambda: git.paths)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert any(child.name() == "git" for child in family)
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+        assert server.wait() in (0, 128 + signal.SIGTERM)
+        until(lambda: not any(child.is_running() for child in family))
+    assert [path.suffix for path in (home / "upstream").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
