@@ -1,0 +1,128 @@
+"""From an empty home to a verified, serving model, by `dinov3-server serve` alone: code from a git repository, weights
+from a URL, the certificate, and a restart that finds everything.
+
+With a stand-in for Meta's code everywhere, and with Meta's own where DINOV3_UPSTREAM names a copy of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from bench.upstream_repository import served_repository
+from dinov3_server.backbone.random_weights import random_tensors
+from dinov3_server.backbone.registry import VITS
+from dinov3_server.errors import CertificateError, Unreachable
+from tests.backbone.files import official_state
+from tests.provision.repositories import LICENSE, add_commit, git
+from tests.support.server import ROOT, Server
+from tests.support.upstream_code import write_checkout
+from tests.support.waiting import until
+
+VARIANT = VITS["dinov3_vits16"]
+FULL_SIZE = "WIDTH, DEPTH, HEADS, HIDDEN = 384, 12, 6, 1536"
+METAS = pytest.param(
+    "Meta's",
+    marks=[
+        pytest.mark.upstream,
+        pytest.mark.skipif("DINOV3_UPSTREAM" not in os.environ, reason="DINOV3_UPSTREAM names no copy of Meta's code"),
+    ],
+)
+
+
+class Outside(NamedTuple):
+    """What a first start finds on the network."""
+
+    folder: Path
+    repository: str
+    revision: str
+    weights: str
+
+    def flags(self, home: Path) -> tuple[str, ...]:
+        return (
+            *("--home", str(home), "--repo-url", self.repository, "--revision", self.revision),
+            *("--weights", self.weights, "--dtype", "float32", "--warm-up-sizes", "none"),
+        )
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "vits16.pth"
+    torch.save(official_state(VARIANT, random_tensors(VARIANT, 3)), path)
+    return path
+
+
+def stand_in(folder: Path, changes: str = "") -> tuple[str, str]:
+    repository = write_checkout(folder / "repository", f"{FULL_SIZE}\n{changes}")
+    git(repository, "init", "--quiet", "--initial-branch=main")
+    return repository.as_uri(), add_commit(repository, {LICENSE: "a license"})
+
+
+@pytest.fixture(params=["a stand-in", METAS])
+def outside(request: pytest.FixtureRequest, tmp_path: Path, weights: Path) -> Outside:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    repository, revision = stand_in(folder) if request.param == "a stand-in" else served_repository(folder)
+    shutil.copy(weights, folder)
+    return Outside(folder, repository, revision, (folder / weights.name).as_uri())
+
+
+def test_an_empty_home_ends_in_a_verified_model_and_a_restart_needs_nothing(outside: Outside, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with Server(*outside.flags(home), module="dinov3_server.cli", limit=90) as server:
+        with server.client() as client:
+            model = client.model()
+            assert client.extract(torch.zeros(224, 224, 3, dtype=torch.uint8).numpy()).cls.shape == (1, 384)
+        assert model.certificate.verified
+        assert model.certificate.upstream_revision == outside.revision
+        assert {proof.output for proof in model.certificate.outputs} == {"cls", "patches"}
+        for proof in model.certificate.outputs:
+            assert proof.relative_error < 1e-5
+        # Gauges of the worker's, up to a second behind.
+        for output in ("cls", "patches"):
+            until(lambda output=output: server.metric("dinov3_certificate_cosine", output=output) > 0.999999)
+        log = "".join(server.log)
+        assert log.count("DINOv3 License") == 1
+        assert f"certificate: verified against Meta's code at {outside.revision}" in log
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.suffix != ".lock"}
+
+    shutil.rmtree(outside.folder)
+    with Server(*outside.flags(home), "--offline", module="dinov3_server.cli") as server:
+        with server.client() as client:
+            again = client.model()
+        assert again == model
+        log = "".join(server.log)
+        assert "load: build took" in log
+        assert "load: upstream took" not in log
+        assert "DINOv3 License" not in log
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.suffix != ".lock"} == before
+
+
+def start(flags: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """A start that is expected to fail."""
+    command = [sys.executable, "-m", "dinov3_server.cli", "serve", "--port", "0", "--http-port", "0", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+
+
+def test_features_that_are_not_metas_are_not_served(tmp_path: Path, weights: Path) -> None:
+    repository, revision = stand_in(tmp_path, "SCALE = 1.01")
+    ended = start(Outside(tmp_path, repository, revision, str(weights)).flags(tmp_path / "home"))
+    assert ended.returncode == CertificateError.exit_code
+    assert ended.stdout == ""
+    assert "are not those of Meta's code" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_machine_without_a_network_is_told_everything_at_once(tmp_path: Path) -> None:
+    ended = start(("--home", str(tmp_path / "home"), "--offline", "--backbone", "upstream", "--model", "vitb16"))
+    assert ended.returncode == Unreachable.exit_code
+    assert "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth" in ended.stderr
+    assert "git clone" in ended.stderr
+    assert ended.stdout == ""
