@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,15 +251,19 @@ def test_a_restart_does_not_prove_again(start: Start, counted: Counted) -> None:
     assert len(start.kept()) == 2
 
 
-def test_a_proof_is_of_one_revision_and_one_version(
-    start: Start, counted: Counted, monkeypatch: pytest.MonkeyPatch
+def test_a_proof_is_of_one_revision_and_of_one_code(
+    start: Start, counted: Counted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(certificate.CODE, changed, ignore=shutil.ignore_patterns("__pycache__"))
+    with (changed / "linear.py").open("a") as file:
+        file.write("# One line more.\n")
     start()
     other = dataclasses.replace(start.provisioned, revision="f" * 40)
     assert start(provisioned=other).info.certificate.revision == "f" * 40
     assert counted.calls == 2
     for module, name, value in (
-        (certificate, "__version__", "0"),
+        (certificate, "CODE", changed),
         (certificate.probe, "VERSION", 0),
         (torch, "__version__", "0"),
         (certificate.cpu, "has_native_bf16", lambda: "of another machine"),

@@ -8,6 +8,7 @@ what rounding does to these weights. Not more than one model is in memory at a t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from dinov3_server import __version__
 from dinov3_server.backbone import cpu, probe
 from dinov3_server.backbone.certificate_folder import CertificateFolder, Kept
 from dinov3_server.backbone.checkpoint import Checkpoint
@@ -60,6 +60,9 @@ EXACT = Bound(0.9999, 1e-3)
 MARGIN = Bound(4.0, 2.0)
 NEAR = Bound(0.999, 0.05)
 
+# What computes. A certificate is of this very code: one version may be several while it is being worked on.
+CODE = Path(__file__).parent
+
 _NOT_PREPROCESSING = (
     "The way from an image file to pixels (decoding, resizing) is not compared: the proof begins with pixels."
 )
@@ -85,12 +88,12 @@ class Claim:
     def about(self, revision: str) -> dict[str, str | int]:
         """Everything that the figures depend on."""
         return {
+            "code": _digest(CODE),
             "device": _name(self.device),
             "fingerprint": self.fingerprint,
             "names": "translated" if self.checkpoint.official is None else "Meta's",
             "probe": probe.VERSION,
             "revision": revision,
-            "server": __version__,
             "torch": torch.__version__,
         }
 
@@ -293,6 +296,14 @@ def _holding(kept: Kept | None, claim: Claim) -> Certificate | None:
         log.warning("a kept certificate does not reach the bounds of today: the features are compared again")
         return None
     return certificate
+
+
+def _digest(folder: Path) -> str:
+    """16 hex digits, of every module in the folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _name(device: torch.device) -> str:
