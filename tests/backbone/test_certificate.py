@@ -23,7 +23,7 @@ from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.runner import build
 from dinov3_server.backbone.torch_runner import TorchRunner
 from dinov3_server.backbone.upstream_process import Features, NotRun, upstream_features
-from dinov3_server.errors import CertificateError, UpstreamCodeError
+from dinov3_server.errors import CertificateError, CheckpointError, UpstreamCodeError
 from tests.backbone.features import CPU
 from tests.backbone.files import official_state, transformers_state
 from tests.support.upstream_code import write_checkout
@@ -154,6 +154,15 @@ def test_another_files_weights_are_seen(start: Start, counted: Counted) -> None:
     torch.save(official_state(TINY, random_tensors(TINY, 6)), start.weights)
     with pytest.raises(CertificateError, match=r"cls in float32: .*FAILS"):
         start()
+
+
+def test_weights_of_which_metas_own_features_are_no_numbers(start: Start, counted: Counted) -> None:
+    broken = [{kind: tokens.clone() for kind, tokens in features.items()} for features in counted.features["float32"]]
+    broken[-1]["patches"][-1, -1] = torch.nan
+    counted.features = {"float32": broken}
+    with pytest.raises(CheckpointError, match=r"tiny_pretrain_lvd1689m.pth: Meta's own code gives NaN or infinite"):
+        start()
+    assert not start.kept()
 
 
 def test_a_dtype_that_serves_worse_than_metas_own_code(

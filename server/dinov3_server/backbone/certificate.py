@@ -36,7 +36,7 @@ from dinov3_server.backbone.interface import (
 from dinov3_server.backbone.torch_runner import TorchRunner
 from dinov3_server.backbone.trial import run_image
 from dinov3_server.backbone.upstream_process import PROVEN, Features, NotRun, upstream_features
-from dinov3_server.errors import CertificateError
+from dinov3_server.errors import CertificateError, CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def certified(claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: S
     """The runner that serves, with its certificate: one that is kept, or a new one, or one that says why there is none.
 
     `load` builds the model in a dtype; `step` times and logs what takes long. Raises CertificateError where the
-    features are not Meta's, or where that cannot be found out.
+    features are not Meta's, or where that cannot be found out; CheckpointError where Meta's are no numbers.
     """
     theirs = _theirs(claim)
     if isinstance(theirs, str):
@@ -181,6 +181,11 @@ def _prove(
             "(DINOV3_CERTIFICATE=false)"
         ) from None
     expected = computed["float32"]
+    if not all(bool(tokens.isfinite().all()) for features in expected for tokens in features.values()):
+        raise CheckpointError(
+            f"{theirs.weights}: Meta's own code gives NaN or infinite features with these weights: the file is "
+            f"damaged, or does not belong to {checkpoint.variant.name}"
+        )
     proofs: list[OutputProof] = []
     rounding: tuple[OutputProof, ...] = ()
     if claim.dtype != "float32":
