@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov3_server import __version__
-from dinov3_server.errors import AccessRefused, Unreachable
+from dinov3_server.errors import AccessRefused, ConfigError, Unreachable
 from dinov3_server.provision.download import Expected
 from tests.provision.download_rig import DATA, SECRET, Rig, rig
 from tests.support.file_server import Answer, FileServer
@@ -177,6 +177,14 @@ def test_a_part_of_another_url_is_not_used(here: Rig, files: FileServer) -> None
     here.download(files.url("/other.pth"))
     assert files.ranges("/other.pth") == [None]
     assert here.target.read_bytes() == DATA[::-1]
+
+
+def test_a_part_of_another_url_stays_until_something_else_comes(here: Rig, files: FileServer) -> None:
+    files.put(PATH, DATA, ETAG)
+    interrupt(here, files, 60_000)
+    here.fails(ConfigError, files.url("/missing.pth"))
+    here.download(files.url(PATH))
+    assert files.ranges(PATH) == ["bytes=60000-"]
 
 
 def test_without_anything_that_tells_versions_apart_it_starts_anew(here: Rig, files: FileServer) -> None:

@@ -40,8 +40,9 @@ class Part:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        empty = os.fstat(self._descriptor).st_size == 0  # a part of something else stays until this one has begun
         os.close(self._descriptor)
-        if not self.size:
+        if empty:
             self._unlink()
 
     def read_back(self) -> None:
