@@ -206,6 +206,7 @@ def test_a_token_of_too_little_scope_gets_the_hubs_own_words(
     [
         (401, None, ConfigError, "there is no repository"),
         (404, "RepoNotFound", ConfigError, "there is no repository"),
+        (404, None, ConfigError, "there is no repository"),
         (404, "RevisionNotFound", ConfigError, "has no revision 'main'"),
         (403, "GatedRepo", AccessRefused, "gated"),
         (403, None, AccessRefused, "forbids"),

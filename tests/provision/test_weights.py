@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from dinov3_server.backbone.registry import VARIANTS
 from dinov3_server.config import Settings
 from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StartupError, StorageError, Unreachable
-from dinov3_server.provision import manifest
+from dinov3_server.provision import manifest, weights
 from dinov3_server.provision.weights import Weights, find_or_fetch
 from tests.provision.weights_rig import (
     DATA,
@@ -300,6 +301,14 @@ def test_an_older_spelling_may_be_the_file_of_the_other_dataset(home: Path, hub:
     hub.publish(TIMM, {"model.safetensors": DATA})
     assert find(home, dataset="sat493m") == (path, SAT_NAME)
     assert find(home).label == f"hf://{TIMM}"
+
+
+def test_where_the_url_fails_the_file_that_it_names_is_wanted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "download", Mock(side_effect=Unreachable("no network")))
+    said = refused(Unreachable, home, weights_url=f"https://host.invalid/{SAT_NAME}{SECRET}")
+    assert "fetching them failed: no network" in said
+    assert str(home / "weights" / SAT_NAME) in said
+    assert LVD_NAME not in said
 
 
 def test_home_comes_before_weights_url_and_that_before_the_hub(home: Path, hub: FakeHub, files: FileServer) -> None:

@@ -318,6 +318,8 @@ class _Hub:
         match status:
             case 401 if not self._token:
                 return self._no_repository()
+            case 404:  # of a mirror, which does not give the hub's codes
+                return self._no_repository()
             case 401:
                 return TokenRefused(
                     f"{where} does not know the token that was sent for {self._repository}: make one at "

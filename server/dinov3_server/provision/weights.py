@@ -94,17 +94,16 @@ class _Search:
 
     def auto(self) -> Weights:
         """In this order: home under an official name; `weights_url`; Hugging Face, from home or from the hub."""
+        settings, url = self._settings, self._settings.weights_url
+        dataset = self._dataset(settings.dataset or (url and self._named_dataset(url)))
         try:
-            return self._auto()
+            return self._auto(dataset, url)
         except _Forbidden:
             raise
         except Unreachable as error:
-            dataset = self._dataset(self._settings.dataset)
             raise Unreachable(self._how_to_bring(dataset, f"fetching them failed: {error}")) from None
 
-    def _auto(self) -> Weights:
-        settings, url = self._settings, self._settings.weights_url
-        dataset = self._dataset(settings.dataset or (url and self._named_dataset(url)))
+    def _auto(self, dataset: DatasetName, url: str | None) -> Weights:
         if found := self._official(dataset):
             return found
         if url and (self._may_open(url) or self._target(url).path.exists()):
