@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import py_compile
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import cache_from_source
@@ -28,9 +30,11 @@ TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=2, heads=2, ffn
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_imported() -> Iterator[None]:
-    finders = list(sys.meta_path)
+    finders, environment = list(sys.meta_path), dict(os.environ)
     yield
     sys.meta_path[:] = finders
+    os.environ.clear()
+    os.environ.update(environment)
     for name in [name for name in sys.modules if name.partition(".")[0] == "dinov3"]:
         del sys.modules[name]
 
@@ -142,6 +146,20 @@ def test_sources_are_read_and_nothing_is_written(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in code.rglob("*")}
     assert load_upstream(code, checkpoint(tmp_path), CPU).norm.weight.numel() == 64
     assert {path: path.stat().st_mtime_ns for path in code.rglob("*")} == before
+
+
+def test_torchs_compiler_makes_no_folder(tmp_path: Path) -> None:
+    """A read-only container has no /tmp: what Meta's code imports must not want one."""
+    code, temporary = write_checkout(tmp_path / "code", "import torch._dynamo"), tmp_path / "temporary"
+    temporary.mkdir()
+    program = "import sys; from pathlib import Path; from dinov3_server.backbone.upstream import _import_from as take; "
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    subprocess.run(
+        [sys.executable, "-c", f"{program}take(Path(sys.argv[1])); import torch._dynamo", str(code)],
+        env=environment | {"TMPDIR": str(temporary)},
+        check=True,
+    )
+    assert list(temporary.iterdir()) == []
 
 
 def test_another_package_of_that_name_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

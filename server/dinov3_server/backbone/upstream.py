@@ -8,6 +8,7 @@ that does nothing else (`upstream_process.py`), or in a worker that serves it (`
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
@@ -171,6 +172,9 @@ def _import_from(checkout: Path) -> ModuleType:
     checkout = checkout.resolve()  # as modules have their files
     if _ENTRY_POINTS not in sys.modules:
         sys.meta_path.insert(0, _CheckoutFinder(checkout))
+        # It imports torch's compiler, which nothing here uses, and that makes a folder for its cache at once, under
+        # /tmp: a read-only container has none. A folder that exists need not be made.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", "/")
     module = importlib.import_module(_ENTRY_POINTS)
     if not Path(str(module.__file__)).is_relative_to(checkout):
         raise ImportError(f"this process has {_PACKAGE} from {module.__file__} already")
