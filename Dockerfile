@@ -41,7 +41,7 @@ LABEL org.opencontainers.image.title="dinov3-serving" \
 
 # git fetches Meta's code and checks it at every start.
 RUN command -v git || { apt-get update && \
-    apt-get install --yes --no-install-recommends git ca-certificates && rm -rf /var/lib/apt/lists/*; }
+    apt-get install --yes --no-install-recommends git ca-certificates && apt-get clean && rm -rf /var/lib/apt/lists/*; }
 
 # /dinov3 is the home: what is fetched, and certificates; mount a volume there to keep it. Weights that you have may be
 # mounted at /weights, read-only; a relative --weights is found there. The directories are made here because not every
