@@ -156,6 +156,16 @@ def test_another_files_weights_are_seen(start: Start, counted: Counted) -> None:
         start()
 
 
+def test_what_signs_a_url_is_not_logged_where_wget_made_it_a_name(
+    start: Start, counted: Counted, caplog: pytest.LogCaptureFixture
+) -> None:
+    start.weights = start.weights.rename(f"{start.weights}?Policy=secret")
+    with caplog.at_level(logging.INFO):
+        start()
+    assert "load: read took" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_weights_of_which_metas_own_features_are_no_numbers(start: Start, counted: Counted) -> None:
     broken = [{kind: tokens.clone() for kind, tokens in features.items()} for features in counted.features["float32"]]
     broken[-1]["patches"][-1, -1] = torch.nan

@@ -33,6 +33,7 @@ from dinov3_server.backbone.rope import default_periods
 from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner
 from dinov3_server.backbone.trial import run_image
 from dinov3_server.backbone.upstream import UpstreamModel
+from dinov3_server.config_kinds import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError, UpstreamCodeError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def build(
     seconds: dict[str, float] = {}
     step = partial(_step, seconds)
 
-    with step("read", f"{variant.name} from {weights}"):
+    with step("read", f"{variant.name} from {without_secrets(weights)}"):
         checkpoint, is_random = _weights(variant, weights, dataset)
     with step("fingerprint", "every tensor hashed"):
         code = BACKBONE if provisioned is None or checkout is None else f"upstream-{provisioned.revision}"
