@@ -181,7 +181,8 @@ def test_a_modified_tree_is_an_error_until_it_is_forced(rig: Rig, case: str) -> 
         with pytest.raises(UpstreamCodeError) as raised:
             rig.vendor(revision)
         assert shown in str(raised.value)
-        assert f"dinov3-server vendor --force --revision {revision} --target-dir {rig.target}" in str(raised.value)
+        source = f"--repo-url {rig.repository} --revision {revision}"
+        assert f"`dinov3-server vendor --force {source} --target-dir {rig.target}`" in str(raised.value)
         assert str(rig.target) in str(raised.value)
     with pytest.raises(Unreachable):
         rig.vendor(force=True, offline=True)

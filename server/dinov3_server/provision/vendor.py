@@ -116,7 +116,9 @@ class _Vendoring:
     def refuse(self, found: Found, force: bool, offline: bool) -> None:
         """Raise where what was found must be left alone, or nothing may be fetched."""
         target = shlex.quote(str(self.target))
-        again = f"`dinov3-server vendor --force --revision {self.revision} --target-dir {target}`"
+        # With its repository: where there is a mirror, Meta's own is mostly out of reach.
+        source = f"--repo-url {shlex.quote(without_secrets(self._url))} --revision {self.revision}"
+        again = f"`dinov3-server vendor --force {source} --target-dir {target}`"
         if found.state is State.FOREIGN:
             raise UpstreamCodeError(
                 f"{self.target} {found.detail}. It is left alone: name another folder for Meta's code with "
