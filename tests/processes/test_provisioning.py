@@ -30,11 +30,12 @@ class Starting:
 
     def __init__(self, home: Path, *flags: str) -> None:
         self._log = home.parent / "log"
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.serve", "serve", "--port", "0", "--http-port", "0",
                  "--arena-bytes", "16MiB", "--home", str(home), "--certificate", "false", *flags],
-                cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=log, text=True,
+                cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
 
     @property

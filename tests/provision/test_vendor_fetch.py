@@ -139,8 +139,9 @@ def test_where_no_repository_is(rig: Rig, status: int) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["/nonexistent", "file:///nonexistent", "foo://host/x", "http://[bad/x", "http://h:99999/x", " ", "-x", "--all"],
-)
+    ["/nonexistent", "file:///nonexistent", "foo://host/x", "http://[bad/x", "http://h:99999/x", " ", "-x", "--all",
+     "https://u:secret@ h/x?sign=secret"],
+)  # fmt: skip
 def test_what_is_no_url_of_a_repository(rig: Rig, url: str) -> None:
     assert type(rig.fails(url)) is UpstreamCodeError
     assert rig.waits == []
@@ -209,6 +210,8 @@ WORDS = {
     "fatal: unable to access 'https://h/': Received HTTP code 407 from proxy after CONNECT": (AccessRefused, "407"),
     "remote: Repository not found.\nfatal: repository 'https://h/' not found": (UpstreamCodeError, "no git repository"),
     "fatal: write error: No space left on device\nfatal: early EOF": (StorageError, "the disk is full"),
+    "fatal: sha1 file 'x' write error. Out of diskspace": (StorageError, "the disk is full"),
+    "error: unable to write file dinov3/hub/utils.py": (StorageError, "the disk is full"),
     "fatal: cannot mkdir x: Disk quota exceeded": (StorageError, "the disk is full"),
     "fatal: could not open x: Read-only file system": (StorageError, "read-only"),
     "fatal: a word that nobody knows": (UpstreamCodeError, "a word that nobody knows"),

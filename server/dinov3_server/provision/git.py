@@ -75,7 +75,7 @@ def ask(*arguments: str, folder: Path) -> bytes:
     except (FileNotFoundError, PermissionError):
         raise GitMissing from None
     if done.returncode:
-        raise GitFailed(_last_words(done.stderr) or f"git {arguments[0]} ended with status {done.returncode}")
+        raise GitFailed(_last_words(done.stderr, arguments[0], done.returncode))
     return done.stdout
 
 
@@ -106,7 +106,7 @@ def run(*arguments: str, folder: Path, reaching: bool = False) -> None:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
     if status:
-        raise GitFailed(_last_words(said) or f"git {arguments[0]} ended with status {status} and said nothing")
+        raise GitFailed(_last_words(said, arguments[0], status))
 
 
 def _overrides() -> list[str]:
@@ -139,8 +139,10 @@ def _listen(process: subprocess.Popen[bytes], silent_seconds: float | None) -> b
         said = (said + piece)[-(1 << 16) :]
 
 
-def _last_words(said: bytes) -> str:
+def _last_words(said: bytes, command: str, status: int) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]+", said.decode(errors="replace"))]
     words = "; ".join([line for line in lines if line and not _IDLE.match(line)][-4:]).rstrip(". ")
     words = _URL.sub(lambda found: without_secrets(found[0]), words)
+    if not words:
+        return f"git {command} ended with status {status} and said nothing"
     return words if len(words) <= _LAST_WORDS else "..." + words[-_LAST_WORDS:]

@@ -39,7 +39,7 @@ class FetchFailed(Exception):
 
 # In this order: the last lines that git says of a lost connection are also said after most other failures.
 _WORDS = {
-    Reason.NO_SPACE: r"No space left on device|Disk quota exceeded",
+    Reason.NO_SPACE: r"No space left on device|Disk quota exceeded|Out of diskspace|unable to write file",
     Reason.READ_ONLY: r"Read-only file system",
     Reason.NO_COMMIT: r"not our ref|unadvertised object|want [0-9a-f]{40} not valid|dumb http transport",
     Reason.REFUSED: (
@@ -70,6 +70,9 @@ def fetch(url: str, revision: str, folder: Path, sleep: Callable[[float], None])
 
     What may pass is tried again after `sleep(seconds)`. Raises FetchFailed, GitMissing, and OSError of the folder.
     """
+    if "://" in url and re.search(r"\s", url):
+        # git would quote it, and where it ends, with what may be secret in it, could not be told.
+        raise FetchFailed(Reason.NO_REPOSITORY, "a URL has no spaces in it")
     _run("init", "--quiet", "--template=", folder=folder)  # a template could bring hooks
     # Bytes as they are in the commit, whatever its own .gitattributes ask for: they are what is verified.
     (folder / ".git" / "info").mkdir()
