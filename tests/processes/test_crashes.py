@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,22 @@ def photo(seed: int, height: int, width: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 250, (height, width, 3), np.uint8)
 
 
-def check(features: Any, images: list[NDArray[np.uint8]]) -> None:
-    """Every image has the features of its own pixels."""
+def check(features: Any, images: list[NDArray[np.uint8]], layers: Sequence[int] = ()) -> None:
+    """Every image has the features of its own pixels; of these `layers`, too."""
     assert len(features) == len(images)
     for one, image in zip(features, images, strict=True):
         np.testing.assert_array_equal(one.cls, expected(image, Output("cls")))
         np.testing.assert_array_equal(one.patches, expected(image, Output("patches")))
-        np.testing.assert_array_equal(one.layers[0].patches, expected(image, Output("patches", 0)))
+        assert list(one.layers) == list(layers)
+        for layer in layers:
+            np.testing.assert_array_equal(one.layers[layer].patches, expected(image, Output("patches", layer)))
 
 
 def ask(client: Client, seed: int) -> None:
     """One request of one to four images of one size, its answer checked."""
     height, width = SIZES[seed % len(SIZES)]
     images = [photo(seed * 10 + i, height, width) for i in range(1 + seed % 4)]
-    check(client.extract(images, preset="none", dtype="float32", layers=0), images)
+    check(client.extract(images, preset="none", dtype="float32", layers=0), images, layers=[0])
 
 
 class Load:
@@ -105,7 +107,7 @@ def test_a_worker_killed_again_and_again_under_load_loses_no_request() -> None:
 def ask_for_many(client: Client, seed: int) -> None:
     """A request that is spread over workers."""
     images = [photo(seed * 100 + i, 32, 32) for i in range(80)]
-    check(client.extract(images, preset="none", dtype="float32", layers=0), images)
+    check(client.extract(images, preset="none", dtype="float32", layers=0), images, layers=[0])
 
 
 def test_of_two_workers_one_is_killed_and_the_other_serves_on() -> None:
