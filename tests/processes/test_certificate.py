@@ -20,7 +20,7 @@ def test_a_proof_is_shown_to_everybody() -> None:
         assert [proof.output for proof in certificate.outputs] == ["cls", "cls", "patches"]
     [line] = [line for line in server.log if "certificate: " in line]
     assert "INFO" in line
-    assert "verified against Meta's code at 6876159a: " in line
+    assert "verified against Meta's code at 6876159a on " in line
     assert "cls in float32: cosine 0.999000, relative error 1.0e-03" in line
 
 

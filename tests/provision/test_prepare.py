@@ -92,6 +92,7 @@ def test_code_that_cannot_be_fetched_ends_the_start_with_the_ways_out(
         prepare(settings(tmp_path, model="vitb16"))
     assert "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth" in str(both.value)
     assert "no route to the code" in str(both.value)
+    assert "dinov3-server prepare --model vitb16 --home FOLDER" in str(both.value)
 
 
 def test_code_that_is_wrong_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

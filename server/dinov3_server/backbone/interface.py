@@ -89,7 +89,7 @@ class Certificate:
             f"{each.output} in {each.dtype}: cosine {each.least_cosine:.6f}, relative error {each.relative_error:.1e}"
             for each in self.outputs
         )
-        return f"verified against Meta's code at {self.revision}: {figures}"
+        return f"verified against Meta's code at {self.revision} on {self.time}: {figures}"
 
 
 NO_PROOF = Certificate(verified=False, reason="no proof was tried", revision="", outputs=(), time="", not_covered="")

@@ -151,7 +151,7 @@ class _Fetch:
         elif expected.size is not None and part.size != expected.size:
             problem = f"{part.size:,} bytes came where {expected.size:,} were expected"
         elif expected.sha256 is not None and not part.sha256.startswith(expected.sha256.lower()):
-            problem = f"what came has the sha256 {part.sha256}; expected was {expected.sha256}"
+            problem = f"what came has the sha256 {part.sha256}; expected was one that begins with {expected.sha256}"
         else:
             return
         part.clear()
