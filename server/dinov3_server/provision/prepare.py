@@ -36,8 +36,8 @@ def prepare(settings: Settings, report: Callable[[str], None] | None = None) -> 
         missing.insert(0, error)
     if missing:
         at_once = (
-            f"Or both at once: on a machine with a network `dinov3-server prepare --model {settings.model} --home FOLDER`, "
-            f"then copy all that is in FOLDER into {settings.home_folder}"
+            f"Or both at once: on a machine with a network `dinov3-server prepare --model {settings.model} --home "
+            f"FOLDER`, then copy all that is in FOLDER into {settings.home_folder}"
         )
         raise Unreachable("\nAnd ".join(map(str, missing)) + (f"\n{at_once}" if len(missing) > 1 else ""))
     seconds = {"vendor": vendored - began, "weights": time.monotonic() - vendored}
