@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -67,6 +67,12 @@ class Starting:
         self.process.send_signal(signal.SIGTERM)
         return self.wait()
 
+    def kill(self) -> None:
+        """Where a test has failed before its end."""
+        if self.process.returncode is None:
+            self.process.kill()
+            self.wait()
+
     def wait(self) -> int:
         code = self.process.wait(LIMIT)
         assert self.process.stdout is not None
@@ -91,9 +97,25 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-def test_readiness_tells_how_far_it_is_and_workers_wait(files: FileServer, home: Path) -> None:
+Start = Callable[..., Starting]
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Start]:
+    started: list[Starting] = []
+
+    def one(*flags: str) -> Starting:
+        started.append(Starting(home, *flags))
+        return started[-1]
+
+    yield one
+    for server in started:
+        server.kill()
+
+
+def test_readiness_tells_how_far_it_is_and_workers_wait(start: Start, files: FileServer, home: Path) -> None:
     files.script(FILE, Answer(hold_after=HELD))
-    server = Starting(home, "--weights", files.url(FILE))
+    server = start("--weights", files.url(FILE))
     until(lambda: server.readyz() == "provisioning: fetching 2.1 MB\n")
     assert server.children("worker") == []
     files.release()
@@ -104,9 +126,9 @@ def test_readiness_tells_how_far_it_is_and_workers_wait(files: FileServer, home:
     assert server.end() == 0
 
 
-def test_one_that_is_killed_goes_on_where_it_stopped(files: FileServer, home: Path) -> None:
+def test_one_that_is_killed_goes_on_where_it_stopped(start: Start, files: FileServer, home: Path) -> None:
     files.script(FILE, Answer(hold_after=HELD))
-    server = Starting(home, "--weights", files.url(FILE))
+    server = start("--weights", files.url(FILE))
     until(lambda: [part for part in home.rglob("w.pth.part") if part.stat().st_size == HELD])
     (provisioner,) = server.children("provisioner")
     provisioner.kill()
@@ -117,9 +139,9 @@ def test_one_that_is_killed_goes_on_where_it_stopped(files: FileServer, home: Pa
     assert server.end() == 0
 
 
-def test_a_signal_ends_it_at_once(files: FileServer, home: Path) -> None:
+def test_a_signal_ends_it_at_once(start: Start, files: FileServer, home: Path) -> None:
     files.script(FILE, Answer(hold_after=HELD))
-    server = Starting(home, "--weights", files.url(FILE))
+    server = start("--weights", files.url(FILE))
     until(lambda: [*home.rglob("w.pth.part")])
     family = psutil.Process(server.process.pid).children(recursive=True)
     assert server.end() == 0
@@ -127,11 +149,13 @@ def test_a_signal_ends_it_at_once(files: FileServer, home: Path) -> None:
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_signal_ends_git_too_and_removes_what_is_half_done(tmp_path: Path, home: Path, signals: int) -> None:
+def test_a_signal_ends_git_too_and_removes_what_is_half_done(
+    start: Start, tmp_path: Path, home: Path, signals: int
+) -> None:
     """git has a session of its own: a provisioner that was killed would leave it behind."""
     with git_server(tmp_path) as git:
         git.answers = [STALL]
-        server = Starting(home, "--certificate", "true", "--weights", "w.pth", "--repo-url", git.url("dinov3.git"))
+        server = start("--certificate", "true", "--weights", "w.pth", "--repo-url", git.url("dinov3.git"))
         until(lambda: git.paths)
         family = psutil.Process(server.process.pid).children(recursive=True)
         assert any(child.name() == "git" for child in family)
@@ -146,10 +170,10 @@ def test_a_signal_ends_git_too_and_removes_what_is_half_done(tmp_path: Path, hom
     ("status", "code", "words"), [(403, 4, "the server answers 403 Forbidden"), (404, 2, "the server answers 404")]
 )
 def test_what_a_person_must_mend_ends_the_start(
-    files: FileServer, home: Path, status: int, code: int, words: str
+    start: Start, files: FileServer, home: Path, status: int, code: int, words: str
 ) -> None:
     files.always(FILE, Answer(status=status))
-    server = Starting(home, "--weights", files.url(FILE))
+    server = start("--weights", files.url(FILE))
     assert server.wait() == code
     last = server.log.splitlines()[-1]
     assert last.startswith("dinov3-server: ")
@@ -157,15 +181,17 @@ def test_what_a_person_must_mend_ends_the_start(
     assert "Traceback" not in server.log
 
 
-def test_offline_says_what_is_missing_and_starts_with_what_is_there(files: FileServer, home: Path) -> None:
-    missing = Starting(home, "--model", "vitb16", "--offline")
+def test_offline_says_what_is_missing_and_starts_with_what_is_there(
+    start: Start, files: FileServer, home: Path
+) -> None:
+    missing = start("--model", "vitb16", "--offline")
     assert missing.wait() == 3
     assert "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth" in missing.log
 
-    online = Starting(home, "--weights", files.url(FILE))
+    online = start("--weights", files.url(FILE))
     online.ready()
     assert online.end() == 0
-    again = Starting(home, "--weights", files.url(FILE), "--offline")
+    again = start("--weights", files.url(FILE), "--offline")
     again.ready()
     assert again.end() == 0
     assert len(files.requests) == 1
