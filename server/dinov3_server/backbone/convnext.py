@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.linear import Linear, linear
+from dinov3_server.backbone.norm import Norm
 from dinov3_server.backbone.patch_embedding import PatchEmbedding
 from dinov3_server.backbone.registry import ConvNextVariant, Dataset
 
@@ -53,8 +54,8 @@ class ConvNext:
         def exact(name: str) -> Tensor:
             return tensors[name].to(device, torch.float32)
 
-        def norm(name: str) -> _Norm:
-            return _Norm(exact(f"{name}.weight"), exact(f"{name}.bias"), variant.norm_eps)
+        def norm(name: str) -> Norm:
+            return Norm(exact(f"{name}.weight"), exact(f"{name}.bias"), variant.norm_eps)
 
         stem = exact("downsample_layers.0.0.weight"), exact("downsample_layers.0.0.bias")
         self._stem = PatchEmbedding(*stem, dataset, multiple=variant.patch_size, dtype=dtype)
@@ -111,18 +112,6 @@ class ConvNext:
             is_last = output.layer is None or output.layer == self.variant.depth - 1
             picked[output] = self._norm(tokens) if is_last and output.norm else tokens
         return picked
-
-
-class _Norm:
-    """Layer normalisation over the last axis, in fp32."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self.weight = weight
-        self.bias = bias
-        self.eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class _Downsample:

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3_server.backbone.attention import attention
 from dinov3_server.backbone.interface import Output
 from dinov3_server.backbone.linear import Linear, linear
+from dinov3_server.backbone.norm import Norm
 from dinov3_server.backbone.patch_embedding import PatchEmbedding
 from dinov3_server.backbone.registry import Dataset, VitVariant
 from dinov3_server.backbone.rope import Rope, interleave
@@ -58,7 +58,7 @@ class VisionTransformer:
         projection = exact("patch_embed.proj.weight"), exact("patch_embed.proj.bias")
         self._patch_embedding = PatchEmbedding(*projection, dataset, multiple=variant.patch_size, dtype=dtype)
         self._prefix = torch.cat((exact("cls_token"), exact("storage_tokens")), dim=1)  # [1, 1 + G, D]
-        self._norm = _Norm(exact("norm.weight"), exact("norm.bias"), variant.norm_eps)
+        self._norm = Norm(exact("norm.weight"), exact("norm.bias"), variant.norm_eps)
         self._rope = Rope(periods.to(device, torch.float32))
         self._blocks = [_block(variant, dtype, f"blocks.{i}.", exact, dense) for i in range(variant.depth)]
         self._ranges = {
@@ -133,18 +133,6 @@ class VisionTransformer:
         return picked
 
 
-class _Norm:
-    """Layer normalisation over the last axis, in fp32."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self.weight = weight
-        self.bias = bias
-        self.eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
 class _FeedForward(Protocol):
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + f(x)."""
@@ -181,10 +169,10 @@ class _Block:
         self,
         heads: int,
         dtype: torch.dtype,
-        norm1: _Norm,
+        norm1: Norm,
         qkv: Linear,
         proj: Linear,
-        norm2: _Norm,
+        norm2: Norm,
         ffn: _FeedForward,
     ) -> None:
         self.heads = heads
@@ -213,8 +201,8 @@ def _block(
 ) -> _Block:
     """One block of canonical tensors: `exact` reads one in fp32, `dense` makes a layer in the model's dtype."""
 
-    def norm(name: str) -> _Norm:
-        return _Norm(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"), variant.norm_eps)
+    def norm(name: str) -> Norm:
+        return Norm(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"), variant.norm_eps)
 
     def plain(name: str) -> Linear:
         return dense(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"))
