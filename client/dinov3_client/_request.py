@@ -7,7 +7,7 @@ import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from dinov3_client import _images
 from dinov3_client._dtypes import FeatureDtype, wire_of
@@ -123,7 +123,7 @@ def query(sources: Sequence[Source], wanted: Options, depth: int | None, fingerp
     message.preprocessing.CopyFrom(wanted.preprocessing)
     message.priority = wanted.priority
     message.fingerprint = fingerprint
-    flags = dict.fromkeys(wanted.kinds, True)
+    flags: dict[str, Any] = dict.fromkeys(wanted.kinds, True)
     message.outputs.CopyFrom(
         pb.Outputs(
             dtype=wire_of(wanted.dtype), layers=[pb.LayerOutputs(layer=block, **flags) for block in blocks], **flags

@@ -14,6 +14,7 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_FLOAT32: _ClassVar[DataType]
     DATA_TYPE_FLOAT16: _ClassVar[DataType]
     DATA_TYPE_BFLOAT16: _ClassVar[DataType]
+    DATA_TYPE_INT8: _ClassVar[DataType]
 
 class Preset(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -30,6 +31,18 @@ class Interpolation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INTERPOLATION_BICUBIC: _ClassVar[Interpolation]
     INTERPOLATION_LANCZOS: _ClassVar[Interpolation]
 
+class PoolingMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOLING_METHOD_UNSPECIFIED: _ClassVar[PoolingMethod]
+    POOLING_METHOD_AREA: _ClassVar[PoolingMethod]
+    POOLING_METHOD_BILINEAR: _ClassVar[PoolingMethod]
+
+class PatchLayout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PATCH_LAYOUT_UNSPECIFIED: _ClassVar[PatchLayout]
+    PATCH_LAYOUT_TOKENS: _ClassVar[PatchLayout]
+    PATCH_LAYOUT_CHANNELS_FIRST: _ClassVar[PatchLayout]
+
 class Priority(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     PRIORITY_UNSPECIFIED: _ClassVar[Priority]
@@ -40,6 +53,7 @@ DATA_TYPE_UINT8: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_FLOAT16: DataType
 DATA_TYPE_BFLOAT16: DataType
+DATA_TYPE_INT8: DataType
 PRESET_UNSPECIFIED: Preset
 PRESET_DINOV3: Preset
 PRESET_HF: Preset
@@ -49,27 +63,61 @@ INTERPOLATION_NEAREST: Interpolation
 INTERPOLATION_BILINEAR: Interpolation
 INTERPOLATION_BICUBIC: Interpolation
 INTERPOLATION_LANCZOS: Interpolation
+POOLING_METHOD_UNSPECIFIED: PoolingMethod
+POOLING_METHOD_AREA: PoolingMethod
+POOLING_METHOD_BILINEAR: PoolingMethod
+PATCH_LAYOUT_UNSPECIFIED: PatchLayout
+PATCH_LAYOUT_TOKENS: PatchLayout
+PATCH_LAYOUT_CHANNELS_FIRST: PatchLayout
 PRIORITY_UNSPECIFIED: Priority
 PRIORITY_INTERACTIVE: Priority
 PRIORITY_BULK: Priority
 
 class Tensor(_message.Message):
-    __slots__ = ("dtype", "shape", "data")
+    __slots__ = ("dtype", "shape", "data", "scales")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
     dtype: DataType
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    scales: bytes
+    def __init__(self, dtype: _Optional[_Union[DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("encoded", "pixels")
+    __slots__ = ("encoded", "pixels", "views")
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     PIXELS_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
     encoded: bytes
     pixels: Tensor
-    def __init__(self, encoded: _Optional[bytes] = ..., pixels: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    views: _containers.RepeatedCompositeFieldContainer[View]
+    def __init__(self, encoded: _Optional[bytes] = ..., pixels: _Optional[_Union[Tensor, _Mapping]] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ...) -> None: ...
+
+class View(_message.Message):
+    __slots__ = ("crop", "horizontal_flip", "size", "interpolation")
+    CROP_FIELD_NUMBER: _ClassVar[int]
+    HORIZONTAL_FLIP_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
+    crop: Box
+    horizontal_flip: bool
+    size: Size
+    interpolation: Interpolation
+    def __init__(self, crop: _Optional[_Union[Box, _Mapping]] = ..., horizontal_flip: bool = ..., size: _Optional[_Union[Size, _Mapping]] = ..., interpolation: _Optional[_Union[Interpolation, str]] = ...) -> None: ...
+
+class Box(_message.Message):
+    __slots__ = ("top", "left", "height", "width")
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    top: int
+    left: int
+    height: int
+    width: int
+    def __init__(self, top: _Optional[int] = ..., left: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class Size(_message.Message):
     __slots__ = ("height", "width")
@@ -92,18 +140,34 @@ class Preprocessing(_message.Message):
     def __init__(self, preset: _Optional[_Union[Preset, str]] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., interpolation: _Optional[_Union[Interpolation, str]] = ..., apply_exif_orientation: bool = ...) -> None: ...
 
 class Outputs(_message.Message):
-    __slots__ = ("cls", "patches", "registers", "layers", "dtype")
+    __slots__ = ("cls", "patches", "registers", "layers", "dtype", "pooling", "projection", "patch_layout")
     CLS_FIELD_NUMBER: _ClassVar[int]
     PATCHES_FIELD_NUMBER: _ClassVar[int]
     REGISTERS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
+    PROJECTION_FIELD_NUMBER: _ClassVar[int]
+    PATCH_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     cls: bool
     patches: bool
     registers: bool
     layers: _containers.RepeatedCompositeFieldContainer[LayerOutputs]
     dtype: DataType
-    def __init__(self, cls: bool = ..., patches: bool = ..., registers: bool = ..., layers: _Optional[_Iterable[_Union[LayerOutputs, _Mapping]]] = ..., dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
+    pooling: Pooling
+    projection: str
+    patch_layout: PatchLayout
+    def __init__(self, cls: bool = ..., patches: bool = ..., registers: bool = ..., layers: _Optional[_Iterable[_Union[LayerOutputs, _Mapping]]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ..., projection: _Optional[str] = ..., patch_layout: _Optional[_Union[PatchLayout, str]] = ...) -> None: ...
+
+class Pooling(_message.Message):
+    __slots__ = ("grid_height", "grid_width", "method")
+    GRID_HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    GRID_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    grid_height: int
+    grid_width: int
+    method: PoolingMethod
+    def __init__(self, grid_height: _Optional[int] = ..., grid_width: _Optional[int] = ..., method: _Optional[_Union[PoolingMethod, str]] = ...) -> None: ...
 
 class LayerOutputs(_message.Message):
     __slots__ = ("layer", "cls", "patches", "registers", "skip_norm")
@@ -138,11 +202,12 @@ class ExtractRequest(_message.Message):
     def __init__(self, images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., pixels: _Optional[_Union[Tensor, _Mapping]] = ..., preprocessing: _Optional[_Union[Preprocessing, _Mapping]] = ..., outputs: _Optional[_Union[Outputs, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class FeatureBlock(_message.Message):
-    __slots__ = ("input_size", "grid_height", "grid_width", "image_indices", "cls", "patches", "registers", "layers")
+    __slots__ = ("input_size", "grid_height", "grid_width", "image_indices", "view_indices", "cls", "patches", "registers", "layers")
     INPUT_SIZE_FIELD_NUMBER: _ClassVar[int]
     GRID_HEIGHT_FIELD_NUMBER: _ClassVar[int]
     GRID_WIDTH_FIELD_NUMBER: _ClassVar[int]
     IMAGE_INDICES_FIELD_NUMBER: _ClassVar[int]
+    VIEW_INDICES_FIELD_NUMBER: _ClassVar[int]
     CLS_FIELD_NUMBER: _ClassVar[int]
     PATCHES_FIELD_NUMBER: _ClassVar[int]
     REGISTERS_FIELD_NUMBER: _ClassVar[int]
@@ -151,11 +216,12 @@ class FeatureBlock(_message.Message):
     grid_height: int
     grid_width: int
     image_indices: _containers.RepeatedScalarFieldContainer[int]
+    view_indices: _containers.RepeatedScalarFieldContainer[int]
     cls: Tensor
     patches: Tensor
     registers: Tensor
     layers: _containers.RepeatedCompositeFieldContainer[LayerFeatures]
-    def __init__(self, input_size: _Optional[_Union[Size, _Mapping]] = ..., grid_height: _Optional[int] = ..., grid_width: _Optional[int] = ..., image_indices: _Optional[_Iterable[int]] = ..., cls: _Optional[_Union[Tensor, _Mapping]] = ..., patches: _Optional[_Union[Tensor, _Mapping]] = ..., registers: _Optional[_Union[Tensor, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerFeatures, _Mapping]]] = ...) -> None: ...
+    def __init__(self, input_size: _Optional[_Union[Size, _Mapping]] = ..., grid_height: _Optional[int] = ..., grid_width: _Optional[int] = ..., image_indices: _Optional[_Iterable[int]] = ..., view_indices: _Optional[_Iterable[int]] = ..., cls: _Optional[_Union[Tensor, _Mapping]] = ..., patches: _Optional[_Union[Tensor, _Mapping]] = ..., registers: _Optional[_Union[Tensor, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerFeatures, _Mapping]]] = ...) -> None: ...
 
 class LayerFeatures(_message.Message):
     __slots__ = ("layer", "cls", "patches", "registers", "grid_height", "grid_width")
@@ -258,7 +324,7 @@ class ServerLimits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_image_tokens: _Optional[int] = ..., stream_window: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "certificate", "layer_dims", "layer_strides")
+    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "certificate", "projections", "layer_dims", "layer_strides")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +343,7 @@ class GetModelResponse(_message.Message):
     FRONTEND_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    PROJECTIONS_FIELD_NUMBER: _ClassVar[int]
     LAYER_DIMS_FIELD_NUMBER: _ClassVar[int]
     LAYER_STRIDES_FIELD_NUMBER: _ClassVar[int]
     model: str
@@ -297,9 +364,22 @@ class GetModelResponse(_message.Message):
     frontend: int
     server_version: str
     certificate: Certificate
+    projections: _containers.RepeatedCompositeFieldContainer[Projection]
     layer_dims: _containers.RepeatedScalarFieldContainer[int]
     layer_strides: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., projections: _Optional[_Iterable[_Union[Projection, _Mapping]]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Projection(_message.Message):
+    __slots__ = ("name", "input_channels", "output_channels", "fingerprint")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    INPUT_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    input_channels: int
+    output_channels: int
+    fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., input_channels: _Optional[int] = ..., output_channels: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Certificate(_message.Message):
     __slots__ = ("verified", "reason", "upstream_revision", "outputs", "time", "not_covered")

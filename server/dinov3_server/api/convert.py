@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.message import DecodeError, Message
 
-from dinov3_server.api.response import DTYPES, most_nbytes
+from dinov3_server.api.outputs import enum_of, read_outputs
 from dinov3_server.api.status import kept
 from dinov3_server.backbone import registry
-from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, Output, PixelFormat, PixelShape, TokenKind
+from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, PixelFormat, PixelShape
 from dinov3_server.config import Settings
-from dinov3_server.engine.block import Block
 from dinov3_server.errors import ConfigError, InvalidInput, ModelMismatch, ServingError
 from dinov3_server.images.decode import decode, probe
 from dinov3_server.images.preprocess import check_size, resize_into, resize_pixels_into, transform
@@ -32,14 +30,10 @@ _INTERPOLATIONS = {
     pb.INTERPOLATION_LANCZOS: "lanczos",
 }
 _IS_BULK = {pb.PRIORITY_INTERACTIVE: False, pb.PRIORITY_BULK: True}
-_FEATURE_DTYPES = {number: name for name, number in DTYPES.items()}
 _PIXEL_FORMATS: dict[pb.DataType, PixelFormat] = {pb.DATA_TYPE_UINT8: "uint8", pb.DATA_TYPE_FLOAT32: "float32"}
-_KINDS: tuple[TokenKind, ...] = ("cls", "patches", "registers")
 _MOST_AXES = 8  # that an error message shows
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
-E = TypeVar("E", bound=int)
-T = TypeVar("T")
 
 
 class Source(NamedTuple):
@@ -107,8 +101,8 @@ def count_images(request: pb.ExtractRequest) -> int:
 def read_request(request: pb.ExtractRequest, model: ModelInfo, settings: Settings) -> Query:
     """Raises ModelMismatch, or InvalidInput where the request as a whole is at fault."""
     _check_pins(request, model)
-    spec = _spec(request.outputs, model)
-    bulk = _enum(pb.Priority, _IS_BULK, request.priority or pb.PRIORITY_INTERACTIVE, "priority")
+    spec = read_outputs(request.outputs, model)
+    bulk = enum_of(pb.Priority, _IS_BULK, request.priority or pb.PRIORITY_INTERACTIVE, "priority")
     reader = _ImageReader(request.preprocessing, model, settings)
     if bool(request.images) == request.HasField("pixels"):
         given = "both images and pixels are" if request.images else "neither images nor pixels is"
@@ -118,33 +112,6 @@ def read_request(request: pb.ExtractRequest, model: ModelInfo, settings: Setting
     else:
         reader.read_packed(request.pixels)
     return Query(spec, bulk, reader.sources, reader.failures)
-
-
-def check_answer(blocks: Iterable[Block], model: ModelInfo, limit: int) -> None:
-    """Raises InvalidInput where the answer would be over `limit` bytes."""
-    blocks = list(blocks)
-    total = most_nbytes(blocks, model.fingerprint)
-    if total <= limit:
-        return
-    terms = []
-    for block in blocks:
-        named = zip(block.spec.outputs, block.strides, strict=True)
-        kinds = ", ".join(f"{_name(output)} {nbytes}" for output, nbytes in named)
-        size = f"{block.shape.height}x{block.shape.width}"
-        terms.append(f"{block.count} image(s) of {size} at {sum(block.strides)} bytes ({kinds})")
-    raise too_large(f"{total} bytes ({'; '.join(terms)}, in {blocks[0].spec.dtype})", limit)
-
-
-def too_large(answer: str, limit: int) -> InvalidInput:
-    return InvalidInput(
-        f"the answer would be over the limit of {limit} bytes a message: send fewer images a request, ask for fewer "
-        f"outputs or a smaller dtype, or start the server with a larger --max-message-bytes. It would take {answer}",
-        field="outputs",
-    )
-
-
-def _name(output: Output) -> str:
-    return output.kind if output.layer is None else f"layer {output.layer} {output.kind}"
 
 
 def _check_pins(request: pb.ExtractRequest, model: ModelInfo) -> None:
@@ -164,39 +131,6 @@ def _canonical(name: str) -> str:
         return name
 
 
-def _spec(outputs: pb.Outputs, model: ModelInfo) -> FeatureSpec:
-    wanted = [Output(kind) for kind in _KINDS if getattr(outputs, kind)]
-    first_use: dict[tuple[int, bool], int] = {}
-    for index, entry in enumerate(outputs.layers):
-        field = f"outputs.layers[{index}]"
-        if entry.layer >= model.depth:
-            raise InvalidInput(
-                f"there is no layer {entry.layer}: {model.name} has the layers 0 to {model.depth - 1}",
-                field=f"{field}.layer",
-            )
-        kinds = [kind for kind in _KINDS if getattr(entry, kind)]
-        if not kinds:
-            raise InvalidInput(f"layer {entry.layer} is asked for nothing: set cls, patches or registers", field=field)
-        first = first_use.setdefault((entry.layer, entry.skip_norm), index)
-        if first != index:
-            raise InvalidInput(f"asks for the layer of outputs.layers[{first}] again: give each once", field=field)
-        wanted += [Output(kind, entry.layer, norm=not entry.skip_norm) for kind in kinds]
-    if not model.registers and any(output.kind == "registers" for output in wanted):
-        raise InvalidInput(f"{model.name} has no register tokens: leave registers out", field="outputs.registers")
-    dtype = _enum(pb.DataType, _FEATURE_DTYPES, outputs.dtype or pb.DATA_TYPE_BFLOAT16, "outputs.dtype")
-    return FeatureSpec(tuple(wanted or (Output("cls"), Output("patches"))), dtype)
-
-
-def _enum(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str) -> T:
-    """What `allowed` has for an enum's `value`; proto3 lets numbers through that have no name."""
-    if value in allowed:
-        return allowed[value]
-    given = names.Name(value) if value in names.values() else str(value)
-    raise InvalidInput(
-        f"{field.rpartition('.')[2]} is {given}; allowed are {', '.join(map(names.Name, allowed))}", field=field
-    )
-
-
 class _ImageReader:
     """Collects the sources of a request's images."""
 
@@ -208,9 +142,9 @@ class _ImageReader:
         given = preprocessing.size
         self._size = (given.height, given.width) if preprocessing.HasField("size") else None
         self._transform = transform(
-            _enum(pb.Preset, _PRESETS, preprocessing.preset or pb.PRESET_DINOV3, "preprocessing.preset"),
+            enum_of(pb.Preset, _PRESETS, preprocessing.preset or pb.PRESET_DINOV3, "preprocessing.preset"),
             self._size,
-            _enum(pb.Interpolation, _INTERPOLATIONS, preprocessing.interpolation, "preprocessing.interpolation"),
+            enum_of(pb.Interpolation, _INTERPOLATIONS, preprocessing.interpolation, "preprocessing.interpolation"),
             preprocessing.apply_exif_orientation,
         )
         # Of every file and every uint8 tensor, unless each has its own.

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from dinov3_server.api.convert import Query, Source, check_answer, count_images, read_request, too_large
+from dinov3_server.api.convert import Query, Source, count_images, read_request
+from dinov3_server.api.outputs import check_answer, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
 from dinov3_server.api.status import kept
 from dinov3_server.backbone.interface import ModelInfo
