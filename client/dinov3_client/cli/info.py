@@ -1,0 +1,56 @@
+"""`dinov3-client info`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from dinov3_client._model import Model
+from dinov3_client.cli.common import connect, say
+
+
+def add(commands: Any, server: argparse.ArgumentParser) -> None:
+    info = commands.add_parser("info", parents=[server], help="what the server serves, and its limits")
+    info.set_defaults(command=_info)
+
+
+def _info(args: argparse.Namespace) -> int:
+    with connect(args) as client:
+        model = client.model()
+    limits = model.limits
+    rows = {
+        "model": model.name,
+        "weights": model.weights + (" (random: features have no meaning)" if model.random_weights else ""),
+        "fingerprint": model.fingerprint,
+        "parameters": f"{model.parameters:,}",
+        "shape": f"{_each(model.layer_dims)} channels, {model.depth} layers, patch {_each(model.layer_strides)}, "
+        f"{model.register_tokens} registers",
+        "computes in": f"{model.dtype} on {', '.join(model.devices)}",
+        "mean, std": f"{_rounded(model.mean)}, {_rounded(model.std)}",
+        "limits": f"{limits.max_images_per_request} images and {limits.max_message_bytes:,} bytes a request; "
+        f"{limits.max_image_pixels:,} pixels and {limits.max_image_tokens:,} tokens an image",
+        "certificate": _certified(model),
+        "server": f"{model.server_version}, {model.frontends} frontend{'s' if model.frontends != 1 else ''}",
+    }
+    say("\n".join(f"{name:<12} {value}" for name, value in rows.items()))
+    return 0
+
+
+def _certified(model: Model) -> str:
+    certificate = model.certificate
+    if not certificate.verified:
+        return f"not verified: {certificate.reason}"
+    cosines = ", ".join(
+        f"{proof.output} cosine {proof.least_cosine:.6f}" for proof in certificate.outputs if proof.dtype == model.dtype
+    )
+    return f"verified against Meta's code at {certificate.upstream_revision[:12]}: {cosines} in {model.dtype}"
+
+
+def _each(values: Sequence[int]) -> str:
+    """Of all layers: 384, or 96/192/384/768 where they differ."""
+    return "/".join(map(str, dict.fromkeys(values)))
+
+
+def _rounded(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
