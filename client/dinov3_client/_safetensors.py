@@ -1,0 +1,62 @@
+"""Files of tensors that safetensors reads (https://github.com/huggingface/safetensors, "Format").
+
+Eight bytes with the length of the header, little-endian; the header, JSON with the dtype, shape and place of each
+tensor; the tensors' bytes, row-major and little-endian, without holes. The header is padded with spaces, so that the
+bytes begin at a multiple of eight; wider elements come first, so that each tensor begins at a multiple of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dinov3_client import _files
+
+ALIGNMENT = 8
+
+_NAMES = {
+    np.dtype(np.float64): "F64",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.int64): "I64",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int16): "I16",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
+}
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str]) -> None:
+    """Writes `path`, in the place of an older one; never half a file."""
+    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with _files.replacing(path) as draft, draft.open("wb") as file:
+        file.write(header(specs, metadata))
+        for name in stored_order(specs):
+            # As bytes, since bfloat16 has no buffer of its own.
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+
+
+def header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with; the bytes of the tensors follow it in `stored_order`."""
+    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in stored_order(tensors):
+        dtype, shape = tensors[name]
+        if name == "__metadata__" or dtype not in _NAMES:
+            raise ValueError(f"tensor {name!r} of {dtype}: safetensors has no such name or dtype")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def stored_order(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
