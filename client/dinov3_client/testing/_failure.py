@@ -1,0 +1,50 @@
+"""Errors as the service tells them."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+
+class Failure(Exception):
+    """What a call, a message of a stream or one image fails with.
+
+    `retry_after` are the seconds of a RetryInfo: a client tries again after them. `field` is the protobuf path of the
+    field at fault, of a BadRequest.
+    """
+
+    def __init__(
+        self, code: grpc.StatusCode, message: str, *, retry_after: float | None = None, field: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+        self.field = field
+
+    def status(self) -> pb.Status:
+        """On the wire; the fields are those of google.rpc.Status."""
+        status = pb.Status(code=self.code.value[0], message=self.message)
+        if self.field:
+            violation = BadRequest.FieldViolation(field=self.field, description=self.message)
+            status.details.append(_packed(BadRequest(field_violations=[violation])))
+        if self.retry_after is not None:
+            delay = Duration()
+            delay.FromNanoseconds(round(self.retry_after * 1e9))
+            status.details.append(_packed(RetryInfo(retry_delay=delay)))
+        return status
+
+
+def invalid(message: str, field: str) -> Failure:
+    return Failure(grpc.StatusCode.INVALID_ARGUMENT, message, field=field)
+
+
+def _packed(detail: Message) -> Any:
+    packed = Any()
+    packed.Pack(detail)
+    return packed

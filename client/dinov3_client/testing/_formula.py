@@ -1,0 +1,87 @@
+"""Features by a formula of the pixels, and what the service does with them after the model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinov3_client._model import Model
+from dinov3_client.testing._model import MODEL
+
+Array = NDArray[Any]
+Kind = Literal["cls", "patches", "registers"]
+Method = Literal["area", "bilinear"]
+
+
+def expected(
+    pixels: Array, kind: Kind, *, layer: int | None = None, norm: bool = True, model: Model = MODEL
+) -> NDArray[np.float32]:
+    """The features that a `FakeServer` has for one model input: [D] for "cls", else [tokens, D], row by row.
+
+    pixels: as the model gets them, so after crop, resize and flip: uint8 [H, W, 3], or float32 [3, H, W].
+    layer: 0-based; None is the last one. norm: with the final norm.
+
+    Let x be the pixels in 0..1 (float32 ones as they are), and s[p] the six numbers of a patch p (a square of
+    `model.layer_strides[layer]` pixels): the means of its R, G and B, then their standard deviations. With g =
+    (layer + 1) / depth, twice that without norm,
+
+        patches[p, d] = g * sum over k = 0..5 of s[p, k] * cos((k + 1) * (d + 1))
+        cls[d] = mean over p of patches[p, d]
+        registers[r, d] = (r + 1) * cls[d]
+
+    computed in float64.
+    """
+    index = model.depth - 1 if layer is None else layer
+    side = model.layer_strides[index]
+    image = pixels / 255 if pixels.dtype == np.uint8 else pixels.transpose(1, 2, 0).astype(np.float64)
+    rows, columns = image.shape[0] // side, image.shape[1] // side
+    cells = image.reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4).reshape(rows * columns, -1, 3)
+    statistics = np.concatenate([cells.mean(1), cells.std(1)], 1)
+    mix = np.cos(np.outer(np.arange(1, 7), np.arange(1, model.layer_dims[index] + 1)))
+    gain = (index + 1) / model.depth * (1 if norm else 2)
+    patches: NDArray[np.float64] = gain * (statistics @ mix)
+    cls: NDArray[np.float64] = patches.mean(0)
+    if kind == "patches":
+        return patches.astype(np.float32)
+    if kind == "cls":
+        return cls.astype(np.float32)
+    return np.outer(np.arange(1, model.register_tokens + 1), cls).astype(np.float32)
+
+
+def pooled(
+    patches: NDArray[np.float32], grid: tuple[int, int], to: tuple[int, int], method: Method
+) -> NDArray[np.float32]:
+    """Patches [P, D] of `grid` resampled to the grid `to`, [to[0] * to[1], D]."""
+    weights = _area if method == "area" else _bilinear
+    down, across = (weights(size, cells) for size, cells in zip(grid, to, strict=True))
+    cells: Array = np.einsum("ih,jw,hwd->ijd", down, across, patches.reshape(*grid, -1), dtype=np.float64)
+    return cells.reshape(to[0] * to[1], -1).astype(np.float32)
+
+
+def quantised(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """int8 values and a scale a token, for the channels on the last axis: value = int8 * scale."""
+    scales = np.abs(values).max(-1) / np.float32(127)
+    steps = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
+    return np.rint(steps).astype(np.int8), scales.astype(np.float32)
+
+
+def _area(size: int, cells: int) -> NDArray[np.float64]:
+    """[cells, size], as torch's adaptive_avg_pool2d has it: the mean of all that a cell covers, in whole or in part."""
+    weights = np.zeros((cells, size))
+    for cell in range(cells):
+        start, end = cell * size // cells, -(-(cell + 1) * size // cells)
+        weights[cell, start:end] = 1 / (end - start)
+    return weights
+
+
+def _bilinear(size: int, cells: int) -> NDArray[np.float64]:
+    """[cells, size], as torch's interpolate(mode="bilinear", align_corners=False) has it."""
+    weights = np.zeros((cells, size))
+    for cell in range(cells):
+        at = max((cell + 0.5) * size / cells - 0.5, 0.0)
+        before = int(at)
+        weights[cell, before] += 1 - (at - before)
+        weights[cell, min(before + 1, size - 1)] += at - before
+    return weights

@@ -1,0 +1,98 @@
+"""The model that a fake server says that it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dinov3_client._dtypes import wire_of
+from dinov3_client._model import Certificate, Limits, Model
+from dinov3_client.testing._projection import Projection
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+MODEL = Model(
+    name="dinov3_vits16",
+    weights="dinov3_vits16.pth",
+    random_weights=False,
+    fingerprint="f00d",
+    dtype="bfloat16",
+    devices=("cpu",),
+    embed_dim=24,
+    depth=12,
+    layer_dims=(24,) * 12,
+    layer_strides=(16,) * 12,
+    patch_size=16,
+    register_tokens=4,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    parameters=21_601_152,
+    limits=Limits(
+        max_message_bytes=64 << 20,
+        max_images_per_request=64,
+        max_image_pixels=1 << 26,
+        max_image_tokens=8192,
+        stream_window=8,
+    ),
+    frontends=1,
+    frontend=0,
+    server_version="0.1.0",
+    certificate=Certificate(False, "a fake server proves nothing", "", (), "", ""),
+)
+"""What a `FakeServer` serves by default: a ViT of 24 channels, so that features are small. `dataclasses.replace` makes
+others of it; `embed_dim` and `patch_size` are the last of `layer_dims` and `layer_strides`."""
+
+
+def message_of(model: Model, projections: Mapping[str, Projection], frontend: int) -> pb.GetModelResponse:
+    """What the frontend of that number tells of `model`."""
+    limits, proof = model.limits, model.certificate
+    return pb.GetModelResponse(
+        model=model.name,
+        weights=model.weights,
+        random_weights=model.random_weights,
+        fingerprint=model.fingerprint,
+        dtype=wire_of(model.dtype),
+        devices=model.devices,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        layer_dims=model.layer_dims,
+        layer_strides=model.layer_strides,
+        patch_size=model.patch_size,
+        register_tokens=model.register_tokens,
+        mean=model.mean,
+        std=model.std,
+        parameters=model.parameters,
+        limits=pb.ServerLimits(
+            max_message_bytes=limits.max_message_bytes,
+            max_images_per_request=limits.max_images_per_request,
+            max_image_pixels=limits.max_image_pixels,
+            max_image_tokens=limits.max_image_tokens,
+            stream_window=limits.stream_window,
+        ),
+        frontends=model.frontends,
+        frontend=frontend,
+        server_version=model.server_version,
+        certificate=pb.Certificate(
+            verified=proof.verified,
+            reason=proof.reason,
+            upstream_revision=proof.upstream_revision,
+            outputs=[
+                pb.OutputProof(
+                    output=each.output,
+                    dtype=wire_of(each.dtype),
+                    least_cosine=each.least_cosine,
+                    relative_error=each.relative_error,
+                )
+                for each in proof.outputs
+            ],
+            time=proof.time,
+            not_covered=proof.not_covered,
+        ),
+        projections=[
+            pb.Projection(
+                name=name,
+                input_channels=projection.weight.shape[1],
+                output_channels=projection.weight.shape[0],
+                fingerprint=projection.fingerprint,
+            )
+            for name, projection in projections.items()
+        ],
+    )

@@ -1,0 +1,44 @@
+"""Projections of the channels of patches."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+GivenProjection = ArrayLike | tuple[ArrayLike, ArrayLike]
+"""A weight [K, D], or a pair of a weight [K, D] and a bias [K]."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """weight @ token + bias."""
+
+    weight: NDArray[np.float32]
+    """[K, D]"""
+    bias: NDArray[np.float32]
+    """[K]"""
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.weight.tobytes() + self.bias.tobytes()).hexdigest()
+
+    def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[P, D] to [P, K]."""
+        return (patches @ self.weight.T + self.bias).astype(np.float32)
+
+
+def read_projection(given: Any) -> Projection:
+    """Raises ValueError for what is no GivenProjection."""
+    weight, bias = given if isinstance(given, tuple) else (given, None)
+    weight = np.asarray(weight, np.float32)
+    bias = np.zeros(len(weight), np.float32) if bias is None else np.asarray(bias, np.float32)
+    if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"a projection is a weight [K, D], or a pair of it and a bias [K]; this one has the shapes "
+            f"{list(weight.shape)} and {list(bias.shape)}"
+        )
+    return Projection(weight, bias)

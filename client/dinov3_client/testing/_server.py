@@ -1,0 +1,223 @@
+"""A feature server without a model, for tests."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import grpc
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+from dinov3_client._model import Model
+from dinov3_client.testing._answer import answer
+from dinov3_client.testing._failure import Failure, invalid
+from dinov3_client.testing._model import MODEL, message_of
+from dinov3_client.testing._projection import GivenProjection, read_projection
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceServicer, add_FeatureServiceServicer_to_server
+
+_THREADS = 64  # calls at a time; a held call has one, and so has a stream
+Step = Failure | Mapping[int, Failure] | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call as it arrived; each message of a stream is one."""
+
+    method: str
+    """Extract, ExtractStream or GetModel."""
+    message: pb.ExtractRequest | pb.ExtractStreamRequest | pb.GetModelRequest
+    metadata: dict[str, str | bytes]
+    timeout: float | None
+    """Seconds that were left of its deadline; None without one."""
+
+
+class FakeServer:
+    """A real gRPC server on a free port of this machine, that has features by a formula (`expected`) for a model.
+
+        with FakeServer() as server, Client(server.target) as client:
+            features = client.extract(pixels, preset="none", dtype="float32")
+            np.testing.assert_array_equal(features.patches[0], expected(pixels, "patches"))
+
+    It answers all that a server of `model` would, within `model.limits`, and refuses with the same statuses what that
+    would refuse. Files are decoded by Pillow's `convert("RGB")`. The timings of answers are made up.
+
+    model: what is served; see `MODEL`. May be set at any time, for a server that comes back with another model.
+    projections: by name, a weight [K, D] or a pair of a weight [K, D] and a bias [K].
+    address: where it listens, by gRPC's naming: HOST:PORT or unix:PATH. credentials: for TLS.
+
+    script: what the next messages of Extract and ExtractStream meet, consumed from the front: None is the answer, a
+        Failure is that of the whole message, a dictionary those of some of its images.
+    model_script: likewise for the next calls of GetModel.
+    gate: while it is cleared, calls are recorded and wait. `stop` lets them go.
+    delay: seconds that each message of Extract and ExtractStream takes.
+    edit: called with each ExtractResponse before it goes, to change it.
+    calls: all that arrived, in order.
+    """
+
+    def __init__(
+        self,
+        model: Model = MODEL,
+        *,
+        projections: Mapping[str, GivenProjection] | None = None,
+        address: str = "127.0.0.1:0",
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        self.model = model
+        self.script: list[Step] = []
+        self.model_script: list[Failure | None] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.delay = 0.0
+        self.edit: Callable[[pb.ExtractResponse], object] | None = None
+        self.calls: list[Call] = []
+        self._projections = {name: read_projection(given) for name, given in (projections or {}).items()}
+        self._address = address
+        self._credentials = credentials
+        self._arrived = threading.Condition()
+        self._running: tuple[grpc.Server, ThreadPoolExecutor] | None = None
+        self._stopping = threading.Event()
+        self._frontends: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def target(self) -> str:
+        """What a Client takes; the same after a restart. Known once the server was started."""
+        return self._address
+
+    @property
+    def requests(self) -> list[pb.ExtractRequest]:
+        """All that was asked to be extracted, in streams too."""
+        messages = [call.message for call in self.calls]
+        requests = [one.request if isinstance(one, pb.ExtractStreamRequest) else one for one in messages]
+        return [one for one in requests if isinstance(one, pb.ExtractRequest)]
+
+    def start(self) -> None:
+        """Listen; after `stop` at the same address."""
+        assert self._running is None, "it runs already"
+        self._stopping.clear()
+        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fake-server")
+        most = self.model.limits.max_message_bytes
+        options = (
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", most),
+            ("grpc.max_send_message_length", most),
+        )
+        server = grpc.server(threads, options=options)
+        add_FeatureServiceServicer_to_server(_Service(self), server)  # type: ignore[no-untyped-call]
+        if self._credentials is None:
+            port = server.add_insecure_port(self._address)
+        else:
+            port = server.add_secure_port(self._address, self._credentials)
+        if not self._address.startswith("unix:"):
+            self._address = f"{self._address.rpartition(':')[0]}:{port}"
+        server.start()
+        self._running = server, threads
+
+    def stop(self) -> None:
+        """End at once: calls under way fail with UNAVAILABLE or CANCELLED. Returns when nothing of it runs."""
+        if self._running is None:
+            return
+        server, threads = self._running
+        ended = server.stop(None)
+        held = not self.gate.is_set()
+        self._stopping.set()
+        self.gate.set()
+        ended.wait()
+        threads.shutdown()
+        if held:
+            self.gate.clear()
+        self._running = None
+
+    def wait_for_calls(self, count: int, method: str = "Extract", timeout: float = 60.0) -> None:
+        """Return when `count` calls of `method` have arrived since the server was made; else raise TimeoutError."""
+
+        def arrived() -> int:
+            return sum(call.method == method for call in self.calls)
+
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: arrived() >= count, timeout):
+                raise TimeoutError(f"{arrived()} calls of {method} have arrived within {timeout} s, not {count}")
+
+    def _arrive(self, method: str, message: Any, context: grpc.ServicerContext) -> Step:
+        """Record a call and wait at the gate; what the script has for it."""
+        metadata: dict[str, str | bytes] = dict(context.invocation_metadata())
+        call = Call(method, message, metadata, context.time_remaining())
+        script: Any = self.model_script if method == "GetModel" else self.script
+        with self._arrived:
+            self.calls.append(call)
+            step: Step = script.pop(0) if script else None
+            self._arrived.notify_all()
+        self.gate.wait()
+        return step
+
+    def _extract(self, request: pb.ExtractRequest, step: Step, context: grpc.ServicerContext) -> pb.ExtractResponse:
+        if self.delay:
+            self._stopping.wait(self.delay)
+        if isinstance(step, Failure):
+            raise step
+        response = answer(request, self.model, self._projections, step or {})
+        response.frontend = self._frontend(context)
+        if self.edit is not None:
+            self.edit(response)
+        return response
+
+    def _frontend(self, context: grpc.ServicerContext) -> int:
+        """Connections are spread evenly over the frontends."""
+        with self._arrived:
+            return self._frontends.setdefault(context.peer(), len(self._frontends) % self.model.frontends)
+
+
+class _Service(FeatureServiceServicer):
+    """The methods of the wire."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+
+    def Extract(self, request: pb.ExtractRequest, context: grpc.ServicerContext) -> pb.ExtractResponse:
+        step = self._server._arrive("Extract", request, context)
+        try:
+            return self._server._extract(request, step, context)
+        except Failure as failure:
+            _abort(context, failure)
+
+    def ExtractStream(
+        self, requests: Iterator[pb.ExtractStreamRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.ExtractStreamResponse]:
+        """One message after the other, which is one of the orders that a real server may take."""
+        for message in requests:
+            step = self._server._arrive("ExtractStream", message, context)
+            answer = pb.ExtractStreamResponse(id=message.id)
+            try:
+                timeout = message.timeout_seconds
+                if not (math.isfinite(timeout) and timeout >= 0):
+                    raise invalid(f"timeout_seconds is {timeout:g}; allowed are 0 and more", "timeout_seconds")
+                if not message.HasField("request"):
+                    raise invalid("request is not set", "request")
+                answer.response.CopyFrom(self._server._extract(message.request, step, context))
+            except Failure as failure:
+                answer.error.CopyFrom(failure.status())
+            yield answer
+
+    def GetModel(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> pb.GetModelResponse:
+        step = self._server._arrive("GetModel", request, context)
+        if isinstance(step, Failure):
+            _abort(context, step)
+        return message_of(self._server.model, self._server._projections, self._server._frontend(context))
+
+
+def _abort(context: grpc.ServicerContext, failure: Failure) -> NoReturn:
+    status = Status.FromString(failure.status().SerializeToString())
+    context.abort_with_status(rpc_status.to_status(status))
+    raise AssertionError("abort_with_status raises")
