@@ -15,6 +15,7 @@ from bench.gpu.plan import BOTH, WANTED, Config, Plan
 from dinov3_server.backbone import attention, linear, rope
 from dinov3_server.backbone.cuda_graphs import Features, ForwardGraph, compute
 from dinov3_server.backbone.layouts import canonical_shapes
+from dinov3_server.backbone.postprocessing import Postprocessing
 from dinov3_server.backbone.registry import DATASETS, VitVariant
 from dinov3_server.backbone.rope import Rope, default_periods
 from dinov3_server.backbone.torch_runner import finite_rows
@@ -44,7 +45,13 @@ def bytes_for(plan: Plan, config: Config) -> Tensor:
 
 def eager(model: VisionTransformer) -> Forward:
     """As the server runs it: from bytes to CLS and patches in bfloat16 and the check that they are finite."""
-    return lambda pixels: compute(model, pixels, WANTED)
+
+    def run(pixels: Tensor) -> Features:
+        _, height, width, _ = pixels.shape
+        grid = height // model.variant.patch_size, width // model.variant.patch_size
+        return compute(model, pixels, WANTED, lambda features: Postprocessing(features, lambda layer: grid, {}))
+
+    return run
 
 
 def graph(run: Forward, model: VisionTransformer, pixels: Tensor) -> Callable[[], object]:
@@ -57,10 +64,10 @@ def graph(run: Forward, model: VisionTransformer, pixels: Tensor) -> Callable[[]
 def compiled(model: VisionTransformer) -> Forward:
     """The same by torch.compile, of a model that `fusible` gave."""
 
-    def whole(pixels: Tensor) -> tuple[list[Tensor], Tensor]:
+    def whole(pixels: Tensor) -> tuple[list[list[Tensor]], Tensor]:
         features = model(pixels, BOTH)
-        values = [features[output].to(torch.bfloat16).contiguous() for output in BOTH]
-        return values, torch.stack([finite_rows([value]) for value in values], dim=1)
+        values = [[features[output].to(torch.bfloat16).contiguous()] for output in BOTH]
+        return values, torch.stack([finite_rows(sections) for sections in values], dim=1)
 
     fast = torch.compile(whole, dynamic=False, fullgraph=True)
     return lambda pixels: Features(*fast(pixels))

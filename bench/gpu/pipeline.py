@@ -46,7 +46,7 @@ def _loop(plan: Plan, runner: TorchRunner, config: Config, spec: FeatureSpec) ->
         memory[block.pixels : block.pixels + len(pixels)] = pixels.numpy().tobytes()
     runner.attach(ARENA, memoryview(memory))
     batches = [
-        Batch(shape, tuple(Row(ARENA, block.row_pixels(i), block.row_outputs(i), spec) for i in range(config.batch)))
+        Batch(shape, tuple(Row(ARENA, block.row_pixels(i), block.row_sections(i), spec) for i in range(config.batch)))
         for block in blocks
     ]
     for _ in range(CAPTURE_AT):

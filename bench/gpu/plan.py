@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dinov3_server.backbone.interface import FeatureSpec, Output
-from dinov3_server.backbone.plan import Wanted
+from dinov3_server.backbone.interface import FeatureSpec, Output, Wanted
 from dinov3_server.backbone.registry import VITS, VitVariant
 
 BOTH = (Output("cls"), Output("patches"))

@@ -128,12 +128,14 @@ class FakeEngine:
         if self.fail is not None:
             raise self.fail
         self.done_runs.append(run)
+        assert self.model is not None
+        sections = self.model.sections(block.spec, block.shape)
         for row in rows:
             if row in self.bad_rows:
                 continue
             pixels = bytes(self.memory[block.row_pixels(row) :][: block.shape.nbytes])
-            for output, start, nbytes in zip(block.spec.outputs, block.row_outputs(row), block.strides, strict=True):
-                self.memory[start : start + nbytes] = features(pixels, output, nbytes)
+            for section, start in zip(sections, block.row_sections(row), strict=True):
+                self.memory[start : start + section.nbytes] = features(pixels, section.output, section.nbytes)
         failed = {row: error for row, error in self.bad_rows.items() if row in rows}
         return JobResult(failed, 0.25, 0.5, 3 + len(rows), 2)
 

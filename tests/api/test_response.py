@@ -33,7 +33,7 @@ def answers(draw: st.DrawFn) -> tuple:
     last, intermediate = draw(kinds), draw(layers)
     outputs = [Output(kind) for kind in last]
     outputs += [Output(kind, layer, norm) for layer, norm, chosen in intermediate for kind in chosen]
-    spec = FeatureSpec(tuple(outputs or [Output("cls")]), draw(st.sampled_from(sorted(DTYPES))))
+    spec = FeatureSpec(tuple(outputs or [Output("cls")]), draw(st.sampled_from(["bfloat16", "float16", "float32"])))
     dims, strides = draw(st.tuples(st.integers(1, 400), st.integers(1, 400))), (8, 16)
     model = replace(
         MODEL,
@@ -50,15 +50,21 @@ def answers(draw: st.DrawFn) -> tuple:
             unique=True,
         )
     )
-    images = list(range(draw(st.integers(len(shapes), len(shapes) + 6))))
-    owner = dict(zip(images, shapes, strict=False))
-    owner |= {image: draw(st.sampled_from(shapes)) for image in images[len(shapes) :] if shapes}
+    count = draw(st.integers(len(shapes), len(shapes) + 6))
+    has_views = draw(st.booleans())
+    if has_views:
+        keys = sorted(draw(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 300)), min_size=count, max_size=count)))
+    else:
+        keys = [(image, 0) for image in range(count)]
+    owner = dict(zip(keys, shapes, strict=False))
+    owner |= {key: draw(st.sampled_from(shapes)) for key in keys[len(shapes) :] if shapes}
     start = 64 * draw(st.integers(0, 3))
     placed = []
     for shape in shapes:
-        mine = [image for image in images if owner[image] == shape]
+        mine = [key for key in keys if owner[key] == shape]
         block = Block.plan(model, shape, len(mine), spec, base=placed[-1].block.end if placed else start)
-        placed.append(PlacedBlock(block, mine))
+        images, views = zip(*mine, strict=True)
+        placed.append(PlacedBlock(block, images, views if has_views else ()))
     memory = memoryview(random.Random(draw(st.integers())).randbytes(placed[-1].block.end if placed else 0))
     failed = draw(st.dictionaries(st.integers(0, 2**32 - 1), errors, max_size=3))
     numbers = st.floats(0, 1e6, width=32)
@@ -75,27 +81,28 @@ def as_protobuf(
     response = pb.ExtractResponse(timings=timings, frontend=frontend, fingerprint=model.fingerprint)
     for image in sorted(failed):
         response.errors.add(image_index=image, status=status_of(failed[image]))
-    sizes = list(dict.fromkeys((block.shape.height, block.shape.width) for block, _ in placed))
+    sizes = list(dict.fromkeys((block.shape.height, block.shape.width) for block, *_ in placed))
     for height, width in sizes:
         rows = {
-            image: (block, row)
-            for block, images in placed
+            (image, view): (block, row)
+            for block, images, views in placed
             if (block.shape.height, block.shape.width) == (height, width)
-            for row, image in enumerate(images)
+            for row, (image, view) in enumerate(zip(images, views or [0] * len(images), strict=True))
         }
         grid = height // 16, width // 16
         message = response.blocks.add(
             input_size=pb.Size(height=height, width=width),
             grid_height=grid[0],
             grid_width=grid[1],
-            image_indices=sorted(rows),
+            image_indices=[image for image, _ in sorted(rows)],
+            view_indices=[view for _, view in sorted(rows)] if placed[0].views else [],
         )
         spec = placed[0].block.spec
         for index, output in enumerate(spec.outputs):
             data = b""
-            for image in sorted(rows):
-                block, row = rows[image]
-                start = block.outputs[index] + row * block.strides[index]
+            for key in sorted(rows):
+                block, row = rows[key]
+                start = block.sections[index] + row * block.strides[index]
                 data += memory[start : start + block.strides[index]]
             is_finer = output.layer is not None and output.layer % 2 == 0
             cells = height // 8 * (width // 8) if is_finer else height // 16 * (width // 16)
@@ -117,7 +124,7 @@ def as_protobuf(
 @given(answers(), st.integers(0, 2**64 - 1))
 def test_equals_protobuf(answer, message_id: int) -> None:
     model, placed, memory, failed, timings, frontend = answer
-    pieces = response_pieces(memory, model, placed, failed, timings, frontend)
+    pieces = response_pieces(memory, model, placed, failed, timings, frontend, model.fingerprint)
     expected = as_protobuf(*answer)
     assert b"".join(pieces) == expected.SerializeToString(deterministic=True)
 
@@ -129,17 +136,22 @@ def test_equals_protobuf(answer, message_id: int) -> None:
 @given(answers())
 def test_the_bound_is_one_and_is_near(answer) -> None:
     model, placed, memory, _, timings, frontend = answer
-    actual = sum(map(len, stream_answer(2**64 - 1, response_pieces(memory, model, placed, {}, timings, frontend))))
-    bound = most_nbytes([block for block, _ in placed], model.fingerprint)
-    tensors = sum(len(block.outputs) for block, _ in placed)
-    rows = sum(block.count for block, _ in placed)
-    assert actual <= bound <= actual + 128 + 64 * len(placed) + 64 * tensors + 5 * rows
+    actual = sum(
+        map(
+            len,
+            stream_answer(2**64 - 1, response_pieces(memory, model, placed, {}, timings, frontend, model.fingerprint)),
+        )
+    )
+    bound = most_nbytes([block for block, *_ in placed], model.fingerprint)
+    tensors = sum(len(block.sections) for block, *_ in placed)
+    rows = sum(block.count for block, *_ in placed)
+    assert actual <= bound <= actual + 128 + 64 * len(placed) + 64 * tensors + 10 * rows
 
 
 def test_features_are_not_copied_before_they_are_joined() -> None:
     block = Block.plan(MODEL, PixelShape(32, 32, "uint8"), 2, FeatureSpec((Output("patches"),), "float32"))
     memory = memoryview(bytearray(block.end))
-    pieces = response_pieces(memory, MODEL, [PlacedBlock(block, [0, 1])], {}, pb.Timings(), 0)
+    pieces = response_pieces(memory, MODEL, [PlacedBlock(block, [0, 1])], {}, pb.Timings(), 0, "f00d")
     [view] = [piece for piece in pieces if isinstance(piece, memoryview)]
     assert view.obj is memory.obj
     assert len(view) == 2 * 4 * 24 * 4

@@ -27,11 +27,11 @@ class Arena:
         return start
 
     def request(self, info: ModelInfo, shape: PixelShape, pixels: Tensor, spec: FeatureSpec) -> list[Row]:
-        """Rows for [n, ...] pixels, each output's rows side by side."""
+        """Rows for [n, ...] pixels, each section's rows side by side."""
         count = pixels.shape[0]
         start = self.take(count * shape.nbytes)
         self.memory[start : start + count * shape.nbytes] = pixels.contiguous().numpy().tobytes()
-        sizes = [info.output_nbytes(output, spec.dtype, shape) for output in spec.outputs]
+        sizes = [section.nbytes for section in info.sections(spec, shape)]
         places = [self.take(count * size) for size in sizes]
         return [
             Row(
@@ -44,13 +44,15 @@ class Arena:
         ]
 
     def features(self, info: ModelInfo, shape: PixelShape, row: Row) -> list[Tensor]:
-        """A copy of a row's outputs, each [tokens, D] fp32."""
-        found = []
-        for output, offset in zip(row.spec.outputs, row.outputs, strict=True):
-            shape_of = info.output_shape(output, shape)
-            dtype = TORCH_DTYPES[row.spec.dtype]
-            values = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape_of), offset=offset)
-            found.append(values.view(-1, shape_of[-1]).float().clone())
+        """A copy of a row's outputs, each [tokens, D] fp32, dequantised."""
+        found: list[Tensor] = []
+        for section, offset in zip(info.sections(row.spec, shape), row.sections, strict=True):
+            dtype = TORCH_DTYPES[section.dtype]
+            values = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(section.shape), offset=offset)
+            if row.spec.dtype == "int8" and section.dtype == "float32":  # the scales of the values before them
+                found[-1] *= values.view(-1, 1)
+            else:
+                found.append(values.view(-1, section.shape[-1]).float().clone())
         return found
 
 

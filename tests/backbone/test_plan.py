@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from dinov3_server.backbone.interface import Batch, FeatureSpec, ModelInfo, Output, PixelShape, Row
+from dinov3_server.backbone.interface import Batch, FeatureSpec, ModelInfo, Output, PixelShape, Row, Wanted
 from dinov3_server.backbone.plan import (
     FeatureRun,
     PixelRun,
-    Wanted,
     feature_runs,
     pixel_runs,
     wanted_features,
@@ -45,7 +44,7 @@ def rows(count: int, *, arena: int = 0, start: int = 0, spec: FeatureSpec = BOTH
         Row(
             arena,
             pixels=start + i * PIXELS,
-            outputs=tuple(
+            sections=tuple(
                 offset
                 for output, offset in ((CLS, cls + i * CLS_BYTES), (PATCHES, patches + i * PATCH_BYTES))
                 if output in spec.outputs
@@ -86,7 +85,7 @@ def test_requests_of_other_arenas_specs_and_places_are_runs_of_their_own() -> No
 
 def test_adjacent_pixels_with_scattered_features() -> None:
     first, second, third = rows(3)
-    moved = dataclasses.replace(second, outputs=(second.outputs[0], second.outputs[1] + 4))
+    moved = dataclasses.replace(second, sections=(second.sections[0], second.sections[1] + 4))
     batch = Batch(SHAPE, (first, moved, third))
     assert len(pixel_runs(batch)) == 1
     assert [run.count for run in feature_runs(batch, INFO)] == [1, 1, 1]

@@ -117,7 +117,7 @@ class PlayedFrontend:
     def check(self, submit: Submit, rows: tuple[int, ...]) -> None:
         """The features of `rows` are those of their own pixels."""
         for row in rows:
-            starts = submit.block.row_outputs(row)
+            starts = submit.block.row_sections(row)
             for output, start, stride in zip(SPEC.outputs, starts, submit.block.strides, strict=True):
                 got = np.frombuffer(bytes(self.arena.memory[start : start + stride]), np.float32)
                 assert np.array_equal(got, expected(self.images[submit.part][row], output).ravel())

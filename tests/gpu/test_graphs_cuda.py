@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from dinov3_server.backbone.cuda_graphs import CAPTURE_AT, ForwardGraph, compute, padded  # noqa: E402
+from dinov3_server.backbone.cuda_graphs import CAPTURE_AT, ForwardGraph, Key, padded  # noqa: E402
 from dinov3_server.backbone.cuda_runner import CudaRunner  # noqa: E402
 from dinov3_server.backbone.interface import (  # noqa: E402
     Batch,
@@ -81,8 +81,8 @@ class Request:
     @torch.inference_mode()
     def check(self) -> None:
         wanted = wanted_features(self.batch)
-        features = compute(self._runner._model, self._pixels.to("cuda:0"), wanted)
-        expected = {one.output: values.float().cpu() for one, values in zip(wanted, features.values, strict=True)}
+        features = self._runner._forward(Key(self.shape, len(self.rows), wanted), self._pixels.to("cuda:0"))
+        expected = {one.output: values.float().cpu() for one, (values,) in zip(wanted, features.values, strict=True)}
         for i, row in enumerate(self.rows):
             for output, actual in zip(
                 row.spec.outputs, self._arena.features(self._runner.info, self.shape, row), strict=True

@@ -162,8 +162,8 @@ def test_two_batches_in_flight(runner: CudaRunner, arena: Arena) -> None:
         serve(runner, SHAPE, rows)
         alone.append([arena.features(runner.info, SHAPE, row) for row in rows])
     for rows in requests:
-        for offset, output in zip(rows[0].outputs, spec.outputs, strict=True):
-            size = len(rows) * runner.info.output_nbytes(output, spec.dtype, SHAPE)
+        for offset, section in zip(rows[0].sections, runner.info.sections(spec, SHAPE), strict=True):
+            size = len(rows) * section.nbytes
             arena.memory[offset : offset + size] = b"\xee" * size
     batches = [Batch(SHAPE, tuple(rows)) for rows in requests]
     launched = [runner.launch(batches[0]), runner.launch(batches[1])]

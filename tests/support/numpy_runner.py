@@ -3,7 +3,7 @@
 For uint8 pixels let m be the mean of an image's patch (16x16 pixels, all channels) as float32. Then
     patches[p, d] = m[p] + d / 1024,  cls[d] = mean(m) + d / 1024,  registers[g, d] = cls[d] + 1 + g,
 and an intermediate layer l adds 2 + l (5 more without norm). Layer 0 has half the channels and patches of 8x8 pixels.
-`expected` computes it for a test.
+`expected` computes it for a test; what is sent of it is as numpy_postprocessing.py has it.
 
 The first pixel of an image can script what happens to its batch (`KILL`, `FAIL`, `NAN`, `SLOW`, `OOM`).
 """
@@ -13,10 +13,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,12 +30,13 @@ from dinov3_server.backbone.interface import (
     ModelInfo,
     Output,
     PixelShape,
+    Projection,
     Row,
 )
+from tests.support.numpy_postprocessing import Floats, sent
 
 DIMS = (32, 64, 64, 64)
 STRIDES = (8, 16, 16, 16)
-DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # RGB of the first pixel -> what happens.
 KILL = (255, 0, 1)  # the worker process dies by SIGKILL
@@ -71,7 +74,8 @@ class _Launched:
 class NumpyRunner:
     pipeline_depth = 2
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, projections: Mapping[str, Floats] = MappingProxyType({})) -> None:
+        self._projections = projections
         self.info = ModelInfo(
             name="numpy",
             weights="formula",
@@ -85,6 +89,9 @@ class NumpyRunner:
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
             parameters=0,
+            projections=tuple(
+                Projection(name, matrix.shape[1], matrix.shape[0], f"of-{name}") for name, matrix in projections.items()
+            ),
         )
         self.load_seconds = {"build": 0.0}
         self._arenas: dict[int, memoryview] = {}
@@ -126,10 +133,14 @@ class NumpyRunner:
         return planes.transpose(1, 2, 0)  # type: ignore[return-value]
 
     def _write(self, row: Row, shape: PixelShape, image: NDArray[np.uint8]) -> None:
-        for output, start in zip(row.spec.outputs, row.outputs, strict=True):
-            raw = expected(image, output).astype(DTYPES[row.spec.dtype]).tobytes()
-            assert len(raw) == self.info.output_nbytes(output, row.spec.dtype, shape)
-            self._arenas[row.arena][start : start + len(raw)] = raw
+        arrays: list[NDArray[Any]] = []
+        for output in row.spec.outputs:
+            grid = self.info.grid(shape, output.layer)
+            arrays += sent(expected(image, output), row.spec.wanted(output), grid, self._projections)
+        sections = self.info.sections(row.spec, shape)
+        for array, section, start in zip(arrays, sections, row.sections, strict=True):
+            assert (array.shape, array.dtype.name) == (section.shape, section.dtype)
+            self._arenas[row.arena][start : start + section.nbytes] = array.tobytes()
 
     def memory(self) -> dict[str, int]:
         return {}
@@ -138,5 +149,7 @@ class NumpyRunner:
         assert not self._arenas
 
 
-def build(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
-    return NumpyRunner(device)
+def build(
+    model: str, weights: str, *, device: str, projections: Iterable[tuple[str, str]] = (), **_: object
+) -> NumpyRunner:
+    return NumpyRunner(device, {name: np.load(path) for name, path in projections})

@@ -8,20 +8,25 @@ from typing import TypeVar
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 from dinov3_server.api.response import DTYPES, most_nbytes
-from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, Output, TokenKind
+from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, Output, Pooling, PoolingMethod, TokenKind
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import InvalidInput
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _FEATURE_DTYPES = {number: name for name, number in DTYPES.items()}
 _KINDS: tuple[TokenKind, ...] = ("cls", "patches", "registers")
+_METHODS: dict[pb.PoolingMethod, PoolingMethod] = {
+    pb.POOLING_METHOD_AREA: "area",
+    pb.POOLING_METHOD_BILINEAR: "bilinear",
+}
+_IS_CHANNELS_FIRST = {pb.PATCH_LAYOUT_TOKENS: False, pb.PATCH_LAYOUT_CHANNELS_FIRST: True}
 
 E = TypeVar("E", bound=int)
 T = TypeVar("T")
 
 
-def read_outputs(outputs: pb.Outputs, model: ModelInfo) -> FeatureSpec:
-    """Raises InvalidInput, naming the field at fault."""
+def read_outputs(outputs: pb.Outputs, model: ModelInfo, max_tokens: int) -> FeatureSpec:
+    """`max_tokens` bounds the patches of a pooled grid. Raises InvalidInput, naming the field at fault."""
     wanted = [Output(kind) for kind in _KINDS if getattr(outputs, kind)]
     first_use: dict[tuple[int, bool], int] = {}
     for index, entry in enumerate(outputs.layers):
@@ -41,7 +46,57 @@ def read_outputs(outputs: pb.Outputs, model: ModelInfo) -> FeatureSpec:
     if not model.registers and any(output.kind == "registers" for output in wanted):
         raise InvalidInput(f"{model.name} has no register tokens: leave registers out", field="outputs.registers")
     dtype = enum_of(pb.DataType, _FEATURE_DTYPES, outputs.dtype or pb.DATA_TYPE_BFLOAT16, "outputs.dtype")
-    return FeatureSpec(tuple(wanted or (Output("cls"), Output("patches"))), dtype)
+    spec = FeatureSpec(
+        tuple(wanted or (Output("cls"), Output("patches"))),
+        dtype,
+        _pooling(outputs.pooling, max_tokens) if outputs.HasField("pooling") else None,
+        outputs.projection or None,
+        enum_of(
+            pb.PatchLayout,
+            _IS_CHANNELS_FIRST,
+            outputs.patch_layout or pb.PATCH_LAYOUT_TOKENS,
+            "outputs.patch_layout",
+        ),
+    )
+    _check_projection(spec, model)
+    return spec
+
+
+def _pooling(pooling: pb.Pooling, max_tokens: int) -> Pooling:
+    rows, columns = pooling.grid_height, pooling.grid_width
+    for side in ("grid_height", "grid_width"):
+        if not getattr(pooling, side):
+            raise InvalidInput(f"{side} is 0: a grid has at least one row and one column", f"outputs.pooling.{side}")
+    if rows * columns > max_tokens:
+        raise InvalidInput(
+            f"a grid of {rows}x{columns} is {rows * columns} patches an image; allowed are {max_tokens} "
+            "(--max-batch-tokens)",
+            field="outputs.pooling",
+        )
+    method = pooling.method or pb.POOLING_METHOD_AREA
+    return Pooling(enum_of(pb.PoolingMethod, _METHODS, method, "outputs.pooling.method"), rows, columns)
+
+
+def _check_projection(spec: FeatureSpec, model: ModelInfo) -> None:
+    """That it is there, and takes the channels of all patches that are asked for."""
+    if spec.projection is None:
+        return
+    field = "outputs.projection"
+    named = {projection.name: projection for projection in model.projections}
+    if spec.projection not in named:
+        there = f"there are {', '.join(named)}" if named else "the server was started with none (--projections)"
+        raise InvalidInput(f"there is no projection {spec.projection!r}: {there}", field)
+    takes = named[spec.projection].input_channels
+    for output in spec.outputs:
+        width = model.width(output.layer)
+        if output.kind == "patches" and width != takes:
+            of = "the patches" if output.layer is None else f"the patches of layer {output.layer}"
+            fitting = ", ".join(name for name, each in named.items() if each.input_channels == width)
+            raise InvalidInput(
+                f"the projection {spec.projection!r} takes {takes} channels, and {of} have {width}; "
+                f"of that width there {'are ' + fitting if fitting else 'is none'}",
+                field,
+            )
 
 
 def enum_of(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str) -> T:
@@ -54,16 +109,18 @@ def enum_of(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str
     )
 
 
-def check_answer(blocks: Iterable[Block], model: ModelInfo, limit: int) -> None:
+def check_answer(blocks: Iterable[Block], model: ModelInfo, fingerprint: str, limit: int) -> None:
     """Raises InvalidInput where the answer would be over `limit` bytes."""
     blocks = list(blocks)
-    total = most_nbytes(blocks, model.fingerprint)
+    total = most_nbytes(blocks, fingerprint)
     if total <= limit:
         return
     terms = []
     for block in blocks:
-        named = zip(block.spec.outputs, block.strides, strict=True)
-        kinds = ", ".join(f"{_name(output)} {nbytes}" for output, nbytes in named)
+        sizes: dict[Output, int] = {}
+        for section in model.sections(block.spec, block.shape):
+            sizes[section.output] = sizes.get(section.output, 0) + section.nbytes
+        kinds = ", ".join(f"{_name(output)} {nbytes}" for output, nbytes in sizes.items())
         size = f"{block.shape.height}x{block.shape.width}"
         terms.append(f"{block.count} image(s) of {size} at {sum(block.strides)} bytes ({kinds})")
     raise too_large(f"{total} bytes ({'; '.join(terms)}, in {blocks[0].spec.dtype})", limit)

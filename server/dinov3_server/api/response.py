@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from dinov3_server.api.status import status_of
-from dinov3_server.backbone.interface import FeatureDtype, FeatureSpec, ModelInfo, Output, PixelShape
+from dinov3_server.backbone.interface import FeatureDtype, FeatureSpec, ModelInfo, PixelShape, Section
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import ServingError
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -28,18 +28,24 @@ DTYPES: dict[FeatureDtype, pb.DataType] = {
     "float32": pb.DATA_TYPE_FLOAT32,
     "float16": pb.DATA_TYPE_FLOAT16,
     "bfloat16": pb.DATA_TYPE_BFLOAT16,
+    "int8": pb.DATA_TYPE_INT8,
 }
 _LENGTH_DELIMITED = 2  # wire type
 _BLOCK_FIELDS = {"cls": 6, "patches": 7, "registers": 8}
 _LAYERS_FIELD = 9
+_TENSOR_FIELDS = (3, 4)  # data and scales
 _LAYER_FIELDS = {"cls": 2, "patches": 3, "registers": 4}
 
 
 class PlacedBlock(NamedTuple):
-    """A block in the arena; its row r is image `images[r]` of the request. `images` ascends."""
+    """A block in the arena; its row r is view `views[r]` of image `images[r]` of the request. The pairs ascend.
+
+    `views` is empty where no image of the request has any.
+    """
 
     block: Block
     images: Sequence[int]
+    views: Sequence[int] = ()
 
 
 class _Run(NamedTuple):
@@ -57,6 +63,7 @@ def response_pieces(
     errors: Mapping[int, ServingError],
     timings: pb.Timings,
     frontend: int,
+    fingerprint: str,
 ) -> Pieces:
     """An ExtractResponse. `errors` is by image; the rows of these images are zero in the arena already."""
     pieces: Pieces = []
@@ -66,7 +73,7 @@ def response_pieces(
         errors=[pb.ImageError(image_index=image, status=status_of(errors[image])) for image in sorted(errors)],
         timings=timings,
         frontend=frontend,
-        fingerprint=model.fingerprint,
+        fingerprint=fingerprint,
     )
     return [*pieces, rest.SerializeToString()]
 
@@ -81,7 +88,7 @@ def most_nbytes(blocks: Iterable[Block], fingerprint: str) -> int:
     """Upper bound of the bytes of an answer without errors, near the bytes of its features."""
     total = 128 + len(fingerprint.encode())
     for block in blocks:
-        total += 64 + 5 * block.count + sum(64 + block.count * stride for stride in block.strides)
+        total += 64 + 10 * block.count + sum(64 + block.count * stride for stride in block.strides)
     return total
 
 
@@ -96,38 +103,41 @@ def _by_size(blocks: Sequence[PlacedBlock]) -> list[list[PlacedBlock]]:
 def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[PlacedBlock]) -> Pieces:
     """Field 1 of the answer."""
     shape, spec = blocks[0].block.shape, blocks[0].block.spec
-    images, runs = _in_order(blocks)
+    images, views, runs = _in_order(blocks)
     pieces: Pieces = []
-    *heads, end = _frames(model, shape, spec, tuple(images))
-    for output, head in enumerate(heads):
+    *heads, end = _frames(model, shape, spec, tuple(images), tuple(views))
+    for section, head in enumerate(heads):
         pieces.append(head)
-        pieces += [_section(memory, run, output) for run in runs]
+        pieces += [_section(memory, run, section) for run in runs]
     return [*pieces, end]
 
 
 @lru_cache(maxsize=256)  # one caller's requests are mostly alike
-def _frames(model: ModelInfo, shape: PixelShape, spec: FeatureSpec, images: tuple[int, ...]) -> Frames:
-    """The field that is the FeatureBlock, without the data of its outputs."""
-    grid_height, grid_width = model.grid(shape)
+def _frames(
+    model: ModelInfo, shape: PixelShape, spec: FeatureSpec, images: tuple[int, ...], views: tuple[int, ...]
+) -> Frames:
+    """The field that is the FeatureBlock, without the data and scales of its outputs."""
+    grid_height, grid_width = model.grid(shape, pooling=spec.pooling)
     header = pb.FeatureBlock(
         input_size=pb.Size(height=shape.height, width=shape.width),
         grid_height=grid_height,
         grid_width=grid_width,
         image_indices=images,
+        view_indices=views,
     )
     block: Frames = [header.SerializeToString()]
     nbytes = 0
-    for (layer, _), outputs in groupby(spec.outputs, key=lambda output: (output.layer, output.norm)):
+    sections = model.sections(spec, shape)
+    for (layer, _), of_layer in groupby(sections, key=lambda section: (section.output.layer, section.output.norm)):
         fields = _BLOCK_FIELDS if layer is None else _LAYER_FIELDS
         group: Frames = [b"" if layer is None else pb.LayerFeatures(layer=layer).SerializeToString()]
         of_group = 0
-        for output in outputs:
-            of_output = len(images) * model.output_nbytes(output, spec.dtype, shape)
-            tensor = _tensor(model, spec.dtype, shape, output, len(images)) + _tag(3, of_output)
-            group = _joined(group, _message(fields[output.kind], [tensor, b""], of_output))
-            of_group += of_output
+        for output, of_output in groupby(of_layer, key=lambda section: section.output):
+            tensor, of_tensor = _tensor(list(of_output), len(images))
+            group = _joined(group, _message(fields[output.kind], tensor, of_tensor))
+            of_group += of_tensor
         if layer is not None:
-            grid_height, grid_width = model.grid(shape, layer)
+            grid_height, grid_width = model.grid(shape, layer, spec.pooling)
             grid = pb.LayerFeatures(grid_height=grid_height, grid_width=grid_width)  # their numbers are the highest
             group = _message(_LAYERS_FIELD, _joined(group, [grid.SerializeToString()]), of_group)
         block = _joined(block, group)
@@ -144,31 +154,42 @@ def _joined(first: Frames, second: Frames) -> Frames:
     return [*first[:-1], first[-1] + second[0], *second[1:]]
 
 
-def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[list[int], list[_Run]]:
-    """Images of all `blocks`, ascending, and where their rows lie."""
+def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[Sequence[int], Sequence[int], list[_Run]]:
+    """Images and views of all `blocks`, ascending, and where their rows lie."""
     if len(blocks) == 1:
-        block, images = blocks[0]
-        return list(images), [_Run(block, 0, len(images))]
-    rows = sorted((image, which, row) for which, placed in enumerate(blocks) for row, image in enumerate(placed.images))
+        block, images, views = blocks[0]
+        return images, views, [_Run(block, 0, len(images))]
+    has_views = bool(blocks[0].views)
+    rows = sorted(
+        (image, placed.views[row] if has_views else 0, which, row)
+        for which, placed in enumerate(blocks)
+        for row, image in enumerate(placed.images)
+    )
     runs: list[_Run] = []
-    for _, which, row in rows:
+    for _, _, which, row in rows:
         block = blocks[which].block
-        if runs and runs[-1].block is block:  # the rows of a block ascend with its images, so they are neighbours
+        if runs and runs[-1].block is block:  # the rows of a block ascend as these do, so they are neighbours
             runs[-1] = runs[-1]._replace(end=row + 1)
         else:
             runs.append(_Run(block, row, row + 1))
-    return [image for image, _, _ in rows], runs
+    return [row[0] for row in rows], [row[1] for row in rows] if has_views else (), runs
 
 
-def _section(memory: memoryview, run: _Run, output: int) -> memoryview:
-    stride = run.block.strides[output]
-    base = run.block.outputs[output]
+def _section(memory: memoryview, run: _Run, section: int) -> memoryview:
+    stride = run.block.strides[section]
+    base = run.block.sections[section]
     return memory[base + run.start * stride : base + run.end * stride]
 
 
-def _tensor(model: ModelInfo, dtype: FeatureDtype, shape: PixelShape, output: Output, rows: int) -> bytes:
-    """A Tensor without its data."""
-    return pb.Tensor(dtype=DTYPES[dtype], shape=(rows, *model.output_shape(output, shape))).SerializeToString()
+def _tensor(sections: Sequence[Section], rows: int) -> tuple[Frames, int]:
+    """A Tensor without its `sections`, and the bytes of these."""
+    values = sections[0]
+    frames = [pb.Tensor(dtype=DTYPES[values.dtype], shape=(rows, *values.shape)).SerializeToString()]
+    nbytes = 0
+    for number, section in zip(_TENSOR_FIELDS, sections, strict=False):
+        frames = _joined(frames, [_tag(number, rows * section.nbytes), b""])
+        nbytes += rows * section.nbytes
+    return frames, nbytes
 
 
 def _tag(number: int, nbytes: int) -> bytes:

@@ -44,12 +44,15 @@ class CpuRunner(TorchRunner):
         gathered = time.perf_counter()
         features = self._model(pixels, wanted_outputs(batch))
         computed = time.perf_counter()
+        sent = self._postprocessing(features, batch.shape)
         finite: list[bool] = []
         for run in feature_runs(batch, self.info):
+            rows = slice(run.first, run.first + run.count)
+            wanted = [run.spec.wanted(output) for output in run.spec.outputs]
             places = self._features_in_arena(run, batch.shape)
-            for output, place in zip(run.spec.outputs, places, strict=True):
-                place.copy_(features[output][run.first : run.first + run.count])
-            finite += finite_rows(places).tolist()
+            for section, place in zip((s for each in wanted for s in sent.sections(each)), places, strict=True):
+                place.copy_(section[rows])
+            finite += finite_rows([*places, *(u[rows] for each in wanted for u in sent.unseen(each))]).tolist()
         written = time.perf_counter()
         return Finished(
             finite=tuple(finite),

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.interface import PixelShape
+from dinov3_server.backbone.interface import Output, PixelShape, Wanted
 from dinov3_server.backbone.model import Model
-from dinov3_server.backbone.plan import Wanted
+from dinov3_server.backbone.postprocessing import Postprocessing
 from dinov3_server.backbone.torch_runner import TORCH_DTYPES, finite_rows
 
 # The use of a key that captures it: most of what is asked for once or twice is never asked for again.
@@ -47,18 +48,30 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Of n rows: a contiguous [n, ...] tensor for each thing wanted, in its dtype, and [n, wanted] bool: whether all
-    values of a row in it are finite."""
+    """Of n rows: the sections of each thing wanted, contiguous [n, ...] tensors in their dtypes, and [n, wanted] bool:
+    whether all values of a row in it are finite."""
 
-    values: list[Tensor]
+    values: list[list[Tensor]]
     finite: Tensor
 
 
-def compute(model: Model, pixels: Tensor, wanted: Sequence[Wanted]) -> Features:
+def compute(
+    model: Model,
+    pixels: Tensor,
+    wanted: Sequence[Wanted],
+    postprocessing: Callable[[Mapping[Output, Tensor]], Postprocessing],
+) -> Features:
     """A whole forward pass, on the current stream: nothing in it waits for the device."""
-    features = model(pixels, dict.fromkeys(output for output, _ in wanted))
-    values = [features[output].to(TORCH_DTYPES[dtype]).contiguous() for output, dtype in wanted]
-    return Features(values, torch.stack([finite_rows([value]) for value in values], dim=1))
+    sent = postprocessing(model(pixels, dict.fromkeys(each.output for each in wanted)))
+    values = [
+        [
+            section.to(TORCH_DTYPES[dtype]).contiguous()
+            for section, dtype in zip(sent.sections(each), each.section_dtypes, strict=True)
+        ]
+        for each in wanted
+    ]
+    finite = [finite_rows([*sections, *sent.unseen(each)]) for each, sections in zip(wanted, values, strict=True)]
+    return Features(values, torch.stack(finite, dim=1))
 
 
 class ForwardGraph:
@@ -98,7 +111,7 @@ class ForwardGraph:
     @property
     def nbytes(self) -> int:
         """Device memory that only this graph uses."""
-        return sum(t.nbytes for t in (self._pixels, self._features.finite, *self._features.values))
+        return sum(t.nbytes for t in (self._pixels, self._features.finite, *chain(*self._features.values)))
 
     def replay(self, pixels: Tensor, count: int) -> Features:
         """The features of the first `count` rows of `pixels`, in memory of their own, on the current stream.
@@ -109,7 +122,8 @@ class ForwardGraph:
         self._pixels[:count].copy_(pixels[:count])
         self._graph.replay()
         return Features(
-            [values[:count].clone() for values in self._features.values], self._features.finite[:count].clone()
+            [[section[:count].clone() for section in sections] for sections in self._features.values],
+            self._features.finite[:count].clone(),
         )
 
 

@@ -18,21 +18,30 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from types import MappingProxyType
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.cuda_graphs import ForwardGraph, GraphCache, Key, compute, padded
-from dinov3_server.backbone.interface import Batch, DeviceOutOfMemory, Finished, Launched, ModelInfo, PixelShape
-from dinov3_server.backbone.model import Model
-from dinov3_server.backbone.plan import Wanted, feature_runs, pixel_runs, wanted_features
-from dinov3_server.backbone.torch_runner import (
-    TorchRunner,
-    device_failure,
-    pixel_layout,
+from dinov3_server.backbone.cuda_graphs import Features, ForwardGraph, GraphCache, Key, compute, padded
+from dinov3_server.backbone.interface import (
+    Batch,
+    DeviceOutOfMemory,
+    Finished,
+    Launched,
+    ModelInfo,
+    PixelShape,
+    Wanted,
 )
+from dinov3_server.backbone.model import Model
+from dinov3_server.backbone.plan import feature_runs, pixel_runs, wanted_features
+from dinov3_server.backbone.postprocessing import LinearMap
+from dinov3_server.backbone.torch_runner import TorchRunner, device_failure, pixel_layout
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +57,10 @@ class CudaRunner(TorchRunner):
 
     pipeline_depth = 2
 
-    def __init__(self, model: Model, info: ModelInfo) -> None:
-        super().__init__(model, info)
+    def __init__(
+        self, model: Model, info: ModelInfo, projections: Mapping[str, LinearMap] = MappingProxyType({})
+    ) -> None:
+        super().__init__(model, info, projections)
         self._device = model.device
         self._graphs = GraphCache(int(self.memory()["total"] * _GRAPHS_SHARE))
         # Held while a batch is launched: to wait for the whole device would break a capture on the other thread.
@@ -128,7 +139,7 @@ class CudaRunner(TorchRunner):
                     features = graph.replay(pixels, count)
                 else:
                     # Padded before a capture, which is of the padded size: see ForwardGraph.
-                    features = compute(self._model, pixels if is_due else pixels[:count], wanted)
+                    features = self._forward(key, pixels if is_due else pixels[:count])
                 slot.forward_ends.record()
 
             with torch.cuda.stream(self._copy_out):
@@ -136,9 +147,9 @@ class CudaRunner(TorchRunner):
                 slot.copy_out_begins.record()
                 values = dict(zip(wanted, features.values, strict=True))
                 for run, places in runs:
-                    for output, place in zip(run.spec.outputs, places, strict=True):
-                        of_run = values[Wanted(output, run.spec.dtype)][run.first : run.first + run.count]
-                        place.copy_(of_run, non_blocking=True)
+                    sections = (section for output in run.spec.outputs for section in values[run.spec.wanted(output)])
+                    for section, place in zip(sections, places, strict=True):
+                        place.copy_(section[run.first : run.first + run.count], non_blocking=True)
                 flags = slot.flags(count, len(wanted))
                 flags.copy_(features.finite[:count], non_blocking=True)
                 slot.copy_out_ends.record()
@@ -148,14 +159,17 @@ class CudaRunner(TorchRunner):
                     self._capture(key, pixels)
         # The caching allocator knows tensors by the stream that made them and would give this memory away while it
         # is copied out: it is held until the batch is finished.
-        return _Launched(batch, wanted, slot, flags, held=[features.finite, *features.values])
+        return _Launched(batch, wanted, slot, flags, held=[features.finite, *chain(*features.values)])
+
+    def _forward(self, key: Key, pixels: Tensor) -> Features:
+        return compute(self._model, pixels, key.wanted, partial(self._postprocessing, shape=key.shape))
 
     def _capture(self, key: Key, pixels: Tensor) -> None:
         """Have a graph for `key` from now on. Nothing that goes wrong here is an error of the batch just launched."""
         # Held by the graph, and asked for before the capture: in one it would be made of memory that others overwrite.
         tables = self._model.tables(key.shape.height, key.shape.width)
         try:
-            graph = ForwardGraph(lambda x: compute(self._model, x, key.wanted), pixels, tables, self._graphs.pool())
+            graph = ForwardGraph(partial(self._forward, key), pixels, tables, self._graphs.pool())
         except RuntimeError as error:
             if isinstance(device_failure(error), DeviceOutOfMemory):
                 logger.warning("no memory for a CUDA graph of %d images of %s: it runs without", key.images, key.shape)
@@ -171,7 +185,7 @@ class CudaRunner(TorchRunner):
         slot.copy_out_ends.synchronize()
         flight.held.clear()
         columns = {
-            spec: [flight.wanted.index(Wanted(output, spec.dtype)) for output in spec.outputs]
+            spec: [flight.wanted.index(spec.wanted(output)) for output in spec.outputs]
             for spec in {row.spec for row in flight.batch.rows}
         }
         return Finished(

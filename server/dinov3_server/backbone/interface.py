@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple, Protocol
 
 PixelFormat = Literal["uint8", "float32"]
 TokenKind = Literal["cls", "patches", "registers"]
-FeatureDtype = Literal["float32", "float16", "bfloat16"]
+FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
+PoolingMethod = Literal["area", "bilinear"]
 
-ITEM_SIZES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_SIZES: dict[FeatureDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 class PixelShape(NamedTuple):
@@ -31,7 +32,7 @@ class PixelShape(NamedTuple):
 
 
 class Output(NamedTuple):
-    """One tensor of features a row: all tokens of one kind, of one layer.
+    """One tensor of a model's features a row: all tokens of one kind, of one layer.
 
     `layer` None is the last one, after the final norm; else a 0-based block index, `norm` telling
     whether the final norm is applied.
@@ -42,11 +43,68 @@ class Output(NamedTuple):
     norm: bool = True
 
 
+class Pooling(NamedTuple):
+    """Patches resampled to `rows` x `columns`: "area" as torch's adaptive_avg_pool2d, "bilinear" as its interpolate
+    has it, with align_corners=False and without antialias."""
+
+    method: PoolingMethod
+    rows: int
+    columns: int
+
+
+class Wanted(NamedTuple):
+    """An output as it is sent. Of patches, in this order: pooled, projected by the projection of that name, and laid
+    out [D, rows, columns] where `channels_first`; of any output, in `dtype`.
+
+    int8 is symmetric with a float32 scale for each token: scale = max |x| / 127, value = x / scale rounded half to
+    even; a token of zeros has the scale 0.
+    """
+
+    output: Output
+    dtype: FeatureDtype
+    pooling: Pooling | None = None
+    projection: str | None = None
+    channels_first: bool = False
+
+    @property
+    def section_dtypes(self) -> tuple[FeatureDtype, ...]:
+        """Of the values, and of their scales where they have any."""
+        return ("int8", "float32") if self.dtype == "int8" else (self.dtype,)
+
+
 class FeatureSpec(NamedTuple):
-    """Everything one request wants of each of its rows."""
+    """Everything one request wants of each of its rows: the outputs, and what becomes of them (see Wanted)."""
 
     outputs: tuple[Output, ...]
     dtype: FeatureDtype
+    pooling: Pooling | None = None
+    projection: str | None = None
+    channels_first: bool = False
+
+    def wanted(self, output: Output) -> Wanted:
+        """What is sent of `output`: what is for patches alone is so of patches alone."""
+        return Wanted(output, *self[1:]) if output.kind == "patches" else Wanted(output, self.dtype)
+
+
+class Section(NamedTuple):
+    """One array of a row in the arena: the values of an output, or the scales of the int8 values before it."""
+
+    output: Output
+    dtype: FeatureDtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+class Projection(NamedTuple):
+    """A linear map of the channels of patches that the server was given by name."""
+
+    name: str
+    input_channels: int
+    output_channels: int
+    fingerprint: str  # of its numbers
 
 
 @dataclass(frozen=True)
@@ -112,6 +170,7 @@ class ModelInfo:
     std: tuple[float, float, float]
     parameters: int
     certificate: Certificate = NO_PROOF
+    projections: tuple[Projection, ...] = ()
 
     @property
     def embed_dim(self) -> int:
@@ -131,8 +190,10 @@ class ModelInfo:
         """Channels of a layer; `layer` is as in Output."""
         return self.layer_dims[-1 if layer is None else layer]
 
-    def grid(self, shape: PixelShape, layer: int | None = None) -> tuple[int, int]:
+    def grid(self, shape: PixelShape, layer: int | None = None, pooling: Pooling | None = None) -> tuple[int, int]:
         """Rows and columns of a layer's patches."""
+        if pooling is not None:
+            return pooling.rows, pooling.columns
         stride = self.layer_strides[-1 if layer is None else layer]
         return shape.height // stride, shape.width // stride
 
@@ -141,25 +202,48 @@ class ModelInfo:
         rows, columns = self.grid(shape)
         return 1 + self.registers + rows * columns
 
-    def output_shape(self, output: Output, shape: PixelShape) -> tuple[int, ...]:
-        """Of one row of `output`: [D] for cls, else [tokens, D]."""
-        width = self.width(output.layer)
-        if output.kind == "cls":
-            return (width,)
-        return (self.registers if output.kind == "registers" else math.prod(self.grid(shape, output.layer)), width)
+    def projection(self, name: str) -> Projection:
+        """Raises KeyError where there is none of that name."""
+        return {projection.name: projection for projection in self.projections}[name]
 
-    def output_nbytes(self, output: Output, dtype: FeatureDtype, shape: PixelShape) -> int:
-        """Bytes of one row of `output`."""
-        return math.prod(self.output_shape(output, shape)) * ITEM_SIZES[dtype]
+    def answer_fingerprint(self, projection: str | None) -> str:
+        """Of the features of a request with this projection."""
+        return (
+            self.fingerprint if projection is None else f"{self.fingerprint}+{self.projection(projection).fingerprint}"
+        )
+
+    def output_shape(self, wanted: Wanted, shape: PixelShape) -> tuple[int, ...]:
+        """Of one row of `wanted`: [D] for cls, else [tokens, D], or [D, rows, columns]."""
+        kind, layer, _ = wanted.output
+        width = self.width(layer)
+        if kind == "cls":
+            return (width,)
+        if kind == "registers":
+            return self.registers, width
+        if wanted.projection is not None:
+            width = self.projection(wanted.projection).output_channels
+        rows, columns = self.grid(shape, layer, wanted.pooling)
+        return (width, rows, columns) if wanted.channels_first else (rows * columns, width)
+
+    def sections(self, spec: FeatureSpec, shape: PixelShape) -> tuple[Section, ...]:
+        """What a row of `spec` is in the arena, in the order of its outputs: values, and the scales of int8 behind
+        them, [] for cls, else [tokens]."""
+        sections = []
+        for output in spec.outputs:
+            wanted = spec.wanted(output)
+            values = self.output_shape(wanted, shape)
+            shapes = (values, values[1:] if wanted.channels_first else values[:-1])
+            sections += [Section(output, *section) for section in zip(wanted.section_dtypes, shapes, strict=False)]
+        return tuple(sections)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image in an arena: where its pixels lie and where each output of `spec` goes (byte offsets)."""
+    """One image in an arena: where its pixels lie and where each section of `spec` goes (byte offsets)."""
 
     arena: int
     pixels: int
-    outputs: tuple[int, ...]
+    sections: tuple[int, ...]
     spec: FeatureSpec
 
 
@@ -175,8 +259,8 @@ class Batch:
 class Finished:
     """A batch whose features lie in the arenas.
 
-    `finite[i]` is False where row i's features hold NaN or infinity (in the dtype asked for): they are
-    an error and never an answer. The times are seconds on the device's own clock where it has one.
+    `finite[i]` is False where row i's features hold NaN or infinity (as the model gives them, or in the dtype asked
+    for): they are an error and never an answer. The times are seconds on the device's own clock where it has one.
     """
 
     finite: tuple[bool, ...]

@@ -6,9 +6,8 @@ The rows of one request lie side by side, so that most batches are a few runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from dinov3_server.backbone.interface import Batch, FeatureDtype, FeatureSpec, ModelInfo, Output
+from dinov3_server.backbone.interface import Batch, FeatureSpec, ModelInfo, Output, Wanted
 
 
 @dataclass(slots=True)
@@ -23,9 +22,9 @@ class PixelRun:
 
 @dataclass(slots=True)
 class FeatureRun:
-    """Rows `first` to `first + count` of a batch that want the same, each output's rows one behind the other.
+    """Rows `first` to `first + count` of a batch that want the same, each section's rows one behind the other.
 
-    `offsets` are the first row's, one for each output of `spec`.
+    `offsets` are the first row's, one for each section of `spec`.
     """
 
     arena: int
@@ -40,16 +39,9 @@ def wanted_outputs(batch: Batch) -> list[Output]:
     return list(dict.fromkeys(output for row in batch.rows for output in row.spec.outputs))
 
 
-class Wanted(NamedTuple):
-    """An output in one of the dtypes that it is wanted in."""
-
-    output: Output
-    dtype: FeatureDtype
-
-
 def wanted_features(batch: Batch) -> tuple[Wanted, ...]:
     """Everything that some row wants, once, in an order that does not depend on the rows'."""
-    wanted = {Wanted(output, spec.dtype) for spec in {row.spec for row in batch.rows} for output in spec.outputs}
+    wanted = {spec.wanted(output) for spec in {row.spec for row in batch.rows} for output in spec.outputs}
     return tuple(sorted(wanted, key=repr))
 
 
@@ -72,7 +64,7 @@ def feature_runs(batch: Batch, info: ModelInfo) -> list[FeatureRun]:
     for index, row in enumerate(batch.rows):
         spec = row.spec
         if spec not in strides:
-            strides[spec] = tuple(info.output_nbytes(output, spec.dtype, batch.shape) for output in spec.outputs)
+            strides[spec] = tuple(section.nbytes for section in info.sections(spec, batch.shape))
         last = runs[-1] if runs else None
         if (
             last
@@ -80,10 +72,10 @@ def feature_runs(batch: Batch, info: ModelInfo) -> list[FeatureRun]:
             and last.spec == spec
             and all(
                 offset == start + last.count * stride
-                for offset, start, stride in zip(row.outputs, last.offsets, strides[spec], strict=True)
+                for offset, start, stride in zip(row.sections, last.offsets, strides[spec], strict=True)
             )
         ):
             last.count += 1
         else:
-            runs.append(FeatureRun(row.arena, row.outputs, spec, index, 1))
+            runs.append(FeatureRun(row.arena, row.sections, spec, index, 1))
     return runs

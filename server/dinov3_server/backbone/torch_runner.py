@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -18,10 +20,12 @@ from dinov3_server.backbone.interface import (
     Finished,
     Launched,
     ModelInfo,
+    Output,
     PixelShape,
 )
 from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.plan import FeatureRun
+from dinov3_server.backbone.postprocessing import LinearMap, Postprocessing
 
 T = TypeVar("T")
 
@@ -29,19 +33,24 @@ TORCH_DTYPES: dict[FeatureDtype, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
 }
 
 
 class TorchRunner(abc.ABC):
     """A `Runner` (see interface.py) over a torch model.
 
-    `load_seconds` tells how long each step of loading took, by the step's name.
+    `projections` are those of `info`, on the model's device. `load_seconds` tells how long each step of loading took,
+    by the step's name.
     """
 
     pipeline_depth: int
 
-    def __init__(self, model: Model, info: ModelInfo) -> None:
+    def __init__(
+        self, model: Model, info: ModelInfo, projections: Mapping[str, LinearMap] = MappingProxyType({})
+    ) -> None:
         self.info = info
+        self._projections = projections
         self.load_seconds: dict[str, float] = {}
         self._model = model
         self._arenas: dict[int, Tensor] = {}
@@ -82,12 +91,14 @@ class TorchRunner(abc.ABC):
         return self._in_arena(arena, offset, *pixel_layout(count, shape))
 
     def _features_in_arena(self, run: FeatureRun, shape: PixelShape) -> list[Tensor]:
-        """Where the features of a run go: for each output [n, D] (cls) or [n, tokens, D], in the dtype asked for."""
-        dtype = TORCH_DTYPES[run.spec.dtype]
+        """Where the sections of a run go, each [n, ...] in its dtype."""
         return [
-            self._in_arena(run.arena, offset, dtype, (run.count, *self.info.output_shape(output, shape)))
-            for output, offset in zip(run.spec.outputs, run.offsets, strict=True)
+            self._in_arena(run.arena, offset, TORCH_DTYPES[section.dtype], (run.count, *section.shape))
+            for section, offset in zip(self.info.sections(run.spec, shape), run.offsets, strict=True)
         ]
+
+    def _postprocessing(self, features: Mapping[Output, Tensor], shape: PixelShape) -> Postprocessing:
+        return Postprocessing(features, partial(self.info.grid, shape), self._projections)
 
     def _guarded(self, work: Callable[[], T]) -> T:
         """work(), with the device's failures translated; after any failure nothing of it is under way."""
@@ -119,9 +130,11 @@ def pixel_layout(count: int, shape: PixelShape) -> tuple[torch.dtype, tuple[int,
 
 
 def finite_rows(features: Sequence[Tensor]) -> Tensor:
-    """[n] bool: whether every value of each row of [n, ...] tensors is finite."""
+    """[n] bool: whether every value of each row of [n, ...] tensors is finite. Integers are, and are not read."""
     finite = None
     for values in features:
+        if not values.is_floating_point():
+            continue
         # NaN and infinities pass through to the extremes, and no tensor as large as the values is made. `aminmax` reads
         # them once, yet takes five times as long on the CPU: with a dimension it has no vector code.
         rows = values.flatten(1)

@@ -16,13 +16,14 @@ _ALIGNMENT = 64
 
 
 def run_image(runner: TorchRunner, pixels: Tensor, spec: FeatureSpec) -> list[Tensor]:
-    """Features of one image, [H, W, 3] uint8 or [3, H, W] fp32: for each output of `spec` a [D] (cls) or [tokens, D]
-    tensor in the dtype asked for."""
+    """Features of one image, [H, W, 3] uint8 or [3, H, W] fp32: the sections of `spec` (see
+    ModelInfo), each in its dtype."""
     if pixels.dtype == torch.uint8:
         shape = PixelShape(pixels.shape[0], pixels.shape[1], "uint8")
     else:
         shape = PixelShape(pixels.shape[1], pixels.shape[2], "float32")
-    sizes = [shape.nbytes, *(runner.info.output_nbytes(output, spec.dtype, shape) for output in spec.outputs)]
+    sections = runner.info.sections(spec, shape)
+    sizes = [shape.nbytes, *(section.nbytes for section in sections)]
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + math.ceil(size / _ALIGNMENT) * _ALIGNMENT)
@@ -30,13 +31,13 @@ def run_image(runner: TorchRunner, pixels: Tensor, spec: FeatureSpec) -> list[Te
         arena[: shape.nbytes] = pixels.numpy().tobytes()
         runner.attach(_ARENA, memoryview(arena))
         try:
-            row = Row(_ARENA, pixels=0, outputs=tuple(offsets[1:-1]), spec=spec)
+            row = Row(_ARENA, pixels=0, sections=tuple(offsets[1:-1]), spec=spec)
             runner.finish(runner.launch(Batch(shape, (row,))))
         finally:
             runner.detach(_ARENA)
         return [
-            torch.frombuffer(bytearray(arena[start : start + size]), dtype=TORCH_DTYPES[spec.dtype]).view(
-                runner.info.output_shape(output, shape)
+            torch.frombuffer(bytearray(arena[start : start + size]), dtype=TORCH_DTYPES[section.dtype]).view(
+                section.shape
             )
-            for output, start, size in zip(spec.outputs, offsets[1:-1], sizes[1:], strict=True)
+            for section, start, size in zip(sections, offsets[1:-1], sizes[1:], strict=True)
         ]

@@ -240,7 +240,7 @@ class Worker:
 
     def _arena_row(self, row: BatchRow) -> Row:
         block = row.job.payload.block
-        return Row(row.job.key[0], block.row_pixels(row.row), block.row_outputs(row.row), block.spec)
+        return Row(row.job.key[0], block.row_pixels(row.row), block.row_sections(row.row), block.spec)
 
     def _exit_if_hung(self, now: float) -> None:
         if self._device.running and now - self._head_since > self._batch_timeout:

@@ -1,0 +1,59 @@
+"""What is sent of features, in numpy and from the definitions alone: poolings as matrices, quantisation by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from dinov3_server.backbone.interface import Wanted
+
+Floats = NDArray[np.float32]
+DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def sent(
+    features: Floats, wanted: Wanted, grid: tuple[int, int], projections: Mapping[str, Floats]
+) -> list[NDArray[Any]]:
+    """The sections of one row: `features` are [D] (cls) or [tokens, D], `grid` that of the patches among them."""
+    if wanted.pooling:
+        method, rows, columns = wanted.pooling
+        weights = _area if method == "area" else _bilinear
+        cells = features.reshape(*grid, -1)
+        pooled = np.einsum("ih,jw,hwd->ijd", weights(grid[0], rows), weights(grid[1], columns), cells)
+        features, grid = pooled.astype(np.float32).reshape(rows * columns, -1), (rows, columns)
+    if wanted.projection:
+        features = features @ projections[wanted.projection].T
+    if wanted.dtype == "int8":
+        scales = np.abs(features).max(-1) / np.float32(127)
+        values = np.rint(features / np.where(scales == 0, 1, scales)[..., None]).astype(np.int8)
+        return [_laid_out(values, wanted, grid), scales]
+    return [_laid_out(features.astype(DTYPES[wanted.dtype]), wanted, grid)]
+
+
+def _laid_out(tokens: NDArray[Any], wanted: Wanted, grid: tuple[int, int]) -> NDArray[Any]:
+    return tokens.T.reshape(-1, *grid) if wanted.channels_first else tokens
+
+
+def _area(size: int, cells: int) -> Floats:
+    """[cells, size]: each cell is the mean of what it covers, in whole or in part."""
+    weights = np.zeros((cells, size), np.float32)
+    for cell in range(cells):
+        covered = slice(cell * size // cells, math.ceil((cell + 1) * size / cells))
+        weights[cell, covered] = 1
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _bilinear(size: int, cells: int) -> Floats:
+    """[cells, size]: each cell's middle lies between two neighbours."""
+    weights = np.zeros((cells, size), np.float32)
+    for cell in range(cells):
+        place = max((cell + 0.5) * size / cells - 0.5, 0)
+        before = int(place)
+        weights[cell, before] += 1 - (place - before)
+        weights[cell, min(before + 1, size - 1)] += place - before
+    return weights
