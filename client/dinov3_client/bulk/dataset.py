@@ -1,0 +1,186 @@
+"""What `dinov3-client extract` wrote, for training."""
+
+from __future__ import annotations
+
+import operator
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from dinov3_client._dtypes import Array
+from dinov3_client.bulk import manifest
+from dinov3_client.bulk.errors import ExtractionError
+from dinov3_client.bulk.manifest import Line
+from dinov3_client.bulk.rows import SCALES
+from dinov3_client.bulk.shards import mapped, tensor_name
+
+
+class FeatureDataset:
+    """The images of an extraction and their features, by index or by id: a map-style dataset for torch's DataLoader.
+
+        dataset = FeatureDataset("features")
+        dataset[0]["cls"], dataset["n01440764/10026.jpg"]["patches"]  # [D], [P, D]
+        loader = DataLoader(dataset, batch_size=256, shuffle=True, num_workers=4)
+
+    Images that failed are not in it; the others are in the order of their source. An item is a dict of what was
+    extracted (D channels, P patches, G registers):
+
+        id                            str
+        cls, patches, registers       [D], [P, D], [G, D]: float16 and float32 as they are stored; bfloat16, and int8
+                                      times its scales, as float32. Arrays of the item's own, that may be written to.
+        layerI_cls, layerI_patches    the same of each layer I
+        grid, layerI_grid             [2] int64: rows and columns of the patches
+        input_size                    [2] int64: height and width in pixels that the model saw
+
+    Torch's default collation takes batches of items whose images have one input size; a batch of several needs one of
+    your own, or cls alone. Shards are mapped into memory when they are first used, by each process for itself: a
+    dataset may be forked and pickled at any time. It holds about 26 bytes an image besides the bytes of the ids.
+
+    `unfinished=True` takes an extraction that has not come to its end, with the images that it has committed so far.
+
+    Raises ExtractionError where there is no extraction, an unfinished one, a damaged one, or one of npz files (which
+    numpy.load reads).
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
+        self.folder = Path(folder).absolute()
+        self.header, lines, complete = manifest.read(self.folder)
+        """The first line of the manifest: model, weights, fingerprint, options, source."""
+        form = self.header["options"]["format"]
+        if form != "safetensors":
+            raise ExtractionError(
+                f"{self.folder} holds {form} files: numpy.load reads them, FeatureDataset safetensors"
+            )
+        self._shards: list[str] = []
+        self._grids: dict[str, dict[str, tuple[int, int]]] = {}
+        """Of each input size: grid, layerI_grid."""
+        self._mixed = self.header["options"]["preset"] == "none" and self.header["options"]["size"] is None
+        self._load(lines)
+        if not complete and not unfinished:
+            raise ExtractionError(
+                f"{self.folder} is unfinished: {len(self):,} of {self.header['source']['images']:,} images have "
+                "features; run the same `dinov3-client extract` again to go on with it, or take what is there with "
+                "FeatureDataset(..., unfinished=True)"
+            )
+        self._sizes = list(self._grids)
+        self._opened: dict[int, dict[str, Array]] = {}
+        self._indices: dict[str, int] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model, and of the projection if there was one, as `Features.fingerprint`."""
+        return str(self.header["fingerprint"])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, key: SupportsIndex | str) -> dict[str, Any]:
+        index = self.index(key) if isinstance(key, str) else self._index(key)
+        size = self._sizes[self._places[index]["size"]]
+        stored = self.raw(index)
+        return {
+            "id": self.id(index),
+            **{name: _usable(value, stored.get(name + SCALES)) for name, value in stored.items() if SCALES not in name},
+            **{name: np.array(grid, np.int64) for name, grid in self._grids[size].items()},
+            "input_size": np.array(size.split("x"), np.int64),
+        }
+
+    def raw(self, key: SupportsIndex | str) -> dict[str, Array]:
+        """The arrays of one image as they are stored: read-only views of the shard, without a copy.
+
+        bfloat16 is that of ml_dtypes. Beside each int8 array stand its scales, `cls_scales` [] and `patches_scales` [P]
+        for two: value = int8 * scale.
+        """
+        place = self._places[self.index(key) if isinstance(key, str) else self._index(key)]
+        size = self._sizes[place["size"]]
+        prefix = tensor_name("", size if self._mixed else None)
+        row = int(place["row"])
+        return {
+            name.removeprefix(prefix): array[row, ...]
+            for name, array in self._shard(int(place["shard"])).items()
+            if name.startswith(prefix)
+        }
+
+    def id(self, index: SupportsIndex) -> str:
+        place = self._index(index)
+        begin = int(self._id_ends[place - 1]) if place else 0
+        return self._id_bytes[begin : self._id_ends[place]].tobytes().decode("utf-8", "surrogateescape")
+
+    def ids(self) -> Iterator[str]:
+        """All, in order."""
+        return map(self.id, range(len(self)))
+
+    def index(self, image: str) -> int:
+        """Where the image of this id stands. Raises KeyError. The first call makes an index, for this process."""
+        if self._indices is None:
+            self._indices = {each: index for index, each in enumerate(self.ids())}
+        try:
+            return self._indices[image]
+        except KeyError:
+            raise KeyError(f"{self.folder} has no features of {image!r}") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_opened": {}, "_indices": None}
+
+    def __repr__(self) -> str:
+        return f"<FeatureDataset of {len(self):,} images in {self.folder}: {self.header['model']}>"
+
+    def _index(self, index: SupportsIndex) -> int:
+        place = operator.index(index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"index {place} of {len(self)} images")
+        return place % len(self)
+
+    def _shard(self, number: int) -> dict[str, Array]:
+        if number not in self._opened:
+            self._opened[number] = mapped(self.folder / self._shards[number])
+        return self._opened[number]
+
+    def _load(self, lines: Iterable[Line]) -> None:
+        """Arrays and not lists: forked workers that only read them share their memory with the parent."""
+        names, ends = bytearray(), array("q")
+        shards, rows, sizes = array("i"), array("i"), array("i")
+        waiting: list[Line] = []
+        for line in lines:
+            if manifest.is_row(line):
+                waiting.append(line)
+                continue
+            if waiting:
+                self._check(line)
+                numbers = {size: list(self._grids).index(size) for size in line["sizes"]}
+            for row in waiting:
+                names += row["id"].encode("utf-8", "surrogateescape")
+                ends.append(len(names))
+                shards.append(len(self._shards) - 1)
+                rows.append(row["row"])
+                sizes.append(numbers[row.get("size", next(iter(numbers)))])
+            waiting.clear()
+        self._id_bytes = np.frombuffer(bytes(names), np.uint8)
+        self._id_ends = np.array(ends, np.int64)
+        self._places = np.zeros(len(ends), [("shard", np.int32), ("row", np.int32), ("size", np.int32)])
+        self._places["shard"], self._places["row"], self._places["size"] = shards, rows, sizes
+
+    def _check(self, commit: Line) -> None:
+        """That the shard of a commit is there, whole; note its sizes."""
+        path = self.folder / commit["shard"]
+        found = path.stat().st_size if path.exists() else None
+        if found != commit["bytes"]:
+            raise ExtractionError(
+                f"{path} {'is missing' if found is None else f'has {found:,} bytes'}, and was written with "
+                f"{commit['bytes']:,}; restore it, or extract into another folder"
+            )
+        self._shards.append(commit["shard"])
+        for size, told in commit["sizes"].items():
+            grids = {name: (int(grid[0]), int(grid[1])) for name, grid in told.items() if name != "rows"}
+            self._grids.setdefault(size, grids)
+
+
+def _usable(stored: Array, scales: Array | None) -> Array:
+    """What torch and arithmetic take: an array of its own."""
+    if scales is not None:
+        return stored.astype(np.float32) * scales[..., np.newaxis]
+    return np.array(stored, np.float32 if stored.dtype.name == "bfloat16" else None)

@@ -1,0 +1,179 @@
+"""Images in, shards and a manifest out."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from dinov3_client._client import Client
+from dinov3_client._errors import ModelMismatch
+from dinov3_client._features import Features
+from dinov3_client._model import Model
+from dinov3_client._request import Priority
+from dinov3_client.bulk import manifest
+from dinov3_client.bulk.errors import ExtractionError
+from dinov3_client.bulk.manifest import Journal, Line, Totals
+from dinov3_client.bulk.reading import Entry, Reader
+from dinov3_client.bulk.rows import Options, Row, rows
+from dinov3_client.bulk.shards import SHARD_BYTES, Shards, check_npz_names
+from dinov3_client.bulk.sources import Images
+
+# Left free in a request for what is not the image.
+SLACK_BYTES = 64 << 10
+
+
+class Watch(Protocol):
+    """Who is told how it goes."""
+
+    def begin(self, done: int, total: int) -> None:
+        """The images that runs before this one did, of how many."""
+
+    def advance(self, images: int) -> None:
+        """As many images more are done, failed ones among them."""
+
+    def failed(self, image: str, reason: str) -> None:
+        """The image of this id has no features."""
+
+
+def extract(
+    client: Client,
+    model: Model,
+    images: Images,
+    folder: Path,
+    options: Options,
+    *,
+    in_flight: int,
+    batch_images: int,
+    priority: Priority,
+    watch: Watch,
+) -> Totals:
+    """The features of all images in `folder`, from where the last run with these arguments stopped.
+
+    `model` is the client's; an answer of another one ends the run. `in_flight` batches of at most `batch_images` are
+    sent or waiting to be written at any time. Whatever ends it, the next run goes on from the last commit.
+
+    Raises Dinov3Error (an ExtractionError where the folder has another extraction), SourceError and OSError.
+    """
+    if options.format == "npz":
+        check_npz_names(images)
+    fingerprint = _fingerprint(model, options.projection)
+    header: Line = {
+        "model": model.name,
+        "weights": model.weights,
+        "fingerprint": fingerprint,
+        "options": asdict(options),
+        "source": {"images": len(images), "sha256": images.digest()},
+    }
+    labels = {"model": model.name, "weights": model.weights, "fingerprint": fingerprint}
+    most_bytes = model.limits.max_message_bytes - SLACK_BYTES
+    with manifest.opened(folder, header) as journal:
+        watch.begin(journal.totals.images, len(images))
+        if journal.complete:
+            return journal.totals
+        _check_unchanged(journal, images)
+        writer = _Writer(journal, Shards(folder, options, labels), options, watch)
+        with Reader(images, journal.totals.images, most_bytes) as reader:
+            answers = client.extract_many(
+                reader.batches(batch_images),
+                in_flight=in_flight,
+                priority=priority,
+                on_error="return",
+                **options.of_calls(),
+            )
+            with closing(answers):
+                for features in answers:
+                    if features.fingerprint != fingerprint:
+                        raise ModelMismatch(
+                            f"the server's model is another one by now: its fingerprint is {features.fingerprint}, and "
+                            f"{fingerprint} was begun with"
+                        )
+                    writer.take(reader.sent.popleft(), features)
+            writer.finish(reader.rest)
+        return journal.totals
+
+
+class _Writer:
+    """Gathers rows and commits them, shard by shard. All that it decides follows from the sequence of the rows."""
+
+    def __init__(self, journal: Journal, shards: Shards, options: Options, watch: Watch) -> None:
+        self._journal = journal
+        self._shards = shards
+        self._options = options
+        self._watch = watch
+        self._images = journal.totals.images
+        self._rows: list[Row] = []
+        self._nbytes = 0
+        self._failures: list[Line] = []
+        shards.discard(journal.totals.shards)
+
+    def take(self, entries: list[Entry], features: Features) -> None:
+        sent = [entry for entry in entries if not entry.reason]
+        found = {row.entry.index: row for row in rows(sent, features, self._options)}
+        reasons = {sent[image].index: error.message for image, error in features.errors.items()}
+        for entry in entries:
+            row = found.get(entry.index)
+            if row is None:
+                self._fail(entry, entry.reason or reasons[entry.index])
+            else:
+                self._add(row)
+        self._watch.advance(len(entries))
+
+    def finish(self, rest: list[Entry]) -> None:
+        for entry in rest:
+            self._fail(entry, entry.reason)
+        self._watch.advance(len(rest))
+        self._commit(complete=True)
+
+    def _add(self, row: Row) -> None:
+        nbytes = row.nbytes
+        if self._rows and self._nbytes + nbytes > SHARD_BYTES:
+            self._commit()
+        self._rows.append(row)
+        self._nbytes += nbytes
+        self._images += 1
+        if len(self._rows) == self._shards.most_rows:
+            self._commit()
+
+    def _fail(self, entry: Entry, reason: str) -> None:
+        self._failures.append(
+            {"id": entry.item.id, "index": entry.index, "source": entry.item.source, "reason": reason}
+        )
+        self._images += 1
+        self._watch.failed(entry.item.id, reason)
+
+    def _commit(self, *, complete: bool = False) -> None:
+        lines: list[Line] = []
+        shard: Line | None = None
+        if self._rows:
+            lines, shard = self._shards.write(self._journal.totals.shards, self._rows)
+        self._journal.commit(self._images, lines, self._failures, shard, complete=complete)
+        self._rows, self._nbytes, self._failures = [], 0, []
+
+
+def _fingerprint(model: Model, projection: str | None) -> str:
+    """Of the features, as answers tell it."""
+    if projection is None:
+        return model.fingerprint
+    known = {each.name: each.fingerprint for each in model.projections}
+    if projection not in known:
+        raise ExtractionError(
+            f"the server has no projection {projection!r}; it has {', '.join(sorted(known)) or 'none at all'}"
+        )
+    return f"{model.fingerprint}+{known[projection]}"
+
+
+def _check_unchanged(journal: Journal, images: Images) -> None:
+    """That the first and the last image that are done are the files that they were.
+
+    Ids alone cannot tell another data set of the same names.
+    """
+    for line in journal.witnesses:
+        item = images[line["index"]]
+        if hashlib.sha256(item.read()).hexdigest() != line["sha256"]:
+            raise ExtractionError(
+                f"{item.source} is not the file that it was when its features were extracted into {journal.folder}; "
+                "restore it, or extract into another folder"
+            )

@@ -1,0 +1,139 @@
+"""The bytes of images, read ahead by threads, in requests."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from dinov3_client.bulk.sources import Images, Item, TooLarge
+
+THREADS = 4
+AHEAD_BYTES = 64 << 20
+BATCH_BYTES = 32 << 20
+
+# What says something of this file. Anything else (a disk or a network that fails, no descriptor left) would fail the
+# next ones too: that ends the run, and a later one goes on.
+_OF_ONE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image on its way."""
+
+    index: int
+    item: Item
+    sha256: str
+    """Of its bytes; empty where they could not be read."""
+    reason: str
+    """Why they could not; empty where they could."""
+
+
+class _Loaded(NamedTuple):
+    entry: Entry
+    data: bytes
+
+
+class Reader:
+    """Reads the images from `start` on, in order. At most AHEAD_BYTES and a file a thread wait to be taken.
+
+    A file of more than `most_bytes` fails without being read. `sent` are the entries of each batch that was taken, for
+    the one who has its answer; `rest` those after the last batch, all of them failed.
+    """
+
+    def __init__(self, images: Images, start: int, most_bytes: int) -> None:
+        self.sent: deque[list[Entry]] = deque()
+        self.rest: list[Entry] = []
+        self._images = images
+        self._most_bytes = most_bytes
+        self._changed = threading.Condition()
+        self._start = self._next = start
+        self._ready: dict[int, _Loaded | BaseException] = {}
+        self._held = 0
+        self._closed = False
+        self._threads = [threading.Thread(target=self._work, name=f"read-{n}", daemon=True) for n in range(THREADS)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def batches(self, most_images: int) -> Iterator[list[bytes]]:
+        """The files of each request: of at most BATCH_BYTES together, or one of more."""
+        entries: list[Entry] = []
+        batch: list[bytes] = []
+        size = 0
+        for entry, data in self._loaded():
+            if not entry.reason:
+                if batch and (len(batch) == most_images or size + len(data) > BATCH_BYTES):
+                    self.sent.append(entries)
+                    yield batch
+                    entries, batch, size = [], [], 0
+                batch.append(data)
+                size += len(data)
+            entries.append(entry)
+        if batch:
+            self.sent.append(entries)
+            yield batch
+        else:
+            self.rest = entries
+
+    def _loaded(self) -> Iterator[_Loaded]:
+        for index in range(self._start, len(self._images)):
+            with self._changed:
+                self._changed.wait_for(lambda: index in self._ready or self._closed)  # noqa: B023 - called here and now
+                if self._closed:
+                    return
+                loaded = self._ready.pop(index)
+                if isinstance(loaded, BaseException):
+                    raise loaded
+                self._held -= len(loaded.data)
+                self._changed.notify_all()
+            yield loaded
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                # Images are begun in order: the one that is waited for is never behind a full store.
+                self._changed.wait_for(lambda: self._held < AHEAD_BYTES or self._closed)
+                if self._closed or self._next >= len(self._images):
+                    return
+                index = self._next
+                self._next += 1
+            loaded: _Loaded | BaseException
+            try:
+                loaded = self._load(index)
+            except BaseException as error:
+                loaded = error
+            with self._changed:
+                self._ready[index] = loaded
+                self._held += len(loaded.data) if isinstance(loaded, _Loaded) else 0
+                self._changed.notify_all()
+
+    def _load(self, index: int) -> _Loaded:
+        item = self._images[index]
+        try:
+            data = item.read(self._most_bytes)
+        except TooLarge as error:
+            reason = f"{error.size} bytes are over the server's limit of {self._most_bytes} for the files of a request"
+        except OSError as error:
+            if error.errno not in _OF_ONE_FILE:
+                raise
+            reason = error.strerror or str(error)
+        else:
+            return _Loaded(Entry(index, item, hashlib.sha256(data).hexdigest(), ""), data)
+        return _Loaded(Entry(index, item, "", reason), b"")

@@ -1,0 +1,120 @@
+"""Answers as rows: the named arrays of one image, as they lie in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from dinov3_client._dtypes import Array, FeatureDtype
+from dinov3_client._features import Features
+from dinov3_client._request import Interpolation, Preset, TokenKind
+from dinov3_client.bulk.reading import Entry
+
+Format = Literal["safetensors", "npz"]
+
+SCALES = "_scales"
+"""Ends the name of the float32 scales of an int8 array: value = int8 * scale, one a token."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What determines ids, rows and values, the model and the images apart."""
+
+    format: Format = "safetensors"
+    outputs: tuple[TokenKind, ...] = ("cls", "patches")
+    layers: tuple[int, ...] = ()
+    """0 .. depth - 1."""
+    preset: Preset = "dinov3"
+    size: tuple[int, int] | None = None
+    interpolation: Interpolation | None = None
+    exif: bool = False
+    dtype: FeatureDtype = "float16"
+    pool: tuple[int, int] | None = None
+    projection: str | None = None
+    shard_rows: int = 4096
+    """Most rows of a safetensors shard."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether images may come out in several input sizes."""
+        return self.preset == "none" and self.size is None
+
+    def of_calls(self) -> dict[str, Any]:
+        """Those of `Client.extract_many`."""
+        return {
+            "outputs": self.outputs,
+            "layers": self.layers,
+            "preset": self.preset,
+            "size": self.size,
+            "interpolation": self.interpolation,
+            "exif": self.exif,
+            "dtype": self.dtype,
+            "pooling": self.pool,
+            "projection": self.projection,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image's features. D channels, P patches, G registers."""
+
+    entry: Entry
+    input_size: tuple[int, int]
+    grids: Mapping[str, tuple[int, int]]
+    """`grid` and, of each layer, `layerI_grid`: rows and columns of its patches."""
+    arrays: Mapping[str, Array]
+    """cls [D], patches [P, D], registers [G, D], layerI_cls ...; beside int8 ones, NAME_scales [] or [tokens]."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def rows(entries: Sequence[Entry], features: Features, options: Options) -> list[Row]:
+    """Of a batch's images that have features; `entries` are those of all its images."""
+    good = [index for index in range(len(features)) if index not in features.errors]
+    if options.dtype == "int8":
+        arrays = _quantized(features, options)
+    else:
+        arrays = {index: _arrays(features[index], options) for index in good}
+    return [
+        Row(
+            entries[index],
+            features[index].input_size,
+            {f"{prefix}grid": of.grid for prefix, of in _layers(features[index], options.layers)},
+            arrays[index],
+        )
+        for index in good
+    ]
+
+
+def _layers(features: Any, layers: Iterable[int]) -> list[tuple[str, Any]]:
+    """The last layer's tokens and those of `layers`, with what their names begin with."""
+    return [("", features), *((f"layer{layer}_", features.layers[layer]) for layer in layers)]
+
+
+def _arrays(image: Any, options: Options) -> dict[str, Array]:
+    return {
+        f"{prefix}{kind}": getattr(of, kind)
+        for prefix, of in _layers(image, options.layers)
+        for kind in get_args(TokenKind)
+        if kind in options.outputs
+    }
+
+
+def _quantized(features: Features, options: Options) -> dict[int, dict[str, Array]]:
+    """int8 as it came, for each image."""
+    found: dict[int, dict[str, Array]] = {}
+    for size in {features[index].input_size for index in range(len(features)) if index not in features.errors}:
+        alike = features.at_size(size)
+        for layer in (None, *options.layers):
+            for kind in options.outputs:
+                name = kind if layer is None else f"layer{layer}_{kind}"
+                values, scales = alike.quantized(kind, layer=layer)
+                for image, value, scale in zip(alike.images, values, scales, strict=True):
+                    # A scale of its own, as of a CLS token, is an array of no dimension.
+                    found.setdefault(int(image), {}).update({name: value, name + SCALES: np.asarray(scale)})
+    return found

@@ -1,0 +1,172 @@
+"""Rows in files: safetensors shards, or an npz for each image."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dinov3_client import _safetensors
+from dinov3_client._dtypes import Array
+from dinov3_client.bulk import durable
+from dinov3_client.bulk.errors import ExtractionError, SourceError
+from dinov3_client.bulk.manifest import Line
+from dinov3_client.bulk.rows import Options, Row
+from dinov3_client.bulk.sources import Images
+
+SHARD_BYTES = 256 << 20
+"""Most bytes of features in a shard, but for one row of more."""
+NPZ_ROWS = 64
+"""Rows of npz files between two commits."""
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I8": np.dtype(np.int8),
+}
+
+
+class Shards:
+    """Where rows go. `write` makes the files of some of them durable and tells the lines that name them."""
+
+    def __init__(self, folder: Path, options: Options, labels: Mapping[str, str]) -> None:
+        self._folder = folder
+        self._options = options
+        self._labels = labels
+        """What each file says of itself: the model's name, weights and fingerprint."""
+        self.most_rows = NPZ_ROWS if options.format == "npz" else options.shard_rows
+
+    def write(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
+        """The manifest's line of each row, and what the commit says of the shard."""
+        write = self._npz if self._options.format == "npz" else self._safetensors
+        return write(number, rows)
+
+    def discard(self, number: int) -> None:
+        """Remove the shard of this number, which a run wrote that did not come to commit it."""
+        for path in (self._folder / shard_name(number), self._folder / f".{shard_name(number)}.tmp"):
+            path.unlink(missing_ok=True)
+
+    def _safetensors(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
+        name = shard_name(number)
+        groups: dict[str, list[Row]] = {}
+        lines = []
+        for row in rows:
+            size = size_name(row.input_size)
+            group = groups.setdefault(size, [])
+            lines.append(_line(row, name, len(group)) | ({"size": size} if self._options.mixed else {}))
+            group.append(row)
+        tensors = {
+            tensor_name(key, size if self._options.mixed else None): [row.arrays[key] for row in group]
+            for size, group in groups.items()
+            for key in group[0].arrays
+        }
+        written = durable.create(self._folder / name, _parts(tensors, self._labels))
+        durable.sync_folder(self._folder)
+        sizes = {size: {"rows": len(group), **group[0].grids} for size, group in groups.items()}
+        return lines, {"shard": name, "bytes": written, "sizes": sizes}
+
+    def _npz(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
+        lines = []
+        for row in rows:
+            name = npz_name(row.entry.item.stem)
+            path = self._folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = io.BytesIO()
+            np.savez(file, **self._npz_contents(row))  # type: ignore[arg-type]  # its allow_pickle is not meant
+            durable.create(path, [file.getbuffer()])
+            lines.append(_line(row, name, 0))
+        for folder in {(self._folder / line["shard"]).parent for line in lines}:
+            durable.sync_folder(folder)
+        return lines, {}
+
+    def _npz_contents(self, row: Row) -> dict[str, Array]:
+        """Text is in arrays of no dimension: `str(file["model"])`."""
+        said = {
+            "preset": self._options.preset,
+            "exif": self._options.exif,
+            "source": row.entry.item.source,
+            **self._labels,
+        }
+        return {
+            **row.arrays,
+            **{name: np.array(grid) for name, grid in row.grids.items()},
+            "input_size": np.array(row.input_size),
+            **{name: np.array(value) for name, value in said.items()},
+        }
+
+
+def shard_name(number: int) -> str:
+    return f"features-{number:05}.safetensors"
+
+
+def size_name(size: tuple[int, int]) -> str:
+    """height x width, in pixels of the model's input."""
+    return f"{size[0]}x{size[1]}"
+
+
+def tensor_name(key: str, size: str | None) -> str:
+    """In a shard: with the input size in front where there may be several."""
+    return key if size is None else f"{size}/{key}"
+
+
+def npz_name(stem: str) -> str:
+    return f"{stem}.npz"
+
+
+def check_npz_names(images: Images) -> None:
+    """That each image has an npz of its own, inside the folder. Raises SourceError."""
+    owners: dict[str, int] = {}
+    for index, item in enumerate(images):
+        name = npz_name(item.stem)
+        if {"", "..", "."} & set(name.split("/")):
+            raise SourceError(f"{item.id} cannot have an npz file, which would be {name}; use --format safetensors")
+        if name in owners:
+            raise SourceError(
+                f"{images[owners[name]].source} and {item.source} would both become {name}; give images of equal names "
+                "to runs with an --out of their own, or use --format safetensors"
+            )
+        owners[name] = index
+
+
+def mapped(path: Path) -> dict[str, Array]:
+    """The tensors of a shard, as read-only views of its mapping. Raises OSError and ExtractionError.
+
+    The format: see `dinov3_client._safetensors`.
+    """
+    memory = np.memmap(path, np.uint8, "r")
+    try:
+        begin = 8 + int.from_bytes(memory[:8].tobytes(), "little")
+        header = json.loads(memory[8:begin].tobytes())
+        return {name: _view(memory[begin:], **entry) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExtractionError(f"{path} is damaged ({error}); extract its images again, into another folder") from None
+
+
+def _line(row: Row, shard: str, place: int) -> Line:
+    entry = row.entry
+    return {"id": entry.item.id, "index": entry.index, "shard": shard, "row": place, "sha256": entry.sha256}
+
+
+def _parts(tensors: Mapping[str, Sequence[Array]], metadata: Mapping[str, str]) -> Iterator[bytes | Array]:
+    """The bytes of a file, piece by piece, of tensors [R, ...] given by their R rows."""
+    specs = {name: (rows[0].dtype, (len(rows), *rows[0].shape)) for name, rows in tensors.items()}
+    yield _safetensors.header(specs, metadata)
+    for name in _safetensors.stored_order(specs):
+        for row in tensors[name]:
+            # As bytes, since bfloat16 has no buffer of its own.
+            yield np.ascontiguousarray(row).reshape(-1).view(np.uint8)
+
+
+def _view(data: Array, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
+    begin, end = data_offsets
+    kind = _DTYPES[dtype]
+    if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"a tensor of {dtype} {shape} at bytes {begin} to {end} of {len(data)}")
+    return data[begin:end].view(kind).reshape(shape)
