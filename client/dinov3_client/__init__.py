@@ -9,6 +9,7 @@
 Imports neither torch nor anything of the server.
 """
 
+from dinov3_client._answer import Timings
 from dinov3_client._client import Client
 from dinov3_client._errors import (
     DeadlineExceeded,
@@ -26,20 +27,25 @@ from dinov3_client._errors import (
     Unauthenticated,
     Unavailable,
 )
-from dinov3_client._features import Features, ImageFeatures, LayerFeatures, Timings
-from dinov3_client._model import Certificate, Limits, Model, OutputProof
+from dinov3_client._features import Features, ImageFeatures, LayerFeatures
+from dinov3_client._model import Certificate, Limits, Model, OutputProof, Projection
+from dinov3_client._request import ExtractOptions, Layer, Pooling
+from dinov3_client._views import ImageViews, View
 
 __all__ = [
     "Certificate",
     "Client",
     "DeadlineExceeded",
     "Dinov3Error",
+    "ExtractOptions",
     "Features",
     "FieldViolation",
     "ImageErrors",
     "ImageFeatures",
+    "ImageViews",
     "InvalidRequest",
     "InvalidResponse",
+    "Layer",
     "LayerFeatures",
     "Limits",
     "MessageTooLarge",
@@ -48,9 +54,12 @@ __all__ = [
     "ModelMismatch",
     "OutputProof",
     "Overloaded",
+    "Pooling",
+    "Projection",
     "ServerError",
     "StatusError",
     "Timings",
     "Unauthenticated",
     "Unavailable",
+    "View",
 ]

@@ -1,4 +1,4 @@
-"""The blocking client. What it sends and reads is made in `_request` and `_response`."""
+"""The blocking client. What it sends and reads is made in `_split` and `_response`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self, Unpack
 
 import grpc
 
-from dinov3_client import _channel, _images, _request, _response
-from dinov3_client._dtypes import FeatureDtype
-from dinov3_client._errors import ModelMismatch, Unavailable, from_rpc_error
+from dinov3_client import _channel, _features, _images, _request, _response, _split
+from dinov3_client._checks import check_deadline
+from dinov3_client._errors import ModelMismatch, StatusError, Unavailable, from_rpc_error
 from dinov3_client._features import Features
 from dinov3_client._images import ImageLike
 from dinov3_client._model import Model, read_model
-from dinov3_client._request import Interpolation, OnError, Preset, Priority, TokenKind
+from dinov3_client._request import ExtractOptions, TokenKind
 from dinov3_client._retry import Attempts
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
@@ -44,7 +44,7 @@ class Client:
         token: str | None = None,
         tls_ca: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._deadline = _request.check_deadline(deadline)
+        self._deadline = check_deadline(deadline)
         self._target = _channel.check_target(target)
         self._metadata = _channel.metadata(token)
         credentials = _channel.credentials(tls_ca)
@@ -55,6 +55,8 @@ class Client:
             else grpc.secure_channel(target, credentials, _channel.OPTIONS)
         )
         self._stub: Any = FeatureServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        # Bytes as they are: `_wire` makes and reads them.
+        self._extract: Any = self._channel.unary_unary("/dinov3_serving.v1.FeatureService/Extract")
         self._model: Model | None = None
         # For tests, which have no time to wait.
         self._now: Callable[[], float] = time.monotonic
@@ -81,62 +83,36 @@ class Client:
         self,
         images: ImageLike | Iterable[ImageLike],
         outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"),
-        *,
-        preset: Preset = "dinov3",
-        size: int | tuple[int, int] | None = None,
-        dtype: FeatureDtype = "float16",
-        layers: int | Sequence[int] = (),
-        interpolation: Interpolation | None = None,
-        exif: bool = False,
-        priority: Priority = "interactive",
-        on_error: OnError = "raise",
-        deadline: float | None = None,
+        **options: Unpack[ExtractOptions],
     ) -> Features:
         """The features of one image or several, which may be of different kinds and sizes.
 
         images: each is encoded bytes (JPEG, PNG, WebP, BMP, TIFF), a path (the file is read here and sent as it is),
             a PIL image (its pixels are sent, as `convert("RGB")` gives them), a uint8 array [H, W, 3] (RGB) or a
-            float32 array [3, H, W], already normalised by `model().mean` and `std`, which is never resized. One
-            array [N, H, W, 3] or [N, 3, H, W] stands for N images.
-        outputs: any of "cls", "patches" and "registers".
-        preset: "dinov3" resizes to 256x256 and "hf" to 224x224, both bilinear with antialias; "none" takes the
-            pixels as they are, with sides that are multiples of the patch size.
-        size: pixels of the model's input, one number or (height, width), in the place of the preset's.
-        dtype: of the arrays that come back: "float32", "float16" or "bfloat16" (that of ml_dtypes).
-        layers: 0-based layers (blocks of a ViT, stages of a ConvNeXt) whose `outputs` come back as well, after the
-            final norm (a ConvNeXt's is the last stage's alone); negative ones count from the end.
-        interpolation: "nearest", "bilinear", "bicubic" or "lanczos", in the place of the preset's.
-        exif: turn images by their EXIF orientation first; training loaders do not.
-        priority: "bulk" gives way to "interactive" requests of others.
-        on_error: "raise" raises ImageErrors if any image fails; "return" returns the others' features, zeros for
-            the failed, and their errors in `Features.errors`.
-        deadline: seconds, for this call.
+            float32 array [3, H, W], already normalised by `model().mean` and `std`, which is never resized; or
+            ImageViews of one of these, but of float32 arrays. One array [N, H, W, 3] or [N, 3, H, W] stands for N
+            images.
+        outputs: any of "cls", "patches" and "registers"; () where `layers` name outputs of their own.
+        options: see ExtractOptions.
 
         Raises ValueError, TypeError or OSError for what is wrong before anything is sent, and Dinov3Error else.
         """
-        _request.check_choice("on_error", on_error, get_args(OnError))
-        wanted = _request.options(
-            outputs=outputs,
-            preset=preset,
-            size=size,
-            dtype=dtype,
-            layers=layers,
-            interpolation=interpolation,
-            exif=exif,
-            priority=priority,
-        )
-        sources = _images.load(images, exif)
-        end = self._end(deadline)
-        model = self._known_model(end) if wanted.needs_depth else None
-        query = _request.query(
-            sources, wanted, model.depth if model else None, fingerprint=model.fingerprint if model else ""
-        )
+        wanted = _request.options(outputs, **options)
+        sources = _images.load(images, wanted.exif)
+        end = self._end(wanted.deadline)
+        answers = []
         try:
-            response = self._call(self._stub.Extract, query.message, end)
+            queries = _split.queries(sources, wanted, self._known_model(end))
+            for query in queries:
+                try:
+                    answers.append(_response.read(self._call(self._extract, query.data, end), query))
+                except StatusError as error:
+                    query.of_the_call(error)
+                    raise
         except ModelMismatch:
             self._model = None  # another one is served by now: the next call asks
             raise
-        return _response.read(response, query, on_error)
+        return _features.join(queries, answers, wanted.on_error)
 
     def _known_model(self, end: float) -> Model:
         if self._model is None:
@@ -147,7 +123,7 @@ class Client:
         return read_model(self._call(self._stub.GetModel, pb.GetModelRequest(), end))
 
     def _end(self, deadline: float | None) -> float:
-        return self._now() + (self._deadline if deadline is None else _request.check_deadline(deadline))
+        return self._now() + (self._deadline if deadline is None else check_deadline(deadline))
 
     def _call(self, method: Callable[..., Any], message: object, end: float) -> Any:
         """One answer, after as many attempts as `_retry` allows until `end`."""

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 Array = NDArray[Any]
-FeatureDtype = Literal["float32", "float16", "bfloat16"]
+FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 _WIRE: dict[str, pb.DataType] = {
     "uint8": pb.DATA_TYPE_UINT8,
     "float32": pb.DATA_TYPE_FLOAT32,
     "float16": pb.DATA_TYPE_FLOAT16,
     "bfloat16": pb.DATA_TYPE_BFLOAT16,
+    "int8": pb.DATA_TYPE_INT8,
 }
 _NAMES: dict[int, str] = {number: name for name, number in _WIRE.items()}
 

@@ -1,23 +1,27 @@
-"""What may be given as an image, and how it travels."""
+"""What may be given as an image, and what is sent of it."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from dinov3_client._dtypes import Array, wire_of
+from dinov3_client import _views
+from dinov3_client._dtypes import Array
+from dinov3_client._views import ImageViews
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-ImageLike = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | Array
+PictureLike = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | Array
+ImageLike = PictureLike | ImageViews
 
 _ALLOWED = (
-    "allowed are encoded bytes, a path, a PIL image, a uint8 array [H, W, 3] (RGB) and a float32 array [3, H, W] "
-    "(normalised by the model's mean and std)"
+    "allowed are encoded bytes, a path, a PIL image, a uint8 array [H, W, 3] (RGB), a float32 array [3, H, W] "
+    "(normalised by the model's mean and std) and ImageViews"
 )
 
 
@@ -25,8 +29,29 @@ class Source(NamedTuple):
     """One image as it will be sent: the bytes of a file, or pixels in one of the two layouts."""
 
     data: bytes | Array
-    label: str | None
+    label: str | None = None
     """The path that it was read from."""
+    views: tuple[pb.View, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data) if isinstance(self.data, bytes) else self.data.nbytes
+
+    @property
+    def rows(self) -> int:
+        """Of features."""
+        return max(1, len(self.views))
+
+    def pixel_size(self) -> tuple[int, int] | None:
+        """(height, width) of the picture as the file's header or the array has it; None of a file without a header."""
+        if isinstance(self.data, bytes):
+            try:
+                with Image.open(io.BytesIO(self.data)) as image:
+                    return image.height, image.width
+            except Exception:  # of Pillow's many: the server says what is wrong with it
+                return None
+        height, width = self.data.shape[:2] if self.data.dtype == np.uint8 else self.data.shape[1:]
+        return height, width
 
 
 def load(images: ImageLike | Iterable[ImageLike], exif: bool) -> list[Source]:
@@ -37,7 +62,7 @@ def load(images: ImageLike | Iterable[ImageLike], exif: bool) -> list[Source]:
     several: Iterable[ImageLike]
     if isinstance(images, np.ndarray):
         several = [images] if images.ndim == 3 else _unpack(images)
-    elif isinstance(images, bytes | bytearray | memoryview | str | os.PathLike | Image.Image):
+    elif isinstance(images, bytes | bytearray | memoryview | str | os.PathLike | Image.Image | ImageViews):
         several = [images]
     elif isinstance(images, Iterable):
         several = images
@@ -47,25 +72,6 @@ def load(images: ImageLike | Iterable[ImageLike], exif: bool) -> list[Source]:
     if not sources:
         raise ValueError("images is empty; give at least one")
     return sources
-
-
-def message(sources: Sequence[Source]) -> pb.ExtractRequest:
-    """A request with these images: packed into one tensor where all are pixels of one dtype and shape."""
-    layouts = {(s.data.dtype, s.data.shape) if isinstance(s.data, np.ndarray) else None for s in sources}
-    if len(layouts) == 1 and None not in layouts:
-        return pb.ExtractRequest(pixels=_tensor([s.data for s in sources if isinstance(s.data, np.ndarray)], True))
-    return pb.ExtractRequest(
-        images=[
-            pb.Image(pixels=_tensor([s.data], False)) if isinstance(s.data, np.ndarray) else pb.Image(encoded=s.data)
-            for s in sources
-        ]
-    )
-
-
-def _tensor(arrays: Sequence[Array], packed: bool) -> pb.Tensor:
-    shape = (len(arrays), *arrays[0].shape) if packed else arrays[0].shape
-    data = b"".join(np.ascontiguousarray(array).data for array in arrays)
-    return pb.Tensor(dtype=wire_of(arrays[0].dtype.name), shape=shape, data=data)
 
 
 def _unpack(images: Array) -> Iterable[Array]:
@@ -79,15 +85,30 @@ def _unpack(images: Array) -> Iterable[Array]:
 
 def _load_one(image: ImageLike, index: int, exif: bool) -> Source:
     if isinstance(image, bytes | bytearray | memoryview):
-        return Source(bytes(image), None)
+        return Source(bytes(image))
     if isinstance(image, str | os.PathLike):
         return Source(Path(image).read_bytes(), os.fspath(image))
     if isinstance(image, Image.Image):
-        return Source(np.asarray(_rgb(image, index, exif)), None)
+        return Source(np.asarray(_rgb(image, index, exif)))
     if isinstance(image, np.ndarray):
         _check(image, index)
-        return Source(image, None)
+        return Source(image)
+    if isinstance(image, ImageViews):
+        return _load_views(image, index, exif)
     raise TypeError(f"images[{index}] is a {type(image).__name__}; {_ALLOWED}")
+
+
+def _load_views(image: ImageViews, index: int, exif: bool) -> Source:
+    if isinstance(image.image, ImageViews):
+        raise TypeError(f"images[{index}] is ImageViews of ImageViews; give the picture, and all views of it together")
+    source = _load_one(image.image, index, exif)
+    if isinstance(source.data, np.ndarray) and source.data.dtype == np.float32:
+        raise ValueError(
+            f"images[{index}] has views of a float32 array: pixels that are normalised already are never cropped, "
+            "resized or flipped; give views of the picture (a file, a PIL image, a uint8 array), or the pixels of each "
+            "view as an image of its own"
+        )
+    return source._replace(views=tuple(map(_views.message, image.views)))
 
 
 def _rgb(image: Image.Image, index: int, exif: bool) -> Image.Image:

@@ -54,6 +54,19 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A linear map of the channels of patches that the server can apply: the `projection` of `extract`."""
+
+    name: str
+    input_channels: int
+    """D of the layers that it can be applied to."""
+    output_channels: int
+    """D of the patches that come back."""
+    fingerprint: str
+    """Identifies its numbers; follows the model's, after a "+", in the fingerprint of an answer."""
+
+
+@dataclass(frozen=True)
 class Model:
     """The model that a server serves."""
 
@@ -90,6 +103,7 @@ class Model:
     """The one that answered."""
     server_version: str
     certificate: Certificate
+    projections: tuple[Projection, ...]
 
 
 def read_model(response: pb.GetModelResponse) -> Model:
@@ -121,6 +135,10 @@ def read_model(response: pb.GetModelResponse) -> Model:
         frontend=response.frontend,
         server_version=response.server_version,
         certificate=_certificate(response),
+        projections=tuple(
+            Projection(each.name, each.input_channels, each.output_channels, each.fingerprint)
+            for each in response.projections
+        ),
     )
 
 

@@ -1,45 +1,144 @@
-"""The arguments of `extract`, checked and turned into a request."""
+"""The options of `extract`, checked and turned into what every request of a call says."""
 
 from __future__ import annotations
 
-import math
-import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
-from dinov3_client import _images
+from dinov3_client._checks import (
+    UINT32_MAX,
+    check_bool,
+    check_choice,
+    check_deadline,
+    listed,
+    pixel_size,
+)
 from dinov3_client._dtypes import FeatureDtype, wire_of
-from dinov3_client._images import Source
+from dinov3_client._model import Model
+from dinov3_client._views import INTERPOLATIONS, Interpolation
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 TokenKind = Literal["cls", "patches", "registers"]
 Preset = Literal["dinov3", "hf", "none"]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Priority = Literal["interactive", "bulk"]
 OnError = Literal["raise", "return"]
+PoolingMethod = Literal["area", "bilinear"]
 
-_T = TypeVar("_T", bound=int)
-
-# Of sizes and layers on the wire, uint32.
-_MOST = 2**32 - 1
+KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 
 _PRESETS: dict[str, pb.Preset] = {
     "dinov3": pb.PRESET_DINOV3,
     "hf": pb.PRESET_HF,
     "none": pb.PRESET_NONE,
 }
-_INTERPOLATIONS: dict[str, pb.Interpolation] = {
-    "nearest": pb.INTERPOLATION_NEAREST,
-    "bilinear": pb.INTERPOLATION_BILINEAR,
-    "bicubic": pb.INTERPOLATION_BICUBIC,
-    "lanczos": pb.INTERPOLATION_LANCZOS,
-}
 _PRIORITIES: dict[str, pb.Priority] = {
     "interactive": pb.PRIORITY_INTERACTIVE,
     "bulk": pb.PRIORITY_BULK,
 }
+_POOLING_METHODS: dict[str, pb.PoolingMethod] = {
+    "area": pb.POOLING_METHOD_AREA,
+    "bilinear": pb.POOLING_METHOD_BILINEAR,
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose tokens are wanted as well."""
+
+    index: int
+    """0-based: a block of a ViT, a stage of a ConvNeXt. Negative ones count from the end."""
+    outputs: TokenKind | Sequence[TokenKind] | None = None
+    """Any of "cls", "patches" and "registers". None: the outputs of the call."""
+    norm: bool = True
+    """After the model's final norm, as upstream's get_intermediate_layers has it (a ConvNeXt's is the last stage's
+    alone); False: the layer's output itself."""
+
+    def __post_init__(self) -> None:
+        _check_index(self.index)
+        check_bool("norm", self.norm)
+        if self.outputs is not None and not _kinds(self.outputs):
+            raise ValueError(f"outputs of layer {self.index} is empty; name at least one of {listed(KINDS)}")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Patches resampled to another grid on the server's device, whatever the size of the image."""
+
+    grid: tuple[int, int]
+    """(rows, columns)."""
+    method: PoolingMethod = "area"
+    """"area": the mean of the patches that each cell covers, in whole or in part, as torch's adaptive_avg_pool2d has
+    it. "bilinear": as torch's interpolate(mode="bilinear", align_corners=False) has it, without antialias."""
+
+    def __post_init__(self) -> None:
+        pixels = isinstance(self.grid, Iterable) and not isinstance(self.grid, str)
+        try:
+            rows, columns = map(operator.index, self.grid if pixels else ())
+        except (TypeError, ValueError):
+            rows = columns = 0
+        if not (0 < rows <= UINT32_MAX and 0 < columns <= UINT32_MAX):
+            raise ValueError(f"pooling's grid is {self.grid!r}; it must be (rows, columns), both at least 1")
+        check_choice("pooling's method", self.method, _POOLING_METHODS)
+
+
+class ExtractOptions(TypedDict, total=False):
+    """The options of `extract` and `extract_many`, by keyword; each may be left out."""
+
+    preset: Preset
+    """How an image becomes the model's input. "dinov3" (default) resizes to 256x256 and "hf" to 224x224, both bilinear
+    with antialias; "none" takes the pixels as they are, with sides that are multiples of the patch size."""
+    size: int | tuple[int, int] | None
+    """Pixels of the model's input, one number or (height, width), in the place of the preset's."""
+    dtype: FeatureDtype
+    """In which features travel: "float32", "float16" (default), "bfloat16" (that of ml_dtypes) or "int8", a byte a
+    value and a float32 scale a token; int8 arrays are read as float32, value * scale."""
+    layers: int | Layer | Sequence[int | Layer]
+    """Layers (blocks of a ViT, stages of a ConvNeXt) whose tokens come as well. A number stands for `Layer(number)`:
+    the outputs of the call, after the final norm. Negative ones count from the end."""
+    interpolation: Interpolation | None
+    """"nearest", "bilinear", "bicubic" or "lanczos", in the place of the preset's."""
+    exif: bool
+    """Turn images by their EXIF orientation first. Default False, as in training loaders."""
+    priority: Priority
+    """"bulk" gives way to "interactive" (default) requests of others."""
+    on_error: OnError
+    """"raise" (default) raises ImageErrors if any image fails; "return" returns the others' features, zeros for the
+    failed, and their errors in `Features.errors`."""
+    deadline: float | None
+    """Seconds that the call may take with everything. None: the client's."""
+    pooling: Pooling | tuple[int, int] | None
+    """All patches resampled to this grid; a pair (rows, columns) is averaged by area."""
+    projection: str | None
+    """Name of one of `model().projections`, applied to the channels of all patches."""
+    channels_first: bool
+    """Patches as [N, D, rows, columns], a feature map, in the place of [N, P, D]."""
+
+
+_DEFAULTS: ExtractOptions = {
+    "preset": "dinov3",
+    "size": None,
+    "dtype": "float16",
+    "layers": (),
+    "interpolation": None,
+    "exif": False,
+    "priority": "interactive",
+    "on_error": "raise",
+    "deadline": None,
+    "pooling": None,
+    "projection": None,
+    "channels_first": False,
+}
+
+
+@dataclass(frozen=True)
+class WantedLayer:
+    """A Layer with everything said."""
+
+    asked: int
+    kinds: tuple[TokenKind, ...]
+    norm: bool
 
 
 @dataclass(frozen=True)
@@ -47,130 +146,136 @@ class Options:
     """What is wanted of every image of a call, checked as far as it can be without the model."""
 
     kinds: tuple[TokenKind, ...]
-    layers: tuple[int, ...]
-    """As asked for: negative ones count from the end."""
+    """Of the last layer."""
+    layers: tuple[WantedLayer, ...]
     dtype: FeatureDtype
-    preprocessing: pb.Preprocessing
-    priority: pb.Priority
+    preset: Preset
+    size: tuple[int, int] | None
+    interpolation: Interpolation | None
+    exif: bool
+    priority: Priority
+    on_error: OnError
+    deadline: float | None
+    pooling: Pooling | None
+    projection: str
+    """Empty: none."""
+    channels_first: bool
 
-    @property
-    def needs_depth(self) -> bool:
-        return any(layer < 0 for layer in self.layers)
+    def layer_indices(self, model: Model) -> tuple[int, ...]:
+        """The 0-based index of each of `layers`."""
+        depth = model.depth
+        for layer in self.layers:
+            if not -depth <= layer.asked < depth:
+                raise ValueError(
+                    f"layers has {layer.asked}; the model has {depth} layers: allowed are {-depth} to {depth - 1}"
+                )
+        asked = [layer.asked for layer in self.layers]
+        indices = tuple(layer % depth for layer in asked)
+        if len(set(indices)) < len(indices):
+            raise ValueError(f"layers {asked} name a layer twice: they are layers {list(indices)}")
+        return indices
+
+    def message(self, model: Model) -> pb.ExtractRequest:
+        """The request without images."""
+        request = pb.ExtractRequest(
+            preprocessing=pb.Preprocessing(
+                preset=_PRESETS[self.preset],
+                size=pb.Size(height=self.size[0], width=self.size[1]) if self.size else None,
+                interpolation=INTERPOLATIONS[self.interpolation] if self.interpolation else None,
+                apply_exif_orientation=self.exif,
+            ),
+            priority=_PRIORITIES[self.priority],
+            outputs=pb.Outputs(
+                dtype=wire_of(self.dtype),
+                layers=[
+                    pb.LayerOutputs(layer=index, skip_norm=not layer.norm, **_flags(layer.kinds))
+                    for index, layer in zip(self.layer_indices(model), self.layers, strict=True)
+                ],
+                projection=self.projection,
+                patch_layout=pb.PATCH_LAYOUT_CHANNELS_FIRST if self.channels_first else None,
+                **_flags(self.kinds),
+            ),
+        )
+        if self.pooling:
+            rows, columns = self.pooling.grid
+            method = _POOLING_METHODS[self.pooling.method]
+            request.outputs.pooling.CopyFrom(pb.Pooling(grid_height=rows, grid_width=columns, method=method))
+        return request
 
 
-@dataclass(frozen=True)
-class Query:
-    """A request, and what its answer has to be read with."""
+def options(outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"), **given: Unpack[ExtractOptions]) -> Options:
+    """Raises TypeError or ValueError for what no model can do."""
+    unknown = [name for name in given if name not in _DEFAULTS]
+    if unknown:
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {', '.join(_DEFAULTS)}")
+    asked: ExtractOptions = {**_DEFAULTS, **given}
+    for name, choices in (("preset", _PRESETS), ("priority", _PRIORITIES)):
+        check_choice(name, asked[name], choices)  # type: ignore[literal-required]
+    check_choice("dtype", asked["dtype"], get_args(FeatureDtype))
+    check_choice("on_error", asked["on_error"], get_args(OnError))
+    size, interpolation, deadline, projection = (
+        asked["size"],
+        asked["interpolation"],
+        asked["deadline"],
+        asked["projection"],
+    )
+    if interpolation is not None:
+        check_choice("interpolation", interpolation, INTERPOLATIONS)
+    if projection is not None and not (isinstance(projection, str) and projection):
+        raise TypeError(f"projection is {projection!r}; it must be the name of one of model().projections, or None")
+    pooling = asked["pooling"]
+    kinds = _kinds(outputs)
+    return Options(
+        kinds=kinds,
+        layers=_layers(asked["layers"], kinds),
+        dtype=asked["dtype"],
+        preset=asked["preset"],
+        size=None if size is None else pixel_size("size", size),
+        interpolation=interpolation,
+        exif=check_bool("exif", asked["exif"]),
+        priority=asked["priority"],
+        on_error=asked["on_error"],
+        deadline=None if deadline is None else check_deadline(deadline),
+        pooling=pooling if pooling is None or isinstance(pooling, Pooling) else Pooling(pooling),
+        projection=projection or "",
+        channels_first=check_bool("channels_first", asked["channels_first"]),
+    )
 
-    message: pb.ExtractRequest
-    options: Options
-    blocks: tuple[int, ...]
-    """The 0-based block of each of `options.layers`."""
-    count: int
-    labels: dict[int, str]
-    """The paths of the images that were read from files."""
 
-
-def options(
-    *,
-    outputs: TokenKind | Sequence[TokenKind],
-    preset: Preset,
-    size: int | tuple[int, int] | None,
-    dtype: FeatureDtype,
-    layers: int | Sequence[int],
-    interpolation: Interpolation | None,
-    exif: bool,
-    priority: Priority,
-) -> Options:
+def _kinds(outputs: TokenKind | Sequence[TokenKind]) -> tuple[TokenKind, ...]:
+    """In the order of KINDS, each once."""
     if not isinstance(outputs, Iterable):
-        raise TypeError(f"outputs is {outputs!r}; name one or several of {_listed(get_args(TokenKind))}")
-    kinds = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    for kind in kinds:
-        check_choice("outputs", kind, get_args(TokenKind))
-    if not kinds:
-        raise ValueError(f"outputs is empty; name at least one of {_listed(get_args(TokenKind))}")
-    check_choice("dtype", dtype, get_args(FeatureDtype))
-    if not isinstance(exif, bool):
-        raise TypeError(f"exif is {exif!r}; allowed are True and False")
-    preprocessing = pb.Preprocessing(
-        preset=_enum("preset", preset, _PRESETS),
-        interpolation=_enum("interpolation", interpolation, _INTERPOLATIONS) if interpolation is not None else None,
-        apply_exif_orientation=exif,
-    )
-    if size is not None:
-        height, width = _size(size)
-        preprocessing.size.CopyFrom(pb.Size(height=height, width=width))
-    try:
-        given = tuple(map(operator.index, layers if isinstance(layers, Iterable) else (layers,)))
-    except TypeError:
-        raise TypeError(f"layers is {layers!r}; allowed are block numbers (negative ones count from the end)") from None
-    for layer in given:
-        if abs(layer) > _MOST:
-            raise ValueError(f"layers has {layer}; no model has so many blocks")
-    return Options(kinds, given, dtype, preprocessing, _enum("priority", priority, _PRIORITIES))
+        raise TypeError(f"outputs is {outputs!r}; name one or several of {listed(KINDS)}")
+    given = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    for kind in given:
+        check_choice("outputs", kind, KINDS)
+    return tuple(kind for kind in KINDS if kind in given)
 
 
-def query(sources: Sequence[Source], wanted: Options, depth: int | None, fingerprint: str) -> Query:
-    """The request for `sources`. `depth` is the model's, needed for negative layers only.
-
-    `fingerprint` pins the model that `depth` was taken from, so that a layer counted from the end of one model
-    is never answered by another.
-    """
-    blocks = tuple(_block(layer, depth) for layer in wanted.layers)
-    if len(set(blocks)) < len(blocks):
-        raise ValueError(f"layers {list(wanted.layers)} name a block twice: they are blocks {list(blocks)}")
-    message = _images.message(sources)
-    message.preprocessing.CopyFrom(wanted.preprocessing)
-    message.priority = wanted.priority
-    message.fingerprint = fingerprint
-    flags: dict[str, Any] = dict.fromkeys(wanted.kinds, True)
-    message.outputs.CopyFrom(
-        pb.Outputs(
-            dtype=wire_of(wanted.dtype), layers=[pb.LayerOutputs(layer=block, **flags) for block in blocks], **flags
-        )
-    )
-    labels = {index: source.label for index, source in enumerate(sources) if source.label is not None}
-    return Query(message, wanted, blocks, len(sources), labels)
-
-
-def check_choice(name: str, given: object, allowed: Iterable[str]) -> None:
-    allowed = tuple(allowed)
-    if given not in allowed:
-        raise ValueError(f"{name} has {given!r}; allowed are {_listed(allowed)}")
-
-
-def check_deadline(deadline: float) -> float:
-    if not isinstance(deadline, numbers.Real):
-        raise TypeError(f"deadline is {deadline!r}; it must be a positive number of seconds")
-    if not (deadline > 0 and math.isfinite(deadline)):
-        raise ValueError(f"deadline is {deadline!r}; it must be a positive number of seconds")
-    return deadline
-
-
-def _block(layer: int, depth: int | None) -> int:
-    if depth is None:
-        return layer
-    if not -depth <= layer < depth:
-        raise ValueError(f"layers has {layer}; the model has {depth} blocks: allowed are {-depth} to {depth - 1}")
-    return layer % depth
-
-
-def _size(size: int | tuple[int, int]) -> tuple[int, int]:
-    try:
-        height, width = map(operator.index, size if isinstance(size, Iterable) else (size, size))
-    except (TypeError, ValueError):
-        height = width = 0
-    if not (0 < height <= _MOST and 0 < width <= _MOST):
+def _layers(layers: int | Layer | Sequence[int | Layer], kinds: tuple[TokenKind, ...]) -> tuple[WantedLayer, ...]:
+    several = layers if isinstance(layers, Iterable) else (layers,)
+    given = [layer if isinstance(layer, Layer) else Layer(layer) for layer in several]
+    if not kinds and (not given or any(layer.outputs is None for layer in given)):
         raise ValueError(
-            f"size is {size!r}; it must be a number of pixels from 1 to {_MOST} or a pair (height, width) of them"
+            f"outputs is empty; name at least one of {listed(KINDS)}, or give layers with outputs of their own: "
+            "outputs=(), layers=Layer(3, outputs='cls')"
         )
-    return height, width
+    return tuple(
+        WantedLayer(operator.index(layer.index), kinds if layer.outputs is None else _kinds(layer.outputs), layer.norm)
+        for layer in given
+    )
 
 
-def _enum(name: str, given: str, values: dict[str, _T]) -> _T:
-    check_choice(name, given, values)
-    return values[given]
+def _check_index(index: int) -> None:
+    try:
+        number = operator.index(index)
+    except TypeError:
+        raise TypeError(
+            f"layers has {index!r}; allowed are Layer and layer numbers (negative ones count from the end)"
+        ) from None
+    if abs(number) > UINT32_MAX:
+        raise ValueError(f"layers has {number}; no model has so many layers")
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+def _flags(kinds: Iterable[TokenKind]) -> dict[str, Any]:
+    return dict.fromkeys(kinds, True)

@@ -1,124 +1,170 @@
-"""An answer, checked against its request and read."""
+"""An answer, checked against its request."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from dinov3_client._answer import Answer, Block, Key, Timings, Tokens
 from dinov3_client._dtypes import Array, name_of, numpy_of
-from dinov3_client._errors import InvalidResponse, from_status, image_errors
-from dinov3_client._features import Block, Features, Key, Packing, Timings
-from dinov3_client._request import OnError, Query
+from dinov3_client._errors import InvalidResponse, StatusError, from_status
+from dinov3_client._request import Options, TokenKind
+from dinov3_client._split import Query
+from dinov3_client._wire import Response
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 
-def read(response: pb.ExtractResponse, query: Query, on_error: OnError) -> Features:
-    """The features of the answer to `query`.
+def read(data: bytes, query: Query) -> Answer:
+    """The ExtractResponse `data`, whose tensors become views of it.
 
-    Raises ImageErrors where images failed and `on_error` is "raise", InvalidResponse where the answer is not one
-    to this request.
+    They need not be aligned to their items, which numpy does not mind. Raises InvalidResponse where `data` is no answer
+    to `query`.
     """
+    response = Response(data)
+    message = response.message
     errors = {
         each.image_index: from_status(each.status.code, each.status.message, each.status.details)
-        for each in response.errors
+        for each in message.errors
     }
-    if errors and on_error == "raise":
-        raise image_errors(errors, query.labels, query.count)
-    blocks = [_block(block, query) for block in response.blocks]
-    _check_rows(blocks, errors, query.count)
-    _check_shapes(blocks)
-    shapes = {key: _shape_without_row(key, blocks) for key in _keys(query)}
-    return Features(
-        Packing(query.count, blocks, shapes, numpy_of(query.options.dtype)),
-        layers=query.options.layers,
-        errors=errors,
+    blocks = tuple(_block(block, response, query) for block in message.blocks)
+    _check_rows(blocks, errors, query)
+    if query.options.projection and "+" not in message.fingerprint:
+        raise InvalidResponse(
+            f"asked for the projection {query.options.projection!r}, the answer's fingerprint, "
+            f"{message.fingerprint!r}, has none"
+        )
+    timings = message.timings
+    return Answer(
+        blocks=blocks,
+        errors={index + query.first: query.of_the_call(error) for index, error in errors.items()},
         timings=Timings(
-            decode_seconds=response.timings.decode_seconds,
-            queue_seconds=response.timings.queue_seconds,
-            inference_seconds=response.timings.inference_seconds,
-            batch_images=response.timings.batch_images,
-            batches=response.timings.batches,
+            decode_seconds=timings.decode_seconds,
+            queue_seconds=timings.queue_seconds,
+            inference_seconds=timings.inference_seconds,
+            batch_images=timings.batch_images,
+            batches=timings.batches,
         ),
-        frontend=response.frontend,
-        fingerprint=response.fingerprint,
+        frontend=message.frontend,
+        fingerprint=message.fingerprint,
+        nbytes=len(data),
     )
 
 
-def _keys(query: Query) -> list[Key]:
-    return [(layer, kind) for layer in (None, *query.options.layers) for kind in query.options.kinds]
-
-
-def _block(block: pb.FeatureBlock, query: Query) -> Block:
+def _block(block: pb.FeatureBlock, response: Response, query: Query) -> Block:
+    options = query.options
     found = tuple(layer.layer for layer in block.layers)
-    if found != query.blocks:
-        raise InvalidResponse(f"asked for the layers {list(query.blocks)}, the answer has {list(found)}")
-    rows = len(block.image_indices)
+    if found != query.layers:
+        raise InvalidResponse(f"asked for the layers {list(query.layers)}, the answer has {list(found)}")
+    rows = _rows(block, query)
     grids: dict[int | None, tuple[int, int]] = {}
-    tensors: dict[Key, Array] = {}
-    holders: Iterable[tuple[int | None, pb.FeatureBlock | pb.LayerFeatures]] = [
-        (None, block),
-        *zip(query.options.layers, block.layers, strict=True),
+    tensors: dict[Key, Tokens] = {}
+    holders: list[tuple[int | None, tuple[TokenKind, ...], pb.FeatureBlock | pb.LayerFeatures]] = [
+        (None, options.kinds, block),
+        *((layer.asked, layer.kinds, holder) for layer, holder in zip(options.layers, block.layers, strict=True)),
     ]
-    for layer, holder in holders:
+    for layer, kinds, holder in holders:
         grids[layer] = (holder.grid_height, holder.grid_width)
-        for kind in query.options.kinds:
+        for kind in kinds:
             name = kind if layer is None else f"layer {layer}'s {kind}"
             if not holder.HasField(kind):
                 raise InvalidResponse(f"asked for {name}, the answer has none")
-            array = _array(getattr(holder, kind), name, query.options.dtype)
-            tokens = {"cls": (), "patches": (math.prod(grids[layer]),), "registers": array.shape[1:2]}[kind]
-            if array.ndim != 2 + (kind != "cls") or array.shape[:-1] != (rows, *tokens):
-                raise InvalidResponse(
-                    f"{name} has shape {list(array.shape)} for {rows} images and a grid of {grids[layer]}"
-                )
-            tensors[layer, kind] = array
-    return Block(
-        (block.input_size.height, block.input_size.width), grids, np.array(block.image_indices, np.int64), tensors
-    )
+            tensor = getattr(holder, kind)
+            tensors[layer, kind] = _tokens(tensor, response, name, kind, len(rows), grids[layer], options)
+    return Block((block.input_size.height, block.input_size.width), grids, rows, tensors)
 
 
-def _array(tensor: pb.Tensor, name: str, dtype: str) -> Array:
-    """A read-only view of the tensor's bytes, which were copied once, out of the message."""
+def _rows(block: pb.FeatureBlock, query: Query) -> Array:
+    """The number of each row within the answer to `query`: its images in order, the views of each in order."""
+    images = np.array(block.image_indices, np.int64)
+    views = np.array(block.view_indices, np.int64)
+    if len(views) != (len(images) if any(query.views) else 0):
+        raise InvalidResponse(
+            f"a block of {len(images)} rows has {len(views)} view indices; the request has "
+            f"{'' if any(query.views) else 'no '}views"
+        )
+    counts = np.maximum(query.views, 1)
+    known = images < len(counts)
+    if not known.all() or (len(views) and not (views < counts[images]).all()):
+        raise InvalidResponse(
+            f"the answer to {len(counts)} images has the rows {_shortened(images)} and views {_shortened(views)}"
+        )
+    rows: Array = (np.cumsum(counts) - counts)[images]
+    if len(views):
+        rows = rows + views
+    if not (np.diff(rows) > 0).all():
+        raise InvalidResponse(
+            f"rows are not in order: the answer to {len(counts)} images has the rows {_shortened(images)} and views "
+            f"{_shortened(views)}"
+        )
+    return rows
+
+
+def _tokens(
+    tensor: pb.Tensor,
+    response: Response,
+    name: str,
+    kind: TokenKind,
+    rows: int,
+    grid: tuple[int, int],
+    options: Options,
+) -> Tokens:
+    dtype = options.dtype
     if name_of(tensor.dtype) != dtype:
         raise InvalidResponse(f"asked for {dtype}, {name} came as {name_of(tensor.dtype)}")
-    item = numpy_of(dtype).newbyteorder("<") if dtype != "bfloat16" else numpy_of(dtype)
-    data = tensor.data
     shape = tuple(tensor.shape)
-    if any(side < 0 for side in shape) or math.prod(shape) * item.itemsize != len(data):
+    data, scales = response.content(tensor.data), response.content(tensor.scales)
+    item = numpy_of(dtype)
+    if any(side < 1 for side in shape) or math.prod(shape) * item.itemsize != len(data):
         raise InvalidResponse(f"{name} of shape {list(shape)} and {dtype} has {len(data)} bytes")
-    return np.frombuffer(data, item).reshape(shape)
-
-
-def _check_rows(blocks: list[Block], errors: Iterable[int], count: int) -> None:
-    """Every image has one row; only a failed one may have none."""
-    order = [block.rows.tolist() for block in blocks]
-    rows = sorted(row for block in order for row in block)
-    if (
-        any(block != sorted(block) for block in order)
-        or len(set(rows)) < len(rows)
-        or any(row >= count for row in (*rows, *errors))
+    if kind == "patches" and options.pooling and grid != options.pooling.grid:
+        raise InvalidResponse(f"asked for patches pooled to {options.pooling.grid}, {name} has a grid of {grid}")
+    fixed, free = _expected_shape(kind, rows, grid, options.channels_first)
+    if len(shape) != len(fixed) or any(
+        side is not None and side != given for side, given in zip(fixed, shape, strict=True)
     ):
-        raise InvalidResponse(f"the answer to {count} images has the rows {order} and errors for {sorted(errors)}")
-    missing = sorted(set(range(count)) - set(rows) - set(errors))
-    if missing:
-        raise InvalidResponse(f"the answer has neither features nor an error for the images {missing}")
+        raise InvalidResponse(f"{name} has shape {list(shape)} for {rows} rows and a grid of {grid}; it must be {free}")
+    tokens = (rows,) if kind == "cls" else (rows, shape[1] if kind == "registers" else math.prod(grid))
+    nbytes = 4 * math.prod(tokens) if dtype == "int8" else 0
+    if len(scales) != nbytes:
+        raise InvalidResponse(f"{name} of shape {list(shape)} and {dtype} has {len(scales)} bytes of scales")
+    values = np.frombuffer(data, item).reshape(shape)
+    return Tokens(values, np.frombuffer(scales, np.dtype("<f4")).reshape(tokens) if dtype == "int8" else None)
 
 
-def _check_shapes(blocks: list[Block]) -> None:
-    """Channels and registers are the model's, so that they are the same in all blocks."""
-    for block in blocks[1:]:
-        for key, tensor in block.tensors.items():
-            first = blocks[0].tensors[key]
-            same = tensor.shape[2:] == first.shape[2:] if key[1] == "patches" else tensor.shape[1:] == first.shape[1:]
-            if not same:
-                raise InvalidResponse(f"{key[1]} has shapes {list(first.shape)} and {list(tensor.shape)} in one answer")
+def _expected_shape(
+    kind: TokenKind, rows: int, grid: tuple[int, int], channels_first: bool
+) -> tuple[tuple[int | None, ...], str]:
+    """With None for a side that only the answer tells, and in words."""
+    if kind == "cls":
+        return (rows, None), "[rows, D]"
+    if kind == "registers":
+        return (rows, None, None), "[rows, registers, D]"
+    if channels_first:
+        return (rows, None, *grid), "[rows, D, grid height, grid width]"
+    return (rows, math.prod(grid), None), "[rows, patches, D]"
 
 
-def _shape_without_row(key: Key, blocks: list[Block]) -> tuple[int, ...]:
-    """Of one failed image whose input size is unknown: as far as the others tell it."""
-    if not blocks:
-        return (0,) if key[1] == "cls" else (0, 0)
-    shape = blocks[0].tensors[key].shape[1:]
-    return (0, shape[-1]) if key[1] == "patches" else shape
+def _check_rows(blocks: Iterable[Block], errors: Mapping[int, StatusError], query: Query) -> None:
+    """Every row is there once; only those of failed images may be missing."""
+    counts = np.maximum(query.views, 1)
+    seen = np.zeros(counts.sum(), np.int64)
+    for block in blocks:
+        seen[block.rows] += 1
+    if (seen > 1).any():
+        raise InvalidResponse(
+            f"the answer to {len(counts)} images has rows twice: {_shortened(np.flatnonzero(seen > 1))}"
+        )
+    if any(image >= len(counts) for image in errors):
+        raise InvalidResponse(f"the answer to {len(counts)} images has errors for {sorted(errors)}")
+    images = np.repeat(np.arange(len(counts)), counts)
+    missing = np.setdiff1d(images[seen == 0], list(errors))
+    if len(missing):
+        raise InvalidResponse(f"the answer has neither features nor an error for the images {_shortened(missing)}")
+
+
+def _shortened(numbers: Array) -> str:
+    most = 20
+    shown = ", ".join(map(str, numbers[:most]))
+    return f"[{shown}{', ...' if len(numbers) > most else ''}]"

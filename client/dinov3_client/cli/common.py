@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinov3_client._checks import check_deadline
 from dinov3_client._client import Client
 from dinov3_client._model import Model
-from dinov3_client._request import check_deadline
 
 DEFAULT_TARGET = "localhost:50051"
 

@@ -1,0 +1,215 @@
+"""The requests of a call: one, or as many as the server's limits ask for."""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov3_client import _wire
+from dinov3_client._dtypes import numpy_of
+from dinov3_client._errors import FieldViolation, StatusError
+from dinov3_client._images import Source
+from dinov3_client._model import Model
+from dinov3_client._request import Options, TokenKind
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+PRESET_SIZES: dict[str, tuple[int, int] | None] = {"dinov3": (256, 256), "hf": (224, 224), "none": None}
+
+# Upper bounds of what stands around the data, in bytes. Of a request, for each image and each view; of an answer, for
+# all of it, for each tensor of a row (which may have an input size, and so a block, of its own), and for the error of
+# each image, which may come in addition to its rows.
+_IMAGE_NBYTES, _VIEW_NBYTES = 64, 64
+_ANSWER_NBYTES, _TENSOR_NBYTES, _ERROR_NBYTES = 1024, 80, 1024
+# Parts are made equal to this fraction of a limit.
+_STEPS = 64
+
+
+@dataclass(frozen=True)
+class Query:
+    """A request, and what its answer has to be read with."""
+
+    data: bytes
+    """The ExtractRequest as it is sent."""
+    options: Options
+    layers: tuple[int, ...]
+    """The 0-based index of each of `options.layers`."""
+    first: int
+    """The index, within the call, of its first image."""
+    views: tuple[int, ...]
+    """How many views each image has; 0: none, and one row for the whole."""
+    labels: dict[int, str]
+    """The paths of the images that were read from files, by their index within the call."""
+
+    @property
+    def message(self) -> pb.ExtractRequest:
+        """`data` parsed: for tests."""
+        return pb.ExtractRequest.FromString(self.data)
+
+    def of_the_call(self, error: StatusError) -> StatusError:
+        """`error`, of this request, with the fields that it names counted over all images of the call."""
+        error.violations = tuple(
+            FieldViolation(
+                re.sub(r"^images\[(\d+)\]", lambda found: f"images[{int(found[1]) + self.first}]", violation.field),
+                violation.description,
+            )
+            for violation in error.violations
+        )
+        return error
+
+
+class _Cost(NamedTuple):
+    """Of an image, against the three limits."""
+
+    rows: int
+    request_nbytes: int
+    answer_nbytes: int
+
+
+def queries(sources: Sequence[Source], options: Options, model: Model, fingerprint: str = "") -> list[Query]:
+    """The requests for `sources`: one, or several of about equal size where one would pass a limit of the server.
+
+    An image that is over a limit by itself goes alone, and the server says what is wrong. `fingerprint` is what the
+    caller pins the model to. Without it several requests, and layers that are counted from the end, are pinned to
+    `model`, so that one call is never answered by two models, nor by another than the layers were counted in.
+
+    Raises ValueError for layers that `model` does not have.
+    """
+    layers = options.layer_indices(model)
+    rest = options.message(model)
+    rest.fingerprint = fingerprint or _answer_fingerprint(options, model)
+    limits = model.limits
+    costs = _costs(sources, options, model)
+    most = _Cost(
+        limits.max_images_per_request,
+        limits.max_message_bytes - rest.ByteSize(),
+        limits.max_message_bytes - _ANSWER_NBYTES,
+    )
+    parts = _balanced(costs, most)
+    if not fingerprint and len(parts) == 1 and all(layer.asked >= 0 for layer in options.layers):
+        rest.fingerprint = ""
+    found = []
+    for part in parts:
+        of_part = sources[part.start : part.stop]
+        found.append(
+            Query(
+                data=_wire.request(of_part, rest),
+                options=options,
+                layers=layers,
+                first=part.start,
+                views=tuple(len(source.views) for source in of_part),
+                labels={
+                    index: source.label for index, source in enumerate(of_part, part.start) if source.label is not None
+                },
+            )
+        )
+    return found
+
+
+def _answer_fingerprint(options: Options, model: Model) -> str:
+    """Of the answer; where `model` has no such projection, of the model, and the server says what there is."""
+    for projection in model.projections:
+        if projection.name == options.projection:
+            return f"{model.fingerprint}+{projection.fingerprint}"
+    return model.fingerprint
+
+
+def _balanced(costs: Sequence[_Cost], most: _Cost) -> list[range]:
+    """The fewest parts within `most`, and with that many the smallest."""
+
+    def parts(step: int) -> list[range]:
+        return _filled(costs, _Cost(*(limit * step // _STEPS for limit in most)))
+
+    fewest = len(parts(_STEPS))
+    steps = range(1, _STEPS + 1)
+    if fewest == 1:
+        return [range(len(costs))]
+    return parts(steps[bisect_left(steps, True, key=lambda step: len(parts(step)) <= fewest)])
+
+
+def _filled(costs: Sequence[_Cost], most: _Cost) -> list[range]:
+    """Neighbours together for as long as they are within `most`; at least one in each part."""
+    parts: list[range] = []
+    start, total = 0, costs[0]
+    for index, cost in enumerate(costs[1:], 1):
+        together = _Cost(*map(sum, zip(total, cost, strict=True)))
+        if any(used > limit for used, limit in zip(together, most, strict=True)):
+            parts.append(range(start, index))
+            start, total = index, cost
+        else:
+            total = together
+    return [*parts, range(start, len(costs))]
+
+
+def _costs(sources: Sequence[Source], options: Options, model: Model) -> list[_Cost]:
+    row_nbytes = _RowNbytes(options, model)
+    costs = []
+    for source in sources:
+        answer = sum(row_nbytes[size] for size in _input_sizes(source, options))
+        request = _IMAGE_NBYTES + _VIEW_NBYTES * len(source.views) + source.nbytes
+        costs.append(_Cost(source.rows, request, _ERROR_NBYTES + answer))
+    return costs
+
+
+def _input_sizes(source: Source, options: Options) -> Iterable[tuple[int, int] | None]:
+    """Of the model, for each row; None where the file does not tell, and has no row therefore."""
+    if not isinstance(source.data, bytes) and source.data.dtype == np.float32:
+        return [source.pixel_size()]
+    fixed = options.size or PRESET_SIZES[options.preset]
+    whole = None
+    if not fixed and not all(view.HasField("size") or view.HasField("crop") for view in source.views or [pb.View()]):
+        whole = source.pixel_size()
+    sizes: list[tuple[int, int] | None] = []
+    for view in source.views or [pb.View()]:
+        if view.HasField("size"):
+            sizes.append((view.size.height, view.size.width))
+        elif not fixed and view.HasField("crop"):
+            sizes.append((view.crop.height, view.crop.width))
+        else:
+            sizes.append(fixed or whole)
+    return sizes
+
+
+class _RowNbytes(dict[tuple[int, int] | None, int]):
+    """Upper bound of the bytes of a row in the answer, by its input size: the data, and what stands around it."""
+
+    def __init__(self, options: Options, model: Model) -> None:
+        super().__init__({None: 0})
+        self._options = options
+        self._model = model
+        last: list[tuple[tuple[TokenKind, ...], int, int]] = [(options.kinds, model.embed_dim, model.patch_size)]
+        self._layers = last + [
+            (layer.kinds, model.layer_dims[index], model.layer_strides[index])
+            for index, layer in zip(options.layer_indices(model), options.layers, strict=True)
+        ]
+
+    def __missing__(self, size: tuple[int, int]) -> int:
+        item = numpy_of(self._options.dtype).itemsize
+        scale = 4 if self._options.dtype == "int8" else 0
+        total = _TENSOR_NBYTES
+        for kinds, channels, stride in self._layers:
+            for kind in kinds:
+                tokens, width = self._tokens(kind, size, stride), self._channels(kind, channels)
+                total += _TENSOR_NBYTES + tokens * (width * item + scale)
+        self[size] = total
+        return total
+
+    def _tokens(self, kind: TokenKind, size: tuple[int, int], stride: int) -> int:
+        if kind == "cls":
+            return 1
+        if kind == "registers":
+            return self._model.register_tokens
+        pooling = self._options.pooling
+        return math.prod(pooling.grid if pooling else (side // stride for side in size))
+
+    def _channels(self, kind: TokenKind, channels: int) -> int:
+        if kind == "patches":
+            for projection in self._model.projections:
+                if projection.name == self._options.projection:
+                    return projection.output_channels
+        return channels

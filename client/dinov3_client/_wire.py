@@ -1,0 +1,168 @@
+"""Messages of megabytes without protobuf's copies.
+
+protobuf's Python API takes and gives the bytes of tensors and files as `bytes` objects of their own: three copies on
+the way out, two on the way in. So the few bytes around them are protobuf's own here, and the frames that hold the large
+ones are put together, and taken apart, as https://protobuf.dev/programming-guides/encoding/ has them: fields as tag,
+length and content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from dinov3_client._dtypes import Array, wire_of
+from dinov3_client._errors import InvalidResponse
+from dinov3_client._images import Source
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
+_LONGEST_VARINT = 10  # bytes
+
+# Which fields of a message hold what: a message in its own turn, or (None) the bytes that are not copied.
+_Fields = Mapping[int, "_Fields | None"]
+_TENSOR: _Fields = {pb.Tensor.DATA_FIELD_NUMBER: None, pb.Tensor.SCALES_FIELD_NUMBER: None}
+_LAYER: _Fields = {
+    pb.LayerFeatures.CLS_FIELD_NUMBER: _TENSOR,
+    pb.LayerFeatures.PATCHES_FIELD_NUMBER: _TENSOR,
+    pb.LayerFeatures.REGISTERS_FIELD_NUMBER: _TENSOR,
+}
+_BLOCK: _Fields = {
+    pb.FeatureBlock.CLS_FIELD_NUMBER: _TENSOR,
+    pb.FeatureBlock.PATCHES_FIELD_NUMBER: _TENSOR,
+    pb.FeatureBlock.REGISTERS_FIELD_NUMBER: _TENSOR,
+    pb.FeatureBlock.LAYERS_FIELD_NUMBER: _LAYER,
+}
+_RESPONSE: _Fields = {pb.ExtractResponse.BLOCKS_FIELD_NUMBER: _BLOCK}
+
+
+def request(sources: Sequence[Source], rest: pb.ExtractRequest) -> bytes:
+    """An ExtractRequest: `rest` with these images, packed into one tensor where all are whole pixels of one layout.
+
+    The same bytes as protobuf's own; the pixels and files in them are copied once.
+    """
+    layout = _packed_layout(sources)
+    if layout is not None:
+        dtype, shape = layout
+        pieces = _field(
+            pb.ExtractRequest.PIXELS_FIELD_NUMBER,
+            _tensor(dtype, (len(sources), *shape), [s.data for s in sources if isinstance(s.data, np.ndarray)]),
+        )
+    else:
+        pieces = []
+        for source in sources:
+            pieces += _field(pb.ExtractRequest.IMAGES_FIELD_NUMBER, _image(source))
+    return b"".join([*pieces, rest.SerializeToString()])
+
+
+class Response:
+    """An ExtractResponse read from its bytes.
+
+    `message` is protobuf's, but for the contents of its tensors' `data` and `scales`: those are what `content` gives,
+    as views of the bytes that came in. Raises InvalidResponse where the bytes are no such message.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._contents: list[memoryview] = []
+        try:
+            self.message = pb.ExtractResponse.FromString(self._strip(memoryview(data), _RESPONSE))
+        except DecodeError:
+            raise InvalidResponse(
+                f"the {len(data)} bytes that came are no {pb.ExtractResponse.DESCRIPTOR.full_name}"
+            ) from None
+
+    def content(self, field: bytes) -> memoryview:
+        """What `field`, the `data` or `scales` of a tensor of `message`, stands for."""
+        return self._contents[int.from_bytes(field, "little")] if field else memoryview(b"")
+
+    def _strip(self, message: memoryview, fields: _Fields) -> bytes:
+        """`message` with the numbers of its large contents in the place of these.
+
+        protobuf parses the rest, in whatever order and however often its fields come.
+        """
+        pieces: list[bytes | memoryview] = []
+        position, kept = 0, 0  # what lies between the two is as it was
+        while position < len(message):
+            start = position
+            tag, position = _read_varint(message, position)
+            wire_type = tag & 7
+            if wire_type == _VARINT:
+                _, position = _read_varint(message, position)
+                continue
+            if wire_type == _LENGTH_DELIMITED:
+                length, position = _read_varint(message, position)
+            elif wire_type in (_FIXED32, _FIXED64):
+                length = 4 if wire_type == _FIXED32 else 8
+            else:
+                raise DecodeError("no version of this protocol has groups")
+            end = position + length
+            if end > len(message):
+                raise DecodeError("a field is longer than what it is in")
+            if wire_type == _LENGTH_DELIMITED and tag >> 3 in fields:
+                content, inner = message[position:end], fields[tag >> 3]
+                if inner is not None:
+                    small = self._strip(content, inner)
+                else:
+                    small = len(self._contents).to_bytes(4, "little")
+                    self._contents.append(content)
+                pieces += [message[kept:start], _tag(tag >> 3, len(small)), small]
+                kept = end
+            position = end
+        return b"".join([*pieces, message[kept:]])
+
+
+def _packed_layout(sources: Sequence[Source]) -> tuple[str, tuple[int, ...]] | None:
+    layouts: set[tuple[str, tuple[int, ...]] | None] = {
+        (source.data.dtype.name, source.data.shape)
+        if isinstance(source.data, np.ndarray) and not source.views
+        else None
+        for source in sources
+    }
+    return layouts.pop() if len(layouts) == 1 else None
+
+
+def _image(source: Source) -> list[bytes | memoryview]:
+    if isinstance(source.data, bytes):
+        pieces = _field(pb.Image.ENCODED_FIELD_NUMBER, [source.data])
+    else:
+        pixels = source.data
+        pieces = _field(pb.Image.PIXELS_FIELD_NUMBER, _tensor(pixels.dtype.name, pixels.shape, [pixels]))
+    return [*pieces, pb.Image(views=source.views).SerializeToString()]
+
+
+def _tensor(dtype: str, shape: tuple[int, ...], arrays: Iterable[Array]) -> list[bytes | memoryview]:
+    header = pb.Tensor(dtype=wire_of(dtype), shape=shape).SerializeToString()
+    contents = [np.ascontiguousarray(array).data.cast("B") for array in arrays]
+    return [header, *_field(pb.Tensor.DATA_FIELD_NUMBER, contents)]
+
+
+def _field(number: int, content: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """Field `number`, a message or byte string of `content`."""
+    return [_tag(number, sum(map(len, content))), *content]
+
+
+def _tag(number: int, nbytes: int) -> bytes:
+    """What stands before a message or byte string of `nbytes` that is field `number` of the message around it."""
+    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(nbytes)
+
+
+def _varint(value: int) -> bytes:
+    """Base 128, least significant group first; the high bit of a byte says that another follows."""
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
+    """The number at `position`, and where it ends."""
+    value = 0
+    for index, byte in enumerate(message[position : position + _LONGEST_VARINT]):
+        value |= (byte & 0x7F) << 7 * index
+        if byte < 0x80:
+            return value, position + index + 1
+    raise DecodeError("a number has no end")

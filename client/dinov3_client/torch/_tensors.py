@@ -1,0 +1,267 @@
+"""Features as torch tensors. N rows (images, or views of them), P patches, G registers, D channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dinov3_client._answer import Key, Timings
+from dinov3_client._checks import pixel_size
+from dinov3_client._dtypes import Array
+from dinov3_client._errors import StatusError
+from dinov3_client._features import Features
+from dinov3_client._packing import Packing, mixed_sizes, no_such_size, places
+from dinov3_client._request import TokenKind
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+
+
+class _Tokens(NamedTuple):
+    """One kind of token of some rows, as it travelled."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
+    """Of int8, of a shape that `values` can be multiplied with."""
+
+    def read(self) -> torch.Tensor:
+        return self.values if self.scales is None else self.values * self.scales
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The rows of one input size."""
+
+    rows: Array
+    """[R] int64, ascending: their places among all rows."""
+    grids: Mapping[int | None, tuple[int, int]]
+    tensors: Mapping[Key, _Tokens]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What features say besides their tensors."""
+
+    layers: tuple[int, ...]
+    shapes: Mapping[Key, tuple[int, ...]]
+    """What was asked for, with the shape of one row that failed while the others tell none."""
+    dtype: torch.dtype
+    device: torch.device
+    errors: Mapping[int, StatusError]
+    timings: Timings
+    frontend: int
+    fingerprint: str
+
+
+class TorchLayerFeatures:
+    """The tokens of one layer, of all rows. What was not asked for is None."""
+
+    def __init__(self, get: Callable[[TokenKind], torch.Tensor | None], grid: Callable[[], tuple[int, int]]) -> None:
+        self._get = get
+        self._grid = grid
+
+    @cached_property
+    def cls(self) -> torch.Tensor | None:
+        """[N, D]: the CLS token."""
+        return self._get("cls")
+
+    @cached_property
+    def patches(self) -> torch.Tensor | None:
+        """[N, P, D] or, with `channels_first`, [N, D, rows, columns]: the patch tokens, without registers."""
+        return self._get("patches")
+
+    @cached_property
+    def registers(self) -> torch.Tensor | None:
+        """[N, G, D]: the register tokens."""
+        return self._get("registers")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of each row of features, (rows, columns); (0, 0) where all images failed."""
+        return self._grid()
+
+
+class TorchFeatures(TorchLayerFeatures):
+    """The fields of `Features` as torch tensors, which are writable and no longer know the bytes that came in.
+
+    `cls`, `patches` and `registers` of all rows, `layers[i]` with the same, `images` and `views` [N] int64, `grid`,
+    `input_size`, `errors`, `timings`, `frontend` and `fingerprint` are as in `Features`. Rows of several input sizes
+    lie in tensors of each size: `at_size` gives them as they are, while `cls` and `registers` of all rows are put
+    together anew.
+
+    int8 features stay int8, with their scales, until they are moved: `to` dequantises them where they arrive. A tensor
+    that is read before is dequantised to float32 where it lies.
+    """
+
+    def __init__(
+        self, groups: Mapping[tuple[int, int], _Group], images: torch.Tensor, views: torch.Tensor, told: _Told
+    ) -> None:
+        # Functions of what they need, and not of self: no cycle keeps tensors.
+        super().__init__(*_readers(groups, len(images), told, None))
+        self.layers: dict[int, TorchLayerFeatures] = {
+            layer: TorchLayerFeatures(*_readers(groups, len(images), told, layer)) for layer in told.layers
+        }
+        self.images = images
+        self.views = views
+        self.errors = dict(told.errors)
+        self.timings = told.timings
+        self.frontend = told.frontend
+        self.fingerprint = told.fingerprint
+        self._groups = groups
+        self._told = told
+
+    @classmethod
+    def copied(cls, features: Features, packing: Packing, *, pin_memory: bool) -> TorchFeatures:
+        """See `Features.torch`."""
+        if pin_memory and not torch.cuda.is_available():
+            raise RuntimeError("pin_memory=True needs a CUDA device, and torch sees none here: leave it out")
+        told = _Told(
+            layers=tuple(features.layers),
+            shapes=packing.shapes,
+            dtype=_DTYPES[packing.dtype.name],
+            device=torch.device("cpu"),
+            errors=features.errors,
+            timings=features.timings,
+            frontend=features.frontend,
+            fingerprint=features.fingerprint,
+        )
+        groups = {size: _group(packing, size, pin_memory) for size in packing.sizes}
+        images, views = (
+            _copied([(slice(None), part)], len(packing), pin_memory) for part in (packing.images, packing.views)
+        )
+        return cls(groups, images, views, told)
+
+    def to(
+        self, device: torch.device | str | int, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> TorchFeatures:
+        """On `device`, in `dtype` (None: as they are; float32 of int8 features).
+
+        Features travel in the dtype that they came in and are converted on the device, int8 ones as value * scale.
+        With `non_blocking` the host does not wait for copies from page-locked memory; torch keeps that memory until
+        they are done.
+        """
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        def converted(tokens: _Tokens) -> _Tokens:
+            scales = None if tokens.scales is None else moved(tokens.scales)
+            # Not one `to` for both: that would convert on the host, and send the larger.
+            return _Tokens(_Tokens(moved(tokens.values), scales).read().to(dtype or self._told.dtype), None)
+
+        groups = {
+            size: replace(group, tensors={key: converted(tokens) for key, tokens in group.tensors.items()})
+            for size, group in self._groups.items()
+        }
+        images, views = moved(self.images), moved(self.views)
+        told = replace(self._told, dtype=dtype or self._told.dtype, device=images.device)
+        return TorchFeatures(groups, images, views, told)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Pixels that the model saw of each row, (height, width); (0, 0) where all images failed."""
+        if len(self._groups) > 1:
+            raise mixed_sizes("input_size", self._groups)
+        return next(iter(self._groups), (0, 0))
+
+    @property
+    def input_sizes(self) -> tuple[tuple[int, int], ...]:
+        """What `at_size` can be asked for, in order of first use."""
+        return tuple(self._groups)
+
+    def at_size(self, size: int | tuple[int, int]) -> TorchFeatures:
+        """The rows of one input size, pixels or (height, width) of them, in their order; their tensors are shared.
+
+        Raises ValueError where no row has this size.
+        """
+        asked = pixel_size("size", size)
+        if asked not in self._groups:
+            raise no_such_size(asked, self._groups)
+        group = self._groups[asked]
+        rows = torch.from_numpy(group.rows).to(self.images.device)
+        own = replace(group, rows=np.arange(len(rows)))
+        return TorchFeatures({asked: own}, self.images[rows], self.views[rows], self._told)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(kind for layer, kind in self._told.shapes if layer is None)
+        sizes = ", ".join(f"{len(g.rows)} of {height}x{width}" for (height, width), g in self._groups.items())
+        return (
+            f"<TorchFeatures of {len(self)} rows ({sizes}): {kinds}, layers {list(self.layers)}, {self._told.dtype} "
+            f"on {self._told.device}, {len(self.errors)} failed>"
+        )
+
+
+def _readers(
+    groups: Mapping[tuple[int, int], _Group], rows: int, told: _Told, layer: int | None
+) -> tuple[Callable[[TokenKind], torch.Tensor | None], Callable[[], tuple[int, int]]]:
+    return partial(_pack, groups, rows, told, layer), partial(_grid, groups, layer, "grid")
+
+
+def _pack(
+    groups: Mapping[tuple[int, int], _Group], rows: int, told: _Told, layer: int | None, kind: TokenKind
+) -> torch.Tensor | None:
+    """Of all rows; the tensor itself where they have one size."""
+    key: Key = (layer, kind)
+    if key not in told.shapes:
+        return None
+    if kind == "patches":
+        _grid(groups, layer, kind)
+    of_each = [(group.rows, group.tensors[key].read()) for group in groups.values()]
+    if len(of_each) == 1 and len(of_each[0][0]) == rows:
+        return of_each[0][1]
+    shape = of_each[0][1].shape[1:] if of_each else told.shapes[key]
+    packed = torch.zeros((rows, *shape), dtype=told.dtype, device=told.device)
+    for where, tensor in of_each:
+        packed[torch.from_numpy(where).to(told.device)] = tensor
+    return packed
+
+
+def _grid(groups: Mapping[tuple[int, int], _Group], layer: int | None, what: str) -> tuple[int, int]:
+    grids = {group.grids[layer] for group in groups.values()}
+    if len(grids) > 1:
+        raise mixed_sizes(what, groups)
+    return grids.pop() if grids else (0, 0)
+
+
+def _group(packing: Packing, size: tuple[int, int], pin_memory: bool) -> _Group:
+    """The rows of one size, copied out of the bytes that came in."""
+    blocks = packing.sizes[size]
+    rows = np.sort(np.concatenate([block.rows for block in blocks]))
+    where = [places(np.searchsorted(rows, block.rows)) for block in blocks]
+    tensors = {}
+    for key in packing.shapes:
+        of_blocks = [block.tensors[key] for block in blocks]
+        values = [tokens.values for tokens in of_blocks]
+        scales = [tokens.broadcast_scales() for tokens in of_blocks] if packing.quantized else None
+        tensors[key] = _Tokens(
+            _copied(list(zip(where, values, strict=True)), len(rows), pin_memory),
+            _copied(list(zip(where, scales, strict=True)), len(rows), pin_memory) if scales else None,
+        )
+    return _Group(rows, blocks[0].grids, tensors)
+
+
+def _copied(parts: Sequence[tuple[Array | slice, Array]], rows: int, pin_memory: bool) -> torch.Tensor:
+    """A tensor of `rows`, with each array at its places."""
+    first = parts[0][1]
+    tensor = torch.empty((rows, *first.shape[1:]), dtype=_torch_dtype(first), pin_memory=pin_memory)
+    # As bytes: numpy's bfloat16 is none of torch's, and what came in need not be aligned.
+    target = tensor.view(torch.uint8).numpy()
+    for where, array in parts:
+        target[where] = array.view(np.uint8)
+    return tensor
+
+
+def _torch_dtype(array: Array) -> torch.dtype:
+    return torch.int64 if array.dtype == np.int64 else _DTYPES[array.dtype.name]
