@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from bench.record import table
 from dinov3_server.images.decode import decode
-from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, Transform, resize_into
+from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, Transform, transform_into
 
 # Photos that scikit-image's wheel holds; the rest of its data would be fetched.
 PHOTOS = (
@@ -78,7 +79,7 @@ def ours(data: bytes, transform: Transform) -> torch.Tensor:
     assert transform.size is not None
     out = bytearray(transform.size[0] * transform.size[1] * 3)
     image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
-    resize_into(image, transform, memoryview(out))
+    transform_into(image, transform, memoryview(out))
     return torch.frombuffer(out, dtype=torch.uint8).view(*transform.size, 3).permute(2, 0, 1)
 
 
@@ -116,7 +117,7 @@ def fidelity(model: DINOv3ViTModel, files: dict[str, bytes]) -> list[dict[str, A
     """One row a preset, photo and reference."""
     rows = []
     # The yardstick: how far another filter is from the same reference.
-    bicubic = Transform(PRESETS["dinov3"].size, "bicubic", apply_exif_orientation=False)
+    bicubic = replace(PRESETS["dinov3"], interpolation="bicubic")
     cases = [
         ("dinov3", PRESETS["dinov3"], UPSTREAM["dinov3"]),
         ("dinov3 but bicubic", bicubic, {"uint8, channels last": UPSTREAM["dinov3"]["uint8, channels last"]}),
@@ -173,7 +174,7 @@ def cost(files: dict[str, bytes]) -> dict[str, Any]:
     return {
         "file": f"640x480 JPEG, quality 90, 4:2:0, {len(data)} bytes (motorcycle_left.png, cropped)",
         "decode": milliseconds(lambda: decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)),
-        "resize_into, preset dinov3": milliseconds(lambda: resize_into(image, PRESETS["dinov3"], out)),
+        "transform_into, preset dinov3": milliseconds(lambda: transform_into(image, PRESETS["dinov3"], out)),
     }
 
 

@@ -116,10 +116,10 @@ class Metrics:
         self.request_seconds = Histogram(
             "dinov3_request_seconds", "Time from a call's arrival to its answer.", "method", buckets=SECONDS_BUCKETS
         )
-        self.images = Counter("dinov3_images_total", "Images, by what became of them.", "outcome")
+        self.images = Counter("dinov3_images_total", "Images, each view as one, by what became of them.", "outcome")
         self.stage_seconds = Histogram(
             "dinov3_stage_seconds",
-            "Time in each stage: decode (of an image), queue (an image's wait for its batch), copy_in, forward and "
+            "Time in each stage: decode (of an image, with all its views), queue (an image's wait for its batch), copy_in, forward and "
             "copy_out (of a batch), respond (building an answer).",
             "stage",
             buckets=SECONDS_BUCKETS,

@@ -43,7 +43,7 @@ class Gate:
 @pytest.fixture
 async def gate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gate]:
     gate = Gate()
-    monkeypatch.setattr("dinov3_server.api.convert.decode", gate)
+    monkeypatch.setattr("dinov3_server.api.sources.decode", gate)
     yield gate
     gate.open.set()
 
@@ -80,7 +80,7 @@ async def test_the_lease_stays_while_threads_write(gate: Gate, threads: int) -> 
 
 async def test_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixels that are only copied take no thread; a request of many gives way to the loop, and may end there."""
-    monkeypatch.setattr("dinov3_server.api.extraction.COPY_SECONDS", 0.0)  # no time at all: one image a turn
+    monkeypatch.setattr("dinov3_server.api.filling.COPY_SECONDS", 0.0)  # no time at all: one image a turn
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     images = np.stack([picture(16, 16, seed) for seed in range(5)])
@@ -173,9 +173,9 @@ async def test_a_deadline_that_passes_while_decoding(gate: Gate) -> None:
 
 async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn of a thread is a slice; the small request's turn comes after one of them."""
-    monkeypatch.setattr("dinov3_server.api.extraction.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
+    monkeypatch.setattr("dinov3_server.api.filling.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
     order: list[bytes] = []
-    monkeypatch.setattr("dinov3_server.api.convert.decode", lambda data, **_: recorded(data))
+    monkeypatch.setattr("dinov3_server.api.sources.decode", lambda data, **_: recorded(data))
 
     def recorded(data: bytes) -> Any:
         order.append(data)

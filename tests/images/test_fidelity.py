@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dinov3_server.images.decode import decode
-from dinov3_server.images.preprocess import PRESETS, resize_into
+from dinov3_server.images.preprocess import PRESETS, transform_into
 
 SIZE = (256, 256)
 
@@ -26,7 +26,7 @@ def photo(name: str) -> bytes:
 def test_dinov3_is_upstreams_transform(name: str) -> None:
     image = decode(photo(name), max_pixels=10_000_000, apply_exif_orientation=False)
     out = bytearray(SIZE[0] * SIZE[1] * 3)
-    resize_into(image, PRESETS["dinov3"], memoryview(out))
+    transform_into(image, PRESETS["dinov3"], memoryview(out))
     ours = np.frombuffer(out, np.uint8).reshape(*SIZE, 3).astype(int)
 
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]

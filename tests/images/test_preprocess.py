@@ -10,23 +10,22 @@ from PIL import Image
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images import preprocess
-from dinov3_server.images.preprocess import PRESETS, Transform, check_size, resize_into, resize_pixels_into
+from dinov3_server.images.preprocess import PRESETS, Transform, check_size, transform_into, transform_pixels_into
 from tests.images.files import photo
 
 
 def test_presets() -> None:
     assert dict(PRESETS) == {
-        "dinov3": Transform((256, 256), "bilinear", False),
-        "hf": Transform((224, 224), "bilinear", False),
-        "none": Transform(None, "bilinear", False),
+        "dinov3": Transform((256, 256), "bilinear"),
+        "hf": Transform((224, 224), "bilinear"),
+        "none": Transform(None, "bilinear"),
     }
 
 
 def test_a_preset_with_parts_replaced() -> None:
-    assert preprocess.transform("dinov3", None, None, False) == PRESETS["dinov3"]
-    assert preprocess.transform("hf", (384, 512), None, False) == Transform((384, 512), "bilinear", False)
-    assert preprocess.transform("none", (32, 48), "lanczos", True) == Transform((32, 48), "lanczos", True)
-    assert preprocess.transform("none", None, None, True) == Transform(None, "bilinear", True)
+    assert preprocess.transform("dinov3", None, None) == PRESETS["dinov3"]
+    assert preprocess.transform("hf", (384, 512), None) == Transform((384, 512), "bilinear")
+    assert preprocess.transform("none", (32, 48), "lanczos") == Transform((32, 48), "lanczos")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +48,7 @@ def test_a_preset_with_parts_replaced() -> None:
 )
 def test_what_does_not_exist(preset: str, interpolation: str | None, field: str, told: str) -> None:
     with pytest.raises(InvalidInput) as error:
-        preprocess.transform(preset, None, interpolation, False)
+        preprocess.transform(preset, None, interpolation)
     assert told in str(error.value)
     assert error.value.field == field
 
@@ -93,15 +92,15 @@ BEFORE, AFTER = 5, 9
 
 
 def into(
-    height: int, width: int, image: Image.Image | bytes, transform: Transform, *given: int
+    height: int, width: int, image: Image.Image | npt.NDArray[np.uint8], transform: Transform
 ) -> npt.NDArray[np.uint8]:
     """[height, width, 3], written into the middle of a buffer whose rest must stay as it is."""
     buffer = bytearray(b"\xa5" * (BEFORE + height * width * 3 + AFTER))
     out = memoryview(buffer)[BEFORE:-AFTER]
-    if isinstance(image, bytes):
-        resize_pixels_into(memoryview(image), *given, transform, out)
+    if isinstance(image, np.ndarray):
+        transform_pixels_into(image, transform, out)
     else:
-        resize_into(image, transform, out)
+        transform_into(image, transform, out)
     assert buffer[:BEFORE] == b"\xa5" * BEFORE
     assert buffer[-AFTER:] == b"\xa5" * AFTER
     return np.frombuffer(out, np.uint8).reshape(height, width, 3)
@@ -110,9 +109,9 @@ def into(
 @pytest.mark.parametrize("size", [None, (32, 48)])
 def test_pixels_of_the_right_size_are_untouched(size: tuple[int, int] | None) -> None:
     pixels = photo(32, 48)
-    transform = Transform(size, "bicubic", False)
+    transform = Transform(size, "bicubic")
     np.testing.assert_array_equal(into(32, 48, Image.fromarray(pixels), transform), pixels)
-    np.testing.assert_array_equal(into(32, 48, pixels.tobytes(), transform, 32, 48), pixels)
+    np.testing.assert_array_equal(into(32, 48, pixels, transform), pixels)
 
 
 @pytest.mark.parametrize(
@@ -126,18 +125,18 @@ def test_pixels_of_the_right_size_are_untouched(size: tuple[int, int] | None) ->
 )
 def test_resampling_is_pillows_for_files_and_for_raw_pixels(name: str, resampling: Image.Resampling) -> None:
     pixels = photo(61, 90)
-    transform = preprocess.transform("none", (32, 48), name, False)
+    transform = preprocess.transform("none", (32, 48), name)
     expected = np.asarray(Image.fromarray(pixels).resize((48, 32), resampling))
     np.testing.assert_array_equal(into(32, 48, Image.fromarray(pixels), transform), expected)
-    np.testing.assert_array_equal(into(32, 48, pixels.tobytes(), transform, 61, 90), expected)
+    np.testing.assert_array_equal(into(32, 48, pixels, transform), expected)
 
 
 def test_height_and_width_are_not_mistaken_for_each_other() -> None:
     pixels = photo(32, 48)
-    transform = Transform((48, 32), "bilinear", False)
+    transform = Transform((48, 32), "bilinear")
     expected = np.asarray(Image.fromarray(pixels).resize((32, 48), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(into(48, 32, Image.fromarray(pixels), transform), expected)
-    np.testing.assert_array_equal(into(48, 32, pixels.tobytes(), transform, 32, 48), expected)
+    np.testing.assert_array_equal(into(48, 32, pixels, transform), expected)
 
 
 def test_one_pixel_is_enough_where_it_is_resized() -> None:
@@ -149,7 +148,7 @@ def test_one_pixel_is_enough_where_it_is_resized() -> None:
 def test_an_out_of_another_length_is_never_written(length: int) -> None:
     out = bytearray(b"\xa5" * length)
     with pytest.raises(ValueError, match="different structures"):
-        resize_into(Image.fromarray(photo(32, 48)), PRESETS["none"], memoryview(out))
-    with pytest.raises(ValueError, match="different structures"):
-        resize_pixels_into(photo(32, 48).tobytes(), 32, 48, PRESETS["none"], memoryview(out))
+        transform_into(Image.fromarray(photo(32, 48)), PRESETS["none"], memoryview(out))
+    with pytest.raises(ValueError, match="4608 bytes of pixels do not go into"):
+        transform_pixels_into(photo(32, 48), PRESETS["none"], memoryview(out))
     assert out == b"\xa5" * length

@@ -2,25 +2,20 @@
 
 What a request holds (its lease) is let go on every way out. One way out needs care: a caller that leaves while threads
 write pixels. The lease stays until they are through, or they would write over the request that has the range next.
-
-Images are decoded and resized by threads. Pixels that are only copied are copied in the event loop: a copy keeps the
-interpreter's lock, so in a thread it would hold the loop up all the same, and the way there and back costs more than
-the copy of an image.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from itertools import count
 
-from dinov3_server.api.convert import Query, Source, count_images, read_request
+from dinov3_server.api.convert import Query, count_images, read_request
+from dinov3_server.api.filling import Filler, Work
 from dinov3_server.api.outputs import check_answer, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
-from dinov3_server.api.status import kept
 from dinov3_server.backbone.interface import ModelInfo
 from dinov3_server.config import Settings
 from dinov3_server.engine.admission import Lease
@@ -29,11 +24,6 @@ from dinov3_server.engine.client import Engine, JobResult
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-
-# How long a thread stays with one request, so that a large one does not hold up a small one behind it.
-SLICE_SECONDS = 0.01
-# How long the event loop stays with the copies of one request.
-COPY_SECONDS = 0.001
 
 # `outcome` of dinov3_images_total, by the status that a request failed with. Expired and cancelled ones are counted
 # where they are dropped: here while they are decoded, later by the engine.
@@ -46,13 +36,6 @@ _OUTCOMES = {
 }
 
 
-class _Work(NamedTuple):
-    """One image, and the range of the arena that its pixels go to."""
-
-    source: Source
-    out: memoryview
-
-
 class Extraction:
     """What every request of a frontend goes through, whether it came alone or in a stream."""
 
@@ -61,12 +44,11 @@ class Extraction:
         self._settings = settings
         self._metrics = metrics
         self._index = index
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._filler = Filler(threads, settings.max_image_pixels, metrics)
 
     def close(self) -> None:
         """To be called when no request is left."""
-        self._pool.shutdown()
+        self._filler.close()
 
     @property
     def model(self) -> ModelInfo:
@@ -86,11 +68,11 @@ class Extraction:
             query = read_request(request, model, self._settings)
             del request  # and later `query.sources`: what was sent need not wait in memory for the device
             if query.unmeasured:
-                await asyncio.get_running_loop().run_in_executor(self._pool, query.measure)
+                await self._filler.in_thread(query.measure)
             placed = _plan(query, model, base=0)
             if not placed:
-                return self._respond(memoryview(b""), model, placed, query.failures, pb.Timings(), message_id)
-            check_answer([one.block for one in placed], model, self._settings.max_message_bytes)
+                return self._respond(memoryview(b""), model, query, placed, pb.Timings(), message_id)
+            check_answer([one.block for one in placed], model, query.fingerprint, self._settings.max_message_bytes)
             lease = self._engine.reserve(sum(one.block.count for one in placed), placed[-1].block.end)
             try:
                 return await self._extract(query, model, lease, deadline, message_id)
@@ -107,13 +89,14 @@ class Extraction:
         placed = _plan(query, model, base=lease.offset)
         failures = query.failures
         started = time.perf_counter()
-        await self._fill(_works(query, placed, lease.memory), failures, deadline)
+        await self._filler.fill(_works(query, placed, lease.memory), failures, deadline)
         decode_seconds = time.perf_counter() - started
         query.sources.clear()
 
         results = await self._run(lease, placed, failures, deadline, query.bulk)
-        for (_, images), result in zip(placed, results, strict=True):
-            failures |= {images[row]: error for row, error in result.failed.items()}
+        for one, result in zip(placed, results, strict=True):
+            for row, error in result.failed.items():
+                failures.setdefault(one.images[row], error)
         timings = pb.Timings(
             decode_seconds=decode_seconds,
             queue_seconds=max(result.queue_seconds for result in results),
@@ -121,57 +104,7 @@ class Extraction:
             batch_images=max(result.batch_images for result in results),
             batches=sum(result.batches for result in results),
         )
-        return self._respond(lease.memory, model, placed, failures, timings, message_id)
-
-    async def _fill(self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None) -> None:
-        """Pixels of all `works` into the arena. Returns or raises when no thread writes any more."""
-        images = len(works)
-        try:
-            if all(work.source.quick for work in works):
-                await self._copy(works, failures, deadline)
-            else:
-                lanes = range(min(self._threads, images))
-                await _finish([asyncio.create_task(self._lane(works, failures, deadline)) for _ in lanes], works)
-        except asyncio.CancelledError:
-            self._metrics.images.inc("cancelled", value=images)
-            raise
-        if deadline is not None and time.monotonic() >= deadline:
-            self._metrics.images.inc("expired", value=images)
-            raise DeadlineExceeded("the deadline passed while the images of the request were being decoded")
-
-    async def _copy(self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None) -> None:
-        self._write_some(works, failures, deadline, COPY_SECONDS)
-        while works:
-            await asyncio.sleep(0)
-            self._write_some(works, failures, deadline, COPY_SECONDS)
-
-    async def _lane(self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None) -> None:
-        loop = asyncio.get_running_loop()
-        while works:
-            await loop.run_in_executor(self._pool, self._write_some, works, failures, deadline, SLICE_SECONDS)
-
-    def _write_some(
-        self, works: deque[_Work], failures: dict[int, ServingError], deadline: float | None, seconds: float
-    ) -> None:
-        """For about `seconds`, an image at least. Threads run it several at a time on the same `works`."""
-        now = time.monotonic()
-        end = now + seconds
-        while True:
-            if deadline is not None and now >= deadline:
-                works.clear()
-            try:
-                source, out = works.popleft()
-            except IndexError:
-                return
-            assert source.write is not None, "a failed image has no work"
-            try:
-                source.write(out)
-            except Exception as error:
-                failures[source.image] = kept(error)
-            before, now = now, time.monotonic()
-            self._metrics.stage_seconds.observe(now - before, "decode")
-            if now >= end:
-                return
+        return self._respond(lease.memory, model, query, placed, timings, message_id)
 
     async def _run(
         self,
@@ -182,9 +115,9 @@ class Extraction:
         bulk: bool,
     ) -> list[JobResult]:
         runs = []
-        for block, images in placed:
-            rows = [row for row, image in enumerate(images) if image not in failures]
-            runs.append(self._engine.run(lease, block, rows, deadline, bulk))
+        for one in placed:
+            rows = [row for row, image in enumerate(one.images) if image not in failures]
+            runs.append(self._engine.run(lease, one.block, rows, deadline, bulk))
         if len(runs) == 1:
             return [await runs[0]]
         try:
@@ -198,17 +131,18 @@ class Extraction:
         self,
         memory: memoryview,
         model: ModelInfo,
+        query: Query,
         placed: Sequence[PlacedBlock],
-        failures: dict[int, ServingError],
         timings: pb.Timings,
         message_id: int | None,
     ) -> bytes:
         started = time.perf_counter()
-        for block, images in placed:
-            for row, image in enumerate(images):
+        failures = query.failures
+        for one in placed:
+            for row, image in enumerate(one.images):
                 if image in failures:
-                    _zero(memory, block, row)
-        pieces = response_pieces(memory, model, placed, failures, timings, self._index)
+                    _zero(memory, one.block, row)
+        pieces = response_pieces(memory, model, placed, failures, timings, self._index, query.fingerprint)
         if message_id is not None:
             pieces = stream_answer(message_id, pieces)
         answer = b"".join(pieces)
@@ -216,53 +150,45 @@ class Extraction:
         if len(answer) > limit:  # the errors of many images can take it there
             raise too_large(f"{len(answer)} bytes, with the errors of {len(failures)} images", limit)
         self._metrics.stage_seconds.observe(time.perf_counter() - started, "respond")
-        self._count(placed, failures)
+        self._count(query)
         return answer
 
-    def _count(self, placed: Sequence[PlacedBlock], failures: dict[int, ServingError]) -> None:
-        good = sum(image not in failures for _, images in placed for image in images)
-        invalid = sum(isinstance(error, InvalidInput) for error in failures.values())
-        for outcome, images in (("ok", good), ("invalid", invalid), ("failed", len(failures) - invalid)):
-            if images:
-                self._metrics.images.inc(outcome, value=images)
-
-
-async def _finish(lanes: Sequence[asyncio.Task[None]], works: deque[_Work]) -> None:
-    """Wait for all lanes, also where the waiting task is cancelled: then they only end what they have begun."""
-    cancelled: asyncio.CancelledError | None = None
-    pending = set(lanes)
-    while pending:
-        try:
-            _, pending = await asyncio.wait(pending)
-        except asyncio.CancelledError as error:
-            works.clear()
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    for lane in lanes:
-        lane.result()
+    def _count(self, query: Query) -> None:
+        outcomes = Counter[str]()
+        for image, rows in enumerate(query.counts):
+            error = query.failures.get(image)
+            outcome = "ok" if error is None else "invalid" if isinstance(error, InvalidInput) else "failed"
+            outcomes[outcome] += rows
+        for outcome, rows in outcomes.items():
+            self._metrics.images.inc(outcome, value=rows)
 
 
 def _plan(query: Query, model: ModelInfo, base: int) -> list[PlacedBlock]:
     """A block a shape, one behind the other from `base` on."""
     placed = []
-    for shape, sources in query.by_shape().items():
-        block = Block.plan(model, shape, len(sources), query.spec, base)
-        placed.append(PlacedBlock(block, [source.image for source in sources]))
+    for shape, rows in query.by_shape().items():
+        block = Block.plan(model, shape, len(rows), query.spec, base)
+        images, views = zip(*rows, strict=True)
+        placed.append(PlacedBlock(block, images, views if query.has_views else ()))
         base = block.end
     return placed
 
 
-def _works(query: Query, placed: Sequence[PlacedBlock], memory: memoryview) -> deque[_Work]:
-    works: deque[_Work] = deque()
-    for (block, _), sources in zip(placed, query.by_shape().values(), strict=True):
-        for row, source in enumerate(sources):
-            if source.write is not None:
-                start = block.row_pixels(row)
-                works.append(_Work(source, memory[start : start + block.shape.nbytes]))
+def _works(query: Query, placed: Sequence[PlacedBlock], memory: memoryview) -> list[Work]:
+    """For all images that have not failed. Rows take the places of their block in the order of the request."""
+    pixels = {one.block.shape: count(one.block.pixels, one.block.shape.nbytes) for one in placed}
+    works = []
+    for source in query.sources:
+        outs = []
+        for row in source.rows:
+            if row.shape is not None:
+                start = next(pixels[row.shape])
+                outs.append(memory[start : start + row.shape.nbytes])
+        if source.image not in query.failures:
+            works.append(Work(source, outs))
     return works
 
 
 def _zero(memory: memoryview, block: Block, row: int) -> None:
-    for start, nbytes in zip(block.row_outputs(row), block.strides, strict=True):
+    for start, nbytes in zip(block.row_sections(row), block.strides, strict=True):
         memory[start : start + nbytes] = bytes(nbytes)

@@ -1,4 +1,4 @@
-"""RGB pictures of any size to the model's input pixels: presets, size rules and resampling by Pillow.
+"""RGB pictures of any size to the model's input pixels: presets, size rules, and crop, resampling and flip by Pillow.
 
 The result is uint8; mean and std are applied on the device. `docs/preprocessing.md` states how near it comes to
 upstream's transform.
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
+import numpy as np
+import numpy.typing as npt
 import PIL
 from PIL import Image, features
 
@@ -33,30 +35,45 @@ PREPROCESSING_ID = f"pillow-{PIL.__version__}/libjpeg-turbo-{features.version_fe
 _DINOV2_PATCH = 14
 
 
+class Box(NamedTuple):
+    """A rectangle of a picture, in pixels: the numbers of torchvision's RandomResizedCrop.get_params, in its order."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """What is to be done with every image of a request.
+    """What is to be done with a picture: cropped, then resized, then flipped, in Pillow's words
+    `image.crop(...).resize(size, interpolation).transpose(FLIP_LEFT_RIGHT)`.
 
-    `size` is (height, width) of the model's input in pixels; None leaves images as they are. The aspect ratio is not
-    kept and nothing is cropped, as in upstream's transform. All filters but "nearest" widen with the scale when they
-    shrink an image (antialias).
+    `size` is (height, width) of the model's input in pixels; None leaves what is left of the picture as it is. The
+    aspect ratio is not kept, and nothing is cropped unless a view asks for it, as in upstream's transform. All filters
+    but "nearest" widen with the scale when they shrink an image (antialias).
     """
 
     size: tuple[int, int] | None
     interpolation: Interpolation
-    apply_exif_orientation: bool
+    crop: Box | None = None
+    flip: bool = False
+
+    def resizes(self, height: int, width: int) -> bool:
+        """Whether more is to be done than to copy, with a picture of that size."""
+        return self.size not in (None, self.crop[2:] if self.crop else (height, width))
 
 
 PRESETS: Mapping[str, Transform] = MappingProxyType(
     {
-        "dinov3": Transform((256, 256), "bilinear", apply_exif_orientation=False),
-        "hf": Transform((224, 224), "bilinear", apply_exif_orientation=False),
-        "none": Transform(None, "bilinear", apply_exif_orientation=False),
+        "dinov3": Transform((256, 256), "bilinear"),
+        "hf": Transform((224, 224), "bilinear"),
+        "none": Transform(None, "bilinear"),
     }
 )
 
 
-def transform(preset: str, size: tuple[int, int] | None, interpolation: str | None, exif: bool) -> Transform:
+def transform(preset: str, size: tuple[int, int] | None, interpolation: str | None) -> Transform:
     """`preset` with its size (height, width) and interpolation replaced where they are given.
 
     Raises InvalidInput for a preset or interpolation that does not exist. Whether the model can take the size is
@@ -78,7 +95,6 @@ def transform(preset: str, size: tuple[int, int] | None, interpolation: str | No
         base,
         size=size or base.size,
         interpolation=cast("Interpolation", interpolation or base.interpolation),
-        apply_exif_orientation=exif,
     )
 
 
@@ -102,24 +118,60 @@ def _nearest(value: int, patch: int) -> str:
     return f"{below} or {below + patch}" if below > 0 else str(patch)
 
 
-def resize_into(image: Image.Image, transform: Transform, out: memoryview) -> None:
-    """Write `image` (mode RGB) into `out` as [H, W, 3] uint8, resized to `transform.size` where that is set.
+def check_box(box: Box, picture: tuple[int, int] | None, field: str) -> None:
+    """Raises InvalidInput, naming `field`, unless `box` has pixels and lies within a picture of that (height, width).
 
-    `out` is contiguous bytes, exactly H * W * 3 of them.
+    None: its size is not known yet, and any will do.
     """
-    if transform.size is not None:
+    top, left, box_height, box_width = box
+    given = f"the crop box with top {top}, left {left}, height {box_height}, width {box_width}"
+    if not (box_height > 0 and box_width > 0):
+        raise InvalidInput(f"{given} has no pixels: its height and width must be at least 1", field=field)
+    if picture is None:
+        return
+    height, width = picture
+    ends = (("top + height", top + box_height, height), ("left + width", left + box_width, width))
+    beyond = [f"{name} is {end}, allowed are up to {most}" for name, end, most in ends if end > most]
+    if beyond:
+        raise InvalidInput(
+            f"{given} reaches beyond the picture, which is {height}x{width} (height x width): {' and '.join(beyond)}",
+            field=field,
+        )
+
+
+def transform_into(image: Image.Image, transform: Transform, out: memoryview) -> None:
+    """Write `image` (mode RGB) into `out` as [H, W, 3] uint8, as `transform` has it.
+
+    `out` is contiguous bytes, exactly H * W * 3 of them. The box to crop must lie within the image (`check_box`).
+    """
+    if transform.crop is not None:
+        top, left, height, width = transform.crop
+        image = image.crop((left, top, left + width, top + height))
+    if transform.resizes(image.height, image.width):
+        assert transform.size is not None
         height, width = transform.size
-        if image.size != (width, height):
-            image = image.resize((width, height), _RESAMPLING[transform.interpolation])
+        # Of the cropped image. `resize(box=...)` would take pixels from around the box into those at its borders.
+        image = image.resize((width, height), _RESAMPLING[transform.interpolation])
+    if transform.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     out[:] = image.tobytes()
 
 
-def resize_pixels_into(
-    pixels: memoryview | bytes, height: int, width: int, transform: Transform, out: memoryview
-) -> None:
-    """The same for raw pixels, [height, width, 3] uint8 RGB of exactly that many bytes."""
-    if transform.size in (None, (height, width)):
-        out[:] = pixels
-    else:
+def transform_pixels_into(pixels: npt.NDArray[np.uint8], transform: Transform, out: memoryview) -> None:
+    """The same for raw pixels, [H, W, 3] RGB. Where nothing is to be resized, they are only copied."""
+    if transform.crop is not None:
+        top, left, height, width = transform.crop
+        pixels = pixels[top : top + height, left : left + width]
+    if transform.resizes(*pixels.shape[:2]):
         # One pass over the pixels that cannot be saved: Pillow resamples four bytes a pixel.
-        resize_into(Image.frombytes("RGB", (width, height), pixels), transform, out)
+        image = Image.fromarray(pixels)
+        transform_into(image, replace(transform, crop=None), out)
+        return
+    if len(out) != pixels.size:
+        raise ValueError(f"{pixels.size} bytes of pixels do not go into {len(out)}")
+    to = np.frombuffer(out, np.uint8).reshape(pixels.shape)
+    if transform.flip:
+        for channel in range(3):  # four times as fast as all at once, whose inner loop would be three bytes long
+            to[..., channel] = pixels[:, ::-1, channel]
+    else:
+        to[...] = pixels

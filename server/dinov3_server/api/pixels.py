@@ -1,0 +1,58 @@
+"""Tensors of pixels in a request, checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov3_server.backbone.interface import PixelFormat, PixelShape
+from dinov3_server.errors import InvalidInput
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+_PIXEL_FORMATS: dict[pb.DataType, PixelFormat] = {pb.DATA_TYPE_UINT8: "uint8", pb.DATA_TYPE_FLOAT32: "float32"}
+_MOST_AXES = 8  # that an error message shows
+
+
+class Pixels(NamedTuple):
+    """Of `images` images of one size: [H, W, 3] uint8 each, or [3, H, W] float32."""
+
+    format: PixelFormat
+    images: int
+    height: int
+    width: int
+    data: bytes | memoryview
+
+
+def read_pixels(tensor: pb.Tensor, field: str, packed: bool = False) -> Pixels:
+    """The pixels of `tensor`, of one image or of N packed ones. Raises InvalidInput unless it is exactly that."""
+    layouts = ("[N, H, W, 3]", "[N, 3, H, W]") if packed else ("[H, W, 3]", "[3, H, W]")
+    allowed = f"allowed are DATA_TYPE_UINT8 as {layouts[0]} and DATA_TYPE_FLOAT32 as {layouts[1]}"
+    if tensor.dtype not in _PIXEL_FORMATS:
+        known = tensor.dtype in pb.DataType.values()
+        given = pb.DataType.Name(tensor.dtype) if known else str(tensor.dtype)
+        raise InvalidInput(f"pixels cannot be {given}; {allowed}", field=f"{field}.dtype")
+    format = _PIXEL_FORMATS[tensor.dtype]
+    channels_last = format == "uint8"
+    axes = list(tensor.shape[:_MOST_AXES])
+    images, *image = axes if packed else (1, *axes)
+    if len(tensor.shape) != 3 + packed or image[2 if channels_last else 0] != 3 or min(axes) < 1:
+        raise InvalidInput(
+            f"{pb.DataType.Name(tensor.dtype)} pixels of shape {axes}; {allowed}", field=f"{field}.shape"
+        )
+    height, width = image[:2] if channels_last else image[1:]
+    data, expected = tensor.data, images * PixelShape(height, width, format).nbytes
+    if len(data) != expected:
+        raise InvalidInput(
+            f"{format} pixels of shape {axes} are {expected} bytes; {len(data)} were sent", field=f"{field}.data"
+        )
+    return Pixels(format, images, height, width, data)
+
+
+def copy_floats(data: bytes | memoryview, field: str, out: memoryview) -> None:
+    """Raises InvalidInput, naming `field`, where the float32 `data` are not all finite."""
+    values = np.frombuffer(data, "<f4")
+    finite = int(np.count_nonzero(np.isfinite(values)))
+    if finite < values.size:
+        raise InvalidInput(f"{values.size - finite} of {values.size} pixel values are NaN or infinite", field=field)
+    out[:] = data

@@ -1,0 +1,266 @@
+"""The images of an ExtractRequest, checked: which rows each brings, and how their pixels come into an arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov3_server.api.outputs import enum_of
+from dinov3_server.api.pixels import Pixels, copy_floats, read_pixels
+from dinov3_server.api.status import kept
+from dinov3_server.backbone.interface import ModelInfo, PixelFormat, PixelShape
+from dinov3_server.config import Settings
+from dinov3_server.errors import InvalidInput, ServingError
+from dinov3_server.images.decode import decode, probe
+from dinov3_server.images.preprocess import (
+    Box,
+    Interpolation,
+    Transform,
+    check_box,
+    check_size,
+    transform,
+    transform_into,
+    transform_pixels_into,
+)
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+_PRESETS = {pb.PRESET_DINOV3: "dinov3", pb.PRESET_HF: "hf", pb.PRESET_NONE: "none"}
+_INTERPOLATIONS: dict[pb.Interpolation, Interpolation | None] = {
+    pb.INTERPOLATION_UNSPECIFIED: None,
+    pb.INTERPOLATION_NEAREST: "nearest",
+    pb.INTERPOLATION_BILINEAR: "bilinear",
+    pb.INTERPOLATION_BICUBIC: "bicubic",
+    pb.INTERPOLATION_LANCZOS: "lanczos",
+}
+
+
+class Row(NamedTuple):
+    """One row of features: of an image as a whole, or of one of its views.
+
+    `field` names it in errors. `shape` is None where only the file's header tells it; where the image has failed
+    before that was read, there is no such row.
+    """
+
+    view: int
+    field: str
+    transform: Transform
+    shape: PixelShape | None
+
+
+class Source(NamedTuple):
+    """One image on its way to its rows.
+
+    `write` is given the ranges of the arena for the pixels of `rows`, and fills them from any thread, a row a step; it
+    raises InvalidInput where the image is at fault. Each step tells how many pixels of a decoded picture it holds until
+    the next. None: the image failed already. `quick` says that all it does is to copy, and to check what it copies:
+    about a tenth of a millisecond a megabyte, a third where it is flipped. `measure` tells `rows` with their shapes
+    where the file's header must be read for them, with the same errors.
+    """
+
+    image: int
+    rows: tuple[Row, ...]
+    write: Callable[[Sequence[memoryview]], Iterator[int]] | None
+    measure: Callable[[], tuple[Row, ...]] | None = None
+    quick: bool = False
+
+
+class SourceReader:
+    """Collects the sources of a request's images, and the `failures` of some by their index."""
+
+    def __init__(self, preprocessing: pb.Preprocessing, model: ModelInfo, settings: Settings) -> None:
+        self.sources: list[Source] = []
+        self.failures: dict[int, ServingError] = {}
+        self._settings = settings
+        self._exif = preprocessing.apply_exif_orientation
+        self._input_shape = partial(_input_shape, model, settings.max_batch_tokens)
+        given = preprocessing.size
+        self._size = (given.height, given.width) if preprocessing.HasField("size") else None
+        self._transform = transform(
+            enum_of(pb.Preset, _PRESETS, preprocessing.preset or pb.PRESET_DINOV3, "preprocessing.preset"),
+            self._size,
+            enum_of(pb.Interpolation, _INTERPOLATIONS, preprocessing.interpolation, "preprocessing.interpolation"),
+        )
+        # Of every file, uint8 tensor and view, unless each has its own.
+        self._shape: PixelShape | None = None
+        if self._transform.size:
+            field = "preprocessing.size" if self._size else "preprocessing.preset"
+            self._shape = self._input_shape(*self._transform.size, "uint8", field)
+
+    def read_list(self, images: Sequence[pb.Image]) -> None:
+        views = any(image.views for image in images)
+        self._check_count(sum(map(count_rows, images)), "images", " (each view counts as one)" if views else "")
+        for index, image in enumerate(images):
+            self.sources.append(self._read_image(index, image))
+
+    def read_packed(self, tensor: pb.Tensor) -> None:
+        self._check_count(tensor.shape[0] if len(tensor.shape) == 4 else 1, "pixels.shape")
+        pixels = read_pixels(tensor, "pixels", packed=True)
+        rows = (self._whole("pixels", pixels),)
+        each = memoryview(pixels.data)
+        nbytes = len(each) // pixels.images
+        for index in range(pixels.images):
+            one = pixels._replace(data=each[index * nbytes : (index + 1) * nbytes])
+            self.sources.append(_pixel_source(index, "pixels", one, rows))
+
+    def _check_count(self, count: int, field: str, how: str = "") -> None:
+        most = self._settings.max_images_per_request
+        if not 1 <= count <= most:
+            raise InvalidInput(f"{count} images in one request{how}; allowed are 1 to {most}", field=field)
+
+    @contextmanager
+    def _failing(self, index: int) -> Iterator[None]:
+        """InvalidInput fails the image alone. Its first error is the one that is told."""
+        try:
+            yield
+        except InvalidInput as error:
+            self.failures.setdefault(index, kept(error))
+
+    def _read_image(self, index: int, image: pb.Image) -> Source:
+        field = f"images[{index}]"
+        source = image.WhichOneof("source")
+        rows = tuple(Row(view, field, self._transform, None) for view in range(count_rows(image)))
+        pixels: Pixels | None = None
+        with self._failing(index):
+            if source is None:
+                raise InvalidInput("the image is empty: set encoded (an image file) or pixels (a tensor)", field=field)
+            if source == "pixels":
+                pixels = read_pixels(image.pixels, f"{field}.pixels")
+        if image.pixels.dtype == pb.DATA_TYPE_FLOAT32:  # its own input size; where it is of no use it has no row
+            with self._failing(index):
+                if image.views:
+                    raise InvalidInput(
+                        "float pixels have no views, as they are never resized: send uint8 pixels or an image file",
+                        field=f"{field}.views",
+                    )
+                if pixels:
+                    rows = (self._whole(f"{field}.pixels", pixels),)
+        elif image.views:
+            rows = tuple(self._view(index, row, view, pixels) for row, view in zip(rows, image.views, strict=True))
+        else:
+            with self._failing(index):
+                rows = (self._whole(f"{field}.{source}" if source else field, pixels),)
+        if index in self.failures:
+            return Source(index, rows, write=None)
+        if pixels:
+            return _pixel_source(index, f"{field}.pixels", pixels, rows)
+        return self._file_source(index, f"{field}.encoded", image.encoded, rows)
+
+    def _whole(self, field: str, pixels: Pixels | None) -> Row:
+        """Of an image without views; `pixels` None for a file."""
+        shape = self._shape
+        if pixels and pixels.format == "float32":
+            if self._size and self._size != (pixels.height, pixels.width):
+                raise InvalidInput(
+                    f"float pixels are never resized: these are {pixels.height}x{pixels.width}, preprocessing.size is "
+                    f"{self._size[0]}x{self._size[1]}; leave it out or send uint8 pixels",
+                    field=f"{field}.shape",
+                )
+            shape = None
+        if pixels and not shape:
+            shape = self._input_shape(pixels.height, pixels.width, pixels.format, f"{field}.shape")
+        return Row(0, field, self._transform, shape)
+
+    def _view(self, index: int, row: Row, view: pb.View, pixels: Pixels | None) -> Row:
+        """`row` as `view` has it; without a shape where that is at fault."""
+        row = row._replace(field=f"{row.field}.views[{row.view}]")
+        box, given = view.crop, view.size
+        crop = Box(box.top, box.left, box.height, box.width) if view.HasField("crop") else None
+        size = (given.height, given.width) if view.HasField("size") else None
+        picture = (pixels.height, pixels.width) if pixels else None
+        how = self._transform
+        with self._failing(index):
+            row = row._replace(shape=self._view_shape(row.field, size, crop, picture))
+            if crop:
+                check_box(crop, picture, f"{row.field}.crop")
+            filter = enum_of(pb.Interpolation, _INTERPOLATIONS, view.interpolation, f"{row.field}.interpolation")
+            how = Transform(size or how.size, filter or how.interpolation, crop, view.horizontal_flip)
+        return row._replace(transform=how)
+
+    def _view_shape(
+        self, field: str, size: tuple[int, int] | None, crop: Box | None, picture: tuple[int, int] | None
+    ) -> PixelShape | None:
+        """None where the whole of a file's picture is asked for as it is."""
+        if size:
+            return self._input_shape(*size, "uint8", f"{field}.size")
+        if self._shape:
+            return self._shape
+        if crop:
+            check_box(crop, None, f"{field}.crop")
+            return self._input_shape(crop.height, crop.width, "uint8", f"{field}.crop")
+        return self._input_shape(*picture, "uint8", field) if picture else None
+
+    def _file_source(self, index: int, field: str, data: bytes, rows: tuple[Row, ...]) -> Source:
+        most, exif, shape_of = self._settings.max_image_pixels, self._exif, self._input_shape
+
+        def write(outs: Sequence[memoryview]) -> Iterator[int]:
+            with _at(field):
+                image = decode(data, max_pixels=most, apply_exif_orientation=exif)
+            for row in rows:
+                if row.transform.crop:
+                    check_box(row.transform.crop, (image.height, image.width), f"{row.field}.crop")
+            for row, out in zip(rows, outs, strict=True):
+                transform_into(image, row.transform, out)
+                yield image.height * image.width
+
+        def measure() -> tuple[Row, ...]:
+            with _at(field):
+                size = probe(data, max_pixels=most, apply_exif_orientation=exif)
+            return tuple(row if row.shape else row._replace(shape=shape_of(*size, "uint8", row.field)) for row in rows)
+
+        return Source(index, rows, write, None if all(row.shape for row in rows) else measure)
+
+
+def count_rows(image: pb.Image) -> int:
+    """A row for each view, or one for the whole."""
+    return len(image.views) or 1
+
+
+def _pixel_source(index: int, field: str, pixels: Pixels, rows: tuple[Row, ...]) -> Source:
+    if pixels.format == "float32":
+        return Source(index, rows, partial(_write_floats, pixels, f"{field}.data"), quick=True)
+    quick = not any(row.transform.resizes(pixels.height, pixels.width) for row in rows)
+    return Source(index, rows, partial(_write_pixels, pixels, rows), quick=quick)
+
+
+# These hold nothing but what the request brought.
+
+
+def _write_pixels(pixels: Pixels, rows: Sequence[Row], outs: Sequence[memoryview]) -> Iterator[int]:
+    picture = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
+    for row, out in zip(rows, outs, strict=True):
+        transform_pixels_into(picture, row.transform, out)
+        yield 0
+
+
+def _write_floats(pixels: Pixels, field: str, outs: Sequence[memoryview]) -> Iterator[int]:
+    for out in outs:
+        copy_floats(pixels.data, field, out)
+        yield 0
+
+
+def _input_shape(model: ModelInfo, most: int, height: int, width: int, format: PixelFormat, field: str) -> PixelShape:
+    """Raises InvalidInput, naming `field`, for what the model or a batch cannot take."""
+    check_size(height, width, model.patch_size, field)
+    shape = PixelShape(height, width, format)
+    tokens = model.tokens(shape)
+    if tokens > most:
+        raise InvalidInput(
+            f"an image of {height}x{width} is {tokens} tokens (CLS, registers and patches); allowed are {most} "
+            "(--max-batch-tokens): send it smaller",
+            field=field,
+        )
+    return shape
+
+
+@contextmanager
+def _at(field: str) -> Iterator[None]:
+    """Errors of the images' own code learn which field of the request they are about."""
+    try:
+        yield
+    except InvalidInput as error:
+        error.field = error.field or field
+        raise
