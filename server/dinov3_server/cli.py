@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from dinov3_server import __version__, config, log
+from dinov3_server import __version__, config, config_load, log
 from dinov3_server.backbone import registry
 from dinov3_server.backbone.registry import ConvNextVariant, Variant, VitVariant
 from dinov3_server.config import Declared, Settings
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
             sys.stdout.write(_models())
             return 0
         force = arguments.pop("force", None) is not None
-        settings, sources = config.load(arguments, os.environ)
+        settings, sources = config_load.load(arguments, os.environ)
         match command:
             case "vendor":
                 _vendor(settings, force)
@@ -188,7 +188,7 @@ def _parse(argv: Sequence[str]) -> dict[str, str]:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         what = unknown[0].partition("=")[0]
-        near = config.nearest(what, flags[arguments.command], "--")
+        near = config_load.nearest(what, flags[arguments.command], "--")
         parser.exit(
             2, f"{parser.prog}: unknown argument {what}{near} (see `{parser.prog} {arguments.command} --help`)\n"
         )
@@ -217,7 +217,7 @@ def _parser() -> tuple[_Parser, dict[str, list[str]]]:
             "environment over the file.",
             allow_abbrev=False,
         )
-        command.add_argument("--config", metavar="FILE", help=f"YAML file of settings; also {config.CONFIG_ENV}")
+        command.add_argument("--config", metavar="FILE", help=f"YAML file of settings; also {config_load.CONFIG_ENV}")
         declared = [each for each in config.SETTINGS if only is None or each.name in only or each.topic == "logging"]
         groups = {topic: command.add_argument_group(topic) for topic in dict.fromkeys(each.topic for each in declared)}
         for each in declared:

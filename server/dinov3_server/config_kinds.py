@@ -146,6 +146,21 @@ def _image_sizes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple(sizes)
 
 
+def _projections(text: str) -> tuple[tuple[str, str], ...]:
+    if text in ("", "none"):  # "" is the YAML list without items.
+        return ()
+    named = []
+    for part in text.split(","):
+        name, _, file = part.strip().partition("=")
+        path = Path(file)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or path.suffix not in (".npy", ".safetensors"):
+            raise ValueError
+        named.append((name, _file(file)))
+    if len(dict(named)) < len(named):
+        raise ValueError
+    return tuple(named)
+
+
 TEXT = Kind("TEXT", "a text that is not empty", _text)
 # Of a file or a place that may be a URL with secrets in it.
 SOURCE = TEXT._replace(show=without_secrets)
@@ -159,5 +174,13 @@ IMAGE_SIZES = Kind(
     f"none, or HEIGHTxWIDTH parted by commas, both multiples of {_PATCH}",
     _image_sizes,
     lambda sizes: ",".join(f"{height}x{width}" for height, width in sizes) or "none",
+    many=True,
+)
+PROJECTIONS = Kind(
+    "NAME=FILE",
+    "none, or NAME=FILE parted by commas: each NAME once, of letters, digits, - and _; each FILE a .npy or "
+    ".safetensors file that exists and can be read",
+    _projections,
+    lambda named: ",".join(f"{name}={file}" for name, file in named) or "none",
     many=True,
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dinov3_server.config import SETTINGS, Settings, load
+from dinov3_server.config import SETTINGS, Settings
+from dinov3_server.config_load import load
 from tests.config.generated import ROOT, generated
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dinov3_server import config
-from dinov3_server.config import SETTINGS, Settings, load
+from dinov3_server.config import SETTINGS, Settings
 from dinov3_server.config_kinds import without_secrets
+from dinov3_server.config_load import load, nearest
 from dinov3_server.errors import ConfigError
 
 # For each setting, a text that is not its default, and its value. "FILE" stands for a file that exists.
@@ -28,6 +28,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "dtype": ("bfloat16", "bfloat16"),
     "devices": ("cpu,cuda:0,cuda:11", ("cpu", "cuda:0", "cuda:11")),
     "warm_up_sizes": ("384x512,16x16", ((384, 512), (16, 16))),
+    "projections": ("p64=FILE,P_2-b=FILE", (("p64", "FILE"), ("P_2-b", "FILE"))),
     "home": ("/srv/dinov3", "/srv/dinov3"),
     "offline": ("yes", True),
     "weights_url": ("https://example.org/w.pth", "https://example.org/w.pth"),
@@ -62,9 +63,16 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
 
 @pytest.fixture
 def existing(tmp_path: Path) -> str:
-    path = tmp_path / "secret"
+    path = tmp_path / "secret.npy"
     path.write_text("x")
     return str(path)
+
+
+def named(value: Any, existing: str) -> Any:
+    """A value of EXAMPLES, with the file that exists."""
+    if isinstance(value, tuple):
+        return tuple(named(part, existing) for part in value)
+    return existing if value == "FILE" else value
 
 
 def yaml_file(folder: Path, text: str) -> dict[str, str]:
@@ -90,7 +98,7 @@ def test_every_setting_from_every_source(source: str, existing: str, tmp_path: P
         lines = "".join(f"{name}: {text}\n" for name, text in texts.items())
         settings, sources = load(yaml_file(tmp_path, lines), {})
     for line, (name, (_, value)) in enumerate(EXAMPLES.items(), start=1):
-        assert getattr(settings, name) == (existing if value == "FILE" else value)
+        assert getattr(settings, name) == named(value, existing)
         assert (
             sources[name]
             == {
@@ -167,6 +175,7 @@ def test_kinds_show_what_they_parse(existing: str) -> None:
         ("devices", "cuda:1 , cuda:0", ("cuda:1", "cuda:0")),
         ("offline", "1", True),
         ("offline", "False", False),
+        ("projections", "none", ()),
         ("port", "65535", 65535),
         ("max_queue_delay", "10", 10.0),
     ],
@@ -209,6 +218,14 @@ BAD_VALUES = [
     ("warm_up_sizes", "224x225"),
     ("warm_up_sizes", "225x224"),
     ("warm_up_sizes", "224x224,"),
+    ("projections", "p64"),
+    ("projections", "p64="),
+    ("projections", "p64=/does/not/exist.npy"),
+    ("projections", "p64=/dev/null"),
+    ("projections", "p 64=FILE"),
+    ("projections", "=FILE"),
+    ("projections", "p64=FILE,"),
+    ("projections", "p64=FILE,p64=FILE"),
     ("token_file", "/does/not/exist"),
     ("token_file", "/"),
     ("token_file", "/dev/null"),
@@ -217,7 +234,8 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("name", "text"), BAD_VALUES)
-def test_bad_value_names_setting_source_value_and_what_is_allowed(name: str, text: str) -> None:
+def test_bad_value_names_setting_source_value_and_what_is_allowed(name: str, text: str, existing: str) -> None:
+    text = text.replace("FILE", existing)
     allowed = next(declared.kind.allowed for declared in SETTINGS if declared.name == name)
     for flags, environ, source in (
         ({name: text}, {}, f"flag --{name.replace('_', '-')}"),
@@ -353,10 +371,10 @@ def test_config_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_nearest() -> None:
-    assert config.nearest("--prot", ["--port", "--host"]) == "; did you mean --port?"
-    assert config.nearest("--frobnicate", ["--port", "--host"]) == ""
-    assert config.nearest("PREFIX_ABC", ["PREFIX_XYZ"]) != ""
-    assert config.nearest("PREFIX_ABC", ["PREFIX_XYZ"], "PREFIX_") == ""
+    assert nearest("--prot", ["--port", "--host"]) == "; did you mean --port?"
+    assert nearest("--frobnicate", ["--port", "--host"]) == ""
+    assert nearest("PREFIX_ABC", ["PREFIX_XYZ"]) != ""
+    assert nearest("PREFIX_ABC", ["PREFIX_XYZ"], "PREFIX_") == ""
 
 
 @pytest.mark.parametrize(

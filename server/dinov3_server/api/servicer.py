@@ -104,6 +104,7 @@ class FeatureService:
             frontend=self._index,
             server_version=self._version,
             certificate=_certificate(model.certificate),
+            projections=[pb.Projection(**projection._asdict()) for projection in model.projections],
         ).SerializeToString()
 
     def _check_open(self) -> None:

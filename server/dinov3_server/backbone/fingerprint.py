@@ -30,7 +30,7 @@ def fingerprint(checkpoint: Checkpoint, *, dtype: str, preprocessing: str, backb
         tensors[PERIODS] = checkpoint.periods
     # hashlib and torch let go of the GIL on large buffers; each thread holds one tensor in fp32 at a time.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = dict(zip(tensors, pool.map(_digest, tensors.values()), strict=True))
+        digests = dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
     identity = {
         "backbone": backbone,
         "dtype": dtype,
@@ -43,8 +43,9 @@ def fingerprint(checkpoint: Checkpoint, *, dtype: str, preprocessing: str, backb
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """sha256 of its shape and its values in little-endian fp32."""
     values = tensor.to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False)
-    digest = hashlib.sha256(f"{values.shape}".encode())
-    digest.update(values.reshape(-1).data)
-    return digest.hexdigest()
+    hashed = hashlib.sha256(f"{values.shape}".encode())
+    hashed.update(values.reshape(-1).data)
+    return hashed.hexdigest()

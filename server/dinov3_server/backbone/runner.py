@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from dinov3_server.backbone.interface import (
     TokenKind,
 )
 from dinov3_server.backbone.model import Model, our_model
+from dinov3_server.backbone.projections import read_projections
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import DATASETS, Variant, VitVariant, lookup
 from dinov3_server.backbone.rope import default_periods
@@ -54,6 +55,7 @@ def build(
     backbone: str = "ours",
     provisioned: Provisioned | None = None,
     certificates: str | None = None,
+    projections: Iterable[tuple[str, str]] = (),
 ) -> TorchRunner:
     """Load a model, compare it with Meta's code, and run it once at each shape of `warm_up`.
 
@@ -64,6 +66,7 @@ def build(
 
     `provisioned` tells where Meta's code is, and what people call the weights. `certificates` is the folder in which
     proofs are kept; where it or Meta's code is missing, nothing is compared, and the certificate says why.
+    `projections` are names and files (projections.py).
 
     Raises ConfigError, CheckpointError, UpstreamCodeError or CertificateError.
     """
@@ -76,6 +79,9 @@ def build(
     if torch_device.type == "cpu":
         torch.set_num_threads(threads)
     checkout = None if backbone == "ours" else _checkout(provisioned)
+    maps = read_projections(projections, variant.layer_dims)  # before all that takes long
+    for projection in maps:
+        logger.info("projection %s: %d channels to %d, fingerprint %s", *projection)
     seconds: dict[str, float] = {}
     step = partial(_step, seconds)
 
@@ -99,9 +105,11 @@ def build(
             mean=checkpoint.dataset.mean,
             std=checkpoint.dataset.std,
             parameters=variant.parameters,
+            projections=tuple(maps),
         )
         network = _model(checkpoint, TORCH_DTYPES[dtype], torch_device, checkout)
-        return (CudaRunner if torch_device.type == "cuda" else CpuRunner)(network, info)
+        on_device = {projection.name: linear_map.to(torch_device) for projection, linear_map in maps.items()}
+        return (CudaRunner if torch_device.type == "cuda" else CpuRunner)(network, info, on_device)
 
     claim = Claim(
         checkpoint,

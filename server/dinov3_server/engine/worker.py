@@ -369,6 +369,7 @@ def serve(start: StartWorker, control: Channel) -> None:
         backbone=settings.backbone,
         provisioned=start.provisioned,
         certificates=str(settings.home_folder / "certificates") if settings.certificate else None,
+        projections=settings.projections,
     )
     metrics = Metrics()
     info = runner.info
