@@ -31,6 +31,7 @@ from dinov3_client._features import Features, ImageFeatures, LayerFeatures
 from dinov3_client._model import Certificate, Limits, Model, OutputProof, Projection
 from dinov3_client._request import ExtractOptions, Layer, Pooling
 from dinov3_client._views import ImageViews, View
+from dinov3_client.bulk.dataset import FeatureDataset
 
 __all__ = [
     "Certificate",
@@ -38,6 +39,7 @@ __all__ = [
     "DeadlineExceeded",
     "Dinov3Error",
     "ExtractOptions",
+    "FeatureDataset",
     "Features",
     "FieldViolation",
     "ImageErrors",

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import ml_dtypes
 import numpy as np
 
 from dinov3_client import Client
@@ -35,7 +36,8 @@ def values(data: bytes, kind: str, layer: int | None = None, dtype: str = "float
     height, width = input_size(data)
     shape = {"cls": (6,), "patches": (height * width // 256, 6), "registers": (2, 6)}[kind]
     seed = int.from_bytes(hashlib.sha256(data + f"{kind}{layer}".encode()).digest()[:8], "little")
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+    found = np.random.default_rng(seed).normal(size=shape)
+    return found.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else "float32" if dtype == "int8" else dtype)
 
 
 def input_size(data: bytes) -> tuple[int, int]:
@@ -96,6 +98,19 @@ class _Features(list[Any]):
         super().__init__(images)
         self.errors = errors
         self.fingerprint = fingerprint
+        self.images = list(range(len(images)))
+
+    def at_size(self, size: tuple[int, int]) -> _Features:
+        indices = [index for index, image in enumerate(self) if getattr(image, "input_size", None) == size]
+        alike = _Features([self[index] for index in indices], {}, self.fingerprint)
+        alike.images = indices
+        return alike
+
+    def quantized(self, kind: str, layer: int | None = None) -> tuple[Array, Array]:
+        """int8 values, and float32 scales [N] or [N, tokens]."""
+        exact = np.stack([getattr(image if layer is None else image.layers[layer], kind) for image in self])
+        scales = np.float32(np.abs(exact).max(-1) / 127)
+        return np.round(exact / scales[..., np.newaxis]).astype(np.int8), scales
 
 
 class Watch:

@@ -151,7 +151,7 @@ def test_killed_anywhere_and_gone_on_is_as_if_never_killed(tmp_path: Path, scena
 def test_going_on_asks_only_for_what_is_not_committed(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Unavailable):
-        run(source, out, client=StubClient(stop=(4, Unavailable("gone"))), batch_images=2)
+        run(source, out, client=StubClient(stop=(6, Unavailable("gone"))), batch_images=2)
     client, watch = StubClient(), Watch()
     run(source, out, client=client, watch=watch)
     assert watch.begun == (6, 12)  # five rows and a failure
@@ -187,7 +187,7 @@ def test_zeros_after_the_last_commit_do_not_count(source: Path, tmp_path: Path) 
 
 def stopped(source: Path, out: Path, options: Options | None = None) -> None:
     with pytest.raises(Unavailable):
-        run(source, out, options, client=StubClient(stop=(4, Unavailable("gone"))), batch_images=2)
+        run(source, out, options, client=StubClient(stop=(6, Unavailable("gone"))), batch_images=2)
 
 
 @pytest.mark.parametrize(
@@ -363,8 +363,8 @@ def test_reading_ahead_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch)
         return read(item, most)
 
     monkeypatch.setattr(sources.Item, "read", counted)
-    with reading.Reader(sources.find([str(source)]), 0, 1000) as reader:
-        batches = reader.batches(1)
+    with reading.Reader(sources.find([str(source)]), 0, most_bytes=1000, batch_images=1) as reader:
+        batches = reader.batches()
         next(batches)
         # What was taken, 20 bytes (two files) that wait, and at most a file a thread besides.
         assert len(begun) <= 3 + 2 + reading.THREADS
@@ -372,16 +372,33 @@ def test_reading_ahead_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(begun) == 12
 
 
-def test_batches_end_at_bytes_and_images(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_end_at_images_and_bytes_of_files_and_of_features(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = sources.find([str(source)])
-    with reading.Reader(images, 2, 1000) as reader:
-        assert [len(batch) for batch in reader.batches(4)] == [4, 4, 2]
-        assert [[entry.index for entry in entries] for entries in reader.sent] == [
-            [2, 3, 4, 5], [6, 7, 8, 9], [10, 11],
-        ]  # fmt: skip
+
+    def lengths(batch_images: int, row_nbytes: int) -> list[int]:
+        with reading.Reader(images, 2, most_bytes=1000, batch_images=batch_images) as reader:
+            lengths = []
+            for batch in reader.batches():
+                lengths.append(len(batch))
+                reader.fit(row_nbytes)
+                reader.fit(1)  # the largest counts
+            entries = [[entry.index for entry in entries] for entries in reader.sent]
+        assert [len(each) for each in entries] == lengths
+        assert [index for each in entries for index in each] == list(range(2, 12))
+        return lengths
+
+    assert lengths(4, 100) == [1, 4, 4, 1]
+    assert lengths(4, 0) == [1, 4, 4, 1]
+    monkeypatch.setattr(reading, "BATCH_BYTES", 1000)
+    assert lengths(4, 334) == [1, 2, 2, 2, 2, 1]
+    assert lengths(4, 1001) == [1] * 10
     monkeypatch.setattr(reading, "BATCH_BYTES", 40)
-    with reading.Reader(images, 0, 1000) as reader:
-        batches = list(reader.batches(100))
+    with reading.Reader(images, 0, most_bytes=1000, batch_images=100) as reader:
+        reader.fit(1)
+        batches = list(reader.batches())
+    assert max(map(len, batches)) > 1
     assert all(len(batch) == 1 or sum(map(len, batch)) <= 40 for batch in batches)
     assert b"".join(b"".join(batch) for batch in batches) == b"".join(item.read() for item in images)
 

@@ -75,9 +75,9 @@ def extract(
             return journal.totals
         _check_unchanged(journal, images)
         writer = _Writer(journal, Shards(folder, options, labels), options, watch)
-        with Reader(images, journal.totals.images, most_bytes) as reader:
+        with Reader(images, journal.totals.images, most_bytes=most_bytes, batch_images=batch_images) as reader:
             answers = client.extract_many(
-                reader.batches(batch_images),
+                reader.batches(),
                 in_flight=in_flight,
                 priority=priority,
                 on_error="return",
@@ -90,7 +90,7 @@ def extract(
                             f"the server's model is another one by now: its fingerprint is {features.fingerprint}, and "
                             f"{fingerprint} was begun with"
                         )
-                    writer.take(reader.sent.popleft(), features)
+                    reader.fit(writer.take(reader.sent.popleft(), features))
             writer.finish(reader.rest)
         return journal.totals
 
@@ -109,7 +109,8 @@ class _Writer:
         self._failures: list[Line] = []
         shards.discard(journal.totals.shards)
 
-    def take(self, entries: list[Entry], features: Features) -> None:
+    def take(self, entries: list[Entry], features: Features) -> int:
+        """Add what came of a batch; the bytes of its largest row."""
         sent = [entry for entry in entries if not entry.reason]
         found = {row.entry.index: row for row in rows(sent, features, self._options)}
         reasons = {sent[image].index: error.message for image, error in features.errors.items()}
@@ -120,6 +121,7 @@ class _Writer:
             else:
                 self._add(row)
         self._watch.advance(len(entries))
+        return max((row.nbytes for row in found.values()), default=0)
 
     def finish(self, rest: list[Entry]) -> None:
         for entry in rest:

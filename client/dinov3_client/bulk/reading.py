@@ -16,6 +16,7 @@ from dinov3_client.bulk.sources import Images, Item, TooLarge
 THREADS = 4
 AHEAD_BYTES = 64 << 20
 BATCH_BYTES = 32 << 20
+"""Of a request's files, and of its features."""
 
 # What says something of this file. Anything else (a disk or a network that fails, no descriptor left) would fail the
 # next ones too: that ends the run, and a later one goes on.
@@ -42,15 +43,18 @@ class _Loaded(NamedTuple):
 class Reader:
     """Reads the images from `start` on, in order. At most AHEAD_BYTES and a file a thread wait to be taken.
 
-    A file of more than `most_bytes` fails without being read. `sent` are the entries of each batch that was taken, for
-    the one who has its answer; `rest` those after the last batch, all of them failed.
+    A file of more than `most_bytes` fails without being read. A batch has one image until `fit` has told how large
+    features are, and then up to `batch_images`. `sent` are the entries of each batch that was taken, for the one who
+    has its answer; `rest` those after the last batch, all of them failed.
     """
 
-    def __init__(self, images: Images, start: int, most_bytes: int) -> None:
+    def __init__(self, images: Images, start: int, *, most_bytes: int, batch_images: int) -> None:
         self.sent: deque[list[Entry]] = deque()
         self.rest: list[Entry] = []
         self._images = images
         self._most_bytes = most_bytes
+        self._batch_images = batch_images
+        self._row_nbytes = 0
         self._changed = threading.Condition()
         self._start = self._next = start
         self._ready: dict[int, _Loaded | BaseException] = {}
@@ -72,14 +76,18 @@ class Reader:
         for thread in self._threads:
             thread.join()
 
-    def batches(self, most_images: int) -> Iterator[list[bytes]]:
+    def fit(self, row_nbytes: int) -> None:
+        """Make batches whose features, of up to `row_nbytes` an image, have at most BATCH_BYTES."""
+        self._row_nbytes = max(self._row_nbytes, row_nbytes)
+
+    def batches(self) -> Iterator[list[bytes]]:
         """The files of each request: of at most BATCH_BYTES together, or one of more."""
         entries: list[Entry] = []
         batch: list[bytes] = []
         size = 0
         for entry, data in self._loaded():
             if not entry.reason:
-                if batch and (len(batch) == most_images or size + len(data) > BATCH_BYTES):
+                if batch and (len(batch) >= self._most_images() or size + len(data) > BATCH_BYTES):
                     self.sent.append(entries)
                     yield batch
                     entries, batch, size = [], [], 0
@@ -91,6 +99,9 @@ class Reader:
             yield batch
         else:
             self.rest = entries
+
+    def _most_images(self) -> int:
+        return max(1, min(self._batch_images, BATCH_BYTES // self._row_nbytes)) if self._row_nbytes else 1
 
     def _loaded(self) -> Iterator[_Loaded]:
         for index in range(self._start, len(self._images)):

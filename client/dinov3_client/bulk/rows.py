@@ -10,7 +10,8 @@ import numpy as np
 
 from dinov3_client._dtypes import Array, FeatureDtype
 from dinov3_client._features import Features
-from dinov3_client._request import Interpolation, Preset, TokenKind
+from dinov3_client._request import Preset, TokenKind
+from dinov3_client._views import Interpolation
 from dinov3_client.bulk.reading import Entry
 
 Format = Literal["safetensors", "npz"]
@@ -113,8 +114,9 @@ def _quantized(features: Features, options: Options) -> dict[int, dict[str, Arra
         for layer in (None, *options.layers):
             for kind in options.outputs:
                 name = kind if layer is None else f"layer{layer}_{kind}"
-                values, scales = alike.quantized(kind, layer=layer)
-                for image, value, scale in zip(alike.images, values, scales, strict=True):
+                quantized = alike.quantized(kind, layer)
+                assert quantized is not None, "asked for"
+                for image, value, scale in zip(alike.images, *quantized, strict=True):
                     # A scale of its own, as of a CLS token, is an array of no dimension.
                     found.setdefault(int(image), {}).update({name: value, name + SCALES: np.asarray(scale)})
     return found
