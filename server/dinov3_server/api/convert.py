@@ -39,12 +39,12 @@ class Query:
 
     @property
     def unmeasured(self) -> bool:
-        return any(source.measure and source.image not in self.failures for source in self.sources)
+        return any(source.measure for source in self.sources)
 
     def measure(self) -> None:
         """Read the headers of files whose size counts. Takes up to a millisecond a file."""
         for index, source in enumerate(self.sources):
-            if source.measure and source.image not in self.failures:
+            if source.measure:
                 try:
                     self.sources[index] = source._replace(rows=source.measure(), measure=None)
                 except InvalidInput as error:

@@ -113,7 +113,7 @@ class Filler:
             await loop.run_in_executor(self._pool, self._take_turn, job, SLICE_SECONDS)
 
     def _take_turn(self, job: _Job, seconds: float) -> None:
-        """For about `seconds`, a row at least."""
+        """For about `seconds`, a row at least. Of a job that is over, all that is left is dropped."""
         end = time.monotonic() + seconds
         while (work := self._next(job)) is not None:
             self._write(job, work, end)
@@ -121,18 +121,16 @@ class Filler:
                 return
 
     def _next(self, job: _Job) -> Work | None:
-        """The next work to be done; None when none is left. Of a job that is over, all are dropped."""
-        while True:
-            try:
-                work = job.works.popleft()
-            except IndexError:
-                return None
-            if work.put_aside:
-                with self._lock:
-                    self._room += work.put_aside
-                work.put_aside = 0
-            if not job.over:
-                return work
+        """None when none is left."""
+        try:
+            work = job.works.popleft()
+        except IndexError:
+            return None
+        if work.put_aside:
+            with self._lock:
+                self._room += work.put_aside
+            work.put_aside = 0
+        return work
 
     def _write(self, job: _Job, work: Work, end: float) -> None:
         """Rows of `work` up to its last; or to `end`, if it can be put back."""
