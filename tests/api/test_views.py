@@ -72,8 +72,7 @@ def with_views(image: pb.Image, views: Sequence[V]) -> pb.Image:
 
 def jpeg(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
-    smooth = Image.fromarray(pixels).resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.BOX, reducing_gap=1.0)
-    smooth.save(file, "JPEG", quality=85)
+    Image.fromarray(pixels).save(file, "JPEG", quality=85)
     return file.getvalue()
 
 
@@ -154,13 +153,13 @@ def random_views(draws: np.random.Generator, height: int, width: int) -> list[V]
         h, w = int(draws.integers(1, height + 1)), int(draws.integers(1, width + 1))
         box = int(draws.integers(0, height - h + 1)), int(draws.integers(0, width - w + 1)), h, w
         size = int(draws.choice([16, 32, 48])), int(draws.choice([16, 32]))
-        filter = pb.Interpolation.Name(int(draws.integers(0, 5)))
+        filter = pb.Interpolation.values()[int(draws.integers(5))]
         views.append(
             V(
                 box if draws.integers(4) else None,
                 bool(draws.integers(2)),
                 size if draws.integers(4) else None,
-                pb.Interpolation.Value(filter),
+                filter,
             )
         )
     return views

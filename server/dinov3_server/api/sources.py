@@ -226,9 +226,6 @@ def _pixel_source(index: int, field: str, pixels: Pixels, rows: tuple[Row, ...])
     return Source(index, rows, partial(_write_pixels, pixels, rows), quick=quick)
 
 
-# These hold nothing but what the request brought.
-
-
 def _write_pixels(pixels: Pixels, rows: Sequence[Row], outs: Sequence[memoryview]) -> Iterator[int]:
     picture = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
     for row, out in zip(rows, outs, strict=True):
