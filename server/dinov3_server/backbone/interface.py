@@ -232,7 +232,8 @@ class ModelInfo:
         for output in spec.outputs:
             wanted = spec.wanted(output)
             values = self.output_shape(wanted, shape)
-            shapes = (values, values[1:] if wanted.channels_first else values[:-1])
+            tokens = (math.prod(values[1:]),) if wanted.channels_first else values[:-1]
+            shapes = (values, tokens)
             sections += [Section(output, *section) for section in zip(wanted.section_dtypes, shapes, strict=False)]
         return tuple(sections)
 
