@@ -17,9 +17,9 @@ from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from PIL import Image
 
-from dinov3_client import Client, ImageErrors, InvalidRequest, ModelMismatch, ServerError, Unavailable
+from dinov3_client import Client, ImageErrors, InvalidRequest, ModelMismatch, Pooling, ServerError, Unavailable
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
-from dinov3_client.testing._formula import pooled, quantised
+from dinov3_client.testing._formula import _pooled, quantised
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
 
@@ -95,7 +95,7 @@ def test_pooling_is_torchs(to: tuple[int, int]) -> None:
     area = torch.nn.functional.adaptive_avg_pool2d(maps, to)
     bilinear = torch.nn.functional.interpolate(maps, to, mode="bilinear", align_corners=False)
     for method, theirs in (("area", area), ("bilinear", bilinear)):
-        ours = pooled(patches, (14, 14), to, method)  # type: ignore[arg-type]
+        ours = _pooled(patches.reshape(14, 14, 6), Pooling(to, method))  # type: ignore[arg-type]
         np.testing.assert_allclose(ours, theirs[0].flatten(1).T.numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -182,10 +182,11 @@ def test_patches_are_pooled_projected_and_laid_out(stub: Any, server: FakeServer
     layer = block.layers[0]
     for holder, options in ((block, {}), (layer, {"layer": 2, "norm": False})):
         assert (holder.grid_height, holder.grid_width) == (2, 3)
-        small = pooled(expected(pixels, "patches", **options), (4, 6), (2, 3), "bilinear")
-        np.testing.assert_allclose(
-            array(holder.patches)[0], (small @ WEIGHT.T + BIAS).reshape(2, 3, 8).transpose(2, 0, 1), rtol=1e-6
-        )
+        small = expected(pixels, "patches", pooling=Pooling((2, 3), "bilinear"), projection=(WEIGHT, BIAS), **options)
+        np.testing.assert_array_equal(array(holder.patches)[0], small.reshape(2, 3, 8).transpose(2, 0, 1))
+        whole = torch.from_numpy(expected(pixels, "patches", **options).reshape(1, 4, 6, 24)).permute(0, 3, 1, 2)
+        theirs = torch.nn.functional.interpolate(whole, (2, 3), mode="bilinear").permute(0, 2, 3, 1).reshape(6, 24)
+        np.testing.assert_allclose(small, theirs.numpy() @ WEIGHT.T + BIAS, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(array(block.cls)[0], expected(pixels, "cls"))
     np.testing.assert_array_equal(array(layer.registers)[0], expected(pixels, "registers", layer=2, norm=False))
     told = {projection.name: projection for projection in stub.GetModel(pb.GetModelRequest()).projections}

@@ -11,20 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov3_client._model import Model
+from dinov3_client._request import Pooling, PoolingMethod, TokenKind
 from dinov3_client.testing._failure import Failure, invalid
-from dinov3_client.testing._formula import Kind, Method, expected, pooled, quantised
+from dinov3_client.testing._formula import expected, quantised
 from dinov3_client.testing._images import Reader, Row, Size, enum_of
-from dinov3_client.testing._projection import Projection
+from dinov3_client.testing._projection import Linear
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-_KINDS: tuple[Kind, ...] = ("cls", "patches", "registers")
+_KINDS: tuple[TokenKind, ...] = ("cls", "patches", "registers")
 _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
     pb.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
     pb.DATA_TYPE_INT8: np.dtype("i1"),
 }
-_METHODS: dict[int, Method] = {
+_METHODS: dict[int, PoolingMethod] = {
     pb.POOLING_METHOD_UNSPECIFIED: "area",
     pb.POOLING_METHOD_AREA: "area",
     pb.POOLING_METHOD_BILINEAR: "bilinear",
@@ -42,22 +43,22 @@ class Group(NamedTuple):
 
     layer: int | None
     norm: bool
-    kinds: list[Kind]
+    kinds: list[TokenKind]
 
 
 class Outputs(NamedTuple):
     groups: list[Group]
     dtype: pb.DataType
-    pooling: tuple[Size, Method] | None
-    projection: Projection | None
+    pooling: Pooling | None
+    projection: Linear | None
     channels_first: bool
 
     def sent_grid(self, size: Size, layer: int | None, model: Model) -> tuple[int, int]:
-        return self.pooling[0] if self.pooling else _grid(size, layer, model)
+        return self.pooling.grid if self.pooling else _grid(size, layer, model)
 
 
 def answer(
-    request: pb.ExtractRequest, model: Model, projections: Mapping[str, Projection], failing: Mapping[int, Failure]
+    request: pb.ExtractRequest, model: Model, projections: Mapping[str, Linear], failing: Mapping[int, Failure]
 ) -> pb.ExtractResponse:
     """Without its frontend. `failing` images fail whatever they are. Raises Failure where the request is at fault."""
     fingerprint = _check_pins(request, model, projections)
@@ -84,7 +85,7 @@ def answer(
     return response
 
 
-def _check_pins(request: pb.ExtractRequest, model: Model, projections: Mapping[str, Projection]) -> str:
+def _check_pins(request: pb.ExtractRequest, model: Model, projections: Mapping[str, Linear]) -> str:
     """The fingerprint of the answer."""
     fingerprint = model.fingerprint
     if request.outputs.projection in projections:
@@ -102,7 +103,7 @@ def _check_pins(request: pb.ExtractRequest, model: Model, projections: Mapping[s
     return fingerprint
 
 
-def _outputs(outputs: pb.Outputs, model: Model, projections: Mapping[str, Projection]) -> Outputs:
+def _outputs(outputs: pb.Outputs, model: Model, projections: Mapping[str, Linear]) -> Outputs:
     kinds = [kind for kind in _KINDS if getattr(outputs, kind)]
     groups = [Group(None, True, kinds)] if kinds else []
     for index, entry in enumerate(outputs.layers):
@@ -120,21 +121,24 @@ def _outputs(outputs: pb.Outputs, model: Model, projections: Mapping[str, Projec
         raise invalid(f"{model.name} has no register tokens: leave registers out", "outputs.registers")
     dtype = outputs.dtype or pb.DATA_TYPE_BFLOAT16
     enum_of(pb.DataType, _DTYPES, dtype, "outputs.dtype")
-    pooling = None
-    if outputs.HasField("pooling"):
-        given = outputs.pooling
-        method = enum_of(pb.PoolingMethod, _METHODS, given.method, "outputs.pooling.method")
-        if not (given.grid_height and given.grid_width):
-            raise invalid(f"a grid of {given.grid_height}x{given.grid_width} is none", "outputs.pooling")
-        pooling = (given.grid_height, given.grid_width), method
+    pooling = _pooling(outputs.pooling, model) if outputs.HasField("pooling") else None
     channels_first = enum_of(pb.PatchLayout, _CHANNELS_FIRST, outputs.patch_layout, "outputs.patch_layout")
     projection = _projection(outputs.projection, groups, model, projections)
     return Outputs(groups, dtype, pooling, projection, channels_first)
 
 
-def _projection(
-    name: str, groups: list[Group], model: Model, projections: Mapping[str, Projection]
-) -> Projection | None:
+def _pooling(given: pb.Pooling, model: Model) -> Pooling:
+    rows, columns = given.grid_height, given.grid_width
+    for side in ("grid_height", "grid_width"):
+        if not getattr(given, side):
+            raise invalid(f"{side} is 0: a grid has at least one row and one column", f"outputs.pooling.{side}")
+    most = model.limits.max_image_tokens
+    if rows * columns > most:
+        raise invalid(f"a grid of {rows}x{columns} is over the {most} tokens of an image", "outputs.pooling")
+    return Pooling((rows, columns), enum_of(pb.PoolingMethod, _METHODS, given.method, "outputs.pooling.method"))
+
+
+def _projection(name: str, groups: list[Group], model: Model, projections: Mapping[str, Linear]) -> Linear | None:
     if not name:
         return None
     if name not in projections:
@@ -168,10 +172,21 @@ def _block(size: Size, rows: list[Row], has_views: bool, outputs: Outputs, model
     return block
 
 
-def _tensor(kind: Kind, group: Group, size: Size, rows: list[Row], outputs: Outputs, model: Model) -> pb.Tensor:
+def _tensor(kind: TokenKind, group: Group, size: Size, rows: list[Row], outputs: Outputs, model: Model) -> pb.Tensor:
     black = np.zeros((*size, 3), np.uint8)
     packed: NDArray[Any] = np.stack(
-        [_finished(kind, group, black if row.pixels is None else row.pixels, outputs, model) for row in rows]
+        [
+            expected(
+                black if row.pixels is None else row.pixels,
+                kind,
+                layer=group.layer,
+                norm=group.norm,
+                pooling=outputs.pooling,
+                projection=outputs.projection,
+                model=model,
+            )
+            for row in rows
+        ]
     )
     packed[[row.pixels is None for row in rows]] = 0
     scales = b""
@@ -183,18 +198,6 @@ def _tensor(kind: Kind, group: Group, size: Size, rows: list[Row], outputs: Outp
         packed = packed.reshape(len(rows), *grid, -1).transpose(0, 3, 1, 2)
     data = packed.astype(_DTYPES[outputs.dtype]).tobytes()
     return pb.Tensor(dtype=outputs.dtype, shape=packed.shape, data=data, scales=scales)
-
-
-def _finished(kind: Kind, group: Group, pixels: NDArray[Any], outputs: Outputs, model: Model) -> NDArray[np.float32]:
-    """Of one row, in float32."""
-    tokens = expected(pixels, kind, layer=group.layer, norm=group.norm, model=model)
-    if kind == "patches":
-        if outputs.pooling:
-            size = pixels.shape[:2] if pixels.dtype == np.uint8 else pixels.shape[1:]
-            tokens = pooled(tokens, _grid(size, group.layer, model), *outputs.pooling)
-        if outputs.projection:
-            tokens = outputs.projection(tokens)
-    return tokens
 
 
 def _grid(size: tuple[int, ...], layer: int | None, model: Model) -> tuple[int, int]:

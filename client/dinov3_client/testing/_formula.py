@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinov3_client._model import Model
+from dinov3_client._request import Pooling, TokenKind
 from dinov3_client.testing._model import MODEL
+from dinov3_client.testing._projection import GivenProjection, read_projection
 
 Array = NDArray[Any]
-Kind = Literal["cls", "patches", "registers"]
-Method = Literal["area", "bilinear"]
 
 
 def expected(
-    pixels: Array, kind: Kind, *, layer: int | None = None, norm: bool = True, model: Model = MODEL
+    pixels: Array,
+    kind: TokenKind,
+    *,
+    layer: int | None = None,
+    norm: bool = True,
+    pooling: Pooling | tuple[int, int] | None = None,
+    projection: GivenProjection | None = None,
+    model: Model = MODEL,
 ) -> NDArray[np.float32]:
     """The features that a `FakeServer` has for one model input: [D] for "cls", else [tokens, D], row by row.
 
     pixels: as the model gets them, so after crop, resize and flip: uint8 [H, W, 3], or float32 [3, H, W].
     layer: 0-based; None is the last one. norm: with the final norm.
+    pooling, projection: what becomes of patches; the projection as the FakeServer was given it.
 
     Let x be the pixels in 0..1 (float32 ones as they are), and s[p] the six numbers of a patch p (a square of
     `model.layer_strides[layer]` pixels): the means of its R, G and B, then their standard deviations. With g =
@@ -43,21 +51,23 @@ def expected(
     gain = (index + 1) / model.depth * (1 if norm else 2)
     patches: NDArray[np.float64] = gain * (statistics @ mix)
     cls: NDArray[np.float64] = patches.mean(0)
-    if kind == "patches":
-        return patches.astype(np.float32)
     if kind == "cls":
         return cls.astype(np.float32)
-    return np.outer(np.arange(1, model.register_tokens + 1), cls).astype(np.float32)
+    if kind == "registers":
+        return np.outer(np.arange(1, model.register_tokens + 1), cls).astype(np.float32)
+    tokens = patches.astype(np.float32)
+    if pooling is not None:
+        tokens = _pooled(tokens.reshape(rows, columns, -1), pooling)
+    return tokens if projection is None else read_projection(projection)(tokens)
 
 
-def pooled(
-    patches: NDArray[np.float32], grid: tuple[int, int], to: tuple[int, int], method: Method
-) -> NDArray[np.float32]:
-    """Patches [P, D] of `grid` resampled to the grid `to`, [to[0] * to[1], D]."""
-    weights = _area if method == "area" else _bilinear
-    down, across = (weights(size, cells) for size, cells in zip(grid, to, strict=True))
-    cells: Array = np.einsum("ih,jw,hwd->ijd", down, across, patches.reshape(*grid, -1), dtype=np.float64)
-    return cells.reshape(to[0] * to[1], -1).astype(np.float32)
+def _pooled(cells: NDArray[np.float32], pooling: Pooling | tuple[int, int]) -> NDArray[np.float32]:
+    """Patches [rows, columns, D] to [cells of the grid, D]."""
+    pooling = pooling if isinstance(pooling, Pooling) else Pooling(pooling)
+    weights = _area if pooling.method == "area" else _bilinear
+    down, across = (weights(size, to) for size, to in zip(cells.shape, pooling.grid, strict=False))
+    resampled: Array = np.einsum("ih,jw,hwd->ijd", down, across, cells, dtype=np.float64)
+    return resampled.reshape(-1, cells.shape[-1]).astype(np.float32)
 
 
 def quantised(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinov3_client._model import Model
 from dinov3_client.testing._failure import Failure, invalid
@@ -48,6 +49,17 @@ class Row(NamedTuple):
     """uint8 [H, W, 3] or float32 [3, H, W]; None of an image that failed."""
 
 
+class _Part(NamedTuple):
+    """A view as it was asked for, or the whole picture. `size` is None where it is not known, or at fault."""
+
+    view: int
+    field: str
+    size: Size | None
+    crop: pb.Box | None
+    filter: Image.Resampling
+    flip: bool
+
+
 def enum_of(names: EnumTypeWrapper, allowed: Mapping[int, T], value: int, field: str) -> T:
     if value in allowed:
         return allowed[value]
@@ -58,100 +70,118 @@ def enum_of(names: EnumTypeWrapper, allowed: Mapping[int, T], value: int, field:
 
 
 class Reader:
-    """Reads the images of one request. Raises Failure for what is wrong with the request as a whole."""
+    """Reads the images of one request into `rows`, image by image, and `failures` of some.
+
+    Raises Failure for what is wrong with the request as a whole.
+    """
 
     def __init__(self, preprocessing: pb.Preprocessing, model: Model) -> None:
-        self._model = model
+        self.failures: dict[int, Failure] = {}
+        self.rows: list[Row] = []
+        self._patch = model.patch_size
+        self._other_tokens = 1 + model.register_tokens
+        self._limits = model.limits
+        self._exif = preprocessing.apply_exif_orientation
         self._size = enum_of(pb.Preset, _PRESETS, preprocessing.preset, "preprocessing.preset")
+        self._filter = _filter(preprocessing.interpolation, "preprocessing.interpolation", Image.Resampling.BILINEAR)
         self._given: Size | None = None
         if preprocessing.HasField("size"):
             self._given = self._size = preprocessing.size.height, preprocessing.size.width
-        self._filter = _filter(preprocessing.interpolation, "preprocessing.interpolation")
-        self._exif = preprocessing.apply_exif_orientation
         if self._size:
-            self._check_size(self._size, "preprocessing.size" if self._given else "preprocessing.preset")
-        self.failures: dict[int, Failure] = {}
-        self.rows: list[Row] = []
+            self._checked(self._size, "preprocessing.size" if self._given else "preprocessing.preset")
 
     def read(self, request: pb.ExtractRequest) -> None:
         if bool(request.images) == request.HasField("pixels"):
             given = "both images and pixels are" if request.images else "neither images nor pixels is"
             raise invalid(f"{given} set: send one of them", "images")
-        if request.HasField("pixels"):
-            shape = request.pixels.shape
-            self._check_count(shape[0] if len(shape) == 4 else 1, "pixels.shape")
-            for index, pixels in enumerate(_array(request.pixels, "pixels", axes=4)):
-                self.rows += self._views(index, "pixels", pixels, ())
+        if request.images:
+            self._check_count(sum(max(1, len(image.views)) for image in request.images), "images")
+            for index, image in enumerate(request.images):
+                self._read_image(index, image)
             return
-        self._check_count(sum(max(1, len(image.views)) for image in request.images), "images")
-        for index, image in enumerate(request.images):
-            try:
-                self.rows += list(self._image(index, image))
-            except Failure as failure:
-                self.failures[index] = failure
-                self.rows += self._empty_rows(index, image)
+        shape = request.pixels.shape
+        self._check_count(shape[0] if len(shape) == 4 else 1, "pixels.shape")
+        for index, pixels in enumerate(_array(request.pixels, "pixels", axes=4)):
+            if pixels.dtype == np.float32:
+                self._read_floats(index, "pixels", pixels)
+            else:
+                size = self._size or self._checked(pixels.shape[:2], "pixels.shape")
+                self._read_picture(index, [_Part(0, "pixels", size, None, self._filter, False)], pixels)
 
-    def _image(self, index: int, image: pb.Image) -> Iterator[Row]:
+    def _read_image(self, index: int, image: pb.Image) -> None:
         field = f"images[{index}]"
-        match image.WhichOneof("source"):
-            case "encoded":
-                field, pixels = f"{field}.encoded", self._decoded(image.encoded, f"{field}.encoded")
-            case "pixels":
-                field, pixels = f"{field}.pixels", _array(image.pixels, f"{field}.pixels", axes=3)
-            case _:
+        pixels: Array | None = None
+        with self._failing(index):
+            if image.WhichOneof("source") is None:
                 raise invalid("the image is empty: set encoded (an image file) or pixels (a tensor)", field)
-        if image.views and pixels.dtype != np.uint8:
-            raise invalid("float pixels have no views: they are the model's input already", f"images[{index}].views")
-        return self._views(index, field, pixels, image.views)
+            if image.HasField("pixels"):
+                pixels = _array(image.pixels, f"{field}.pixels", axes=3)
+        if image.pixels.dtype == pb.DATA_TYPE_FLOAT32:
+            with self._failing(index):
+                if image.views:
+                    raise invalid("float pixels have no views: they are the model's input already", f"{field}.views")
+            if pixels is not None and index not in self.failures:
+                with self._failing(index):
+                    self._read_floats(index, f"{field}.pixels", pixels)
+            return
+        if image.views:
+            parts = [self._part(index, f"{field}.views[{v}]", v, view, pixels) for v, view in enumerate(image.views)]
+        else:
+            field += f".{image.WhichOneof('source')}"
+            size = self._size
+            with self._failing(index):
+                if size is None and pixels is not None:
+                    size = self._checked(pixels.shape[:2], f"{field}.shape")
+            parts = [_Part(0, field, size, None, self._filter, False)]
+        self._read_picture(index, parts, image.encoded if pixels is None else pixels)
 
-    def _views(self, index: int, field: str, pixels: Array, views: Any) -> Iterator[Row]:
-        """`field` is that of the whole picture."""
-        if pixels.dtype != np.uint8:
-            own = pixels.shape[1], pixels.shape[2]
-            if self._given and self._given != own:
-                raise invalid(f"float pixels are never resized: these are {_by(own)}", f"{field}.shape")
-            self._check_size(own, f"{field}.shape")
+    def _part(self, index: int, field: str, number: int, view: pb.View, pixels: Array | None) -> _Part:
+        crop = view.crop if view.HasField("crop") else None
+        size, filter = None, self._filter
+        with self._failing(index):
+            if view.HasField("size"):
+                size = self._checked((view.size.height, view.size.width), f"{field}.size")
+            elif self._size:
+                size = self._size
+            elif crop:
+                _check_crop(crop, None, f"{field}.crop")
+                size = self._checked((crop.height, crop.width), f"{field}.crop")
+            elif pixels is not None:
+                size = self._checked(pixels.shape[:2], field)
+            if crop:
+                _check_crop(crop, pixels, f"{field}.crop")
+            filter = _filter(view.interpolation, f"{field}.interpolation", self._filter)
+        return _Part(number, field, size, crop, filter, view.horizontal_flip)
+
+    def _read_picture(self, index: int, parts: list[_Part], picture: Array | bytes) -> None:
+        """Rows for all of `parts` of a file or pixels, without pixels where the image has failed or fails now."""
+        done: dict[int, Array] = {}
+        if index not in self.failures:
+            with self._failing(index):
+                pixels = self._decoded(index, picture) if isinstance(picture, bytes) else picture
+                for at, part in enumerate(parts):
+                    parts[at] = part._replace(size=part.size or self._checked(pixels.shape[:2], part.field))
+                for part in parts:
+                    if part.crop:
+                        _check_crop(part.crop, pixels, f"{part.field}.crop")
+                done = {part.view: _view(pixels, part) for part in parts}
+        self.rows += [Row(index, part.view, part.size, done.get(part.view)) for part in parts if part.size]
+
+    def _read_floats(self, index: int, field: str, pixels: Array) -> None:
+        size = pixels.shape[1], pixels.shape[2]
+        if self._given and self._given != size:
+            raise invalid(f"float pixels are never resized: these are {_by(size)}", f"{field}.shape")
+        self._checked(size, f"{field}.shape")
+        with self._failing(index):
             if not np.isfinite(pixels).all():
                 raise invalid("pixel values are NaN or infinite", f"{field}.data")
-            yield Row(index, 0, own, pixels)
-            return
-        picture = Image.fromarray(pixels)
-        if not views:
-            yield self._row(index, 0, picture, self._size, self._filter, field)
-        for number, view in enumerate(views):
-            at = f"images[{index}].views[{number}]"
-            part = picture.crop(_corners(view.crop, picture, f"{at}.crop")) if view.HasField("crop") else picture
-            size = (view.size.height, view.size.width) if view.HasField("size") else self._size
-            filter = _filter(view.interpolation, f"{at}.interpolation", self._filter)
-            row = self._row(index, number, part, size, filter, f"{at}.size" if view.HasField("size") else at)
-            yield row._replace(pixels=row.pixels[:, ::-1]) if view.horizontal_flip and row.pixels is not None else row
+        self.rows.append(Row(index, 0, size, None if index in self.failures else pixels))
 
-    def _row(
-        self, index: int, view: int, picture: Image.Image, size: Size | None, filter: Image.Resampling, field: str
-    ) -> Row:
-        size = size or (picture.height, picture.width)
-        self._check_size(size, field)
-        if picture.size != size[::-1]:
-            picture = picture.resize(size[::-1], filter)
-        return Row(index, view, size, np.asarray(picture))
-
-    def _empty_rows(self, index: int, image: pb.Image) -> Iterator[Row]:
-        """Of a failed image: a row for each of its views whose size is known all the same."""
-        if image.pixels.dtype == pb.DATA_TYPE_FLOAT32:
-            return
-        for number, view in enumerate(image.views or [pb.View()]):
-            size = (view.size.height, view.size.width) if view.HasField("size") else self._size
-            if size:
-                try:
-                    self._check_size(size, "")
-                except Failure:
-                    continue
-                yield Row(index, number, size, None)
-
-    def _decoded(self, data: bytes, field: str) -> Array:
+    def _decoded(self, index: int, data: bytes) -> Array:
+        field = f"images[{index}].encoded"
         try:
             picture: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            pixels, most = picture.height * picture.width, self._model.limits.max_image_pixels
+            pixels, most = picture.height * picture.width, self._limits.max_image_pixels
             if pixels > most:
                 raise invalid(f"the image has {pixels} pixels, allowed are {most}", field)
             if self._exif:
@@ -159,38 +189,60 @@ class Reader:
             return np.asarray(picture.convert("RGB"))
         except Failure:
             raise
+        except UnidentifiedImageError:  # its message has an address in memory
+            raise invalid(f"the file of {len(data)} bytes is of no known format", field) from None
         except Exception as error:  # whatever Pillow raises on a file is the fault of that file
             raise invalid(f"the file of {len(data)} bytes cannot be decoded: {error}", field) from None
 
+    @contextmanager
+    def _failing(self, index: int) -> Iterator[None]:
+        """A Failure is that of the image alone; its first one is told."""
+        try:
+            yield
+        except Failure as failure:
+            self.failures.setdefault(index, failure)
+
     def _check_count(self, count: int, field: str) -> None:
-        most = self._model.limits.max_images_per_request
+        most = self._limits.max_images_per_request
         if not 1 <= count <= most:
             raise invalid(f"{count} images in one request; allowed are 1 to {most}", field)
 
-    def _check_size(self, size: Size, field: str) -> None:
-        patch, most = self._model.patch_size, self._model.limits.max_image_tokens
-        if min(size) < 1 or size[0] % patch or size[1] % patch:
+    def _checked(self, size: tuple[int, ...], field: str) -> Size:
+        height, width = size
+        patch, most = self._patch, self._limits.max_image_tokens
+        if min(size) < 1 or height % patch or width % patch:
             raise invalid(f"{_by(size)} pixels: both must be positive multiples of the patch size, {patch}", field)
-        tokens = 1 + self._model.register_tokens + size[0] // patch * (size[1] // patch)
+        tokens = self._other_tokens + height // patch * (width // patch)
         if tokens > most:
             raise invalid(f"an image of {_by(size)} is {tokens} tokens; allowed are {most}", field)
+        return height, width
 
 
-def _filter(interpolation: int, field: str, default: Image.Resampling = Image.Resampling.BILINEAR) -> Image.Resampling:
+def _view(pixels: Array, part: _Part) -> Array:
+    """Cropped, then resized, then flipped."""
+    image = Image.fromarray(pixels)
+    if part.crop:
+        top, left = part.crop.top, part.crop.left
+        image = image.crop((left, top, left + part.crop.width, top + part.crop.height))
+    assert part.size is not None
+    height, width = part.size
+    if image.size != (width, height):
+        image = image.resize((width, height), part.filter)
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if part.flip else image)
+
+
+def _check_crop(crop: pb.Box, pixels: Array | None, field: str) -> None:
+    """That it has pixels and, where the picture is known, lies in it."""
+    given = f"the crop of {crop.height}x{crop.width} at top {crop.top}, left {crop.left}"
+    if not (crop.height and crop.width):
+        raise invalid(f"{given} has no pixels", field)
+    if pixels is not None and (crop.top + crop.height > pixels.shape[0] or crop.left + crop.width > pixels.shape[1]):
+        raise invalid(f"{given} reaches beyond the picture of {_by(pixels.shape[:2])}", field)
+
+
+def _filter(interpolation: int, field: str, default: Image.Resampling) -> Image.Resampling:
     given = enum_of(pb.Interpolation, _FILTERS, interpolation, field)
     return default if given is None else given
-
-
-def _corners(crop: pb.Box, picture: Image.Image, field: str) -> tuple[int, int, int, int]:
-    """As Pillow's crop takes them."""
-    bottom, right = crop.top + crop.height, crop.left + crop.width
-    if not (crop.height and crop.width and bottom <= picture.height and right <= picture.width):
-        raise invalid(
-            f"the crop of {crop.height}x{crop.width} pixels at top {crop.top}, left {crop.left} is empty or leaves the "
-            f"picture of {picture.height}x{picture.width}",
-            field,
-        )
-    return crop.left, crop.top, right, bottom
 
 
 def _array(tensor: pb.Tensor, field: str, axes: int) -> Array:
@@ -210,5 +262,5 @@ def _array(tensor: pb.Tensor, field: str, axes: int) -> Array:
     return np.frombuffer(tensor.data, dtype).reshape(shape)
 
 
-def _by(size: Size) -> str:
+def _by(size: tuple[int, ...]) -> str:
     return f"{size[0]}x{size[1]}"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from dinov3_client._dtypes import wire_of
 from dinov3_client._model import Certificate, Limits, Model
-from dinov3_client.testing._projection import Projection
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 MODEL = Model(
@@ -36,12 +33,13 @@ MODEL = Model(
     frontend=0,
     server_version="0.1.0",
     certificate=Certificate(False, "a fake server proves nothing", "", (), "", ""),
+    projections=(),
 )
 """What a `FakeServer` serves by default: a ViT of 24 channels, so that features are small. `dataclasses.replace` makes
 others of it; `embed_dim` and `patch_size` are the last of `layer_dims` and `layer_strides`."""
 
 
-def message_of(model: Model, projections: Mapping[str, Projection], frontend: int) -> pb.GetModelResponse:
+def message_of(model: Model, frontend: int) -> pb.GetModelResponse:
     """What the frontend of that number tells of `model`."""
     limits, proof = model.limits, model.certificate
     return pb.GetModelResponse(
@@ -88,11 +86,11 @@ def message_of(model: Model, projections: Mapping[str, Projection], frontend: in
         ),
         projections=[
             pb.Projection(
-                name=name,
-                input_channels=projection.weight.shape[1],
-                output_channels=projection.weight.shape[0],
-                fingerprint=projection.fingerprint,
+                name=each.name,
+                input_channels=each.input_channels,
+                output_channels=each.output_channels,
+                fingerprint=each.fingerprint,
             )
-            for name, projection in projections.items()
+            for each in model.projections
         ],
     )

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-GivenProjection = ArrayLike | tuple[ArrayLike, ArrayLike]
-"""A weight [K, D], or a pair of a weight [K, D] and a bias [K]."""
+from dinov3_client._model import Projection
 
 
 @dataclass(frozen=True)
-class Projection:
-    """weight @ token + bias."""
+class Linear:
+    """A map of the channels of patches: weight @ token + bias."""
 
     weight: NDArray[np.float32]
     """[K, D]"""
@@ -26,13 +25,24 @@ class Projection:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.weight.tobytes() + self.bias.tobytes()).hexdigest()
 
+    def described(self, name: str) -> Projection:
+        """As the client tells of it, under this name."""
+        outputs, inputs = self.weight.shape
+        return Projection(name, inputs, outputs, self.fingerprint)
+
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
         """[P, D] to [P, K]."""
         return (patches @ self.weight.T + self.bias).astype(np.float32)
 
 
-def read_projection(given: Any) -> Projection:
+GivenProjection = Linear | ArrayLike | tuple[ArrayLike, ArrayLike]
+"""A weight [K, D], or a pair of a weight [K, D] and a bias [K]."""
+
+
+def read_projection(given: Any) -> Linear:
     """Raises ValueError for what is no GivenProjection."""
+    if isinstance(given, Linear):
+        return given
     weight, bias = given if isinstance(given, tuple) else (given, None)
     weight = np.asarray(weight, np.float32)
     bias = np.zeros(len(weight), np.float32) if bias is None else np.asarray(bias, np.float32)
@@ -41,4 +51,4 @@ def read_projection(given: Any) -> Projection:
             f"a projection is a weight [K, D], or a pair of it and a bias [K]; this one has the shapes "
             f"{list(weight.shape)} and {list(bias.shape)}"
         )
-    return Projection(weight, bias)
+    return Linear(weight, bias)

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Self
 
 import grpc
@@ -47,14 +47,15 @@ class FakeServer:
     It answers all that a server of `model` would, within `model.limits`, and refuses with the same statuses what that
     would refuse. Files are decoded by Pillow's `convert("RGB")`. The timings of answers are made up.
 
-    model: what is served; see `MODEL`. May be set at any time, for a server that comes back with another model.
+    model: what is served, with the `projections` in it; see `MODEL`. May be set at any time, for a server that comes
+        back with another model.
     projections: by name, a weight [K, D] or a pair of a weight [K, D] and a bias [K].
     address: where it listens, by gRPC's naming: HOST:PORT or unix:PATH. credentials: for TLS.
 
     script: what the next messages of Extract and ExtractStream meet, consumed from the front: None is the answer, a
         Failure is that of the whole message, a dictionary those of some of its images.
     model_script: likewise for the next calls of GetModel.
-    gate: while it is cleared, calls are recorded and wait. `stop` lets them go.
+    gate: while it is cleared, messages of Extract and ExtractStream are recorded and wait. `stop` lets them go.
     delay: seconds that each message of Extract and ExtractStream takes.
     edit: called with each ExtractResponse before it goes, to change it.
     calls: all that arrived, in order.
@@ -68,6 +69,7 @@ class FakeServer:
         address: str = "127.0.0.1:0",
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
+        self._projections = {name: read_projection(given) for name, given in (projections or {}).items()}
         self.model = model
         self.script: list[Step] = []
         self.model_script: list[Failure | None] = []
@@ -76,7 +78,6 @@ class FakeServer:
         self.delay = 0.0
         self.edit: Callable[[pb.ExtractResponse], object] | None = None
         self.calls: list[Call] = []
-        self._projections = {name: read_projection(given) for name, given in (projections or {}).items()}
         self._address = address
         self._credentials = credentials
         self._arrived = threading.Condition()
@@ -90,6 +91,15 @@ class FakeServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def model(self) -> Model:
+        return self._model
+
+    @model.setter
+    def model(self, model: Model) -> None:
+        described = tuple(linear.described(name) for name, linear in self._projections.items())
+        self._model = replace(model, projections=described)
 
     @property
     def target(self) -> str:
@@ -151,7 +161,7 @@ class FakeServer:
                 raise TimeoutError(f"{arrived()} calls of {method} have arrived within {timeout} s, not {count}")
 
     def _arrive(self, method: str, message: Any, context: grpc.ServicerContext) -> Step:
-        """Record a call and wait at the gate; what the script has for it."""
+        """Record a call; what the script has for it."""
         metadata: dict[str, str | bytes] = dict(context.invocation_metadata())
         call = Call(method, message, metadata, context.time_remaining())
         script: Any = self.model_script if method == "GetModel" else self.script
@@ -159,10 +169,10 @@ class FakeServer:
             self.calls.append(call)
             step: Step = script.pop(0) if script else None
             self._arrived.notify_all()
-        self.gate.wait()
         return step
 
     def _extract(self, request: pb.ExtractRequest, step: Step, context: grpc.ServicerContext) -> pb.ExtractResponse:
+        self.gate.wait()
         if self.delay:
             self._stopping.wait(self.delay)
         if isinstance(step, Failure):
@@ -214,7 +224,7 @@ class _Service(FeatureServiceServicer):
         step = self._server._arrive("GetModel", request, context)
         if isinstance(step, Failure):
             _abort(context, step)
-        return message_of(self._server.model, self._server._projections, self._server._frontend(context))
+        return message_of(self._server.model, self._server._frontend(context))
 
 
 def _abort(context: grpc.ServicerContext, failure: Failure) -> NoReturn:
