@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from dinov3_server.api.response import DTYPES, PlacedBlock, most_nbytes, response_pieces, stream_answer
 from dinov3_server.api.status import status_of
-from dinov3_server.backbone.interface import FeatureSpec, Output, PixelShape
+from dinov3_server.backbone.interface import FeatureSpec, Output, PixelShape, Pooling, Projection
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -33,7 +34,13 @@ def answers(draw: st.DrawFn) -> tuple:
     last, intermediate = draw(kinds), draw(layers)
     outputs = [Output(kind) for kind in last]
     outputs += [Output(kind, layer, norm) for layer, norm, chosen in intermediate for kind in chosen]
-    spec = FeatureSpec(tuple(outputs or [Output("cls")]), draw(st.sampled_from(["bfloat16", "float16", "float32"])))
+    spec = FeatureSpec(
+        tuple(outputs or [Output("cls")]),
+        draw(st.sampled_from(sorted(DTYPES))),
+        draw(st.none() | st.builds(Pooling, st.sampled_from(["area", "bilinear"]), *[st.integers(1, 20)] * 2)),
+        draw(st.sampled_from([None, "p"])),
+        draw(st.booleans()),
+    )
     dims, strides = draw(st.tuples(st.integers(1, 400), st.integers(1, 400))), (8, 16)
     model = replace(
         MODEL,
@@ -42,6 +49,7 @@ def answers(draw: st.DrawFn) -> tuple:
         layer_strides=strides * 150,
         registers=draw(st.integers(1, 5)),
         fingerprint=draw(st.text(max_size=300)),
+        projections=(Projection("p", dims[0], 9, "1234"),),
     )
     shapes = draw(
         st.lists(
@@ -89,7 +97,8 @@ def as_protobuf(
             if (block.shape.height, block.shape.width) == (height, width)
             for row, (image, view) in enumerate(zip(images, views or [0] * len(images), strict=True))
         }
-        grid = height // 16, width // 16
+        spec = placed[0].block.spec
+        grid = spec.pooling[1:] if spec.pooling else (height // 16, width // 16)
         message = response.blocks.add(
             input_size=pb.Size(height=height, width=width),
             grid_height=grid[0],
@@ -97,27 +106,40 @@ def as_protobuf(
             image_indices=[image for image, _ in sorted(rows)],
             view_indices=[view for _, view in sorted(rows)] if placed[0].views else [],
         )
-        spec = placed[0].block.spec
+        places = [rows[key] for key in sorted(rows)]
+        section = 0
         for index, output in enumerate(spec.outputs):
-            data = b""
-            for key in sorted(rows):
-                block, row = rows[key]
-                start = block.sections[index] + row * block.strides[index]
-                data += memory[start : start + block.strides[index]]
             is_finer = output.layer is not None and output.layer % 2 == 0
-            cells = height // 8 * (width // 8) if is_finer else height // 16 * (width // 16)
-            tokens = {"cls": [], "patches": [cells], "registers": [model.registers]}[output.kind]
-            channels = model.layer_dims[0 if is_finer else 1]
-            tensor = pb.Tensor(dtype=DTYPES[spec.dtype], shape=[len(rows), *tokens, channels], data=data)
+            scale = 2 if is_finer and not spec.pooling else 1
+            tokens = {"cls": [], "patches": [grid[0] * grid[1] * scale**2], "registers": [model.registers]}[output.kind]
+            shape = [len(rows), *tokens, model.layer_dims[0 if is_finer else 1]]
+            if output.kind == "patches" and spec.projection:
+                shape[-1] = 9
+            if output.kind == "patches" and spec.channels_first:
+                shape = [len(rows), shape[-1], grid[0] * scale, grid[1] * scale]
+            tensor = pb.Tensor(dtype=DTYPES[spec.dtype], shape=shape, data=_packed(memory, places, section))
+            section += 1
+            if spec.dtype == "int8":
+                tensor.scales = _packed(memory, places, section)
+                assert len(tensor.scales) == 4 * len(rows) * math.prod(tokens)
+                section += 1
             previous = spec.outputs[index - 1] if index else None
             target = message
             if output.layer is not None:
                 if previous is None or previous[1:] != output[1:]:
-                    scale = 2 if is_finer else 1
                     message.layers.add(layer=output.layer, grid_height=grid[0] * scale, grid_width=grid[1] * scale)
                 target = message.layers[-1]
             getattr(target, output.kind).CopyFrom(tensor)
     return response
+
+
+def _packed(memory: memoryview, places: list[tuple[Block, int]], section: int) -> bytes:
+    """A section of the rows at `places`, one behind the other."""
+    data = b""
+    for block, row in places:
+        start = block.sections[section] + row * block.strides[section]
+        data += memory[start : start + block.strides[section]]
+    return data
 
 
 @settings(max_examples=150, deadline=None)

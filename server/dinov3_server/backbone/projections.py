@@ -58,12 +58,11 @@ def _read(name: str, path: Path, widths: Sequence[int]) -> tuple[Projection, Lin
 
 def _npy(what: str, path: Path) -> Tensor:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{what} is not a readable .npy file: {error}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        found = array.dtype if isinstance(array, np.ndarray) else "several arrays (.npz)"
-        raise CheckpointError(f"{what} holds {found}; one array of floats is wanted")
+    if array.dtype.kind != "f":
+        raise CheckpointError(f"{what} holds {array.dtype}; floats are wanted")
     with np.errstate(over="ignore"):  # told as infinite
         return torch.from_numpy(np.array(array, np.float32, order="C"))
 
