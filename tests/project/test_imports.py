@@ -83,8 +83,11 @@ def test_the_scheduler_is_pure() -> None:
 
 @pytest.mark.parametrize("path", sorted(CLIENT.rglob("*.py")), ids=lambda path: path.name)
 def test_the_client_needs_neither_server_nor_torch(path: Path) -> None:
-    for package in ("dinov3_server", "torch", "yaml", "prometheus_client"):
+    for package in ("dinov3_server", "prometheus_client"):
         assert not knows(path, package)
+    if path.parent != CLIENT / "torch":
+        assert not knows(path, "torch"), "only dinov3_client.torch may import torch"
+        assert not knows(path, "yaml"), "only a teacher's configuration is read from YAML"
 
 
 @pytest.mark.parametrize(

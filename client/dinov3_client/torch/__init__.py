@@ -1,0 +1,24 @@
+"""For training in torch: features beside each batch of a loader, tensors, and a teacher that runs elsewhere.
+
+    from dinov3_client import Client
+    from dinov3_client.torch import with_features
+
+    with Client("localhost:50051") as client:
+        for batch, features in with_features(loader, client, to_request=lambda batch: batch["views"]):
+            teacher = features.torch().to(device)
+
+The only part of the client that imports torch.
+"""
+
+from dinov3_client.torch._loader import FeatureLoader, Statistics, with_features
+from dinov3_client.torch._teacher import RemoteDinoV3Teacher
+from dinov3_client.torch._tensors import TorchFeatures, TorchLayerFeatures
+
+__all__ = [
+    "FeatureLoader",
+    "RemoteDinoV3Teacher",
+    "Statistics",
+    "TorchFeatures",
+    "TorchLayerFeatures",
+    "with_features",
+]
