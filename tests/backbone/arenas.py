@@ -44,16 +44,17 @@ class Arena:
         ]
 
     def features(self, info: ModelInfo, shape: PixelShape, row: Row) -> list[Tensor]:
-        """A copy of a row's outputs, each [tokens, D] fp32, dequantised."""
+        """A copy of a row's outputs, each [tokens, D] fp32 (or [D rows, columns]), dequantised."""
         found: list[Tensor] = []
         for section, offset in zip(info.sections(row.spec, shape), row.sections, strict=True):
             dtype = TORCH_DTYPES[section.dtype]
             values = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(section.shape), offset=offset)
             if row.spec.dtype == "int8" and section.dtype == "float32":  # the scales of the values before them
-                found[-1] *= values.view(-1, 1)
+                first = row.spec.wanted(section.output).channels_first
+                found[-1] *= values.view(found[-1].shape[1:]) if first else values.view(section.shape).unsqueeze(-1)
             else:
-                found.append(values.view(-1, section.shape[-1]).float().clone())
-        return found
+                found.append(values.view(section.shape).float())
+        return [values.reshape(-1, values.shape[-1]).clone() for values in found]
 
 
 def serve(served: Runner, shape: PixelShape, rows: list[Row]) -> Finished:
