@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from bench import bare, datapath, memory, operators, plots, preprocessing, rivals, service, start
+from bench import bare, datapath, memory, operators, outputs, plots, preprocessing, rivals, service, start
 from bench.record import write
 
 LEGS: dict[str, ModuleType] = {
@@ -20,6 +20,7 @@ LEGS: dict[str, ModuleType] = {
     "memory": memory,
     "start": start,
     "preprocessing": preprocessing,
+    "outputs": outputs,
 }
 
 
