@@ -22,8 +22,6 @@ _WIRE: dict[str, pb.DataType] = {
 }
 _NAMES: dict[int, str] = {number: name for name, number in _WIRE.items()}
 
-FEATURE_DTYPES = ("float32", "float16", "bfloat16")
-
 
 def wire_of(name: str) -> pb.DataType:
     return _WIRE[name]
