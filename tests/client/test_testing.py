@@ -198,6 +198,16 @@ def test_patches_are_pooled_projected_and_laid_out(stub: Any, server: FakeServer
     assert answer.fingerprint == f"f00d+{told['p8'].fingerprint}"
 
 
+def test_failed_rows_are_zeros_whatever_the_bias(stub: Any) -> None:
+    request = pb.ExtractRequest(
+        images=[pb.Image(encoded=b"broken"), pb.Image(pixels=tensor(picture()))],
+        outputs=pb.Outputs(patches=True, projection="p8", dtype=FLOAT32),
+    )
+    patches = array(stub.Extract(request).blocks[0].patches)
+    assert not patches[0].any()
+    assert patches[1].all()
+
+
 def test_int8_has_scales_in_the_order_of_the_tokens(stub: Any) -> None:
     pixels = picture()
     tokens = expected(pixels, "patches")
@@ -256,6 +266,7 @@ def test_the_script_is_consumed_by_extractions_alone() -> None:
             Failure(Code.INTERNAL, "scripted", field="images[0]"),
             {1: Failure(Code.INTERNAL, "this one"), 7: Failure(Code.INTERNAL, "is not there")},
             None,
+            {0: Failure(Code.INTERNAL, "this one")},
         ]
         client.model()
         with pytest.raises(ServerError, match="scripted") as caught:
@@ -264,6 +275,9 @@ def test_the_script_is_consumed_by_extractions_alone() -> None:
         with pytest.raises(ImageErrors, match="1 of 3 images failed: image 1: this one"):
             client.extract([pixels] * 3)
         assert not client.extract([pixels] * 3).errors
+        failed = client.extract([pixels] * 2, "cls", on_error="return").cls
+        assert failed is not None
+        assert (failed[0].any(), failed[1].any()) == (False, True)
         assert server.script == []
         server.model_script = [Failure(Code.UNAVAILABLE, "later", retry_after=0.001)]
         assert client.model().name == "dinov3_vits16"

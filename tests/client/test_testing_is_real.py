@@ -162,6 +162,10 @@ REQUESTS: dict[str, pb.ExtractRequest] = {
     ),
     "crop beyond a file": ask(file(70, 90, crop(0, 0, 9, 9), crop(60, 0, 11, 9)), pixels(), preprocessing=resized(32)),
     "crop beyond a tensor": ask(pixels(32, 48, crop(0, 40, 9, 9), pb.View()), pixels(), preprocessing=resized(32)),
+    "views at fault in several ways": ask(
+        pixels(32, 48, pb.View(), crop(0, 40, 9, 9), pb.View(size=size(33)), crop(0, 0, 0, 9)),
+        preprocessing=resized(32),
+    ),
     "crop of nothing": ask(pixels(32, 48, crop(0, 0, 0, 9), pb.View()), pixels(), preprocessing=resized(32)),
     "crop of nothing as it is": ask(file(32, 48, crop(0, 0, 16, 0), pb.View(size=size(32))), pixels()),
     "views of a broken file": ask(
@@ -214,7 +218,9 @@ REQUESTS: dict[str, pb.ExtractRequest] = {
         outputs=pb.Outputs(patches=True, projection="p8"), fingerprint="f0"
     ),
     "fingerprint of a projection that is not asked for": ask(fingerprint="f0+of-p8"),
-    "answer too large": ask(*[pixels(448, 448)] * 6, outputs=pb.Outputs(patches=True, dtype=pb.DATA_TYPE_FLOAT32)),
+    "answer too large": ask(
+        *[file()] * 6, preprocessing=resized(448), outputs=pb.Outputs(patches=True, dtype=pb.DATA_TYPE_FLOAT32)
+    ),
 }
 
 
