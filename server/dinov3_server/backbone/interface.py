@@ -232,9 +232,10 @@ class ModelInfo:
         for output in spec.outputs:
             wanted = spec.wanted(output)
             values = self.output_shape(wanted, shape)
-            tokens = (math.prod(values[1:]),) if wanted.channels_first else values[:-1]
-            shapes = (values, tokens)
-            sections += [Section(output, *section) for section in zip(wanted.section_dtypes, shapes, strict=False)]
+            sections.append(Section(output, spec.dtype, values))
+            if spec.dtype == "int8":
+                tokens = (math.prod(values[1:]),) if wanted.channels_first else values[:-1]
+                sections.append(Section(output, "float32", tokens))
         return tuple(sections)
 
 
