@@ -10,6 +10,16 @@
 The only part of the client that imports torch.
 """
 
+try:
+    import torch  # noqa: F401  # before all others, so that its absence is told plainly
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError(
+        "dinov3_client.torch and Features.torch() need PyTorch, which is not installed: pip install "
+        "'dinov3-serving[torch]'"
+    ) from None
+
 from dinov3_client.torch._loader import FeatureLoader, Statistics, with_features
 from dinov3_client.torch._teacher import RemoteDinoV3Teacher
 from dinov3_client.torch._tensors import TorchFeatures, TorchLayerFeatures
