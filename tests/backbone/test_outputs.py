@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import Tensor
 from dinov3_server.backbone import postprocessing, runner
 from dinov3_server.backbone.convnext import ConvNext
 from dinov3_server.backbone.cpu_runner import CpuRunner
+from dinov3_server.backbone.cuda_graphs import compute
 from dinov3_server.backbone.interface import (
     FeatureDtype,
     FeatureSpec,
@@ -26,7 +29,7 @@ from dinov3_server.backbone.interface import (
     Projection,
     Wanted,
 )
-from dinov3_server.backbone.postprocessing import LinearMap, pooled, quantised
+from dinov3_server.backbone.postprocessing import LinearMap, Postprocessing, pooled, quantised
 from dinov3_server.backbone.random_weights import random_tensors
 from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.rope import default_periods
@@ -203,24 +206,27 @@ def test_every_step_is_done_once_for_all_that_share_it(case: Case, monkeypatch: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", [*POOLINGS, Pooling("bilinear", 2, 2)])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_seen_through_every_step(
     dtype: FeatureDtype, pooling: Pooling | None, bad: float
 ) -> None:
-    """One value of one patch, which a bilinear pooling to fewer cells may pass over."""
-    rows, columns = SHAPE.height // 16, SHAPE.width // 16
+    """One value of the first patch, which a bilinear pooling to few cells passes over."""
     maps = {"p": linear_map(8, 3)}
+    info = dataclasses.replace(info_of(VIT, maps), layer_dims=(8,), layer_strides=(16,))
+    features = torch.randn(3, math.prod(info.grid(SHAPE)), 8)
+    features[1, 0, 5] = bad
+    model: Any = lambda pixels, outputs: {PATCHES: features}  # noqa: E731
     for projection in (None, "p"):
-        features = torch.randn(3, rows * columns, 8)
-        features[1, 12, 5] = bad
-        model: Any = lambda pixels, outputs, features=features: {PATCHES: features}  # noqa: E731
-        info = dataclasses.replace(info_of(VIT, maps), layer_dims=(8,), layer_strides=(16,))
         served, arena = CpuRunner(model, info, maps), Arena(0)
         served.attach(0, memoryview(arena.memory))
         spec = FeatureSpec((PATCHES,), dtype, pooling, projection)
         requests = arena.request(info, SHAPE, picture(96, 160, count=3), spec)
         assert serve(served, SHAPE, requests).finite == (True, False, True)
+        on_device = compute(
+            model, features, [spec.wanted(PATCHES)], lambda made: Postprocessing(made, partial(info.grid, SHAPE), maps)
+        )
+        assert on_device.finite.tolist() == [[True], [False], [True]], "on CUDA"
         served.close()
 
 
@@ -277,7 +283,7 @@ def test_numpy_by_the_definitions_agrees(pooling: Pooling, dtype: FeatureDtype) 
     maps["p"].bias.zero_()
     for projection, channels_first in itertools.product((None, "p"), (False, True)):
         wanted = Wanted(PATCHES, dtype, pooling, projection, channels_first)
-        made = postprocessing.Postprocessing({PATCHES: patches}, lambda layer: (6, 10), maps).sections(wanted)
+        made = Postprocessing({PATCHES: patches}, lambda layer: (6, 10), maps).sections(wanted)
         expected = numpy_postprocessing.sent(patches[0].numpy(), wanted, (6, 10), bare)
         for section, other in zip(made, expected, strict=True):
             atol = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1}[other.dtype.name]
