@@ -2,16 +2,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from dinov3_client import Client
-from tests.client.fake_server import FakeServer
+from dinov3_client.testing import MODEL, FakeServer
+
+# Layer 0 has fewer channels and a finer grid than the others.
+SERVED = replace(MODEL, layer_dims=(18,) + (24,) * 11, layer_strides=(8,) + (16,) * 11, frontends=2)
 
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    with FakeServer() as server:
+    with FakeServer(SERVED) as server:
         yield server
 
 

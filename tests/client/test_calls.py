@@ -6,10 +6,9 @@ import contextlib
 import logging
 import pickle
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -33,10 +32,11 @@ from dinov3_client import (
     Unauthenticated,
     Unavailable,
 )
+from dinov3_client._model import read_model
 from dinov3_client._retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, Attempts
+from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.client.conftest import FakeClock
-from tests.client.fake_server import FakeServer, bad_request, failure, retry_info, tokens
 
 Code = grpc.StatusCode
 PIXELS = np.zeros((32, 32, 3), np.uint8)
@@ -51,9 +51,9 @@ def test_model(client: Client, server: FakeServer) -> None:
     assert model.std == pytest.approx((0.229, 0.224, 0.225))
     assert model.parameters == 21_601_152
     assert model.limits == Limits(64 << 20, 64, 1 << 26, 8192, 8)
-    assert (model.frontends, model.frontend, model.server_version) == (2, 1, "0.1.0")
+    assert (model.frontends, model.frontend, model.server_version) == (2, 0, "0.1.0")
     client.model()
-    assert len(server.seen) == 2  # one call, one answer: nothing is remembered
+    assert len(server.calls) == 2  # one call, one answer: nothing is remembered
 
 
 def test_the_proof_that_a_server_tells_of() -> None:
@@ -67,64 +67,66 @@ def test_the_proof_that_a_server_tells_of() -> None:
         time="2026-01-02T03:04:05Z",
         not_covered="The size of the moon.",
     )
-    with FakeServer(certificate=told) as server, Client(server.target) as client:
-        assert client.model().certificate == Certificate(
-            verified=True,
-            reason="",
-            upstream_revision="6876159a",
-            outputs=(OutputProof("cls", "bfloat16", 0.5, 0.25), OutputProof("patches", "unknown (77)", 0.75, 0.125)),
-            time="2026-01-02T03:04:05Z",
-            not_covered="The size of the moon.",
-        )
+    assert read_model(pb.GetModelResponse(certificate=told)).certificate == Certificate(
+        verified=True,
+        reason="",
+        upstream_revision="6876159a",
+        outputs=(OutputProof("cls", "bfloat16", 0.5, 0.25), OutputProof("patches", "unknown (77)", 0.75, 0.125)),
+        time="2026-01-02T03:04:05Z",
+        not_covered="The size of the moon.",
+    )
 
 
-def test_an_older_server_tells_of_no_proof(client: Client) -> None:
-    certificate = client.model().certificate
+def test_an_older_server_tells_of_no_proof() -> None:
+    certificate = read_model(pb.GetModelResponse()).certificate
     assert (certificate.verified, certificate.reason) == (False, "the server tells of no proof")
 
 
-FAILURES: list[tuple[Any, type[StatusError]]] = [
-    (failure(Code.INVALID_ARGUMENT, "no", bad_request("preprocessing.size", "100 is no multiple")), InvalidRequest),
-    (failure(Code.RESOURCE_EXHAUSTED, "no"), MessageTooLarge),
-    (failure(Code.DEADLINE_EXCEEDED, "no"), DeadlineExceeded),
-    (failure(Code.UNAUTHENTICATED, "no"), Unauthenticated),
-    (failure(Code.FAILED_PRECONDITION, "no"), ModelMismatch),
-    (failure(Code.INTERNAL, "no"), ServerError),
-    (failure(Code.UNIMPLEMENTED, "no"), ServerError),
-    (failure(Code.PERMISSION_DENIED, "no"), ServerError),
+FAILURES: list[tuple[Failure, type[StatusError]]] = [
+    (Failure(Code.INVALID_ARGUMENT, "no", field="preprocessing.size"), InvalidRequest),
+    (Failure(Code.RESOURCE_EXHAUSTED, "no"), MessageTooLarge),
+    (Failure(Code.DEADLINE_EXCEEDED, "no"), DeadlineExceeded),
+    (Failure(Code.UNAUTHENTICATED, "no"), Unauthenticated),
+    (Failure(Code.FAILED_PRECONDITION, "no"), ModelMismatch),
+    (Failure(Code.INTERNAL, "no"), ServerError),
+    (Failure(Code.UNIMPLEMENTED, "no"), ServerError),
+    (Failure(Code.PERMISSION_DENIED, "no"), ServerError),
 ]
 
 
-@pytest.mark.parametrize(("status", "kind"), FAILURES, ids=[kind.__name__ for _, kind in FAILURES])
+@pytest.mark.parametrize(("failure", "kind"), FAILURES, ids=[kind.__name__ for _, kind in FAILURES])
 @pytest.mark.parametrize("call", ["extract", "model"])
 def test_failures_that_are_not_retried(
-    client: Client, server: FakeServer, clock: FakeClock, call: str, status: Any, kind: type[StatusError]
+    client: Client, server: FakeServer, clock: FakeClock, call: str, failure: Failure, kind: type[StatusError]
 ) -> None:
-    server.script = [status]
+    if call == "extract":
+        server.script = [failure]
+    else:
+        server.model_script = [failure]
     with pytest.raises(Dinov3Error, match=r"\bno\b") as caught:
         client.extract(PIXELS) if call == "extract" else client.model()
     error = caught.value
     assert type(error) is kind
     assert isinstance(error, StatusError)
-    assert error.code.value[0] == status.code
+    assert error.code is failure.code
     assert error.attempts == 1
     assert (error.__cause__, error.__context__) == (None, None)
-    assert len(server.seen) == 1
+    assert [c.method for c in server.calls] == (["GetModel", "Extract"] if call == "extract" else ["GetModel"])
     assert clock.pauses == []
 
 
 def test_violations_are_told(client: Client, server: FakeServer) -> None:
-    server.script = [failure(Code.INVALID_ARGUMENT, "no", bad_request("preprocessing.size", "100 is no multiple"))]
+    server.script = [Failure(Code.INVALID_ARGUMENT, "no", field="preprocessing.size")]
     with pytest.raises(InvalidRequest) as caught:
         client.extract(PIXELS)
-    assert caught.value.violations == (FieldViolation("preprocessing.size", "100 is no multiple"),)
+    assert caught.value.violations == (FieldViolation("preprocessing.size", "no"),)
 
 
 @pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED])
 def test_retries_after_the_time_the_server_names(
     client: Client, server: FakeServer, clock: FakeClock, code: grpc.StatusCode
 ) -> None:
-    server.script = [failure(code, "full", retry_info(0.4)), failure(code, "full", retry_info(1.5))]
+    server.script = [Failure(code, "full", retry_after=0.4), Failure(code, "full", retry_after=1.5)]
     features = client.extract(PIXELS)
     assert len(features) == 1
     for pause, hint in zip(clock.pauses, (0.4, 1.5), strict=True):
@@ -134,15 +136,16 @@ def test_retries_after_the_time_the_server_names(
 
 
 def test_every_attempt_has_what_is_left_of_the_deadline(client: Client, server: FakeServer, clock: FakeClock) -> None:
-    server.script = [failure(Code.UNAVAILABLE, "starting", retry_info(seconds)) for seconds in (5, 7)]
+    client.extract(PIXELS)  # it knows the model then
+    server.script = [Failure(Code.UNAVAILABLE, "starting", retry_after=seconds) for seconds in (5, 7)]
     client.extract(PIXELS, deadline=30)
     left = [30.0, 30 - clock.pauses[0], 30 - sum(clock.pauses)]
-    assert [seen.timeout for seen in server.seen] == pytest.approx(left, abs=2)
+    assert [call.timeout for call in server.calls[2:]] == pytest.approx(left, abs=2)
     assert left[2] < 18.1  # the pauses make a difference that the tolerance does not hide
 
 
 def test_backs_off_without_a_hint(client: Client, server: FakeServer, clock: FakeClock) -> None:
-    server.script = [failure(Code.UNAVAILABLE, "starting") for _ in range(8)]
+    server.model_script = [Failure(Code.UNAVAILABLE, "starting") for _ in range(8)]
     client.model()
     for attempt, pause in enumerate(clock.pauses):
         full = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
@@ -152,18 +155,18 @@ def test_backs_off_without_a_hint(client: Client, server: FakeServer, clock: Fak
 
 
 def test_the_last_error_comes_when_the_deadline_is_over(client: Client, server: FakeServer, clock: FakeClock) -> None:
-    server.script = [failure(Code.RESOURCE_EXHAUSTED, f"{n} images wait", retry_info(1)) for n in range(99)]
+    server.script = [Failure(Code.RESOURCE_EXHAUSTED, f"{n} images wait", retry_after=1) for n in range(99)]
     started = clock.seconds
     with pytest.raises(Overloaded, match=r"^[0-9] images wait \(attempt [0-9]\)$") as caught:
         client.extract(PIXELS, deadline=8)
     assert clock.seconds - started < 8
     assert caught.value.retry_after == 1
-    assert 7 <= caught.value.attempts == len(server.seen) == len(clock.pauses) + 1 <= 8
+    assert 7 <= caught.value.attempts == len(server.requests) == len(clock.pauses) + 1 <= 8
     assert caught.value.code is Code.RESOURCE_EXHAUSTED
 
 
 def test_a_hint_beyond_the_deadline_is_not_waited_for(client: Client, server: FakeServer, clock: FakeClock) -> None:
-    server.script = [failure(Code.UNAVAILABLE, "loading", retry_info(90))]
+    server.script = [Failure(Code.UNAVAILABLE, "loading", retry_after=90)]
     with pytest.raises(Unavailable, match=r"^loading$"):
         client.extract(PIXELS)
     assert clock.pauses == []
@@ -171,8 +174,8 @@ def test_a_hint_beyond_the_deadline_is_not_waited_for(client: Client, server: Fa
 
 def test_what_came_before_the_last_error_is_told(client: Client, server: FakeServer, clock: FakeClock) -> None:
     server.script = [
-        failure(Code.UNAVAILABLE, "starting", retry_info(0.1)),
-        failure(Code.DEADLINE_EXCEEDED, "in the queue"),
+        Failure(Code.UNAVAILABLE, "starting", retry_after=0.1),
+        Failure(Code.DEADLINE_EXCEEDED, "in the queue"),
     ]
     message = r"^in the queue \(no answer within 20 s\) \(attempt 2; the one before: UNAVAILABLE: starting\)$"
     with pytest.raises(DeadlineExceeded, match=message) as caught:
@@ -181,7 +184,7 @@ def test_what_came_before_the_last_error_is_told(client: Client, server: FakeSer
 
 
 def test_errors_hold_one_error_before_them_and_no_chain(client: Client, server: FakeServer, clock: FakeClock) -> None:
-    server.script = [failure(Code.UNAVAILABLE, "starting") for _ in range(5)] + [failure(Code.INTERNAL, "no")]
+    server.script = [Failure(Code.UNAVAILABLE, "starting") for _ in range(5)] + [Failure(Code.INTERNAL, "no")]
     with pytest.raises(ServerError) as caught:
         client.extract(PIXELS)
     assert caught.value.attempts == 6
@@ -190,7 +193,8 @@ def test_errors_hold_one_error_before_them_and_no_chain(client: Client, server: 
 
 
 def test_the_deadline_spans_the_model_and_the_features(client: Client, server: FakeServer, clock: FakeClock) -> None:
-    server.script = [failure(Code.UNAVAILABLE, "a", retry_info(4)), None, failure(Code.UNAVAILABLE, "b", retry_info(7))]
+    server.model_script = [Failure(Code.UNAVAILABLE, "a", retry_after=4)]
+    server.script = [Failure(Code.UNAVAILABLE, "b", retry_after=7)]
     with pytest.raises(Unavailable, match=r"^b$"):
         client.extract(PIXELS, layers=-1, deadline=10)
     assert len(clock.pauses) == 1
@@ -199,7 +203,7 @@ def test_the_deadline_spans_the_model_and_the_features(client: Client, server: F
 def test_no_server_is_unavailable_and_tried_again(
     server: FakeServer, clock: FakeClock, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server._server.stop(None).wait()
+    server.stop()
     with caplog.at_level(logging.WARNING, "dinov3_client"), pytest.raises(Unavailable) as caught:
         client.model(deadline=3)
     assert caught.value.attempts > 2
@@ -226,11 +230,11 @@ def test_a_server_that_comes_is_found(tmp_path: Path) -> None:
 
 
 def test_a_model_that_changed_is_asked_for_anew(client: Client, server: FakeServer) -> None:
-    server.script = [None, failure(Code.FAILED_PRECONDITION, "now serving cafe, not f00d")]
+    server.script = [Failure(Code.FAILED_PRECONDITION, "now serving cafe, not f00d")]
     with pytest.raises(ModelMismatch):
         client.extract(PIXELS, layers=-1)
     client.extract(PIXELS, layers=-1)
-    assert [type(seen.message).__name__ for seen in server.seen] == ["GetModelRequest", "ExtractRequest"] * 2
+    assert [call.method for call in server.calls] == ["GetModel", "Extract"] * 2
 
 
 def test_messages_over_grpcs_default_pass(client: Client, server: FakeServer) -> None:
@@ -241,8 +245,9 @@ def test_messages_over_grpcs_default_pass(client: Client, server: FakeServer) ->
 
 @pytest.mark.parametrize("way", ["receive", "send"])
 def test_a_message_over_the_servers_limit_is_explained_and_not_retried(way: str) -> None:
-    limit = (f"grpc.max_{way}_message_length", 100_000)
-    with FakeServer(server_options=(limit,)) as server, Client(server.target) as client:
+    narrow = replace(MODEL, limits=replace(MODEL.limits, max_message_bytes=100_000))
+    with FakeServer(narrow) as server, Client(server.target) as client:
+        server.model = MODEL  # it tells of more than its transport takes
         size = 320 if way == "receive" else 32
         images = np.zeros((1 if way == "receive" else 64, size, size, 3), np.uint8)
         with pytest.raises(MessageTooLarge, match=r"larger than max.*send fewer images.*max_message_bytes") as caught:
@@ -254,7 +259,7 @@ def test_token_is_sent_with_every_call(server: FakeServer) -> None:
     with Client(server.target, token="s3cret") as client:
         client.model()
         client.extract(PIXELS)
-    assert [seen.metadata["authorization"] for seen in server.seen] == ["Bearer s3cret"] * 2
+    assert {call.metadata["authorization"] for call in server.calls} == {"Bearer s3cret"}
 
 
 @pytest.mark.parametrize("token", ["", "two words", "newline\n", "snowman☃"])
@@ -292,7 +297,7 @@ def test_deadlines_that_are_none(deadline: float) -> None:
 def test_tls(tmp_path: Path) -> None:
     here = Path(__file__).parent
     key, certificate = (here / "localhost.key").read_bytes(), (here / "localhost.pem").read_bytes()
-    with FakeServer(tls=grpc.ssl_server_credentials([(key, certificate)])) as server:
+    with FakeServer(address="localhost:0", credentials=grpc.ssl_server_credentials([(key, certificate)])) as server:
         with Client(server.target, tls_ca=here / "localhost.pem", token="t") as client:
             assert client.model().depth == 12
             assert len(client.extract(PIXELS)) == 1
@@ -309,17 +314,19 @@ def test_tls(tmp_path: Path) -> None:
 
 
 def test_no_answer_before_the_deadline() -> None:
-    with FakeServer(hold=threading.Event()) as server, Client(server.target) as client:
+    with FakeServer() as server, Client(server.target) as client:
+        server.gate.clear()
         with pytest.raises(DeadlineExceeded, match=r"\(no answer within 0\.05 s\)$") as caught:
             client.extract(PIXELS, deadline=0.05)
         assert caught.value.attempts == 1
 
 
 def test_close_ends_the_calls_under_way() -> None:
-    with FakeServer(hold=threading.Event()) as server, ThreadPoolExecutor(1) as thread:
+    with FakeServer() as server, ThreadPoolExecutor(1) as thread:
+        server.gate.clear()
         client = Client(server.target)
         answer = thread.submit(client.extract, PIXELS)
-        assert server.arrived.wait(60)
+        server.wait_for_calls(1)
         client.close()
         with pytest.raises(ServerError) as caught:
             answer.result()
@@ -331,11 +338,11 @@ def test_threads_share_a_client(client: Client) -> None:
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda pixels: client.extract(pixels, preset="none", dtype="float32"), pictures))
     for features, pixels in zip(answers, pictures, strict=True):
-        assert np.array_equal(features.cls[0], tokens(pixels)["cls"])
+        assert np.array_equal(features.cls[0], expected(pixels, "cls"))
 
 
 def test_a_server_of_another_kind_is_named(client: Client, server: FakeServer) -> None:
-    server.script = [failure(Code.UNIMPLEMENTED, "Method not found!")]
+    server.model_script = [Failure(Code.UNIMPLEMENTED, "Method not found!")]
     with pytest.raises(ServerError, match=r"does not offer dinov3_serving\.v1\.FeatureService \(Method not found!\)"):
         client.model()
 
