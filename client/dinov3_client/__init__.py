@@ -10,6 +10,7 @@ Imports neither torch nor anything of the server.
 """
 
 from dinov3_client._answer import Timings
+from dinov3_client._async_client import AsyncClient
 from dinov3_client._client import Client
 from dinov3_client._errors import (
     DeadlineExceeded,
@@ -34,6 +35,7 @@ from dinov3_client._views import ImageViews, View
 from dinov3_client.bulk.dataset import FeatureDataset
 
 __all__ = [
+    "AsyncClient",
     "Certificate",
     "Client",
     "DeadlineExceeded",

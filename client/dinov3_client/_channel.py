@@ -1,23 +1,34 @@
-"""How a connection is made: options, credentials, metadata."""
+"""How a connection is made: targets, options, credentials, metadata."""
 
 from __future__ import annotations
 
+import json
+import numbers
 import os
 import re
 import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-# A connection on which nothing moves during a call is probed after the first and given up after the second, so that
-# a peer that vanished is noticed well within the default deadline.
-KEEPALIVE_TIME_MS = 30_000
-KEEPALIVE_TIMEOUT_MS = 10_000
+PathLike = str | os.PathLike[str]
+
+# Seconds. A connection on which nothing moves during a call is probed after `keepalive`, and given up after this much
+# longer, so that a peer that vanished is noticed well within the default deadline.
+KEEPALIVE = 30.0
+KEEPALIVE_TIMEOUT = 10.0
+# Servers end connections that are probed more often.
+LEAST_KEEPALIVE = 5.0
 # gRPC's own pause between connection attempts grows to 2 minutes; a server that restarts is back sooner.
 FIRST_RECONNECT_MS = 100
 LONGEST_RECONNECT_MS = 2_000
+# Of one attempt to connect; gRPC's own is 20 s. A host that is there takes far less.
+CONNECT_TIMEOUT_MS = 5_000
 
-OPTIONS: tuple[tuple[str, int], ...] = (
+_OPTIONS: tuple[tuple[str, Any], ...] = (
     # The server's limits are the limits (model().limits tells them); gRPC's default of 4 MB would only be in the way.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -25,41 +36,105 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
     # gRPC's retries ignore RetryInfo and give up on large requests; `_retry` does not.
     ("grpc.enable_retries", 0),
-    ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.initial_reconnect_backoff_ms", FIRST_RECONNECT_MS),
     ("grpc.max_reconnect_backoff_ms", LONGEST_RECONNECT_MS),
+    ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
 )
-
+_ROUND_ROBIN = ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]}))
 
 # gRPC's own ways to name a server (its doc/naming.md), which it checks by itself.
 _SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:")
 
 
-def check_target(target: str) -> str:
+def options(target: str, keepalive: float | None) -> tuple[tuple[str, Any], ...]:
+    found = _OPTIONS
+    if target.startswith("dns:"):
+        found += (_ROUND_ROBIN,)
+    if keepalive is not None:
+        found += (
+            ("grpc.keepalive_time_ms", round(keepalive * 1000)),
+            ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT * 1000)),
+            # Else gRPC stops after two where the server has nothing to send yet.
+            ("grpc.http2.max_pings_without_data", 0),
+        )
+    return found
+
+
+def check_targets(target: str | Sequence[str]) -> tuple[str, ...]:
+    targets = (target,) if isinstance(target, str) or not isinstance(target, Sequence) else tuple(target)
+    if not targets:
+        raise ValueError("target is empty; name at least one server, as localhost:50051")
+    for index, one in enumerate(targets):
+        _check_target(one)
+        if one in targets[:index]:
+            raise ValueError(f"target names {one!r} twice; `connections` is how many there are to one server")
+    return targets
+
+
+def _check_target(target: str) -> None:
     """gRPC alone would wait for the deadline, and take port 443 where none is given and 34463 for 99999."""
     if not isinstance(target, str):
-        raise TypeError(f"target is a {type(target).__name__}; it must be the text HOST:PORT, as localhost:50051")
+        raise TypeError(
+            f"target is a {type(target).__name__}; it must be the text HOST:PORT, as localhost:50051, or a sequence of "
+            "such texts"
+        )
     found = re.fullmatch(r"(?:\[[^\[\]/]+\]|[^\[\]:/\s]+):([0-9]+)", target)
     if not target.startswith(_SCHEMES) and not (found and 0 < int(found[1]) < 65536):
         raise ValueError(
             f"target is {target!r}; it must be HOST:PORT, as localhost:50051 or [::1]:50051, with a port from 1 to "
             "65535 and without http://"
         )
-    return target
 
 
-def credentials(tls_ca: str | os.PathLike[str] | None) -> grpc.ChannelCredentials | None:
-    """Of a server whose certificate the PEM file `tls_ca` vouches for; None is plain text."""
-    if tls_ca is None:
+def check_keepalive(keepalive: float | None) -> float | None:
+    if keepalive is None:
         return None
-    pem = Path(tls_ca).read_bytes()
-    try:
-        # gRPC would take it, and say at each call that it cannot connect.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))
-    except (ssl.SSLError, ValueError):
-        raise ValueError(f"tls_ca is {os.fspath(tls_ca)!r}, a file that holds no certificate in PEM") from None
-    return grpc.ssl_channel_credentials(pem)
+    if not isinstance(keepalive, numbers.Real) or isinstance(keepalive, bool):
+        raise TypeError(f"keepalive is {keepalive!r}; it must be seconds, or None for no probes")
+    if not LEAST_KEEPALIVE <= keepalive < float("inf"):
+        raise ValueError(
+            f"keepalive is {keepalive!r}; it must be at least {LEAST_KEEPALIVE:g} seconds (servers end connections "
+            "that are probed more often), or None for no probes"
+        )
+    return keepalive
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM bytes, checked. gRPC would take anything, and say at each call that it cannot connect."""
+
+    ca: bytes | None
+    cert: bytes | None
+    key: bytes | None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
+
+
+def read_tls(ca: PathLike | None, cert: PathLike | None, key: PathLike | None) -> Tls | None:
+    """Of the files; None, where none is given, is plain text. Raises OSError or ValueError."""
+    if (cert is None) != (key is None):
+        given, missing = ("tls_key", "tls_cert") if cert is None else ("tls_cert", "tls_key")
+        raise ValueError(f"{given} is given without {missing}; a certificate of the client's own needs both")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    ca_pem = cert_pem = key_pem = None
+    if ca is not None:
+        ca_pem = Path(ca).read_bytes()
+        try:
+            context.load_verify_locations(cadata=ca_pem.decode("ascii"))
+        except (ssl.SSLError, ValueError):
+            raise ValueError(f"tls_ca is {os.fspath(ca)!r}, a file that holds no certificate in PEM") from None
+    if cert is not None and key is not None:
+        cert_pem, key_pem = Path(cert).read_bytes(), Path(key).read_bytes()
+        try:
+            context.load_cert_chain(cert, key, password="")  # or a key with a passphrase would ask the terminal
+        except (ssl.SSLError, ValueError) as error:
+            reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else error
+            raise ValueError(
+                f"tls_cert {os.fspath(cert)!r} and tls_key {os.fspath(key)!r} are no PEM certificate with its private "
+                f"key (without passphrase): {reason}"
+            ) from None
+    return None if ca_pem is None and cert_pem is None else Tls(ca_pem, cert_pem, key_pem)
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:

@@ -32,11 +32,11 @@ def check_bool(name: str, given: object) -> bool:
     return given
 
 
-def check_deadline(deadline: float) -> float:
+def check_deadline(deadline: float, name: str = "deadline") -> float:
     if not isinstance(deadline, numbers.Real):
-        raise TypeError(f"deadline is {deadline!r}; it must be a positive number of seconds")
+        raise TypeError(f"{name} is {deadline!r}; it must be a positive number of seconds")
     if not (deadline > 0 and math.isfinite(deadline)):
-        raise ValueError(f"deadline is {deadline!r}; it must be a positive number of seconds")
+        raise ValueError(f"{name} is {deadline!r}; it must be a positive number of seconds")
     return deadline
 
 

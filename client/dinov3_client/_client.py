@@ -1,71 +1,61 @@
-"""The blocking client. What it sends and reads is made in `_split` and `_response`."""
+"""The blocking client. What it does is in `_session`, how it waits in `_blocking`."""
 
 from __future__ import annotations
 
-import logging
-import os
-import random
-import time
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
 
-from dinov3_client import _channel, _features, _images, _request, _response, _split
-from dinov3_client._checks import check_deadline
-from dinov3_client._errors import ModelMismatch, StatusError, Unavailable, from_rpc_error
+from dinov3_client import _many, _request
+from dinov3_client._blocking import Scope, Sleep, run
 from dinov3_client._features import Features
+from dinov3_client._flow import Flow, T
 from dinov3_client._images import ImageLike
-from dinov3_client._model import Model, read_model
-from dinov3_client._request import ExtractOptions, TokenKind
-from dinov3_client._retry import Attempts
-from dinov3_serving.v1 import feature_service_pb2 as pb
-from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
-
-_log = logging.getLogger("dinov3_client")
+from dinov3_client._model import Model
+from dinov3_client._request import ExtractOptions, Options, TokenKind
+from dinov3_client._session import Connected
 
 
-class Client:
-    """A connection to a dinov3-serving server; it may be shared by threads.
+class Client(Connected):
+    """Features of a dinov3-serving server; threads may share a client.
 
-    `target` is HOST:PORT. `deadline` is the seconds that a call may take, with everything: while it lasts, a call
-    is tried again when no server answers or its queue is full. `token` is sent with every call. `tls_ca` is the PEM
-    file that vouches for the server's certificate; without it the connection is plain text, the token included.
+    target: HOST:PORT; `dns:///HOST:PORT`, all of whose addresses take calls in turn; `unix:PATH`; or a sequence of
+        these. A call goes to the one with the fewest of our calls in flight; one that cannot be reached is left alone
+        for a while, and its calls go to the others.
+    connections: to each target at most. None: as many as it has frontends, up to 8. They are opened as calls need
+        them, and spread over the frontends.
+    deadline: seconds that a call may take, with everything: while it lasts, a call is tried again when no server
+        answers or its queue is full.
+    token: sent with every call as `authorization: Bearer TOKEN`.
+    tls_ca: PEM file that vouches for the server's certificate; tls_cert and tls_key: PEM files of the client's own
+        certificate and its private key (mutual TLS), for a server of the system's own authorities also without tls_ca.
+        Without any the connection is plain text, the token included.
+    fingerprint: of the only model whose features are wanted, as `model().fingerprint` has it, or, with a projection,
+        as `Features.fingerprint` has it. Whatever else a server has raises ModelMismatch.
+    keepalive: seconds after which a connection on which nothing moves during a call is probed, at least 5; None: never.
 
-    Nothing is sent before the first call. Errors: see `dinov3_client.Dinov3Error` and its subclasses.
+    Nothing is sent before the first call. A client without a call in flight may be inherited by a forked process, and
+    pickled: each process has connections of its own. Errors: see `dinov3_client.Dinov3Error` and its subclasses.
     """
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        deadline: float = 60.0,
-        token: str | None = None,
-        tls_ca: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self._deadline = check_deadline(deadline)
-        self._target = _channel.check_target(target)
-        self._metadata = _channel.metadata(token)
-        credentials = _channel.credentials(tls_ca)
-        self._tls = credentials is not None
-        self._channel = (
-            grpc.insecure_channel(target, _channel.OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, _channel.OPTIONS)
-        )
-        self._stub: Any = FeatureServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        # Bytes as they are: `_wire` makes and reads them.
-        self._extract: Any = self._channel.unary_unary("/dinov3_serving.v1.FeatureService/Extract")
-        self._model: Model | None = None
-        # For tests, which have no time to wait.
-        self._now: Callable[[], float] = time.monotonic
-        self._sleep: Callable[[float], None] = time.sleep
-        self._rand: Callable[[], float] = random.random
+    # For tests, which have no time to wait.
+    _sleep: Sleep = staticmethod(threading.Event.wait)
+
+    @staticmethod
+    def _dial(target: str, options: Any, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
+        if credentials is None:
+            return grpc.insecure_channel(target, options)
+        return grpc.secure_channel(target, credentials, options)
 
     def close(self) -> None:
-        """Drops the connection; calls under way end with a ServerError (CANCELLED)."""
-        self._channel.close()
+        """Drops the connections; calls under way end with a ServerError (CANCELLED)."""
+        for channel in self._session.close():
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +67,15 @@ class Client:
 
     def model(self, *, deadline: float | None = None) -> Model:
         """What is served, and under which limits: asked of the server anew at each call."""
-        return self._get_model(self._end(deadline))
+        return self._run(self._session.model(deadline))
+
+    def wait_ready(self, timeout: float = 60.0) -> Model:
+        """Wait for up to `timeout` seconds until a server answers and its model is ready.
+
+        Raises Unavailable or DeadlineExceeded, with the last reason, when the time is over; whatever waiting does not
+        mend (a wrong token, another model than the pinned one) at once.
+        """
+        return self._run(self._session.wait_ready(timeout))
 
     def extract(
         self,
@@ -97,47 +95,56 @@ class Client:
 
         Raises ValueError, TypeError or OSError for what is wrong before anything is sent, and Dinov3Error else.
         """
-        wanted = _request.options(outputs, **options)
-        sources = _images.load(images, wanted.exif)
-        end = self._end(wanted.deadline)
-        answers = []
-        try:
-            queries = _split.queries(sources, wanted, self._known_model(end))
-            for query in queries:
-                try:
-                    answers.append(_response.read(self._call(self._extract, query.data, end), query))
-                except StatusError as error:
-                    query.of_the_call(error)
-                    raise
-        except ModelMismatch:
-            self._model = None  # another one is served by now: the next call asks
-            raise
-        return _features.join(queries, answers, wanted.on_error)
+        return self._run(self._session.extract(images, _request.options(outputs, **options)))
 
-    def _known_model(self, end: float) -> Model:
-        if self._model is None:
-            self._model = self._get_model(end)
-        return self._model
+    def extract_many(
+        self,
+        batches: Iterable[ImageLike | Iterable[ImageLike]],
+        outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"),
+        *,
+        in_flight: int = 4,
+        **options: Unpack[ExtractOptions],
+    ) -> Generator[Features, None, None]:
+        """The features of each of `batches`, in their order, with the next ones under way.
 
-    def _get_model(self, end: float) -> Model:
-        return read_model(self._call(self._stub.GetModel, pb.GetModelRequest(), end))
+        A batch is what `extract` takes as `images`; `outputs` and `options` are those of `extract`, the deadline that
+        of each batch. `batches` is read in the caller's thread, while it asks for features, and never further than
+        `in_flight` batches ahead of them.
 
-    def _end(self, deadline: float | None) -> float:
-        return self._now() + (self._deadline if deadline is None else check_deadline(deadline))
+        An error, of a batch or of `batches` itself, is raised where the batch's features would come, and ends the
+        iteration. Closing it cancels what is in flight.
+        """
+        return self._many(iter(batches), _many.check_in_flight(in_flight), _request.options(outputs, **options))
 
-    def _call(self, method: Callable[..., Any], message: object, end: float) -> Any:
-        """One answer, after as many attempts as `_retry` allows until `end`."""
-        attempts = Attempts(end, self._now, self._rand)
-        while True:
+    def _many(
+        self, batches: Iterator[ImageLike | Iterable[ImageLike]], in_flight: int, wanted: Options
+    ) -> Generator[Features, None, None]:
+        pending: deque[Future[Features]] = deque()
+        more = True
+        with Scope() as scope, ThreadPoolExecutor(in_flight, "dinov3-client") as threads:
             try:
-                return method(message, timeout=attempts.remaining(), metadata=self._metadata)
-            except grpc.RpcError as caught:
-                error = from_rpc_error(caught)
-            if isinstance(error, Unavailable) and error.retry_after is None:
-                # It is gRPC that says so, of the connection: it names addresses, not what the user gave.
-                how, other = ("with TLS", "with") if self._tls else ("in plain text", "without")
-                error.message = f"cannot reach {self._target} {how} (is it up, and {other} TLS?): {error.message}"
-            pause = attempts.pause(error)
-            if isinstance(error, Unavailable) and error.attempts == 1:
-                _log.warning("%s; trying again for up to %.0f s", error.message, attempts.remaining())
-            self._sleep(pause)
+                while True:
+                    while more and len(pending) < in_flight:
+                        try:
+                            images = _many.held(next(batches))
+                        except StopIteration:
+                            more = False
+                        except Exception as error:
+                            more = False
+                            pending.append(_failed(error))
+                        else:
+                            pending.append(threads.submit(self._run, self._session.extract(images, wanted), scope))
+                    if not pending:
+                        return
+                    yield pending.popleft().result()
+            finally:
+                scope.cancel()
+
+    def _run(self, flow: Flow[T], scope: Scope | None = None) -> T:
+        return run(flow, scope or Scope(), self._sleep)
+
+
+def _failed(error: Exception) -> Future[Features]:
+    future: Future[Features] = Future()
+    future.set_exception(error)
+    return future

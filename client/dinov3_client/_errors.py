@@ -171,6 +171,14 @@ def from_rpc_error(error: grpc.RpcError) -> StatusError:
     return from_status(call.code().value[0], call.details() or call.code().name, status.details if status else ())
 
 
+def model_mismatch(pinned: str, served: str) -> ModelMismatch:
+    """For what the client finds by itself, of two fingerprints."""
+    return ModelMismatch(
+        f"the server's model has the fingerprint {served}, the request is pinned to {pinned}",
+        code=grpc.StatusCode.FAILED_PRECONDITION,
+    )
+
+
 def image_errors(errors: Mapping[int, StatusError], labels: Mapping[int, str], count: int) -> ImageErrors:
     """The error to raise for a request of `count` images; `labels` names those that came from files."""
     shown = [

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
+
 from dinov3_client._dtypes import name_of
+from dinov3_client._errors import InvalidResponse
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 
@@ -106,7 +109,14 @@ class Model:
     projections: tuple[Projection, ...]
 
 
-def read_model(response: pb.GetModelResponse) -> Model:
+def read_model(data: bytes) -> Model:
+    """Of a GetModelResponse as it came. Raises InvalidResponse where it is none."""
+    try:
+        response = pb.GetModelResponse.FromString(data)
+    except DecodeError:
+        raise InvalidResponse(
+            f"the {len(data)} bytes that came are no {pb.GetModelResponse.DESCRIPTOR.full_name}"
+        ) from None
     limits = response.limits
     return Model(
         name=response.model,

@@ -17,24 +17,36 @@ HINT_JITTER = 0.2
 
 
 class Attempts:
-    """The attempts of one call, which has to end at `end` on the clock `now`."""
+    """The attempts of one call, which has to end at `end` on the clock `now`.
+
+    A `patient` one waits for a server that starts: it asks every few seconds whatever that expects, and until the end.
+    """
 
     def __init__(
-        self, end: float, now: Callable[[], float] = time.monotonic, rand: Callable[[], float] = random.random
+        self,
+        end: float,
+        now: Callable[[], float] = time.monotonic,
+        rand: Callable[[], float] = random.random,
+        *,
+        patient: bool = False,
     ) -> None:
         self._end = end
+        self._patient = patient
         self._allowed = end - now()
         self._now = now
         self._rand = rand
         self._made = 0
+        self._pauses = 0
         self._previous: StatusError | None = None
 
     def remaining(self) -> float:
         """Seconds until the deadline: the timeout of the next attempt."""
         return max(0.0, self._end - self._now())
 
-    def pause(self, error: StatusError) -> float:
+    def pause(self, error: StatusError, elsewhere: bool = False) -> float:
         """Seconds to wait after an attempt that ended with `error`; raises it where no other attempt is due.
+
+        None where the next one goes `elsewhere`, to a server that was not asked yet.
 
         Extraction changes nothing on the server, so that whatever may pass by itself is tried again: no
         server there or ready, and a full queue (which its RetryInfo tells from a message that is too large).
@@ -46,10 +58,15 @@ class Attempts:
             error.message += f" (no answer within {round(self._allowed, 2):g} s)"
         if not isinstance(error, Unavailable | Overloaded):
             raise error
-        if error.retry_after:
+        if elsewhere:
+            pause = 0.0
+        elif error.retry_after and not self._patient:
             pause = error.retry_after * (1 + HINT_JITTER * self._rand())
         else:
-            pause = min(FIRST_PAUSE * 2 ** min(self._made - 1, 10), LONGEST_PAUSE) * (1 - 0.5 * self._rand())
+            pause = min(FIRST_PAUSE * 2 ** min(self._pauses, 10), LONGEST_PAUSE) * (1 - 0.5 * self._rand())
+            self._pauses += 1
+        if self._patient and self.remaining() > FIRST_PAUSE:
+            pause = min(pause, self.remaining() / 2)
         if pause >= self.remaining():
             raise error
         error.previous = None  # a chain of every attempt would only grow

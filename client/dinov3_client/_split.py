@@ -36,6 +36,8 @@ class Query:
 
     data: bytes
     """The ExtractRequest as it is sent."""
+    fingerprint: str
+    """That the answer's must be, or begin with before a "+"; empty: any."""
     options: Options
     layers: tuple[int, ...]
     """The 0-based index of each of `options.layers`."""
@@ -99,6 +101,7 @@ def queries(sources: Sequence[Source], options: Options, model: Model, fingerpri
         found.append(
             Query(
                 data=_wire.request(of_part, rest),
+                fingerprint=rest.fingerprint,
                 options=options,
                 layers=layers,
                 first=part.start,

@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from dinov3_client._errors import Dinov3Error
-from dinov3_client.cli import extract, info, pca
-from dinov3_client.cli.common import UsageError, complain, image_flags, server_flags
+from dinov3_client.cli import extract, fit_projection, info, pca, similarity
+from dinov3_client.cli.common import UsageError, complain, server_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dinov3-client", description="DINOv3 features from a dinov3-serving server.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    server, images = server_flags(), image_flags()
+    server = server_flags()
     info.add(commands, server)
-    extract.add(commands, server, images)
-    pca.add(commands, server, images)
+    extract.add(commands, server)
+    pca.add(commands, server)
+    similarity.add(commands, server)
+    fit_projection.add(commands, server)
     return parser

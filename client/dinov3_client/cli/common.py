@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dinov3_client._checks import check_deadline
 from dinov3_client._client import Client
 from dinov3_client._model import Model
+from dinov3_client.bulk.errors import SourceError
+from dinov3_client.bulk.sources import Images, find
 
 DEFAULT_TARGET = "localhost:50051"
 
@@ -25,9 +27,21 @@ class Failures:
     def __init__(self) -> None:
         self.count = 0
 
-    def __call__(self, path: Path, reason: str) -> None:
+    def __call__(self, image: str, reason: str) -> None:
+        self.say(f"{image}: {reason}")
+
+    def say(self, text: str) -> None:
         self.count += 1
-        complain(f"{path}: {reason}")
+        complain(text)
+
+
+def found_images(sources: Iterable[str], failures: Failures) -> Iterator[Images]:
+    """Of each source, in their order: a file, folder, glob or tar shard. One that is none of these is told of."""
+    for source in sources:
+        try:
+            yield find([source])
+        except SourceError as error:
+            failures.say(str(error))
 
 
 def connect(args: argparse.Namespace) -> Client:
@@ -79,14 +93,6 @@ def server_flags() -> argparse.ArgumentParser:
         "--tls-ca", type=Path, metavar="FILE", help="PEM file that vouches for the server; without it, plain text"
     )
     return server
-
-
-def image_flags() -> argparse.ArgumentParser:
-    """The images of a command that takes files, as a parent parser."""
-    images = argparse.ArgumentParser(add_help=False)
-    images.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG, WebP, BMP or TIFF file")
-    images.add_argument("--exif", action="store_true", help="turn images by their EXIF orientation first")
-    return images
 
 
 def add_size(parser: argparse.ArgumentParser, default: tuple[int, int] | None, named: str) -> None:

@@ -1,101 +1,233 @@
-"""`dinov3-client extract`."""
+"""`dinov3-client extract`: the features of a data set in files."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
-import numpy as np
+from dinov3_client._dtypes import FeatureDtype
+from dinov3_client._errors import Dinov3Error
+from dinov3_client._request import Preset, Priority, TokenKind
+from dinov3_client._views import Interpolation
+from dinov3_client.bulk import extraction, manifest, sources
+from dinov3_client.bulk.errors import SourceError
+from dinov3_client.bulk.rows import Format, Options
+from dinov3_client.cli.common import (
+    UsageError,
+    add_size,
+    complain,
+    connect,
+    image_size,
+    known_model,
+    layer_numbers,
+    numbers,
+    say,
+)
 
-from dinov3_client import _files
-from dinov3_client._features import LayerFeatures
-from dinov3_client._files import Extracted, Options
-from dinov3_client._model import Model
-from dinov3_client._request import Preset, TokenKind
-from dinov3_client.cli.common import Failures, UsageError, add_size, connect, known_model, layer_numbers, numbers, say
+# Of failed images on stderr; failed.jsonl has all.
+_SHOWN_FAILURES = 20
+# Between two messages of progress: where a line is rewritten, and where each stays.
+_LIVE_SECONDS, _LOGGED_SECONDS = 0.2, 10.0
 
 
-def add(commands: Any, server: argparse.ArgumentParser, images: argparse.ArgumentParser) -> None:
+def add(commands: Any, server: argparse.ArgumentParser) -> None:
     extract = commands.add_parser(
         "extract",
-        parents=[images, server],
-        help="features of images, one npz file each",
-        description="Writes DIR/STEM.npz for each image (in the place of an older one), with an array for each output "
-        "(cls [D], patches [P, D], registers [G, D]) and grid, those of layers as layerI_..., input_size, and where it "
-        "all came from. Broken images are named and left out; the exit code is 1 then.",
+        parents=[server],
+        help="features of a data set, in files",
+        description="Writes the features of all images into DIR, as safetensors shards and a manifest that tells which "
+        "row is whose (dinov3_client.FeatureDataset reads them), or as an npz file each. Started again, it goes on "
+        "where it was stopped, however that was. Broken images are left out and listed in DIR/failed.jsonl; the exit "
+        "code is 1 then.",
+    )
+    extract.add_argument(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="folder (with all below it), image, webdataset shard (.tar), 'glob*.jpg' or 'shards-{000..099}.tar'",
+    )
+    extract.add_argument(
+        "--list",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="file that names an image or shard a line",
     )
     extract.add_argument("--out", type=Path, required=True, metavar="DIR")
-    extract.add_argument("--preset", choices=get_args(Preset), default="dinov3", help="default: %(default)s")
-    add_size(extract, None, "the preset's")
+    extract.add_argument("--format", choices=get_args(Format), default="safetensors", help="default: %(default)s")
     extract.add_argument(
+        "--shard-rows",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="most rows of a shard, which also ends at 256 MB (default %(default)s); a run that is killed does again "
+        "what its unfinished shard had",
+    )
+    features = extract.add_argument_group("features")
+    features.add_argument(
         "--outputs",
         type=_outputs,
         default=("cls", "patches"),
         metavar="KIND,...",
         help="cls, patches, registers; default: cls,patches",
     )
-    extract.add_argument(
+    features.add_argument(
         "--layers",
         type=numbers,
         default=(),
         metavar="I,...",
         help="layers whose outputs come as well; negative ones count from the end (--layers=-4,-1)",
     )
-    extract.add_argument(
-        "--dtype", choices=("float16", "float32"), default="float16", help="default: %(default)s; npz has no bfloat16"
+    features.add_argument(
+        "--dtype",
+        choices=get_args(FeatureDtype),
+        default="float16",
+        help="default: %(default)s; int8 comes with a scale a token; npz files have no bfloat16",
+    )
+    features.add_argument("--pool", type=image_size, metavar="N|HxW", help="patches averaged to a grid of this many")
+    features.add_argument("--projection", metavar="NAME", help="of the patches' channels, one that the server has")
+    images = extract.add_argument_group("images")
+    images.add_argument("--preset", choices=get_args(Preset), default="dinov3", help="default: %(default)s")
+    add_size(images, None, "the preset's")
+    images.add_argument("--interpolation", choices=get_args(Interpolation), help="default: the preset's")
+    images.add_argument("--exif", action="store_true", help="turn images by their EXIF orientation first")
+    pace = extract.add_argument_group("pace")
+    pace.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="images of a request (default %(default)s)"
+    )
+    pace.add_argument(
+        "--in-flight", type=_positive, default=4, metavar="N", help="requests at a time (default %(default)s)"
+    )
+    pace.add_argument(
+        "--priority", choices=get_args(Priority), default="bulk", help="default: %(default)s, which gives way to others"
     )
     extract.set_defaults(command=_extract)
 
 
 def _extract(args: argparse.Namespace) -> int:
-    out: Path = args.out
-    targets = _targets(args.images, out)
-    with connect(args) as client:
-        model = known_model(client)
-        options = Options(
-            args.outputs, args.preset, args.size, args.dtype, layer_numbers(args.layers, model), args.exif
-        )
-        out.mkdir(parents=True, exist_ok=True)
-        failures = Failures()
-        for done in _files.extract(client, model, args.images, options, failures):
-            with _files.replacing(targets[done.path]) as draft, draft.open("wb") as file:
-                np.savez(file, **_contents(done, model, options))
-    written = len(args.images) - failures.count
-    say(f"{written} of {len(args.images)} images written to {out}")
-    return 1 if failures.count else 0
-
-
-def _targets(images: Sequence[Path], out: Path) -> dict[Path, Path]:
-    """The file of each image; two images never share one."""
-    owners: dict[str, Path] = {}
-    for image in images:
-        name = f"{image.stem}.npz"
-        if name in owners:
-            raise UsageError(
-                f"{owners[name]} and {image} would both become {out / name}; give each image once, "
-                "and images of equal names to runs with an --out of their own"
+    if args.format == "npz" and args.dtype == "bfloat16":
+        raise UsageError("--dtype bfloat16: npz files have no such numbers; float16, float32 and int8 are left")
+    if not args.sources and not args.list:
+        raise UsageError("nothing to extract: give a SOURCE, or a --list of images")
+    folder: Path = args.out
+    progress = Progress(sys.stderr, time.monotonic)
+    try:
+        images = sources.find(args.sources, args.list)
+        with connect(args) as client:
+            model = known_model(client)
+            options = Options(
+                format=args.format,
+                outputs=args.outputs,
+                layers=layer_numbers(args.layers, model),
+                preset=args.preset,
+                size=args.size,
+                interpolation=args.interpolation,
+                exif=args.exif,
+                dtype=args.dtype,
+                pool=args.pool,
+                projection=args.projection,
+                shard_rows=args.shard_rows,
             )
-        owners[name] = image
-    return {image: out / name for name, image in owners.items()}
+            totals = extraction.extract(
+                client,
+                model,
+                images,
+                folder,
+                options,
+                in_flight=args.in_flight,
+                batch_images=args.batch_size,
+                priority=args.priority,
+                watch=progress,
+            )
+    except SourceError as error:
+        raise UsageError(str(error)) from None
+    except (Dinov3Error, OSError, KeyboardInterrupt) as error:
+        progress.end()
+        if not progress.total:
+            raise
+        complain("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
+        complain(f"stopped; what was committed to {folder} stays, and the same command goes on from there")
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    progress.end()
+    say(f"{totals.rows} of {totals.images} images written to {folder}")
+    if totals.failed:
+        complain(f"{totals.failed} of {totals.images} images have no features: {folder / manifest.FAILED} tells why")
+    return 1 if totals.failed else 0
 
 
-def _contents(done: Extracted, model: Model, options: Options) -> dict[str, Any]:
-    """What an npz holds. Text is in arrays of no dimension: `str(file["model"])`."""
-    named: list[tuple[str, LayerFeatures]] = [("", done.features)]
-    named += [(f"layer{layer}_", features) for layer, features in done.features.layers.items()]
-    return {
-        **{f"{prefix}{kind}": getattr(features, kind) for prefix, features in named for kind in options.outputs},
-        **{f"{prefix}grid": np.array(features.grid) for prefix, features in named},
-        "input_size": np.array(done.features.input_size),
-        "preset": np.array(options.preset),
-        "exif": np.array(options.exif),
-        "source": np.array(str(done.path)),
-        "model": np.array(model.name),
-        "weights": np.array(model.weights),
-        "fingerprint": np.array(done.answer.fingerprint),
-    }
+class Progress:
+    """How far an extraction is, on stderr: on a terminal one line that is rewritten, else one every ten seconds."""
+
+    def __init__(self, stream: TextIO, now: Callable[[], float]) -> None:
+        self.total = 0
+        self._stream = stream
+        self._now = now
+        self._live = stream.isatty()
+        self._done = self._begun = self._failed = 0
+        self._start = self._last = 0.0
+        self._shown = ""
+
+    def begin(self, done: int, total: int) -> None:
+        self.total, self._done, self._begun = total, done, done
+        self._start = self._last = self._now()
+        if 0 < done < total:
+            complain(f"going on after {done:,} of {total:,} images")
+
+    def advance(self, images: int) -> None:
+        self._done += images
+        now = self._now()
+        if now - self._last < (_LIVE_SECONDS if self._live else _LOGGED_SECONDS):
+            return
+        self._last = now
+        self._write(self._text(now))
+
+    def failed(self, image: str, reason: str) -> None:
+        self._failed += 1
+        if self._failed <= _SHOWN_FAILURES:
+            self.end()
+            complain(f"{image}: {reason}")
+        elif self._failed == _SHOWN_FAILURES + 1:
+            self.end()
+            complain("more images have no features; they are not named here")
+
+    def end(self) -> None:
+        """Leaves the line to what comes next."""
+        if self._shown:
+            self._stream.write("\r" + " " * len(self._shown) + "\r")
+            self._shown = ""
+
+    def _text(self, now: float) -> str:
+        rate = (self._done - self._begun) / max(now - self._start, 1e-9)
+        left = f"{_duration((self.total - self._done) / rate)} left" if rate else ""
+        failed = f", {self._failed:,} failed" if self._failed else ""
+        return f"{self._done:,} of {self.total:,} ({self._done / self.total:.1%}), {rate:,.1f}/s, {left}{failed}"
+
+    def _write(self, text: str) -> None:
+        if self._live:
+            self._stream.write("\r" + text.ljust(len(self._shown)))
+            self._shown = text
+            self._stream.flush()
+        else:
+            complain(text)
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _outputs(text: str) -> tuple[TokenKind, ...]:

@@ -3,73 +3,104 @@
 from __future__ import annotations
 
 import argparse
-import io
-from pathlib import Path
-from typing import Any
+import math
+import tempfile
+from collections.abc import Iterator
+from itertools import chain
+from typing import IO, Any, NamedTuple
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
-from dinov3_client import _files, _pca, _picture
+from dinov3_client._dtypes import Array
 from dinov3_client._errors import Dinov3Error
-from dinov3_client._files import Options
-from dinov3_client.cli.common import Failures, UsageError, add_size, connect, known_model, layer_numbers, say
+from dinov3_client._pca import NOISE, Moments, Palette
+from dinov3_client._picture import Pair
+from dinov3_client.cli.common import Failures, connect, found_images, known_model, say
+from dinov3_client.cli.pictures import Show, Shown, add_picture_flags, described, save
 
-# A finer grid than the preset's 16 x 16: 32 x 32 patches show shapes.
-PCA_SIDE = 512
+# Patches that the percentiles are taken of; of more, evenly chosen ones do.
+SAMPLE = 1 << 20
 
 
-def add(commands: Any, server: argparse.ArgumentParser, images: argparse.ArgumentParser) -> None:
+def add(commands: Any, server: argparse.ArgumentParser) -> None:
     pca = commands.add_parser(
         "pca",
-        parents=[images, server],
+        parents=[server],
         help="a picture of patch features as colours",
         description="Draws each image beside its patch features: the first three principal components, of all images "
-        "together, as red, green and blue.",
+        "together, as red, green and blue. A sheet holds 24 images; more become FILE-1.png, FILE-2.png, ..., of one "
+        "basis and one scale. While it runs, a temporary file beside FILE holds the features.",
     )
-    pca.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="pca.png for one")
-    add_size(pca, (PCA_SIDE, PCA_SIDE), str(PCA_SIDE))
-    pca.add_argument(
-        "--layer",
-        type=int,
-        metavar="I",
-        help="show the patches of this layer and not the last one's; a ConvNeXt's earlier ones have finer grids",
-    )
-    pca.set_defaults(command=_pca_picture)
+    pca.add_argument("sources", nargs="+", metavar="SOURCE", help="files and folders of images, globs, tar shards")
+    add_picture_flags(pca)
+    pca.set_defaults(command=_pca)
 
 
-def _pca_picture(args: argparse.Namespace) -> int:
-    image_format = Image.registered_extensions().get(args.output.suffix.lower())
-    if image_format not in Image.SAVE:
-        raise UsageError(f"-o {args.output}: its ending names no image format to write; .png does")
-    if not args.output.parent.is_dir():
-        raise UsageError(f"-o {args.output}: there is no folder {args.output.parent}")
-    # The server has its own limit (`max_image_pixels`): what passed that is no bomb, whatever Pillow thinks.
-    Image.MAX_IMAGE_PIXELS = None
-    with connect(args) as client:
+def _pca(args: argparse.Namespace) -> int:
+    failures = Failures()
+    with connect(args) as client, tempfile.TemporaryFile(dir=args.output.parent) as file:
         model = known_model(client)
-        layers = () if args.layer is None else layer_numbers((args.layer,), model)
-        options = Options(("patches",), "dinov3", args.size, "float16", layers, args.exif)
-        failures = Failures()
-        names, photos, patches, grids = [], [], [], []
-        for done in _files.extract(client, model, args.images, options, failures):
-            photo = Image.open(io.BytesIO(done.data))
-            names.append(done.path.name)
-            photos.append(_picture.thumbnail(ImageOps.exif_transpose(photo) if args.exif else photo))
-            shown = done.features.layers[layers[0]] if layers else done.features
-            assert shown.patches is not None, "asked for"
-            patches.append(shown.patches)
-            grids.append(shown.grid)
-    if not photos:
-        raise Dinov3Error("no image left to draw")
-    maps = [
-        Image.fromarray(colours.reshape(*grid, 3)) for colours, grid in zip(_pca.colours(patches), grids, strict=True)
-    ]
-    caption = (
-        f"{model.name}{' (random weights)' if model.random_weights else ''}: principal components 1-3 of "
-        f"{grids[0][0]} x {grids[0][1]} patches{f' of layer {layers[0]}' if layers else ''} as RGB"
-    )
-    picture = _picture.draw(list(map(_picture.Pair, names, photos, maps)), caption)
-    with _files.replacing(args.output) as draft, draft.open("wb") as file:
-        picture.save(file, image_format)
-    say(f"{args.output}: {len(photos)} of {len(args.images)} images, {picture.width}x{picture.height}")
+        show = Show(args, client, model, failures)
+        store = _Store(file)
+        moments = Moments(model.layer_dims[-1 if show.layer is None else show.layer])
+        for shown in show(chain.from_iterable(found_images(args.sources, failures))):
+            store.add(shown)
+            moments.add(shown.tokens)
+        if not moments.count:
+            raise Dinov3Error("no image left to draw")
+        components = moments.components(3)
+        every = -(-moments.count // SAMPLE)
+        sample = np.concatenate([components.project(tokens[::every]) for _, tokens, _ in store])
+        palette = Palette(components, sample, NOISE * moments.root_mean_square)
+        pairs = (
+            Pair(entry.name, thumbnail, Image.fromarray(palette(tokens).reshape(*entry.grid, 3)))
+            for entry, tokens, thumbnail in store
+        )
+        share = components.variances.sum() / components.total_variance if components.total_variance else 1.0
+        caption = (
+            f"{described(model, show.layer)}: principal components 1-3 of the patches as red, green and blue; "
+            f"{share:.0%} of the variance"
+        )
+        written = save(args.output, pairs, len(store), caption)
+    paths = str(written[0]) if len(written) == 1 else f"{written[0]} to {written[-1]}"
+    say(f"{paths}: {len(store)} of {len(store) + failures.count} images")
     return 1 if failures.count else 0
+
+
+class _Entry(NamedTuple):
+    name: str
+    grid: tuple[int, int]
+    offset: int
+    """In the file, of the features; the thumbnail's pixels follow."""
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    thumbnail: tuple[int, int]
+    """Width and height."""
+
+
+class _Store:
+    """Features and thumbnails in a file: all images must have come before the first can be coloured."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._entries: list[_Entry] = []
+
+    def add(self, shown: Shown) -> None:
+        tokens, thumbnail = shown.tokens, shown.photo.thumbnail
+        self._entries.append(
+            _Entry(shown.photo.name, shown.grid, self._file.tell(), tokens.shape, tokens.dtype, thumbnail.size)
+        )
+        self._file.write(tokens.tobytes() + thumbnail.tobytes())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[tuple[_Entry, Array, Image.Image]]:
+        """Each image, its features [P, D] and its thumbnail."""
+        for entry in self._entries:
+            self._file.seek(entry.offset)
+            width, height = entry.thumbnail
+            tokens = np.frombuffer(self._file.read(math.prod(entry.shape) * entry.dtype.itemsize), entry.dtype)
+            pixels = self._file.read(width * height * 3)
+            yield entry, tokens.reshape(entry.shape), Image.frombytes("RGB", entry.thumbnail, pixels)

@@ -104,25 +104,16 @@ class FeatureLoader(Generic[Batch]):
 
     def _epoch(self, batches: Iterator[Batch], stats: Statistics) -> Generator[tuple[Batch, Features], None, None]:
         pending: deque[Batch] = deque()
-        failures: list[Exception] = []
 
         def requests() -> Iterator[ImageLike | Iterable[ImageLike]]:
-            # An error ends the requests and is raised once the batches before it have had their turn.
-            while not failures:
-                began = self._now()
-                try:
-                    try:
-                        batch = next(batches)
-                    except StopIteration:
-                        return
-                    request = self._to_request(batch)
-                except Exception as error:
-                    failures.append(error)
-                    return
-                finally:
-                    stats.load_seconds += self._now() - began
+            began = self._now()
+            for batch in batches:
+                request = self._to_request(batch)
+                stats.load_seconds += self._now() - began
                 pending.append(batch)
                 yield request
+                began = self._now()
+            stats.load_seconds += self._now() - began
 
         # One more than `prefetch`: the batch that is waited for.
         answers = self._client.extract_many(requests(), self._outputs, in_flight=self._prefetch + 1, **self._options)
@@ -137,8 +128,6 @@ class FeatureLoader(Generic[Batch]):
                 stats.images += len(features)
                 stats.bytes += features.nbytes
                 yield pending.popleft(), features
-            if failures:
-                raise failures[0]
         finally:
             answers.close()
             stats._ended = self._now()

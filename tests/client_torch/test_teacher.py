@@ -1,0 +1,311 @@
+"""RemoteDinoV3Teacher: the calls of existing distillation code, its configuration, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from dinov3_client import Client, InvalidRequest, ModelMismatch
+from dinov3_client.testing import MODEL, FakeServer, expected
+from dinov3_client.torch import RemoteDinoV3Teacher
+
+GENERATOR = np.random.default_rng(3)
+PIXELS: NDArray[np.uint8] = GENERATOR.integers(0, 256, (3, 32, 48, 3), np.uint8)
+NORMALISED = GENERATOR.normal(size=(3, 3, 32, 48)).astype(np.float32)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: FakeServer) -> Iterator[Client]:
+    with Client(server.target, deadline=20) as client:
+        yield client
+
+
+def make(client: Client, config: Any = None, **options: Any) -> RemoteDinoV3Teacher:
+    return RemoteDinoV3Teacher({"device": "cpu"} if config is None else config, client=client, **options)
+
+
+def check(features: dict[str, torch.Tensor], images: Any) -> None:
+    """Features of all images, exactly: the teacher was made with dtype="float32"."""
+    assert list(features) == ["cls_token", "patch_tokens"]
+    for name, kind in (("cls_token", "cls"), ("patch_tokens", "patches")):
+        tensor = features[name]
+        assert tensor.dtype == torch.float32
+        assert not tensor.requires_grad
+        np.testing.assert_array_equal(tensor.numpy(), [expected(image, kind) for image in images])  # type: ignore[arg-type]
+
+
+def test_features_of_pixels_in_either_layout_as_arrays_and_tensors(client: Client) -> None:
+    planes = np.ascontiguousarray(PIXELS.transpose(0, 3, 1, 2))
+    teacher = make(client, dtype="float32")
+    check(teacher.extract_features(planes), PIXELS)
+    check(teacher.extract_features(torch.from_numpy(planes)), PIXELS)
+    check(teacher(torch.from_numpy(planes)), PIXELS)
+    teacher = make(client, dtype="float32", layout="BHWC")
+    check(teacher.extract_features(PIXELS), PIXELS)
+    check(teacher(torch.from_numpy(PIXELS)), PIXELS)
+    check(teacher(PIXELS[1]), PIXELS[1:2])
+
+
+def test_floating_point_is_normalised_already_and_sent_as_float32(client: Client) -> None:
+    teacher = make(client, dtype="float32")
+    check(teacher(NORMALISED), NORMALISED)
+    check(teacher(NORMALISED.astype(np.float64)), NORMALISED)
+    check(teacher(torch.from_numpy(NORMALISED).requires_grad_()), NORMALISED)
+    check(teacher(torch.from_numpy(NORMALISED[0])), NORMALISED[:1])
+    half = torch.from_numpy(NORMALISED).bfloat16()
+    check(teacher(half), half.float().numpy())
+    teacher = make(client, dtype="float32", layout="BHWC")
+    check(teacher(torch.from_numpy(NORMALISED).permute(0, 2, 3, 1)), NORMALISED)
+
+
+def test_patches_have_no_registers_among_them(server: FakeServer, client: Client) -> None:
+    features = make(client, layout="BHWC")(PIXELS)
+    assert features["patch_tokens"].shape == (3, 2 * 3, MODEL.embed_dim)
+    assert features["cls_token"].shape == (3, MODEL.embed_dim)
+    assert not server.requests[-1].outputs.registers
+
+
+def test_what_is_not_wanted_is_not_sent(server: FakeServer, client: Client) -> None:
+    teacher = make(client, {"extract_cls_token": False, "device": "cpu"}, layout="BHWC")
+    assert list(teacher(PIXELS)) == teacher.get_feature_types() == ["patch_tokens"]
+    assert teacher.get_feature_dims() == {"patch_tokens": 24}
+    assert not server.requests[-1].outputs.cls
+    teacher = make(client, {"extract_patch_tokens": False, "device": "cpu"}, layout="BHWC")
+    assert list(teacher(PIXELS)) == ["cls_token"]
+    assert not server.requests[-1].outputs.patches
+
+
+@pytest.mark.parametrize(
+    ("layout", "images", "problem"),
+    [
+        ("BCHW", PIXELS, r"shape \[3, 32, 48, 3\]; with layout='BCHW' it must be \[B, 3, H, W\]"),
+        ("BHWC", NORMALISED, r"shape \[3, 3, 32, 48\]; with layout='BHWC' it must be \[B, H, W, 3\]"),
+        ("BHWC", PIXELS[0, 0], r"shape \[48, 3\]"),
+        ("BHWC", np.zeros((1, 2, 32, 32, 3), np.uint8), "shape"),
+    ],
+)
+def test_another_layout_than_declared_is_refused(client: Client, layout: Any, images: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        make(client, layout=layout)(images)
+
+
+def test_what_is_no_image_is_refused(client: Client) -> None:
+    teacher = make(client)
+    with pytest.raises(TypeError, match="images are of int64; they must be uint8"):
+        teacher(torch.zeros((1, 3, 32, 32), dtype=torch.int64))
+    with pytest.raises(TypeError, match="images is a list; it must be a tensor or an array"):
+        teacher([PIXELS])
+    with pytest.raises(InvalidRequest, match="multiple"):  # nothing is resized
+        teacher(np.zeros((1, 3, 518, 518), np.uint8))
+    with pytest.raises(ValueError, match="layout has 'HWC'"):
+        make(client, layout="HWC")
+
+
+def test_what_it_tells_of_itself(client: Client) -> None:
+    teacher = make(client)
+    assert teacher.get_feature_types() == ["cls_token", "patch_tokens"]
+    assert teacher.get_feature_dims() == {"cls_token": 24, "patch_tokens": 24}
+    assert teacher.get_feature_strides() == [16]
+    info = teacher.get_model_info()
+    assert info["model_name"] == info["model_type"] == "dinov3_vits16"
+    assert info["checkpoint_path"] == info["weights"] == "dinov3_vits16.pth"
+    assert info["patch_size"] == 16
+    assert info["feature_dims"] == teacher.get_feature_dims()
+    assert info["num_parameters"] == MODEL.parameters
+    assert info["num_trainable_parameters"] == 0
+    assert "dinov3_vits16" in repr(teacher)
+
+
+def test_it_is_a_module_without_parameters(client: Client) -> None:
+    teacher = make(client, layout="BHWC", dtype="float32")
+    assert list(teacher.parameters()) == []
+    assert teacher.state_dict() == {}
+    student = torch.nn.ModuleDict({"teacher": teacher, "student": torch.nn.Linear(2, 2)})
+    student.train().requires_grad_(True)
+    check(teacher.eval()(PIXELS), PIXELS)
+    assert teacher.half()(PIXELS)["cls_token"].dtype == torch.float16
+    assert teacher.to(torch.bfloat16)(PIXELS)["patch_tokens"].dtype == torch.bfloat16
+    assert teacher.to("meta")(PIXELS)["cls_token"].device.type == "meta"
+
+
+def test_a_copy_works(client: Client) -> None:
+    check(copy.deepcopy(make(client, layout="BHWC", dtype="float32"))(PIXELS), PIXELS)
+
+
+def test_the_configuration_may_be_a_file(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "dinov3.yaml"
+    path.write_text(
+        'name: "DinoV3Teacher"\nmodel_type: "vit_small"\npretrained: true\nfreeze_teacher: true\n'
+        'checkpoint_path: "weights/dinov3_vits16.pth"\npatch_size: 16\nextract_cls_token: true\n'
+        'extract_patch_tokens: false\ndevice: "cpu"\nfeature_output_dir: "teacher_features/dino/"\nformat: "npz"\n'
+    )
+    teacher = make(client, path)
+    assert teacher.get_feature_types() == ["cls_token"]
+    assert teacher.get_model_info()["model_type"] == "vit_small"
+    assert make(client, str(path)).get_feature_types() == ["cls_token"]
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="holds no mapping"):
+        make(client, path)
+
+
+def test_a_file_without_pyyaml_is_a_clear_error(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match="pip install pyyaml"):
+        make(client, tmp_path / "dinov3.yaml")
+
+
+@pytest.mark.parametrize("key", ["small", "vit_small", "vits16", "dinov3_vits16", "dinov3-vits16", "DINOv3_ViTS16"])
+def test_names_of_the_model(client: Client, key: str) -> None:
+    make(client, {"model_type": key, "device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("weights", "path"),
+    [
+        ("dinov3_vits16.pth", "weights/dinov3_vits16.pth"),
+        ("/models/dinov3_vits16.pth", Path("/home/me/dinov3_vits16.pth")),
+        ("dinov3_vits16.pth", "f00d"),
+        ("dinov3_vits16.pth", "dinov3_vits16"),
+        ("hf://facebook/dinov3-vits16@abc", "facebook/dinov3-vits16"),
+        ("hf://facebook/dinov3-vits16@abc", "hf://facebook/dinov3-vits16"),
+        ("hf://facebook/dinov3-vits16@abc", "hf://facebook/dinov3-vits16@abc"),
+        ("random:7", "random:7"),
+    ],
+)
+def test_names_of_the_weights(server: FakeServer, client: Client, weights: str, path: object) -> None:
+    server.model = replace(MODEL, weights=weights)
+    make(client, {"checkpoint_path": path, "device": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("config", "named", "weights"),
+    [
+        ({"model_type": "vit_base"}, "model_type is 'vit_base'", "dinov3_vits16.pth"),
+        ({"model_type": "vit_giant2"}, "no giant2", "dinov3_vits16.pth"),
+        ({"patch_size": 14}, "patch_size is 14", "dinov3_vits16.pth"),
+        ({"checkpoint_path": "weights/other.pth"}, "checkpoint_path is 'weights/other.pth'", "dinov3_vits16.pth"),
+        ({"checkpoint_path": "dinov3_vits14_pretrain.pth"}, "a name of DINOv2", "dinov3_vits16.pth"),
+        ({"checkpoint_path": "f00"}, "checkpoint_path is 'f00'", "dinov3_vits16.pth"),
+        ({"checkpoint_path": "other/dinov3-vits16"}, "checkpoint_path", "hf://facebook/dinov3-vits16@abc"),
+        ({"checkpoint_path": "facebook/dinov3-vitb16"}, "checkpoint_path", "hf://facebook/dinov3-vits16@abc"),
+        ({"checkpoint_path": "hf://facebook/dinov3-vits16@abd"}, "checkpoint", "hf://facebook/dinov3-vits16@abc"),
+        ({"checkpoint_path": "dinov3_vits16.pth"}, "checkpoint_path is 'dinov3_vits16.pth'", "random:0"),
+    ],
+)
+def test_another_model_than_is_named_is_refused_with_both_named(
+    server: FakeServer, client: Client, config: dict[str, Any], named: str, weights: str
+) -> None:
+    server.model = replace(MODEL, weights=weights)
+    with pytest.raises(ModelMismatch, match=named) as caught:
+        make(client, config)
+    assert f"the server serves dinov3_vits16 with the weights '{weights}' (fingerprint f00d)" in str(caught.value)
+
+
+def test_another_model_behind_the_same_address_is_refused(server: FakeServer, client: Client) -> None:
+    teacher = make(client, layout="BHWC")
+    teacher(PIXELS)
+    server.model = replace(MODEL, fingerprint="beef")
+    for _ in range(2):  # however often it is tried
+        with pytest.raises(ModelMismatch):
+            teacher(PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "problem"),
+    [
+        ({"extract_cls_tokn": False}, ValueError, "'extract_cls_tokn'; did you mean 'extract_cls_token'"),
+        ({"extract_cls_token": "no"}, TypeError, "extract_cls_token is 'no' in the configuration; it must be bool"),
+        ({"patch_size": True}, TypeError, "patch_size is True"),
+        ({"model_type": 5}, TypeError, "model_type is 5"),
+        ({"extract_cls_token": False, "extract_patch_tokens": False}, ValueError, "nothing to extract"),
+        ({"device": "gpu"}, ValueError, "device is 'gpu', which cannot be used here"),
+    ],
+)
+def test_a_wrong_configuration(client: Client, config: Any, kind: type[Exception], problem: str) -> None:
+    with pytest.raises(kind, match=problem):
+        make(client, config)
+
+
+def test_one_server_is_named(server: FakeServer, client: Client) -> None:
+    teacher = RemoteDinoV3Teacher({"device": "cpu"}, target=server.target, layout="BHWC", dtype="float32")
+    check(teacher(PIXELS), PIXELS)
+    with pytest.raises(ValueError, match="one of the two"):
+        RemoteDinoV3Teacher({})
+    with pytest.raises(ValueError, match="one of the two"):
+        RemoteDinoV3Teacher({}, client=client, target=server.target)
+
+
+def test_saved_features(client: Client, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher_features" / "dino"
+    teacher = make(client, {"feature_output_dir": str(folder), "device": "cpu"}, layout="BHWC", dtype="float32")
+    features = teacher.extract_features(PIXELS, image_ids=["a", "b.jpg", "c"], save_features=True)
+    check(features, PIXELS)
+    names = [f"{name}_dinov3_features.npz" for name in ("a", "b.jpg", "c")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name, image in zip(names, PIXELS, strict=True):
+        with np.load(folder / name) as saved:
+            assert sorted(saved) == ["cls_token", "patch_tokens"]
+            assert saved["cls_token"].dtype == np.float32
+            np.testing.assert_array_equal(saved["cls_token"], expected(image, "cls"))
+            np.testing.assert_array_equal(saved["patch_tokens"], expected(image, "patches"))
+    teacher.extract_features(PIXELS, image_ids=["x", "y", "z"])  # not asked to be saved
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_there(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make(client, {"feature_output_dir": tmp_path, "device": "cpu"}, layout="BHWC")
+    teacher.extract_features(PIXELS[:1], ["a"], save_features=True)
+    before = (tmp_path / "a_dinov3_features.npz").read_bytes()
+
+    def half(file: Any, **_: object) -> None:
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "savez", half)
+    with pytest.raises(OSError, match="no space left"):
+        teacher.extract_features(PIXELS[1:], ["a", "b"], save_features=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a_dinov3_features.npz"]
+    assert (tmp_path / "a_dinov3_features.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/a", "a/b", "..\\a", "", "a\0"])
+def test_names_that_leave_the_folder_are_refused(server: FakeServer, client: Client, tmp_path: Path, name: str) -> None:
+    teacher = make(client, {"feature_output_dir": tmp_path / "in", "device": "cpu"}, layout="BHWC")
+    with pytest.raises(ValueError, match="no plain file name"):
+        teacher.extract_features(PIXELS, ["a", "b", name], save_features=True)
+    assert server.requests == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [(None, "given: none"), (["a"], "3 images; given: 1"), ("abc", "given: 'abc'"), (["a", "b", "a"], "'a' twice")],
+)
+def test_every_image_needs_a_name_of_its_own(client: Client, tmp_path: Path, ids: Any, problem: str) -> None:
+    teacher = make(client, {"feature_output_dir": tmp_path, "device": "cpu"}, layout="BHWC")
+    with pytest.raises(ValueError, match=problem):
+        teacher.extract_features(PIXELS, ids, save_features=True)
+
+
+def test_saving_needs_a_folder(client: Client) -> None:
+    with pytest.raises(ValueError, match="feature_output_dir"):
+        make(client, layout="BHWC").extract_features(PIXELS, ["a", "b", "c"], save_features=True)
