@@ -8,7 +8,20 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from bench import bare, datapath, memory, operators, outputs, plots, preprocessing, rivals, service, start
+from bench import (
+    bare,
+    client,
+    datapath,
+    memory,
+    operators,
+    outputs,
+    plots,
+    preprocessing,
+    rivals,
+    service,
+    start,
+    training,
+)
 from bench.record import write
 
 LEGS: dict[str, ModuleType] = {
@@ -21,6 +34,8 @@ LEGS: dict[str, ModuleType] = {
     "start": start,
     "preprocessing": preprocessing,
     "outputs": outputs,
+    "client": client,
+    "training": training,
 }
 
 

@@ -10,12 +10,13 @@ was sent, on one thread, in all rows:
 
 - extract_many: `Client.extract_many`, its arrays as they come. `AsyncClient.extract_many` is the asynchronous one;
   `.torch()` is the first with each answer made writable torch tensors.
-- naive: the generated stub, protobuf messages, and `np.frombuffer(tensor.data, ...)`.
-- bare: grpcio alone: bytes in, bytes out, no message is parsed; the number of the same pages are read. `of_bare` is the
-  ratio to it. `bare, tuned` is the same in a process whose malloc keeps freed memory.
+- naive: the generated stub with protobuf messages, one made of the files for each call, and
+  `np.frombuffer(tensor.data, ...)` of the answer; futures, one connection, no retries and no checks.
+- bare: grpcio alone on the same connection: premade bytes out, bytes in, no message is parsed; `of_bare` is the ratio
+  to it. `bare, tuned` is the same in a process whose malloc keeps freed memory.
 
-The rows run one after the other in one process (a fresh one for `tuned`), ROUNDS times; ratios are taken in each round,
-and medians over rounds reported. `client_cores` is the client's CPU time in the measured time.
+The rows run one after the other in one process (`tuned` in one of its own), in another order each round, ROUNDS times;
+ratios are taken in each round, and medians over rounds reported. `client_cores` is the client's CPU time in that time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import functools
 import io
 import itertools
 import multiprocessing
+import random
 import re
 import statistics
 import subprocess
@@ -102,9 +104,12 @@ class Meter:
 def measure() -> dict[str, Any]:
     rounds: list[dict[str, Run]] = []
     with server() as address:
-        for _ in range(ROUNDS):
+        ways = list(WAYS)
+        for number in range(ROUNDS):
+            shuffled = random.Random(number).sample(ways, len(ways))
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as one:
-                done = {way: one.submit(run, way, address, SECONDS, WARM_UP).result() for way in WAYS}
+                measured = {way: one.submit(run, way, address, SECONDS, WARM_UP).result() for way in shuffled}
+            done = {way: measured[way] for way in ways}
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), keep_freed_memory) as tuned:
                 done["bare, tuned"] = tuned.submit(run, "bare", address, SECONDS, WARM_UP).result()
             rounds.append(done)
@@ -174,8 +179,7 @@ def asynchronous(address: str, meter: Meter) -> None:
 def naive(address: str, meter: Meter) -> None:
     with grpc.insecure_channel(address, OPTIONS) as channel:
         extract: Any = FeatureServiceStub(channel).Extract  # type: ignore[no-untyped-call]
-        message = pb.ExtractRequest.FromString(request())
-        for answer in in_flight(lambda: extract.future(message)):
+        for answer in in_flight(lambda: extract.future(message())):
             tensor = answer.blocks[0].patches
             check(np.frombuffer(tensor.data, ml_dtypes.bfloat16).reshape(tuple(tensor.shape)))
             if not meter.answered():
@@ -183,10 +187,10 @@ def naive(address: str, meter: Meter) -> None:
 
 
 def bare(address: str, meter: Meter) -> None:
-    message, nbytes = request(), sent().nbytes
+    ready, nbytes = message().SerializeToString(), sent().nbytes
     with grpc.insecure_channel(address, OPTIONS) as channel:
         call: Any = channel.unary_unary(METHOD)
-        for answer in in_flight(lambda: call.future(message)):
+        for answer in in_flight(lambda: call.future(ready)):
             start = answer.index(head())  # the tensor's bytes, wherever they lie in the message
             check(np.frombuffer(answer, ml_dtypes.bfloat16, nbytes // 2, start).reshape(sent().shape))
             if not meter.answered():
@@ -260,13 +264,12 @@ def uint8_pixels() -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (IMAGES, 224, 224, 3), np.uint8)
 
 
-@cache
-def request() -> bytes:
+def message() -> pb.ExtractRequest:
     return pb.ExtractRequest(
         images=[pb.Image(encoded=file) for file in files()],
         preprocessing=pb.Preprocessing(preset=pb.PRESET_HF),
         outputs=pb.Outputs(patches=True, dtype=pb.DATA_TYPE_BFLOAT16),
-    ).SerializeToString()
+    )
 
 
 @contextmanager

@@ -42,7 +42,7 @@ STUDENT = {"half": 0.5, "equal": 1.0, "double": 2.0}
 ROUNDS = 3
 STEPS = 40
 SKIPPED = 6
-SERVICE_SECONDS = 5.0
+SERVICE_SECONDS = 8.0
 WARM_UP = 1.0
 GOAL = 1.05
 

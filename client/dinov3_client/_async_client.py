@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -81,7 +81,7 @@ class AsyncClient(Connected):
         return self._many(source, _many.check_in_flight(in_flight), _request.options(outputs, **options))
 
     async def _many(
-        self, batches: AsyncIterator[ImageLike | Iterable[ImageLike]], in_flight: int, wanted: Options
+        self, batches: AsyncGenerator[ImageLike | Iterable[ImageLike], None], in_flight: int, wanted: Options
     ) -> AsyncGenerator[Features, None]:
         pending: deque[asyncio.Future[Features]] = deque()
         more = True
@@ -105,6 +105,7 @@ class AsyncClient(Connected):
                 del features  # not held while the next ones are waited for
         finally:
             await _cancel(pending)
+            await batches.aclose()
 
     async def _run(self, flow: Flow[T]) -> T:
         outcome: Any = None
@@ -176,7 +177,7 @@ def _failed(error: Exception) -> asyncio.Future[Any]:
 
 async def _aiter(
     batches: Iterable[ImageLike | Iterable[ImageLike]] | AsyncIterable[ImageLike | Iterable[ImageLike]],
-) -> AsyncIterator[ImageLike | Iterable[ImageLike]]:
+) -> AsyncGenerator[ImageLike | Iterable[ImageLike], None]:
     if isinstance(batches, AsyncIterable):
         async for batch in batches:
             yield batch

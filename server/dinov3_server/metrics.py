@@ -119,8 +119,8 @@ class Metrics:
         self.images = Counter("dinov3_images_total", "Images, each view as one, by what became of them.", "outcome")
         self.stage_seconds = Histogram(
             "dinov3_stage_seconds",
-            "Time in each stage: decode (of an image, with all its views), queue (an image's wait for its batch), copy_in, forward "
-            "and copy_out (of a batch), respond (building an answer).",
+            "Time in each stage: decode (of an image, with all its views), queue (an image's wait for its batch), "
+            "copy_in, forward and copy_out (of a batch), respond (building an answer).",
             "stage",
             buckets=SECONDS_BUCKETS,
         )

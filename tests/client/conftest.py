@@ -45,5 +45,6 @@ class FakeClock:
 def clock(client: Client) -> FakeClock:
     """Rules the client's retries."""
     clock = FakeClock()
-    client._now, client._sleep, client._rand = clock.now, clock.sleep, clock.rand.random
+    client._session.now, client._session.rand = clock.now, clock.rand.random
+    client._sleep = lambda _, seconds: clock.sleep(seconds)
     return clock

@@ -91,80 +91,12 @@ def test_token_file(server: FakeServer, tmp_path: Path) -> None:
     assert server.calls[0].metadata["authorization"] == "Bearer from-a-file"
 
 
-def test_pca_shows_photos_beside_their_maps(
-    server: FakeServer, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy = tmp_path / "copy.png"
-    copy.write_bytes(photos[0].read_bytes())
-    picture = tmp_path / "pca.png"
-    assert run(server, "pca", photos[0], photos[1], copy, "-o", picture) == 0
-    assert capsys.readouterr().out == f"{picture}: 3 of 3 images, 696x920\n"
-    assert [request.preprocessing.size.height for request in server.requests] == [512]
-    with Image.open(picture) as opened:
-        sheet = np.asarray(opened).astype(int)
-    assert sheet.shape == (920, 696, 3)
-    # Pairs of 320 x 240 below each other, each under its label.
-    tops = [24 + 26 + index * (240 + 26 + 24) for index in range(3)]
-    shown = [sheet[top : top + 240, 24:344] for top in tops]
-    maps = [sheet[top : top + 240, 352:672] for top in tops]
-    for found, seed in zip(shown, (0, 1, 0), strict=True):
-        photo = Image.fromarray(pattern(seed)).resize((320, 240), Image.Resampling.LANCZOS)
-        assert np.array_equal(found, np.asarray(photo))
-    assert np.array_equal(maps[0], maps[2])  # one basis and one scale: equal images look equal
-    assert np.abs(maps[0] - maps[1]).mean() > 10
-    for each in maps:
-        cells = each[:240, :320].reshape(240, 32, 10, 3)
-        assert (cells == cells[:, :, :1]).all()  # a patch is one flat cell, 10 pixels wide
-        assert each.std(axis=(0, 1)).min() > 20  # all three components show
-
-
-def test_pca_of_a_layer_has_the_grid_of_the_layer(server: FakeServer, photos: list[Path], tmp_path: Path) -> None:
-    for layer, cells in ((-12, 64), (3, 32)):
-        picture = tmp_path / f"{layer}.png"
-        assert run(server, "pca", photos[0], "-o", picture, f"--layer={layer}") == 0
-        with Image.open(picture) as opened:
-            shown = np.asarray(opened)[50 : 50 + 240, 352:672]
-        side = 320 // cells
-        blocks = shown.reshape(240, cells, side, 3)
-        assert (blocks == blocks[:, :, :1]).all()
-        assert (blocks[:, ::2] != blocks[:, 1::2]).any()  # no coarser than that
-    assert [layer.layer for request in server.requests for layer in request.outputs.layers] == [0, 3]
-
-
-def test_pca_leaves_broken_images_out(
-    server: FakeServer, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
-    assert run(server, "pca", broken, photos[0], "-o", tmp_path / "pca.jpg", "--size", "64x128") == 1
-    assert "broken.jpg: the file of 10 bytes" in capsys.readouterr().err
-    with Image.open(tmp_path / "pca.jpg") as picture:
-        assert (picture.format, picture.width) == ("JPEG", 696)
-    assert run(server, "pca", broken, "-o", tmp_path / "none.png") == 1
-    assert "no image left to draw" in capsys.readouterr().err
-    assert not (tmp_path / "none.png").exists()
-
-
-def test_pca_turns_photos_as_the_model_sees_them(server: FakeServer, tmp_path: Path) -> None:
-    image = Image.fromarray(pattern(0))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.png", exif=exif)
-    sizes = []
-    for options in ((), ("--exif",)):
-        assert run(server, "pca", tmp_path / "turned.png", "-o", tmp_path / "pca.png", *options) == 0
-        with Image.open(tmp_path / "pca.png") as picture:
-            sizes.append(picture.height)
-    assert sizes == [240 + 100, 320 + 100]
-
-
 USAGE: list[tuple[list[str], str]] = [
     ([], "COMMAND"),
     (["info", "--target", "http://localhost:50051"], "target is 'http://localhost:50051'; it must be HOST:PORT"),
     (["info", "--deadline", "-3"], "'-3' is no positive number of seconds"),
     (["info", "--deadline", "soon"], "'soon' is no positive number of seconds"),
     (["pca", "a.jpg", "-o", "pca.png", "--layer", "12"], "layer 12: dinov3_vits16 has the layers 0 to 11"),
-    (["pca", "a.jpg", "-o", "pca.txt"], "-o pca.txt: its ending names no image format to write; .png does"),
     (["pca", "a.jpg", "-o", "no/such/folder/pca.png"], "there is no folder no/such/folder"),
 ]
 
@@ -220,13 +152,6 @@ def test_token_file_that_holds_none(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit, match="2"):
         main(["info", "--token-file", str(tmp_path / "token")])
     assert f"--token-file {tmp_path}/token: it holds no token" in capsys.readouterr().err
-
-
-def test_pca_draws_what_the_server_takes_however_large(
-    server: FakeServer, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 96 * 128 // 4)
-    assert run(server, "pca", photos[0], "-o", tmp_path / "pca.png", "--size", "64") == 0
 
 
 def test_interrupt(server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

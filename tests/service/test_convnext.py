@@ -73,7 +73,6 @@ def test_the_model_tells_its_layers(client: Client) -> None:
     [
         ({"size": 240}, "its patch size, 32 pixels; .* height 240 is not .nearest: 224 or 256."),
         ({"outputs": ("cls", "registers")}, "dinov3_convnext_tiny has no register tokens"),
-        ({"layers": (4,)}, "dinov3_convnext_tiny has the layers 0 to 3"),
     ],
 )
 def test_what_a_convnext_does_not_have_is_explained(client: Client, asked: dict[str, Any], told: str) -> None:
@@ -81,8 +80,14 @@ def test_what_a_convnext_does_not_have_is_explained(client: Client, asked: dict[
         client.extract(PHOTOS[0], **asked)
 
 
+def test_a_stage_that_it_does_not_have_is_explained(client: Client) -> None:
+    with pytest.raises(ValueError, match="layers has 4; the model has 4 layers: allowed are -4 to 3"):
+        client.extract(PHOTOS[0], layers=4)
+
+
 def test_the_client_command_writes_every_stage(server: Server, tmp_path: Path) -> None:
-    arguments = ["extract", *map(str, PHOTOS), "--out", str(tmp_path), "--layers", "0,3", "--target", server.grpc]
+    arguments = ["extract", *map(str, PHOTOS), "--out", str(tmp_path), "--layers", "0,3"]
+    arguments += ["--format", "npz", "--target", server.grpc]
     assert main(arguments) == 0
     with np.load(tmp_path / "rocket.npz") as file:
         assert file["patches"].shape == (64, 768)
