@@ -1,0 +1,217 @@
+"""Which connection a call takes: no channel is real, the frontends that a kernel deals are drawn at random."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from dinov3_client._pool import FIRST_REST, LONGEST_REST, MOST_CONNECTIONS, REDIALS, Connection, Pool
+
+
+class World:
+    """A clock, and channels that are numbers: `dialled` are their targets."""
+
+    def __init__(self, *targets: str, connections: int | None = None, first: int = 0) -> None:
+        self.seconds = 100.0
+        self.dialled: list[str] = []
+        self.pool = Pool(targets, connections, self.dial, now=lambda: self.seconds, first=first)
+
+    def dial(self, target: str) -> int:
+        self.dialled.append(target)
+        return len(self.dialled) - 1
+
+    def serve(self, frontends: int, deal: Callable[[], int], calls: int, at_once: int) -> Counter[int]:
+        """`calls` calls of which `at_once` are in flight all the time: how many each frontend had of the last half."""
+        dealt: dict[int, int] = {}
+        in_flight: list[Connection] = []
+        had: Counter[int] = Counter()
+        for call in range(calls):
+            while len(in_flight) < at_once:
+                in_flight.append(self.pool.take())
+            connection = in_flight.pop(0)
+            frontend = dealt.setdefault(connection.channel, deal())
+            self.pool.give_back(connection)
+            # The first answer is GetModel's, which tells of all.
+            self.pool.answered(connection, frontend, None if call else frontends)
+            had[frontend] += call >= calls // 2
+        for connection in in_flight:
+            self.pool.give_back(connection)
+        return had
+
+
+def hold(world: World, count: int) -> list[Connection]:
+    return [world.pool.take() for _ in range(count)]
+
+
+def test_calls_in_turn_share_a_connection() -> None:
+    world = World("a:1", connections=4)
+    for _ in range(5):
+        world.pool.give_back(world.pool.take())
+    assert world.dialled == ["a:1"]
+
+
+def test_connections_are_opened_as_calls_need_them_and_then_shared_evenly() -> None:
+    world = World("a:1", connections=3)
+    held = hold(world, 7)
+    assert len(world.dialled) == 3
+    assert sorted(Counter(one.channel for one in held).values()) == [2, 2, 3]
+    world.pool.give_back(held[1])
+    world.pool.give_back(held[4])
+    assert held[1] is held[4]
+    assert world.pool.take() is held[1]  # the fewest in flight
+
+
+@pytest.mark.parametrize(("frontends", "expected"), [(1, 1), (3, 3), (50, MOST_CONNECTIONS)])
+def test_by_default_there_are_as_many_as_frontends(frontends: int, expected: int) -> None:
+    world = World("a:1")
+    first = world.pool.take()
+    world.pool.answered(first, 0, frontends)
+    hold(world, 60)
+    assert len(world.dialled) == expected
+
+
+@pytest.mark.parametrize("frontends", [2, 4, 8])
+def test_connections_are_spread_over_the_frontends(frontends: int) -> None:
+    uneven = 0
+    for seed in range(40):
+        world = World("a:1")
+        deal = random.Random(seed)
+        had = world.serve(frontends, lambda deal=deal: deal.randrange(frontends), 80 * frontends, 2 * frontends)
+        assert len(world.dialled) <= frontends * (1 + REDIALS)
+        uneven += len(had) < frontends or max(had.values()) > 1.5 * min(had.values())
+    assert uneven <= 2
+
+
+def test_more_connections_than_frontends_are_spread_evenly() -> None:
+    world = World("a:1", connections=6)
+    deal = random.Random(7)
+    had = world.serve(3, lambda: deal.randrange(3), 600, 12)
+    assert max(had.values()) <= 1.2 * min(had.values())
+
+
+def test_a_kernel_that_deals_one_frontend_only_is_not_hammered() -> None:
+    world = World("a:1")
+    assert world.serve(4, lambda: 0, 2000, 8) == {0: 1000}
+    assert len(world.dialled) == 4 * (1 + REDIALS)
+
+
+def test_a_name_of_many_servers_is_not_dialled_anew() -> None:
+    world = World("dns:///a:1")
+    world.serve(4, lambda: 0, 100, 8)
+    assert len(world.dialled) == 4
+
+
+def test_a_retired_connection_is_closed_once_its_calls_are_done() -> None:
+    world = World("a:1", connections=2)
+    first, second, third = hold(world, 3)
+    assert first is third
+    for one in (first, second):
+        world.pool.answered(one, 0, 2)
+    assert world.pool.unused() == []  # the second one's call is still in flight
+    world.pool.give_back(second)
+    assert world.pool.unused() == [second.channel]
+    assert world.pool.unused() == []
+    assert world.pool.take().channel == 2  # in its place, since the first is busy
+
+
+def test_a_target_that_failed_is_left_alone_while_others_live() -> None:
+    world = World("a:1", "b:1")
+    failing = world.pool.take()
+    world.pool.failed(failing, None)
+    world.pool.give_back(failing)
+    assert {one.target.name for one in hold(world, 6)} == {"b:1"}
+    world.seconds += FIRST_REST
+    assert world.pool.take().target.name == "a:1"
+
+
+def test_a_target_rests_longer_each_time_and_not_for_ever() -> None:
+    world = World("a:1", "b:1")
+    failing = world.pool.take()
+    rests = []
+    for _ in range(8):
+        world.pool.failed(failing, None)
+        world.pool.failed(failing, None)  # a call that failed with it is no second failure
+        rests.append(failing.target.rests_until - world.seconds)
+        world.seconds = failing.target.rests_until
+    assert rests[:3] == [FIRST_REST, 2 * FIRST_REST, 4 * FIRST_REST]
+    assert rests[-1] == LONGEST_REST
+    world.pool.answered(failing, 0)
+    world.pool.failed(failing, None)
+    assert failing.target.rests_until - world.seconds == FIRST_REST
+
+
+def test_a_target_rests_for_as_long_as_it_says() -> None:
+    world = World("a:1", "b:1")
+    failing = world.pool.take()
+    world.pool.failed(failing, 5.0)
+    assert failing.target.rests_until - world.seconds == 5.0
+
+
+def test_where_all_rest_the_next_to_wake_is_taken() -> None:
+    world = World("a:1", "b:1")
+    first, second = hold(world, 2)
+    world.pool.failed(first, 4.0)
+    world.pool.failed(second, 2.0)
+    assert not world.pool.has_other(())
+    assert world.pool.take().target is second.target
+    world.seconds += 3
+    assert world.pool.has_other(())
+    assert not world.pool.has_other([second.target])
+
+
+def test_a_target_to_avoid_is_taken_only_where_there_is_no_other() -> None:
+    world = World("a:1", "b:1")
+    first = world.pool.take()
+    assert world.pool.take([first.target]).target is not first.target
+    assert world.pool.take([first.target]).target is not first.target
+    alone = World("a:1")
+    assert alone.pool.take([alone.pool.take().target]).target.name == "a:1"
+
+
+def test_targets_share_the_calls_from_another_start_each() -> None:
+    for first, order in ((0, ["a:1", "b:1", "c:1"]), (1, ["b:1", "c:1", "a:1"]), (5, ["c:1", "a:1", "b:1"])):
+        world = World("a:1", "b:1", "c:1", first=first)
+        assert [one.target.name for one in hold(world, 6)] == order * 2
+        # Also one after the other.
+        quiet = World("a:1", "b:1", "c:1", first=first)
+        taken = []
+        for _ in range(4):
+            connection = quiet.pool.take()
+            taken.append(connection.target.name)
+            quiet.pool.give_back(connection)
+        assert taken == [*order, order[0]]
+
+
+def test_a_server_that_comes_back_with_other_frontends_is_spread_over_anew() -> None:
+    world = World("a:1")
+    world.serve(4, lambda: 0, 400, 8)
+    spent = len(world.dialled)
+    for _ in range(4):
+        connection = world.pool.take()
+        world.pool.failed(connection, None)
+        world.pool.give_back(connection)
+    deal = random.Random(3)
+    had = world.serve(2, lambda: deal.randrange(2), 400, 8)
+    assert len(had) == 2
+    assert spent < len(world.dialled) <= spent + 4 * (1 + REDIALS)
+
+
+def test_fewer_frontends_need_no_more_dials() -> None:
+    world = World("a:1")
+    deal = iter([0, 1, 2, 3])
+    world.serve(4, lambda: next(deal, 0), 80, 8)
+    before = len(world.dialled)
+    world.serve(1, lambda: 0, 80, 8)
+    assert len(world.dialled) == before
+
+
+def test_closed() -> None:
+    world = World("a:1", connections=2)
+    held = hold(world, 2)
+    assert sorted(world.pool.close()) == [one.channel for one in held]
+    assert world.pool.close() == []
+    with pytest.raises(ValueError, match="this client is closed"):
+        world.pool.take()
