@@ -111,8 +111,13 @@ def test_a_shard_ends_before_it_is_too_large(source: Path, tmp_path: Path, monke
     assert run(source, tmp_path / "each", Options(outputs=("cls",))).shards == 9
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.booleans(), max_size=14), st.integers(1, 6), st.integers(1, 5), st.lists(st.integers(0, 4)))
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.booleans(), max_size=14),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.lists(st.integers(0, 6), max_size=3),
+)
 def test_rows_follow_from_the_images_alone(
     tmp_path_factory: pytest.TempPathFactory, good: list[bool], shard_rows: int, batch: int, stops: list[int]
 ) -> None:
@@ -183,6 +188,20 @@ def test_zeros_after_the_last_commit_do_not_count(source: Path, tmp_path: Path) 
         file.write(bytes(100) + b"\n" + bytes(10))
     run(source, out)
     assert tree(whole) == tree(out)
+
+
+def test_a_shard_that_was_not_committed_does_not_stay(source: Path, tmp_path: Path) -> None:
+    """Even where its images, tried again, have no features."""
+    out = tmp_path / "out"
+    stopped(source, out)
+    for name in ("features-00001.safetensors", ".features-00001.safetensors.tmp"):
+        (out / name).write_bytes(b"of a run that was killed")
+    for index in range(6, 12):
+        (source / f"{index:02}.jpg").write_bytes(broken(index))
+    assert (run(source, out).rows, sorted(path.name for path in out.glob("*features*"))) == (
+        5,
+        ["features-00000.safetensors"],
+    )
 
 
 def stopped(source: Path, out: Path, options: Options | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dinov3_client._dtypes import Array, FeatureDtype
-from dinov3_client._features import Features
+from dinov3_client._features import Features, ImageFeatures, LayerFeatures
 from dinov3_client._request import Preset, TokenKind
 from dinov3_client._views import Interpolation
 from dinov3_client.bulk.reading import Entry
@@ -76,28 +76,29 @@ class Row:
 
 def rows(entries: Sequence[Entry], features: Features, options: Options) -> list[Row]:
     """Of a batch's images that have features; `entries` are those of all its images."""
-    good = [index for index in range(len(features)) if index not in features.errors]
+    good = {index: features[index] for index in range(len(features)) if index not in features.errors}
+    sizes = {index: image.input_size for index, image in good.items()}
     if options.dtype == "int8":
-        arrays = _quantized(features, options)
+        arrays = _quantized(features, set(sizes.values()), options)
     else:
-        arrays = {index: _arrays(features[index], options) for index in good}
+        arrays = {index: _arrays(image, options) for index, image in good.items()}
     return [
         Row(
             entries[index],
-            features[index].input_size,
-            {f"{prefix}grid": of.grid for prefix, of in _layers(features[index], options.layers)},
+            sizes[index],
+            {f"{prefix}grid": of.grid for prefix, of in _layers(image, options.layers)},
             arrays[index],
         )
-        for index in good
+        for index, image in good.items()
     ]
 
 
-def _layers(features: Any, layers: Iterable[int]) -> list[tuple[str, Any]]:
+def _layers(image: ImageFeatures, layers: Iterable[int]) -> list[tuple[str, LayerFeatures]]:
     """The last layer's tokens and those of `layers`, with what their names begin with."""
-    return [("", features), *((f"layer{layer}_", features.layers[layer]) for layer in layers)]
+    return [("", image), *((f"layer{layer}_", image.layers[layer]) for layer in layers)]
 
 
-def _arrays(image: Any, options: Options) -> dict[str, Array]:
+def _arrays(image: ImageFeatures, options: Options) -> dict[str, Array]:
     return {
         f"{prefix}{kind}": getattr(of, kind)
         for prefix, of in _layers(image, options.layers)
@@ -106,10 +107,10 @@ def _arrays(image: Any, options: Options) -> dict[str, Array]:
     }
 
 
-def _quantized(features: Features, options: Options) -> dict[int, dict[str, Array]]:
-    """int8 as it came, for each image."""
+def _quantized(features: Features, sizes: Iterable[tuple[int, int]], options: Options) -> dict[int, dict[str, Array]]:
+    """int8 as it came, for each image, in all `sizes` that there are."""
     found: dict[int, dict[str, Array]] = {}
-    for size in {features[index].input_size for index in range(len(features)) if index not in features.errors}:
+    for size in sizes:
         alike = features.at_size(size)
         for layer in (None, *options.layers):
             for kind in options.outputs:
