@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import grpc
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dinov3_client import Client, Features, ImageErrors
-from dinov3_client.testing import Failure, FakeServer, expected
+from dinov3_client import Client, Features, ImageErrors, ModelMismatch
+from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_client.torch import with_features
 
 Images = NDArray[np.uint8]
@@ -144,6 +145,18 @@ def test_calls_that_fail_for_a_while_only_delay(server: FakeServer, client: Clie
     check(with_features(range(6), client, to_request=batch, **OPTIONS), range(6))
 
 
+def test_another_model_in_the_middle_of_an_epoch_is_an_error(server: FakeServer, client: Client) -> None:
+    stream = with_features(range(6), client, to_request=batch, prefetch=0, **OPTIONS)
+    epoch = iter(stream)
+    seen = [next(epoch)]
+    server.model = replace(MODEL, fingerprint="beef")
+    with pytest.raises(ModelMismatch, match="fingerprint beef, those of the batches before from f00d"):
+        seen.extend(epoch)
+    check(seen, [0])
+    with pytest.raises(ModelMismatch):
+        list(stream)
+
+
 def test_prefetch_is_checked(client: Client) -> None:
     with pytest.raises(ValueError, match="prefetch is -1; it must be"):
         with_features([0], client, to_request=batch, prefetch=-1)
@@ -165,6 +178,7 @@ class Answer:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.nbytes = 1000 * rows
+        self.fingerprint = "f00d"
 
     def __len__(self) -> int:
         return self.rows

@@ -10,7 +10,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, Unpack
 
-from dinov3_client import Client, ExtractOptions, Features
+import grpc
+
+from dinov3_client import Client, ExtractOptions, Features, ModelMismatch
 from dinov3_client._images import ImageLike
 from dinov3_client._request import TokenKind
 
@@ -83,6 +85,7 @@ class FeatureLoader(Generic[Batch]):
         self._prefetch = prefetch
         self._options = options
         self._now: Callable[[], float] = time.monotonic  # a test's clock
+        self._fingerprint = ""  # of the first features
         self._running: Callable[[], Generator[tuple[Batch, Features], None, None] | None] = lambda: None
         self.stats = Statistics(_now=lambda: 0.0)  # of no epoch yet
 
@@ -124,6 +127,7 @@ class FeatureLoader(Generic[Batch]):
                 stats.wait_seconds += self._now() - began - (stats.load_seconds - loaded)
                 if features is None:
                     break
+                self._check_model(features)
                 stats.batches += 1
                 stats.images += len(features)
                 stats.bytes += features.nbytes
@@ -131,6 +135,16 @@ class FeatureLoader(Generic[Batch]):
         finally:
             answers.close()
             stats._ended = self._now()
+
+    def _check_model(self, features: Features) -> None:
+        """A server that comes back with other weights must not pass for the same teacher."""
+        first = self._fingerprint = self._fingerprint or features.fingerprint
+        if features.fingerprint != first:
+            raise ModelMismatch(
+                f"features came from the model with fingerprint {features.fingerprint}, those of the batches before "
+                f"from {first}: the server serves another model now",
+                code=grpc.StatusCode.FAILED_PRECONDITION,
+            )
 
 
 def with_features(
@@ -158,8 +172,8 @@ def with_features(
     Their errors, and those of the calls, are raised in the place of the batch that they belong to and end the epoch.
     A loop that is left early cancels what is in flight.
 
-    While a server is away calls wait for it until the client's deadline. To rule out that it comes back with other
-    weights in the middle of an epoch, give the client the `fingerprint` that is expected.
+    While a server is away calls wait for it until the client's deadline. Where it comes back with another model than
+    the one of the first features, in this epoch or a later one, ModelMismatch is raised.
 
     A DataLoader forks its workers when an epoch begins. That happens before the epoch's first call and after the last
     one of the epoch before, also where that one was left early: processes must not be forked while calls are in flight.
