@@ -21,7 +21,9 @@ def test_ours_and_the_echo_answer_the_same_requests() -> None:
 
         def load(address: str) -> int:
             done = generator.submit(flood, address, CASE.request(), CASE.in_flight, 0.1, 0.0, 2).result()
-            assert 0 < done.requests <= done.answered
+            # On a busy machine none may fall into the tenth of a second that counts.
+            assert 0 <= done.requests <= done.answered
+            assert done.answered > 0
             return done.answer_nbytes
 
         with serving(*flags, module="bench.instant") as server:
