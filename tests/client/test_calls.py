@@ -19,18 +19,15 @@ from dinov3_client import (
     Certificate,
     Client,
     DeadlineExceeded,
-    Dinov3Error,
     FieldViolation,
     ImageErrors,
     InvalidRequest,
     Limits,
     MessageTooLarge,
-    ModelMismatch,
     OutputProof,
     Overloaded,
     ServerError,
     StatusError,
-    Unauthenticated,
     Unavailable,
 )
 from dinov3_client._model import read_model
@@ -83,43 +80,6 @@ def test_an_older_server_tells_of_no_proof() -> None:
     assert (certificate.verified, certificate.reason) == (False, "the server tells of no proof")
 
 
-FAILURES: list[tuple[Failure, type[StatusError]]] = [
-    (Failure(Code.INVALID_ARGUMENT, "no", field="preprocessing.size"), InvalidRequest),
-    (Failure(Code.RESOURCE_EXHAUSTED, "no"), MessageTooLarge),
-    (Failure(Code.DEADLINE_EXCEEDED, "no"), DeadlineExceeded),
-    (Failure(Code.UNAUTHENTICATED, "no"), Unauthenticated),
-    (Failure(Code.FAILED_PRECONDITION, "no"), ModelMismatch),
-    (Failure(Code.INTERNAL, "no"), ServerError),
-    (Failure(Code.UNIMPLEMENTED, "no"), ServerError),
-    (Failure(Code.PERMISSION_DENIED, "no"), ServerError),
-]
-
-
-@pytest.mark.parametrize(("failure", "kind"), FAILURES, ids=[kind.__name__ for _, kind in FAILURES])
-@pytest.mark.parametrize("call", ["extract", "model"])
-def test_failures_that_are_not_retried(
-    client: Client, server: FakeServer, clock: FakeClock, call: str, failure: Failure, kind: type[StatusError]
-) -> None:
-    if call == "extract" and kind is ModelMismatch:
-        # Another model may be served by now: it is asked for, once, and the call made anew.
-        server.script = [failure, failure]
-    elif call == "extract":
-        server.script = [failure]
-    else:
-        server.model_script = [failure]
-    with pytest.raises(Dinov3Error, match=r"\bno\b") as caught:
-        client.extract(PIXELS) if call == "extract" else client.model()
-    error = caught.value
-    assert type(error) is kind
-    assert isinstance(error, StatusError)
-    assert error.code is failure.code
-    assert error.attempts == 1
-    assert (error.__cause__, error.__context__) == (None, None)
-    rounds = 2 if call == "extract" and kind is ModelMismatch else 1
-    assert [c.method for c in server.calls] == (["GetModel", "Extract"] if call == "extract" else ["GetModel"]) * rounds
-    assert clock.pauses == []
-
-
 def test_violations_are_told(client: Client, server: FakeServer) -> None:
     server.script = [Failure(Code.INVALID_ARGUMENT, "no", field="preprocessing.size")]
     with pytest.raises(InvalidRequest) as caught:
@@ -168,13 +128,6 @@ def test_the_last_error_comes_when_the_deadline_is_over(client: Client, server: 
     assert caught.value.retry_after == 1
     assert 7 <= caught.value.attempts == len(server.requests) == len(clock.pauses) + 1 <= 8
     assert caught.value.code is Code.RESOURCE_EXHAUSTED
-
-
-def test_a_hint_beyond_the_deadline_is_not_waited_for(client: Client, server: FakeServer, clock: FakeClock) -> None:
-    server.script = [Failure(Code.UNAVAILABLE, "loading", retry_after=90)]
-    with pytest.raises(Unavailable, match=r"^loading$"):
-        client.extract(PIXELS)
-    assert clock.pauses == []
 
 
 def test_what_came_before_the_last_error_is_told(client: Client, server: FakeServer, clock: FakeClock) -> None:
@@ -235,12 +188,6 @@ def test_a_server_that_comes_is_found(tmp_path: Path) -> None:
     assert pauses
 
 
-def test_a_model_that_changed_is_asked_for_anew(client: Client, server: FakeServer) -> None:
-    server.script = [Failure(Code.FAILED_PRECONDITION, "now serving cafe, not f00d")]
-    client.extract(PIXELS, layers=-1)
-    assert [call.method for call in server.calls] == ["GetModel", "Extract"] * 2
-
-
 def test_messages_over_grpcs_default_pass(client: Client, server: FakeServer) -> None:
     features = client.extract(np.zeros((2, 1024, 1024, 3), np.uint8), preset="none", dtype="float32", layers=range(12))
     assert server.requests[0].ByteSize() > 6_000_000
@@ -296,33 +243,6 @@ def test_targets_are_text() -> None:
 def test_deadlines_that_are_none(deadline: float) -> None:
     with pytest.raises(ValueError, match=r"deadline is .*; it must be a positive number of seconds"):
         Client("localhost:1", deadline=deadline)
-
-
-def test_tls(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    key, certificate = (here / "localhost.key").read_bytes(), (here / "localhost.pem").read_bytes()
-    with FakeServer(address="localhost:0", credentials=grpc.ssl_server_credentials([(key, certificate)])) as server:
-        with Client(server.target, tls_ca=here / "localhost.pem", token="t") as client:
-            assert client.model().depth == 12
-            assert len(client.extract(PIXELS)) == 1
-        with Client(server.target) as client, pytest.raises(Unavailable):
-            client.model(deadline=0.2)
-    with FakeServer() as server, Client(server.target, tls_ca=here / "localhost.pem") as client:
-        how = rf"^cannot reach {server.target} with TLS \(is it up, and with TLS\?\): "
-        with pytest.raises(Unavailable, match=how):
-            client.model(deadline=0.2)
-    with pytest.raises(FileNotFoundError):
-        Client("localhost:1", tls_ca=tmp_path / "none.pem")
-    with pytest.raises(ValueError, match=r"tls_ca is '.*localhost\.key', a file that holds no certificate in PEM"):
-        Client("localhost:1", tls_ca=here / "localhost.key")
-
-
-def test_no_answer_before_the_deadline() -> None:
-    with FakeServer() as server, Client(server.target) as client:
-        server.gate.clear()
-        with pytest.raises(DeadlineExceeded, match=r"\(no answer within 0\.0[1-5] s\)$") as caught:
-            client.extract(PIXELS, deadline=0.05)
-        assert caught.value.attempts == 1
 
 
 def test_close_ends_the_calls_under_way() -> None:

@@ -270,12 +270,17 @@ def test_calls(face: type[Face], server: FakeServer, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("failure", "kind"), FAILURES, ids=[kind.__name__ for _, kind in FAILURES])
-def test_failures_that_are_not_retried(face: type[Face], server: FakeServer, failure: Failure, kind: type) -> None:
-    server.model_script = [failure]
-    with face(server.target) as one, pytest.raises(StatusError, match=r"\bno\b") as caught:
-        one.model()
+@pytest.mark.parametrize("call", [extract, model])
+def test_failures_that_are_not_retried(
+    face: type[Face], server: FakeServer, call: Callable[[Face], Any], failure: Failure, kind: type
+) -> None:
+    with face(server.target, fingerprint=MODEL.fingerprint) as one:
+        (server.script if call is extract else server.model_script).append(failure)
+        with pytest.raises(StatusError, match=r"\bno\b") as caught:
+            call(one)
     assert type(caught.value) is kind
-    assert (caught.value.code, caught.value.attempts, len(server.calls)) == (failure.code, 1, 1)
+    assert (caught.value.code, caught.value.attempts) == (failure.code, 1)
+    assert len(server.calls) == (2 if call is extract else 1)
 
 
 def test_a_queue_that_stays_full(face: type[Face], server: FakeServer) -> None:

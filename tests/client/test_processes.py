@@ -1,0 +1,164 @@
+"""A client and the processes of its process: forked, spawned, pickled. The server is a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dinov3_client import AsyncClient, Client
+from dinov3_client.testing import expected
+
+# Of Python from 3.12 on, wherever a process with threads is forked.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+LIMIT = 60.0
+OPTIONS: Any = {"outputs": "cls", "preset": "none", "dtype": "float32"}
+SERVE = """
+import dataclasses, sys
+from dinov3_client.testing import MODEL, FakeServer
+with FakeServer(dataclasses.replace(MODEL, frontends=2)) as server:
+    print(server.target, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    command = [sys.executable, "-c", SERVE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
+        assert server.stdin is not None
+        server.stdin.close()
+
+
+def photo(index: int) -> np.ndarray[Any, Any]:
+    return np.full((16, 32, 3), index, np.uint8)
+
+
+def use(client: Client, count: int = 5) -> None:
+    for index, features in enumerate(client.extract_many(map(photo, range(count)), in_flight=3, **OPTIONS)):
+        np.testing.assert_array_equal(features.cls, [expected(photo(index), "cls")])
+
+
+def child(client: Client, told: Connection) -> None:
+    try:
+        use(client)
+        client.close()
+        told.send("well")
+    except BaseException as error:
+        told.send(f"{type(error).__name__}: {error}")
+
+
+def start(context: Any, client: Client) -> tuple[Any, Connection]:
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(client, there))
+    process.start()
+    there.close()
+    return process, here
+
+
+def outcome(process: Any, here: Connection) -> object:
+    try:
+        if not here.poll(LIMIT):
+            return "it hangs"
+        told = here.recv()
+        process.join(LIMIT)
+        return told if process.exitcode == 0 else f"exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+@pytest.mark.parametrize("used", [False, True])
+def test_children_use_their_copies(target: str, how: str, used: bool) -> None:
+    context = multiprocessing.get_context(how)
+    with Client(target, deadline=LIMIT, connections=2) as client:
+        if used:
+            use(client)
+        children = [start(context, client) for _ in range(3)]
+        use(client)  # the parent's own goes on meanwhile
+        assert [outcome(*one) for one in children] == ["well"] * 3
+        use(client)
+
+
+def test_forked_again_and_again(target: str) -> None:
+    """As a DataLoader's workers are, at each epoch; and by a child too."""
+    context = multiprocessing.get_context("fork")
+    with Client(target, deadline=LIMIT) as client:
+        for _ in range(8):
+            use(client, 2)
+            assert outcome(*start(context, client)) == "well"
+
+
+def test_a_forked_child_may_end_as_any_process_does(target: str) -> None:
+    """With all that an interpreter does at its end, and the parent's connections among its garbage."""
+    code = f"""
+import os, sys
+from dinov3_client import Client
+client = Client({target!r}, deadline={LIMIT})
+client.model()
+pid = os.fork()
+client.model()
+if pid:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=LIMIT, check=False, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_the_parents_connections_are_left_alone(target: str) -> None:
+    """A child that drops, or closes, its copy cuts no one off."""
+    with Client(target, deadline=LIMIT) as client, ThreadPoolExecutor(1) as thread:
+        use(client)
+        pid = os.fork()
+        if not pid:
+            try:
+                client.close()
+                del client
+                gc.collect()
+            finally:
+                os._exit(0)
+        answers = thread.submit(use, client, 30)
+        assert os.waitpid(pid, 0)[1] == 0
+        answers.result(LIMIT)
+
+
+def test_a_closed_client_stays_closed(target: str) -> None:
+    client = Client(target)
+    client.close()
+    assert outcome(*start(multiprocessing.get_context("fork"), client)) == "ValueError: this client is closed"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_pickled_client_has_its_arguments(kind: type[Client | AsyncClient]) -> None:
+    here = Path(__file__).parent
+    arguments: dict[str, Any] = {
+        "connections": 3,
+        "deadline": 7.0,
+        "token": "s3cret",
+        "tls_ca": here / "localhost.pem",
+        "tls_cert": here / "client.pem",
+        "tls_key": str(here / "client.key"),
+        "fingerprint": "f00d",
+        "keepalive": None,
+    }
+    client = kind(["localhost:1", "dns:///localhost:2"], **arguments)
+    copy = pickle.loads(pickle.dumps(client))
+    assert type(copy) is kind
+    assert copy._settings == client._settings
+    assert {"target": client._settings.target, **arguments} == vars(copy._settings)
+    assert copy._session._targets == ("localhost:1", "dns:///localhost:2")
