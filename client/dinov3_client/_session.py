@@ -93,6 +93,7 @@ class Session:
 
     def after_fork(self) -> None:
         """In the child: the parent's connections and locks are not ours. They are left, not closed."""
+        _LEFT.append(self._pool)
         self._pool = self._new_pool(closed=self._pool.closed)
 
     def model(self, deadline: float | None) -> Flow[Model]:
@@ -287,6 +288,8 @@ def _same(one: Model, other: Model) -> bool:
 
 
 _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
+# Of parents. They are kept, since gRPC's destructors would wait for threads that the child does not have.
+_LEFT: list[Pool] = []
 
 
 def _after_fork() -> None:

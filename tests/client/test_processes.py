@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import gc
 import multiprocessing
-import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,9 +20,6 @@ import pytest
 
 from dinov3_client import AsyncClient, Client
 from dinov3_client.testing import expected
-
-# Of Python from 3.12 on, wherever a process with threads is forked.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 LIMIT = 60.0
 OPTIONS: Any = {"outputs": "cls", "preset": "none", "dtype": "float32"}
@@ -53,18 +51,18 @@ def use(client: Client, count: int = 5) -> None:
         np.testing.assert_array_equal(features.cls, [expected(photo(index), "cls")])
 
 
-def child(client: Client, told: Connection) -> None:
+def tell(told: Connection, function: Callable[..., object], *given: Any) -> None:
     try:
-        use(client)
-        client.close()
+        function(*given)
         told.send("well")
     except BaseException as error:
         told.send(f"{type(error).__name__}: {error}")
 
 
-def start(context: Any, client: Client) -> tuple[Any, Connection]:
+def start(how: str, function: Callable[..., object], *given: Any) -> tuple[Any, Connection]:
+    context: Any = multiprocessing.get_context(how)
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(client, there))
+    process = context.Process(target=tell, args=(there, function, *given))
     process.start()
     there.close()
     return process, here
@@ -77,31 +75,60 @@ def outcome(process: Any, here: Connection) -> object:
         told = here.recv()
         process.join(LIMIT)
         return told if process.exitcode == 0 else f"exit code {process.exitcode}"
+    except EOFError:
+        process.join(LIMIT)
+        return f"exit code {process.exitcode}, without a word"
     finally:
         process.kill()
         process.join()
 
 
+def apart(test: Callable[..., None]) -> Callable[..., None]:
+    """`test` in an interpreter of its own. In this one other tests may have left what gRPC does not fork with: servers
+    and asyncio's clients."""
+
+    @functools.wraps(test)
+    def wrapper(**given: Any) -> None:
+        assert outcome(*start("spawn", unwrapped, test.__name__, given)) == "well"
+
+    return wrapper
+
+
+def unwrapped(name: str, given: dict[str, Any]) -> None:
+    globals()[name].__wrapped__(**given)
+
+
+def use_and_close(client: Client) -> None:
+    use(client)
+    client.close()
+
+
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 @pytest.mark.parametrize("used", [False, True])
+@apart
 def test_children_use_their_copies(target: str, how: str, used: bool) -> None:
-    context = multiprocessing.get_context(how)
     with Client(target, deadline=LIMIT, connections=2) as client:
         if used:
             use(client)
-        children = [start(context, client) for _ in range(3)]
+        children = [start(how, use_and_close, client) for _ in range(3)]
         use(client)  # the parent's own goes on meanwhile
         assert [outcome(*one) for one in children] == ["well"] * 3
         use(client)
 
 
+@apart
 def test_forked_again_and_again(target: str) -> None:
     """As a DataLoader's workers are, at each epoch; and by a child too."""
-    context = multiprocessing.get_context("fork")
     with Client(target, deadline=LIMIT) as client:
         for _ in range(8):
             use(client, 2)
-            assert outcome(*start(context, client)) == "well"
+            assert outcome(*start("fork", fork_and_use, client)) == "well"
+
+
+def fork_and_use(client: Client) -> None:
+    use(client, 2)
+    assert outcome(*start("fork", use_and_close, client)) == "well"
+    use(client, 2)
 
 
 def test_a_forked_child_may_end_as_any_process_does(target: str) -> None:
@@ -120,27 +147,43 @@ if pid:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+@apart
 def test_the_parents_connections_are_left_alone(target: str) -> None:
     """A child that drops, or closes, its copy cuts no one off."""
-    with Client(target, deadline=LIMIT) as client, ThreadPoolExecutor(1) as thread:
+    clients = [Client(target, deadline=LIMIT)]
+    with clients[0] as client, ThreadPoolExecutor(1) as thread:
         use(client)
-        pid = os.fork()
-        if not pid:
-            try:
-                client.close()
-                del client
-                gc.collect()
-            finally:
-                os._exit(0)
+        child = start("fork", drop, clients)
         answers = thread.submit(use, client, 30)
-        assert os.waitpid(pid, 0)[1] == 0
+        assert outcome(*child) == "well"
         answers.result(LIMIT)
 
 
+def drop(clients: list[Any]) -> None:
+    if isinstance(clients[0], Client):
+        clients[0].close()
+    clients.clear()
+    gc.collect()
+
+
+@apart
+def test_a_child_of_a_process_with_asyncio_drops_what_it_inherited(target: str) -> None:
+    """Its poller, which gRPC's destructors would wait for, is not there."""
+
+    async def ask(client: AsyncClient) -> None:
+        await client.model()
+        assert outcome(*start("fork", drop, [client])) == "well"
+        await client.model()
+        await client.close()
+
+    asyncio.run(ask(AsyncClient(target, deadline=LIMIT)))
+
+
+@apart
 def test_a_closed_client_stays_closed(target: str) -> None:
     client = Client(target)
     client.close()
-    assert outcome(*start(multiprocessing.get_context("fork"), client)) == "ValueError: this client is closed"
+    assert outcome(*start("fork", use, client)) == "ValueError: this client is closed"
 
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
