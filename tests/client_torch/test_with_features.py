@@ -164,6 +164,13 @@ def test_prefetch_is_checked(client: Client) -> None:
         with_features([0], client, to_request=batch, prefetch=cast(int, 1.5))
 
 
+def test_options_are_checked_before_an_epoch_begins(client: Client) -> None:
+    with pytest.raises(ValueError, match="outputs has 'clss'"):
+        with_features([0], client, to_request=batch, outputs=cast(Any, "clss"))
+    with pytest.raises(TypeError, match="there is no option 'sizes'"):
+        with_features([0], client, to_request=batch, **cast(Any, {"sizes": 224}))
+
+
 class Clock:
     def __init__(self) -> None:
         self.seconds = 100.0
@@ -275,4 +282,26 @@ def test_the_loader_forks_before_the_first_call_and_after_the_last() -> None:
     assert loader.forked == 2
     assert len(list(second)) == 3
     assert client.open == 0
-    assert list(first) == []
+    with pytest.raises(RuntimeError, match="another epoch"):
+        next(first)
+
+
+def test_an_epoch_inside_of_another_of_the_same_does_not_end_it_as_if_all_batches_had_come(client: Client) -> None:
+    stream = with_features(range(4), client, to_request=batch, **OPTIONS)
+    outer: list[int] = []
+
+    def train() -> None:
+        for index, _ in stream:
+            outer.append(index)
+            check(stream, range(4))
+
+    with pytest.raises(RuntimeError, match="before its last batch; for two at a time make two"):
+        train()
+    assert outer == [0]
+    check(stream, range(4))
+    # Two of one client are apart.
+    other = with_features(range(3), client, to_request=batch, **OPTIONS)
+    for index, _ in stream:
+        check(other, range(3))
+        outer.append(index)
+    assert outer == [0, 0, 1, 2, 3]

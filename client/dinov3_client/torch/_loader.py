@@ -12,7 +12,7 @@ from typing import Generic, TypeVar, Unpack
 
 import grpc
 
-from dinov3_client import Client, ExtractOptions, Features, ModelMismatch
+from dinov3_client import Client, ExtractOptions, Features, ModelMismatch, _request
 from dinov3_client._images import ImageLike
 from dinov3_client._request import TokenKind
 
@@ -66,7 +66,7 @@ class FeatureLoader(Generic[Batch]):
     """What `with_features` makes: an iterable of `(batch, features)`, as often as its loader can be iterated.
 
     `stats` are the Statistics of the epoch that runs, or ran last. One epoch runs at a time: to begin another one
-    ends the one before.
+    cancels the calls of the one before, whose iterator then raises RuntimeError.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class FeatureLoader(Generic[Batch]):
         self._options = options
         self._now: Callable[[], float] = time.monotonic  # a test's clock
         self._fingerprint = ""  # of the first features
-        self._running: Callable[[], Generator[tuple[Batch, Features], None, None] | None] = lambda: None
+        self._running: Callable[[], Generator[Features, None, None] | None] = lambda: None
         self.stats = Statistics(_now=lambda: 0.0)  # of no epoch yet
 
     def __len__(self) -> int:
@@ -100,28 +100,40 @@ class FeatureLoader(Generic[Batch]):
         # Here a DataLoader forks its workers: after the last call of the epoch before, ahead of the first of this one.
         batches = iter(self._loader)
         self.stats = Statistics(_now=self._now)
-        epoch = self._epoch(batches, self.stats)
-        # Not held: a loop that is left early drops it, which ends it.
-        self._running = weakref.ref(epoch)
-        return epoch
-
-    def _epoch(self, batches: Iterator[Batch], stats: Statistics) -> Generator[tuple[Batch, Features], None, None]:
         pending: deque[Batch] = deque()
-
-        def requests() -> Iterator[ImageLike | Iterable[ImageLike]]:
-            began = self._now()
-            for batch in batches:
-                request = self._to_request(batch)
-                stats.load_seconds += self._now() - began
-                pending.append(batch)
-                yield request
-                began = self._now()
-            stats.load_seconds += self._now() - began
-
         # One more than `prefetch`: the batch that is waited for.
-        answers = self._client.extract_many(requests(), self._outputs, in_flight=self._prefetch + 1, **self._options)
+        answers = self._client.extract_many(
+            self._requests(batches, pending, self.stats),
+            self._outputs,
+            in_flight=self._prefetch + 1,
+            **self._options,
+        )
+        # Not held: a loop that is left early drops it, which ends it.
+        self._running = weakref.ref(answers)
+        return self._epoch(answers, pending, self.stats)
+
+    def _requests(
+        self, batches: Iterator[Batch], pending: deque[Batch], stats: Statistics
+    ) -> Generator[ImageLike | Iterable[ImageLike], None, None]:
+        began = self._now()
+        for batch in batches:
+            request = self._to_request(batch)
+            stats.load_seconds += self._now() - began
+            pending.append(batch)
+            yield request
+            began = self._now()
+        stats.load_seconds += self._now() - began
+
+    def _epoch(
+        self, answers: Generator[Features, None, None], pending: deque[Batch], stats: Statistics
+    ) -> Generator[tuple[Batch, Features], None, None]:
         try:
             while True:
+                if self.stats is not stats:  # to end here would pass for the end of the loader
+                    raise RuntimeError(
+                        "another epoch of this with_features has begun, which ended this one before its last batch; "
+                        "for two at a time make two, each of a loader of its own"
+                    )
                 began, loaded = self._now(), stats.load_seconds
                 features = next(answers, None)
                 stats.wait_seconds += self._now() - began - (stats.load_seconds - loaded)
@@ -184,4 +196,5 @@ def with_features(
         raise TypeError(f"prefetch is {prefetch!r}; it must be a number of batches, 0 or more") from None
     if prefetch < 0:
         raise ValueError(f"prefetch is {prefetch}; it must be a number of batches, 0 or more")
+    _request.options(outputs, **options)  # refused here, and not when the first epoch begins
     return FeatureLoader(loader, client, to_request, outputs, prefetch, options)
