@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -114,6 +114,25 @@ def test_what_is_no_image_is_refused(client: Client) -> None:
         teacher(np.zeros((1, 3, 518, 518), np.uint8))
     with pytest.raises(ValueError, match="layout has 'HWC'"):
         make(client, layout="HWC")
+
+
+@pytest.mark.parametrize("images", [PIXELS.astype(np.float32), -PIXELS.astype(np.float64), (PIXELS + 1.0) * np.inf])
+def test_floats_that_cannot_be_normalised_are_refused(server: FakeServer, client: Client, images: Any) -> None:
+    teacher = make(client, layout="BHWC")
+    with pytest.raises(ValueError, match=r"from .* to .*; .* normalised .* -2\.12 \(black\) to 2\.64 \(white\)\. Give"):
+        teacher(images)
+    assert server.requests == []
+
+
+def test_floats_that_look_as_if_they_were_not_normalised_are_warned_of(client: Client) -> None:
+    teacher = make(client, layout="BHWC", dtype="float32")
+    images = (PIXELS / 255).astype(np.float32)
+    with pytest.warns(UserWarning, match="values of images are within 0 to 1; .* Are these normalised") as caught:
+        check(teacher(images), images.transpose(0, 3, 1, 2))
+        teacher(images / 2)
+    assert len({str(one.message) for one in caught}) == 1  # or Python would show it for each batch
+    for known in (np.zeros_like(images), (images - 0.45) / 0.22):  # without a warning
+        check(teacher(known), known.transpose(0, 3, 1, 2))
 
 
 def test_what_it_tells_of_itself(client: Client) -> None:
@@ -294,6 +313,20 @@ def test_names_that_leave_the_folder_are_refused(server: FakeServer, client: Cli
         teacher.extract_features(PIXELS, ["a", "b", name], save_features=True)
     assert server.requests == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_may_be_whole_numbers(client: Client, tmp_path: Path) -> None:
+    """As a DataLoader collates them."""
+    teacher = make(client, {"feature_output_dir": tmp_path, "device": "cpu"}, layout="BHWC")
+    given: list[Any] = [torch.tensor([4, 5, 6]), np.array([7, 8, 9]), [10, np.str_("11"), "12"]]
+    for ids in given:
+        teacher.extract_features(PIXELS, ids, save_features=True)
+    assert {path.name.removesuffix("_dinov3_features.npz") for path in tmp_path.iterdir()} == set(
+        map(str, range(4, 13))
+    )
+    for name in (None, 1.5, b"a", torch.tensor(1.5)):
+        with pytest.raises(TypeError, match="it must be str or int"):
+            teacher.extract_features(PIXELS[:1], cast(Any, [name]), save_features=True)
 
 
 @pytest.mark.parametrize(

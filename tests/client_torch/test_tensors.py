@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -184,6 +184,8 @@ def test_moved_and_converted(client: Client, dtype: Any, asked: torch.dtype | No
         assert tensor.dtype == wanted
         assert torch.equal(tensor, torch.from_numpy(array.astype(np.float32)).to(wanted))
     assert moved.to("meta").patches.device.type == "meta"
+    with pytest.raises(TypeError, match=r"device is torch\.float32: name a device first"):
+        moved.to(cast(Any, torch.float32))
 
 
 def test_int8_travels_as_int8(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

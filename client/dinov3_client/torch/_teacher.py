@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -78,15 +80,16 @@ class RemoteDinoV3Teacher(nn.Module):
     def extract_features(
         self,
         images: torch.Tensor | Array,
-        image_ids: Sequence[str] | None = None,
+        image_ids: Sequence[str | int] | torch.Tensor | None = None,
         save_features: bool = False,
     ) -> dict[str, torch.Tensor]:
         """{"cls_token": [B, D], "patch_tokens": [B, N, D]}, or one of them; registers are never among the patches.
 
         images: [B, 3, H, W] or [B, H, W, 3], as `layout` says; a single image without B is a batch of one. uint8 is
-            RGB pixels; floating point is already normalised by the model's mean and std (`get_model_info()`). H and W
-            are multiples of the patch size: nothing is resized.
-        image_ids: a name for each image, needed for saving alone.
+            RGB pixels; floating point is already normalised by the model's mean and std (`get_model_info()`), and
+            refused where its values cannot be that (values of 0 to 1 can, and are warned of). H and W are multiples of
+            the patch size: nothing is resized.
+        image_ids: a name (or a whole number) for each image, needed for saving alone.
         save_features: write `{image_id}_dinov3_features.npz` into `feature_output_dir` for each image, with the arrays
             cls_token [D] and patch_tokens [N, D] in float32. A file has its name when it is whole.
 
@@ -94,6 +97,7 @@ class RemoteDinoV3Teacher(nn.Module):
         Dinov3Error else.
         """
         pixels = _pixels(images, self._layout)
+        _check_range(pixels, self._model)
         paths = self._paths(image_ids, len(pixels)) if save_features else []
         features = self._client.extract(
             pixels, [_OUTPUTS[name] for name in self._config.feature_types], preset="none", dtype=self._dtype
@@ -146,16 +150,13 @@ class RemoteDinoV3Teacher(nn.Module):
     def extra_repr(self) -> str:
         return f"{self._model.name}, {self._model.weights}, layout={self._layout}"
 
-    def _paths(self, image_ids: Sequence[str] | None, count: int) -> list[Path]:
+    def _paths(self, image_ids: Sequence[str | int] | torch.Tensor | None, count: int) -> list[Path]:
         if self._config.feature_output_dir is None:
             raise ValueError("save_features needs the key feature_output_dir in the configuration")
         if image_ids is None or isinstance(image_ids, str) or len(image_ids) != count:
             given = "none" if image_ids is None else repr(image_ids) if isinstance(image_ids, str) else len(image_ids)
             raise ValueError(f"save_features needs image_ids, a name for each of {count} images; given: {given}")
-        names = [str(name) for name in image_ids]
-        for name in names:
-            if not name or any(mark in name for mark in "/\\\0"):
-                raise ValueError(f"image id {name!r} is no plain file name; its features would lie in another folder")
+        names = [_name(image_id) for image_id in image_ids]
         if len(set(names)) < count:
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"image_ids has {twice!r} twice; one's features would replace the other's")
@@ -297,6 +298,37 @@ def _pixels(images: torch.Tensor | Array, layout: Layout) -> Array:
         f"images are of {batch.dtype}; they must be uint8 (RGB pixels) or floating point (normalised by the model's "
         "mean and std)"
     )
+
+
+def _check_range(pixels: Array, model: Model) -> None:
+    """Normalised pixels lie near [-2.2, 2.7]. Noise may go further, and 0 to 255 goes much further."""
+    if pixels.dtype == np.uint8 or not pixels.size:
+        return
+    black, white = ([(value - mean) / std for mean, std in zip(model.mean, model.std, strict=True)] for value in (0, 1))
+    least, most = float(pixels.min()), float(pixels.max())
+    taken = (
+        "floating point is taken as normalised by the model's mean and std, so as values from "
+        f"{min(black):.2f} (black) to {max(white):.2f} (white)"
+    )
+    if least < 4 * min(black) or most > 4 * max(white):
+        raise ValueError(
+            f"images have values from {least:.3g} to {most:.3g}; {taken}. Give pixels of 0 to 255 as uint8, or as "
+            "(pixels / 255 - mean) / std"
+        )
+    if 0 <= least < most <= 1:  # what photos are before they are normalised, and hardly ever after
+        # The same words for each batch, so that Python shows them once.
+        warnings.warn(f"all values of images are within 0 to 1; {taken}. Are these normalised?", stacklevel=3)
+
+
+def _name(image_id: object) -> str:
+    """Of an image, for its file; a DataLoader makes tensors of whole numbers."""
+    try:
+        name = image_id if isinstance(image_id, str) else str(operator.index(image_id))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"image id {image_id!r} is a {type(image_id).__name__}; it must be str or int") from None
+    if not name or any(mark in name for mark in "/\\\0"):
+        raise ValueError(f"image id {name!r} is no plain file name; its features would lie in another folder")
+    return name
 
 
 def _shape(layout: Iterable[str]) -> str:

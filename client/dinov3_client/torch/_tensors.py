@@ -149,6 +149,8 @@ class TorchFeatures(TorchLayerFeatures):
         With `non_blocking` the host does not wait for copies from page-locked memory; torch keeps that memory until
         they are done.
         """
+        if isinstance(device, torch.dtype):  # as torch's own would take it
+            raise TypeError(f"device is {device}: name a device first, as in features.to('cpu', {device})")
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=non_blocking)
