@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, Self
 
 import grpc
@@ -20,7 +22,8 @@ class Cancelled(Exception):
 
 
 class Scope:
-    """Flows that are cancelled together: their calls end, their pauses too, and they raise Cancelled."""
+    """Flows that are cancelled together: their calls end, their pauses too, and they raise Cancelled. Left as a
+    context, it is cancelled and its threads have ended."""
 
     def __init__(self, parent: Scope | None = None) -> None:
         self.cancelled = threading.Event()
@@ -28,6 +31,7 @@ class Scope:
         self._lock = threading.Lock()
         self._within: set[Any] = set()
         """Calls and scopes: what has a `cancel`."""
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         if self._parent is not None:
@@ -35,8 +39,23 @@ class Scope:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.cancel()
         if self._parent is not None:
             self._parent._discard(self)
+        if not sys.is_finalizing():  # no other thread runs then, nor ends
+            for thread in self._threads:
+                thread.join()
+
+    def start(self, function: Callable[[], T]) -> Future[T]:
+        """What `function` will return, in a thread of its own.
+
+        A pool's threads would be waited for, with the calls that they wait for, wherever a program ends.
+        """
+        future: Future[T] = Future()
+        thread = threading.Thread(target=_perform_into, args=(future, function), name="dinov3-client", daemon=True)
+        thread.start()
+        self._threads = [thread, *(one for one in self._threads if one.is_alive())]
+        return future
 
     def cancel(self) -> None:
         with self._lock:
@@ -111,17 +130,30 @@ def _perform(step: Step, scope: Scope, sleep: Sleep) -> Any:
 
 
 def _together(flows: Sequence[Flow[T]], at_once: int, parent: Scope, sleep: Sleep) -> list[T]:
-    with Scope(parent) as scope, ThreadPoolExecutor(at_once, "dinov3-client-part") as threads:
-        futures: list[Future[T]] = []
-        try:
-            futures += [threads.submit(run, flow, scope, sleep) for flow in flows]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            for future in _failed(futures):
-                future.result()
-            return [future.result() for future in futures]
-        finally:
-            scope.cancel()
+    waiting = deque(enumerate(flows))
+    results: dict[int, T] = {}
+
+    def perform() -> None:
+        while True:
+            try:
+                index, flow = waiting.popleft()
+            except IndexError:
+                return
+            results[index] = run(flow, scope, sleep)
+
+    with Scope(parent) as scope:
+        performed = [scope.start(perform) for _ in range(min(at_once, len(flows)))]
+        wait(performed, return_when=FIRST_EXCEPTION)
+        for one in performed:
+            if one.done():
+                one.result()
+    return [results[index] for index in range(len(flows))]
 
 
-def _failed(futures: Sequence[Future[Any]]) -> Iterator[Future[Any]]:
-    return (future for future in futures if future.done() and future.exception() is not None)
+def _perform_into(future: Future[T], function: Callable[[], T]) -> None:
+    try:
+        result = function()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -121,24 +122,22 @@ class Client(Connected):
     ) -> Generator[Features, None, None]:
         pending: deque[Future[Features]] = deque()
         more = True
-        with Scope() as scope, ThreadPoolExecutor(in_flight, "dinov3-client") as threads:
-            try:
-                while True:
-                    while more and len(pending) < in_flight:
-                        try:
-                            images = _many.held(next(batches))
-                        except StopIteration:
-                            more = False
-                        except Exception as error:
-                            more = False
-                            pending.append(_failed(error))
-                        else:
-                            pending.append(threads.submit(self._run, self._session.extract(images, wanted), scope))
-                    if not pending:
-                        return
-                    yield pending.popleft().result()
-            finally:
-                scope.cancel()
+        with Scope() as scope:
+            while True:
+                while more and len(pending) < in_flight:
+                    try:
+                        images = _many.held(next(batches))
+                    except StopIteration:
+                        more = False
+                    except Exception as error:
+                        more = False
+                        pending.append(_failed(error))
+                    else:
+                        flow = self._session.extract(images, wanted)
+                        pending.append(scope.start(partial(self._run, flow, scope)))
+                if not pending:
+                    return
+                yield pending.popleft().result()
 
     def _run(self, flow: Flow[T], scope: Scope | None = None) -> T:
         return run(flow, scope or Scope(), self._sleep)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from dinov3_client import AsyncClient, Client
-from dinov3_client.testing import expected
+from dinov3_client.testing import MODEL, FakeServer, expected
 
 LIMIT = 60.0
 OPTIONS: Any = {"outputs": "cls", "preset": "none", "dtype": "float32"}
@@ -145,6 +146,31 @@ if pid:
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=LIMIT, check=False, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("call", ["list(client.extract_many(images))", "client.extract(images)"])
+def test_a_program_ends_whatever_it_waits_for(call: str) -> None:
+    """It is not held up until the deadlines of calls in flight, which may be an hour."""
+    code = f"""
+import sys, threading
+import numpy as np
+from dinov3_client import Client
+client = Client(sys.argv[1], deadline=3600)
+images = [np.zeros((16, 32, 3), np.uint8)] * 4
+threading.Thread(target=lambda: {call}, daemon=True).start()
+sys.stdin.read()
+"""
+    limits = replace(MODEL.limits, max_images_per_request=1)
+    with FakeServer(replace(MODEL, limits=limits)) as server:
+        server.gate.clear()
+        command = [sys.executable, "-c", code, server.target]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+            try:
+                server.wait_for_calls(4)
+                assert program.communicate(timeout=LIMIT) == (None, b"")
+                assert program.returncode == 0
+            finally:
+                program.kill()
 
 
 @apart
