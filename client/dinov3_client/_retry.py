@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 
-from dinov3_client._errors import DeadlineExceeded, Overloaded, StatusError, Unavailable
+from dinov3_client._errors import Overloaded, StatusError, Unavailable
 
 # Seconds. Without a hint of the server the pause doubles from the first to the longest; each is shortened by up
 # to half at random, so that the callers of a server that comes back do not arrive together.
@@ -14,6 +14,8 @@ FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
 # The pause that a server asks for is kept, and lengthened by up to this part of it, for the same reason.
 HINT_JITTER = 0.2
+# An attempt with less time is not made: it would tell of its own end and not of what is wrong.
+SHORTEST_ATTEMPT = 0.1
 
 
 class Attempts:
@@ -32,7 +34,8 @@ class Attempts:
     ) -> None:
         self._end = end
         self._patient = patient
-        self._allowed = end - now()
+        self.allowed = end - now()
+        """Seconds."""
         self._now = now
         self._rand = rand
         self._made = 0
@@ -46,7 +49,7 @@ class Attempts:
     def pause(self, error: StatusError, elsewhere: bool = False) -> float:
         """Seconds to wait after an attempt that ended with `error`; raises it where no other attempt is due.
 
-        None where the next one goes `elsewhere`, to a server that was not asked yet.
+        0 where the next one goes `elsewhere`, to a server that was not asked yet.
 
         Extraction changes nothing on the server, so that whatever may pass by itself is tried again: no
         server there or ready, and a full queue (which its RetryInfo tells from a message that is too large).
@@ -54,8 +57,6 @@ class Attempts:
         self._made += 1
         error.attempts = self._made
         error.previous = self._previous
-        if isinstance(error, DeadlineExceeded):
-            error.message += f" (no answer within {round(self._allowed, 2):g} s)"
         if not isinstance(error, Unavailable | Overloaded):
             raise error
         if elsewhere:
@@ -65,9 +66,9 @@ class Attempts:
         else:
             pause = min(FIRST_PAUSE * 2 ** min(self._pauses, 10), LONGEST_PAUSE) * (1 - 0.5 * self._rand())
             self._pauses += 1
-        if self._patient and self.remaining() > FIRST_PAUSE:
+        if self._patient:
             pause = min(pause, self.remaining() / 2)
-        if pause >= self.remaining():
+        if pause > self.remaining() - SHORTEST_ATTEMPT:
             raise error
         error.previous = None  # a chain of every attempt would only grow
         self._previous = error

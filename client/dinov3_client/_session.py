@@ -22,6 +22,7 @@ from dinov3_client._answer import Answer
 from dinov3_client._channel import PathLike
 from dinov3_client._checks import check_deadline
 from dinov3_client._errors import (
+    DeadlineExceeded,
     InvalidRequest,
     MessageTooLarge,
     ModelMismatch,
@@ -169,7 +170,7 @@ class Session:
             try:
                 data = yield Rpc(connection.channel, method, message, attempts.remaining(), self._metadata)
             except grpc.RpcError as caught:
-                error = self._told(caught, connection)
+                error = self._told(caught, connection, attempts)
             finally:
                 pool.give_back(connection)
             if error is None:
@@ -187,9 +188,11 @@ class Session:
                 asked.clear()
                 yield Pause(pause)
 
-    def _told(self, caught: grpc.RpcError, connection: Connection) -> StatusError:
+    def _told(self, caught: grpc.RpcError, connection: Connection, attempts: Attempts) -> StatusError:
         """The error of an attempt; what it says of the target is remembered."""
         error = from_rpc_error(caught)
+        if isinstance(error, DeadlineExceeded):
+            error.message += f" (no answer from {connection.target.name} within {round(attempts.allowed, 2):g} s)"
         if error.code is grpc.StatusCode.CANCELLED and not self._pool.closed:
             # Nobody here did: a server that ends drops its calls so.
             error = Unavailable(f"the server ended the call: {error.message}", code=error.code)

@@ -31,7 +31,7 @@ from dinov3_client import (
     Unavailable,
 )
 from dinov3_client._model import read_model
-from dinov3_client._retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, Attempts
+from dinov3_client._retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, SHORTEST_ATTEMPT, Attempts
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.client.conftest import FakeClock
@@ -135,7 +135,8 @@ def test_what_came_before_the_last_error_is_told(client: Client, server: FakeSer
         Failure(Code.UNAVAILABLE, "starting", retry_after=0.1),
         Failure(Code.DEADLINE_EXCEEDED, "in the queue"),
     ]
-    message = r"^in the queue \(no answer within 20 s\) \(attempt 2; the one before: UNAVAILABLE: starting\)$"
+    told = rf"^in the queue \(no answer from {server.target} within 20 s\)"
+    message = rf"{told} \(attempt 2; the one before: UNAVAILABLE: starting\)$"
     with pytest.raises(DeadlineExceeded, match=message) as caught:
         client.extract(PIXELS)
     assert isinstance(caught.value.previous, Unavailable)
@@ -290,16 +291,19 @@ def test_errors_cross_processes() -> None:
     assert (copy.code, copy.violations, copy.attempts) == (inner.code, inner.violations, 2)
 
 
+@pytest.mark.parametrize("patient", [False, True])
 @pytest.mark.parametrize("hint", [None, 0.0, 1.0])
-def test_attempts_end_with_the_deadline_whatever_the_luck(hint: float | None) -> None:
+def test_attempts_end_with_the_deadline_whatever_the_luck(hint: float | None, patient: bool) -> None:
     for seed in range(50):
         clock = FakeClock()
-        attempts = Attempts(clock.seconds + 10, clock.now, random.Random(seed).random)
+        attempts = Attempts(clock.seconds + 10, clock.now, random.Random(seed).random, patient=patient)
         error = _retry_for_ever(attempts, clock, hint)
         assert clock.seconds < 1010
         assert error.attempts == len(clock.pauses) + 1
-        assert attempts.remaining() <= LONGEST_PAUSE
-        assert min(clock.pauses) >= (hint or FIRST_PAUSE / 2)  # a hint of nothing at all makes no busy loop
+        assert attempts.remaining() <= LONGEST_PAUSE + SHORTEST_ATTEMPT
+        assert min(clock.pauses) >= (
+            FIRST_PAUSE / 2 if patient else hint or FIRST_PAUSE / 2
+        )  # a hint of nothing at all makes no busy loop
 
 
 def _retry_for_ever(attempts: Attempts, clock: FakeClock, hint: float | None) -> StatusError:
@@ -307,6 +311,7 @@ def _retry_for_ever(attempts: Attempts, clock: FakeClock, hint: float | None) ->
         error = Unavailable("gone", code=Code.UNAVAILABLE, retry_after=hint)
         try:
             clock.sleep(attempts.pause(error))
+            assert attempts.remaining() > SHORTEST_ATTEMPT / 2  # or it would be told of that, not of what is wrong
         except Unavailable as raised:
             return raised
 

@@ -425,7 +425,7 @@ def test_no_answer_before_the_deadline(face: type[Face], server: FakeServer) -> 
     with face(server.target) as one:
         one.model()
         server.gate.clear()
-        with pytest.raises(DeadlineExceeded, match=r"\(no answer within 0\.05 s\)$"):
+        with pytest.raises(DeadlineExceeded, match=rf"\(no answer from {server.target} within 0\.05 s\)$"):
             one.extract(photos(1), deadline=0.05)
 
 
