@@ -127,10 +127,12 @@ def test_floats_that_cannot_be_normalised_are_refused(server: FakeServer, client
 def test_floats_that_look_as_if_they_were_not_normalised_are_warned_of(client: Client) -> None:
     teacher = make(client, layout="BHWC", dtype="float32")
     images = (PIXELS / 255).astype(np.float32)
-    with pytest.warns(UserWarning, match="values of images are within 0 to 1; .* Are these normalised") as caught:
-        check(teacher(images), images.transpose(0, 3, 1, 2))
-        teacher(images / 2)
-    assert len({str(one.message) for one in caught}) == 1  # or Python would show it for each batch
+    told: set[str] = set()
+    for given in (images, images / 2):
+        with pytest.warns(UserWarning, match="values of images are within 0 to 1; .* Are these normalised") as caught:
+            check(teacher(given), given.transpose(0, 3, 1, 2))
+        told.add(str(caught[0].message))
+    assert len(told) == 1  # else Python would show it for each batch
     for known in (np.zeros_like(images), (images - 0.45) / 0.22):  # without a warning
         check(teacher(known), known.transpose(0, 3, 1, 2))
 
@@ -148,6 +150,23 @@ def test_what_it_tells_of_itself(client: Client) -> None:
     assert info["num_parameters"] == MODEL.parameters
     assert info["num_trainable_parameters"] == 0
     assert "dinov3_vits16" in repr(teacher)
+
+
+def test_what_it_tells_of_a_convnext(server: FakeServer, client: Client) -> None:
+    server.model = replace(
+        MODEL,
+        name="dinov3_convnext_tiny",
+        embed_dim=40,
+        depth=2,
+        layer_dims=(20, 40),
+        layer_strides=(4, 32),
+        patch_size=32,
+        register_tokens=0,
+    )
+    teacher = make(client, {"model_type": "convnext_tiny", "device": "cpu"})
+    assert teacher.get_feature_dims() == {"cls_token": 40, "patch_tokens": 40}
+    assert teacher.get_feature_strides() == [32]
+    assert teacher(np.zeros((2, 3, 64, 96), np.uint8))["patch_tokens"].shape == (2, 2 * 3, 40)
 
 
 def test_it_is_a_module_without_parameters(client: Client) -> None:
@@ -286,6 +305,12 @@ def test_saved_features(client: Client, tmp_path: Path) -> None:
             np.testing.assert_array_equal(saved["patch_tokens"], expected(image, "patches"))
     teacher.extract_features(PIXELS, image_ids=["x", "y", "z"])  # not asked to be saved
     assert len(list(folder.iterdir())) == 3
+    narrow = make(client, {"feature_output_dir": tmp_path, "device": "cpu", "extract_patch_tokens": False})
+    features = narrow.half().extract_features(NORMALISED[:1], ["a"], save_features=True)
+    with np.load(tmp_path / names[0]) as saved:
+        assert list(saved) == ["cls_token"]
+        assert saved["cls_token"].dtype == np.float32
+        np.testing.assert_array_equal(saved["cls_token"], features["cls_token"][0].float())
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_there(

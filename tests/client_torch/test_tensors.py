@@ -160,7 +160,15 @@ def test_several_sizes_and_parts(server: FakeServer, dtype: Any, most: int) -> N
 def test_tensors_of_one_size_are_shared_with_all(client: Client) -> None:
     tensors = mixed(client, dtype="float16").torch()
     tensors.at_size(64).patches.fill_(7)
-    assert bool((tensors.at_size(64).patches == 7).all())
+    again = tensors.at_size(64).at_size(64)
+    assert bool((again.patches == 7).all())
+    assert again.images.tolist() == [0, 1, 2]
+
+
+def test_several_sizes_are_put_together_where_they_were_moved(client: Client) -> None:
+    moved = mixed(client, dtype="float16").torch().to("cpu", torch.bfloat16).to("cpu")
+    assert moved.cls.dtype == moved.at_size(32).cls.dtype == torch.bfloat16
+    assert moved.to("meta").cls.device.type == "meta"
 
 
 def test_a_failed_image_without_a_row_is_zeros(client: Client) -> None:
@@ -195,11 +203,12 @@ def test_int8_travels_as_int8(client: Client, monkeypatch: pytest.MonkeyPatch) -
 
     def watched(tensor: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
         if given and given[0] == "meta":
+            assert named == {"non_blocking": True}
             sent.append((tensor.dtype, tensor.numel()))
         return to(tensor, *given, **named)
 
     monkeypatch.setattr(torch.Tensor, "to", watched)
-    moved = tensors.to("meta", torch.float16)
+    moved = tensors.to("meta", torch.float16, non_blocking=True)
     assert moved.patches is not None
     assert (moved.patches.dtype, tuple(moved.patches.shape)) == (torch.float16, (2, 24, 24))
     assert sorted(sent, key=str) == [(torch.float32, 48), (torch.int64, 2), (torch.int64, 2), (torch.int8, 1152)]

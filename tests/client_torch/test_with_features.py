@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -90,6 +91,21 @@ def test_the_loader_is_read_prefetch_batches_ahead_and_their_requests_are_sent(
         assert loader.read == min(done + 2, 8)
         server.wait_for_calls(min(done + 2, 8))  # though the loop has asked for no more than `done`
     check(epoch, [])
+
+
+def test_what_was_given_out_is_not_held(client: Client) -> None:
+    class Batch:
+        def __init__(self, index: int) -> None:
+            self.index = index
+            alive.add(self)
+
+    alive: weakref.WeakSet[Batch] = weakref.WeakSet()
+    given: list[weakref.ref[Features]] = []
+    loader = map(Batch, range(8))
+    for one, features in with_features(loader, client, to_request=lambda one: batch(one.index), prefetch=2, **OPTIONS):
+        assert len(alive) == min(3, 8 - one.index)  # this one, and those ahead
+        assert not any(reference() for reference in given)
+        given.append(weakref.ref(features))
 
 
 def test_requests_carry_the_options(server: FakeServer, client: Client) -> None:

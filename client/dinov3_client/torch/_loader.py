@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -86,7 +85,7 @@ class FeatureLoader(Generic[Batch]):
         self._options = options
         self._now: Callable[[], float] = time.monotonic  # a test's clock
         self._fingerprint = ""  # of the first features
-        self._running: Callable[[], Generator[Features, None, None] | None] = lambda: None
+        self._answers: Generator[Features, None, None] | None = None  # of the epoch that runs, or ran last
         self.stats = Statistics(_now=lambda: 0.0)  # of no epoch yet
 
     def __len__(self) -> int:
@@ -94,23 +93,18 @@ class FeatureLoader(Generic[Batch]):
         return len(self._loader)  # type: ignore[arg-type]  # else TypeError, as of any iterable
 
     def __iter__(self) -> Iterator[tuple[Batch, Features]]:
-        running = self._running()
-        if running is not None:
-            running.close()
+        if self._answers is not None:
+            self._answers.close()
         # Here a DataLoader forks its workers: after the last call of the epoch before, ahead of the first of this one.
         batches = iter(self._loader)
         self.stats = Statistics(_now=self._now)
         pending: deque[Batch] = deque()
         # One more than `prefetch`: the batch that is waited for.
-        answers = self._client.extract_many(
-            self._requests(batches, pending, self.stats),
-            self._outputs,
-            in_flight=self._prefetch + 1,
-            **self._options,
+        requests = self._requests(batches, pending, self.stats)
+        self._answers = self._client.extract_many(
+            requests, self._outputs, in_flight=self._prefetch + 1, **self._options
         )
-        # Not held: a loop that is left early drops it, which ends it.
-        self._running = weakref.ref(answers)
-        return self._epoch(answers, pending, self.stats)
+        return self._epoch(self._answers, pending, self.stats)
 
     def _requests(
         self, batches: Iterator[Batch], pending: deque[Batch], stats: Statistics
@@ -178,7 +172,7 @@ def with_features(
     to_request: makes of a batch what `Client.extract` takes as `images`.
     outputs, options: those of `Client.extract`.
     prefetch: how many batches the loader is read ahead. So many batches, requests and features are held in memory,
-        and those of the batch that the loop works on.
+        and those of the batch that the loop works on; of one more while it waits.
 
     Every batch comes once, in the loader's order. Loader and `to_request` are called by the thread that iterates.
     Their errors, and those of the calls, are raised in the place of the batch that they belong to and end the epoch.
