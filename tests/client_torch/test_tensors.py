@@ -165,10 +165,20 @@ def test_tensors_of_one_size_are_shared_with_all(client: Client) -> None:
     assert again.images.tolist() == [0, 1, 2]
 
 
-def test_several_sizes_are_put_together_where_they_were_moved(client: Client) -> None:
+def test_several_sizes_are_put_together_where_they_were_moved(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = mixed(client, dtype="float16").torch().to("cpu", torch.bfloat16).to("cpu")
     assert moved.cls.dtype == moved.at_size(32).cls.dtype == torch.bfloat16
-    assert moved.to("meta").cls.device.type == "meta"
+    moved = moved.to("meta")
+    waited_for: list[bool] = []
+    to = torch.Tensor.to
+
+    def watched(tensor: torch.Tensor, *given: Any, non_blocking: bool = False) -> torch.Tensor:
+        waited_for.append(not non_blocking)
+        return to(tensor, *given, non_blocking=non_blocking)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    assert moved.cls.device.type == moved.at_size(32).images.device.type == "meta"
+    assert waited_for == [False] * 3  # a GPU goes on with what it does
 
 
 def test_a_failed_image_without_a_row_is_zeros(client: Client) -> None:

@@ -189,7 +189,7 @@ class TorchFeatures(TorchLayerFeatures):
         if asked not in self._groups:
             raise no_such_size(asked, self._groups)
         group = self._groups[asked]
-        rows = torch.from_numpy(group.rows).to(self.images.device)
+        rows = _index(group.rows, self.images.device)
         own = replace(group, rows=np.arange(len(rows)))
         return TorchFeatures({asked: own}, self.images[rows], self.views[rows], self._told)
 
@@ -226,8 +226,13 @@ def _pack(
     shape = of_each[0][1].shape[1:] if of_each else told.shapes[key]
     packed = torch.zeros((rows, *shape), dtype=told.dtype, device=told.device)
     for where, tensor in of_each:
-        packed[torch.from_numpy(where).to(told.device)] = tensor
+        packed[_index(where, told.device)] = tensor
     return packed
+
+
+def _index(rows: Array, device: torch.device) -> torch.Tensor:
+    # A copy that is waited for would wait for all that the GPU has to do before it.
+    return torch.from_numpy(rows).to(device, non_blocking=True)
 
 
 def _grid(groups: Mapping[tuple[int, int], _Group], layer: int | None, what: str) -> tuple[int, int]:
