@@ -61,7 +61,7 @@ def options(target: str, keepalive: float | None) -> tuple[tuple[str, Any], ...]
 
 
 def check_targets(target: str | Sequence[str]) -> tuple[str, ...]:
-    targets = (target,) if isinstance(target, str) or not isinstance(target, Sequence) else tuple(target)
+    targets = (target,) if isinstance(target, str | bytes) or not isinstance(target, Sequence) else tuple(target)
     if not targets:
         raise ValueError("target is empty; name at least one server, as localhost:50051")
     for index, one in enumerate(targets):
@@ -141,6 +141,8 @@ def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     """What every call carries."""
     if token is None:
         return ()
+    if not isinstance(token, str):
+        raise TypeError(f"token is a {type(token).__name__}; it must be text")
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("token must be visible ASCII characters without spaces (is there a newline at its end?)")
     return (("authorization", f"Bearer {token}"),)

@@ -37,7 +37,7 @@ def check_deadline(deadline: float, name: str = "deadline") -> float:
         raise TypeError(f"{name} is {deadline!r}; it must be a positive number of seconds")
     if not (deadline > 0 and math.isfinite(deadline)):
         raise ValueError(f"{name} is {deadline!r}; it must be a positive number of seconds")
-    return deadline
+    return float(deadline)  # in sums with the clock, numpy's float32 would lose seconds, and minutes
 
 
 def pixel_size(name: str, size: int | Iterable[int]) -> tuple[int, int]:

@@ -89,7 +89,7 @@ def _load_one(image: ImageLike, index: int, exif: bool) -> Source:
     if isinstance(image, str | os.PathLike):
         return Source(Path(image).read_bytes(), os.fspath(image))
     if isinstance(image, Image.Image):
-        return Source(np.asarray(_rgb(image, index, exif)))
+        image = np.asarray(_rgb(image, index, exif))
     if isinstance(image, np.ndarray):
         _check(image, index)
         return Source(image)

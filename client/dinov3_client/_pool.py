@@ -162,5 +162,7 @@ class Pool:
         if target.redials >= REDIALS * self._wanted(target):
             return False
         counts = Counter(one.frontend for one in target.connections)
-        least = min(counts[frontend] for frontend in range(target.frontends))
+        # Of n + 1 frontends, n connections leave one out: no more need to be looked at, however many there are.
+        some = range(min(target.frontends, len(target.connections) + 1))
+        least = min(counts[frontend] for frontend in some)
         return counts[connection.frontend] - least >= 2

@@ -80,6 +80,7 @@ class Pooling:
             rows = columns = 0
         if not (0 < rows <= UINT32_MAX and 0 < columns <= UINT32_MAX):
             raise ValueError(f"pooling's grid is {self.grid!r}; it must be (rows, columns), both at least 1")
+        object.__setattr__(self, "grid", (rows, columns))  # that of a list, or of numpy's numbers, equals no answer's
         check_choice("pooling's method", self.method, _POOLING_METHODS)
 
 

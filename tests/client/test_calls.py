@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -190,9 +191,10 @@ def test_a_server_that_comes_is_found(tmp_path: Path) -> None:
 
 
 def test_messages_over_grpcs_default_pass(client: Client, server: FakeServer) -> None:
-    features = client.extract(np.zeros((2, 1024, 1024, 3), np.uint8), preset="none", dtype="float32", layers=range(12))
+    server.model = replace(MODEL, embed_dim=256, layer_dims=(256,) * 12)
+    features = client.extract(np.zeros((2, 1024, 1024, 3), np.uint8), "patches", preset="none", dtype="float32")
     assert server.requests[0].ByteSize() > 6_000_000
-    assert sum(features.layers[layer].patches.nbytes for layer in range(12)) > 9_000_000
+    assert features.nbytes > 8_000_000
 
 
 @pytest.mark.parametrize("way", ["receive", "send"])
@@ -218,6 +220,8 @@ def test_token_is_sent_with_every_call(server: FakeServer) -> None:
 def test_tokens_that_cannot_be_sent(token: str) -> None:
     with pytest.raises(ValueError, match="token must be visible ASCII"):
         Client("localhost:1", token=token)
+    with pytest.raises(TypeError, match="token is a bytes; it must be text"):
+        Client("localhost:1", token=token.encode())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -235,9 +239,10 @@ def test_targets(target: str) -> None:
     Client(target).close()
 
 
-def test_targets_are_text() -> None:
-    with pytest.raises(TypeError, match="target is a int; it must be the text HOST:PORT"):
-        Client(50051)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("target", "kind"), [(50051, "int"), (b"localhost:1", "bytes"), (["a:1", b"b:1"], "bytes")])
+def test_targets_are_text(target: Any, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"target is a {kind}; it must be the text HOST:PORT"):
+        Client(target)
 
 
 @pytest.mark.parametrize("deadline", [0, -1, float("inf"), float("nan")])

@@ -145,6 +145,7 @@ WRONG_IMAGES: dict[str, tuple[Any, type[Exception], str]] = {
     "batch in a list": ([np.zeros((2, 32, 32, 3), np.uint8)], ValueError, r"uint8 \[2, 32, 32, 3\]"),
     "big-endian": ([np.zeros((3, 32, 32), ">f4")], ValueError, "float32 of foreign byte order"),
     "16-bit PIL": ([Image.new("I;16", (32, 32))], ValueError, "PIL image of mode I;16"),
+    "empty PIL": ([Image.new("RGB", (0, 0))], ValueError, r"images\[0\] is an array of uint8 \[0, 0, 3\]"),
     "float PIL": ([Image.new("F", (32, 32))], ValueError, "PIL image of mode F"),
     "number": (7, TypeError, "images is a int; allowed are encoded bytes, a path"),
     "number in a list": ([b"", 7], TypeError, r"images\[1\] is a int; allowed are encoded bytes"),

@@ -154,6 +154,14 @@ def test_what_the_client_keeps_for_itself() -> None:
     assert (options().on_error, options().deadline) == ("raise", None)
 
 
+def test_numbers_and_pairs_of_any_kind() -> None:
+    """float32 seconds, added to a clock's, are minutes off; a list equals no tuple."""
+    wanted = options(deadline=np.float32(3), pooling=[np.int64(7), 5])  # type: ignore[arg-type]
+    assert type(wanted.deadline) is float
+    assert wanted.pooling == Pooling((7, 5))
+    assert wanted.pooling.grid == (7, 5)
+
+
 def test_layers_are_counted_from_the_end_of_the_model() -> None:
     wanted = options(layers=(-1, 0))
     assert wanted.layer_indices(MODEL) == (11, 0)

@@ -215,3 +215,14 @@ def test_closed() -> None:
     assert world.pool.close() == []
     with pytest.raises(ValueError, match="this client is closed"):
         world.pool.take()
+
+
+def test_a_frontend_of_any_number_is_only_a_number() -> None:
+    """The wire has 2**32 of them; to go through all takes minutes."""
+    world = World("a:1", connections=2)
+    for connection in hold(world, 2):
+        world.pool.answered(connection, 2**32 - 1)
+    assert len(world.pool.unused()) == 0
+    for connection in hold(world, 2):
+        world.pool.give_back(connection)
+    assert len(world.dialled) == 3
