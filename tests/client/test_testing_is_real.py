@@ -6,6 +6,7 @@ answer but its numbers, its words and its timings.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from PIL import Image
 
 from dinov3_client import Client
 from dinov3_client.testing import FakeServer
@@ -23,6 +25,7 @@ from tests.client.test_testing import AS_IS, picture, png, tensor
 from tests.support.server import Server
 
 FLAGS = ("--max-images-per-request", "6", "--max-message-bytes", "1MiB", "--max-batch-tokens", "1024")
+FLAGS += ("--max-image-pixels", "40000")
 
 
 PROJECTIONS = {"p8": np.ones((8, 64), np.float32), "narrow": np.ones((4, 32), np.float32)}
@@ -88,6 +91,16 @@ def layers_projected(*entries: pb.LayerOutputs) -> pb.ExtractRequest:
     return wants(layers=entries, projection="narrow")
 
 
+def saved(format: str, **options: Any) -> pb.Image:
+    file = io.BytesIO()
+    Image.fromarray(picture(48, 64)).save(file, format, **options)
+    return pb.Image(encoded=file.getvalue())
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+UPRIGHT = pb.Preprocessing(preset=pb.PRESET_NONE, apply_exif_orientation=True)
+
 BROKEN = pb.Image(encoded=b"\xff\xd8\xff broken")
 LAYER, POOL = pb.LayerOutputs, pb.Pooling
 SHORT = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=[32, 48, 3], data=b"short")
@@ -120,6 +133,12 @@ REQUESTS: dict[str, pb.ExtractRequest] = {
     "no such preset": ask(file(), preprocessing=pb.Preprocessing(preset=9)),  # type: ignore[arg-type]
     "no such interpolation": ask(file(), preprocessing=pb.Preprocessing(interpolation=9)),  # type: ignore[arg-type]
     "no such priority": ask(file(), preprocessing=resized(32), priority=9),
+    "files of several formats": ask(*map(saved, ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"))),
+    "file cut off": ask(pb.Image(encoded=saved("PNG").encoded[:-200]), pixels(), preprocessing=resized(32)),
+    "file to be turned": ask(saved("JPEG", exif=TURNED)),
+    "file turned": ask(saved("JPEG", exif=TURNED), preprocessing=UPRIGHT),
+    "most pixels": ask(file(200, 200), file(201, 200), pixels(), preprocessing=resized(32)),
+    "most pixels are a file's": ask(pixels(201, 200), preprocessing=resized(32)),
     "broken file": ask(file(), BROKEN, file(), preprocessing=resized(32)),
     "broken files alone, of no size": ask(BROKEN, BROKEN),
     "broken file of no size": ask(pixels(), BROKEN, pixels(16, 16)),
