@@ -8,9 +8,17 @@ import pytest
 
 from dinov3_client import Client
 from dinov3_client.testing import MODEL, FakeServer
+from tests.client.faces import FACES, Face
 
 # Layer 0 has fewer channels and a finer grid than the others.
 SERVED = replace(MODEL, layer_dims=(18,) + (24,) * 11, layer_strides=(8,) + (16,) * 11, frontends=2)
+
+
+@pytest.fixture(params=FACES, ids=lambda face: face.__name__)
+def face(request: pytest.FixtureRequest) -> type[Face]:
+    """One client, then the other."""
+    kind: type[Face] = request.param
+    return kind
 
 
 @pytest.fixture

@@ -6,10 +6,17 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
 
 from dinov3_client import AsyncClient, Client, Features, Model
-from tests.client.conftest import FakeClock
+from dinov3_client.testing import expected
+
+if TYPE_CHECKING:
+    from tests.client.conftest import FakeClock
+
+EXACT: Any = {"preset": "none", "dtype": "float32"}
 
 
 class Face(Protocol):
@@ -103,3 +110,13 @@ class Awaiting:
 
 
 FACES: tuple[type[Face], ...] = (Blocking, Awaiting)
+
+
+def photos(count: int, first: int = 0) -> np.ndarray[Any, Any]:
+    return np.stack([np.full((32, 48, 3), 7 * (first + index) + 1, np.uint8) for index in range(count)])
+
+
+def check(features: Any, images: np.ndarray[Any, Any]) -> None:
+    assert len(features) == len(images)
+    for index, image in enumerate(images):
+        np.testing.assert_array_equal(features.patches[index], expected(image, "patches"))
