@@ -203,8 +203,13 @@ def test_ctrl_c_stops_it_and_it_goes_on(
     assert tree(out) == tree(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("calls", [3, 6])
-def test_sigkill_and_the_same_again(source: Path, tmp_path: Path, calls: int) -> None:
+@pytest.mark.parametrize(
+    ("calls", "sent", "code"),
+    [(3, signal.SIGKILL, -signal.SIGKILL), (6, signal.SIGKILL, -signal.SIGKILL), (6, signal.SIGTERM, 130)],
+)
+def test_killed_or_ended_and_the_same_again(
+    source: Path, tmp_path: Path, calls: int, sent: signal.Signals, code: int
+) -> None:
     out = tmp_path / "out"
     options = ("--shard-rows", "2", "--batch-size", "1", "--in-flight", "2", "--layers", "3")
     with FakeServer() as server:
@@ -215,18 +220,30 @@ def test_sigkill_and_the_same_again(source: Path, tmp_path: Path, calls: int) ->
         process = subprocess.Popen(
             [sys.executable, "-c", "import sys; from dinov3_client.cli import main; sys.exit(main())", "extract",
              str(source), "--out", str(out), "--target", server.target, *options],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
             server.wait_for_calls(so_far + calls + 2)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+            process.send_signal(sent)
+            _, said = process.communicate()
+            assert process.returncode == code
+            assert said.endswith("the same command goes on from there\n") == (sent == signal.SIGTERM)
         finally:
             process.kill()
             process.wait()
         server.script = []
         assert run(server, source, "--out", out, *options) == 1
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_a_folder_whose_name_is_no_text(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = os.fsdecode(b"caf\xe9")
+    with FakeServer() as server:
+        assert run(server, source / "sub", "--out", out, "--outputs", "cls") == 0
+    assert capsys.readouterr().out == "8 of 8 images written to caf\\udce9\n"
 
 
 def test_refusals_are_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

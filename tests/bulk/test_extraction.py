@@ -252,8 +252,17 @@ def test_other_images_are_refused(source: Path, tmp_path: Path) -> None:
     (source / "12.jpg").rename(source / "11.jpg")
     # The names are the same, and the pictures are not.
     (source / "01.jpg").write_bytes(contents(77))
+    watch = Watch()
     with pytest.raises(ExtractionError, match=r"01\.jpg is not the file that it was"):
-        run(source, out)
+        run(source, out, watch=watch)
+    (source / "01.jpg").unlink()
+    (source / "01.jpg").symlink_to("nowhere")
+    with pytest.raises(
+        ExtractionError, match=r"01\.jpg, whose .* cannot be read any more \(No such file or directory\)"
+    ):
+        run(source, out, watch=watch)
+    assert watch.begun is None  # nobody is told that it goes on
+    (source / "01.jpg").unlink()
     assert tree(out) == before
     (source / "01.jpg").write_bytes(contents(1))
     assert run(source, out).rows == 9
@@ -329,10 +338,12 @@ def test_unreadable_files_fail_alone(source: Path, tmp_path: Path) -> None:
     with (source / "large.jpg").open("r+b") as file:
         file.truncate(100 << 20)  # a hole, that is not read
     (source / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(source / "pipe.jpg")
     totals = run(source, tmp_path / "out")
-    assert (totals.rows, totals.failed) == (9, 5)
+    assert (totals.rows, totals.failed) == (9, 6)
     reasons = {line["id"]: line["reason"] for line in failed(tmp_path / "out")}
     assert reasons["gone.jpg"] == "No such file or directory"
+    assert reasons["pipe.jpg"] == "not a regular file"
     assert reasons["large.jpg"] == "104857600 bytes are over the server's limit of 67043328 for the files of a request"
 
 

@@ -66,6 +66,12 @@ def test_files_globs_and_lists_keep_the_names_given(tmp_path: Path, monkeypatch:
     assert [item.stem for item in images] == ["b", "c", "missing", "a"]
 
 
+def test_a_line_of_a_list_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    names = ["a\u2028b.jpg", "c\x85.jpg", "d\x0c.jpg"]
+    (tmp_path / "list.txt").write_bytes("\r\n".join(names).encode())
+    assert ids(lists=(tmp_path / "list.txt",)) == names
+
+
 def test_names_that_are_no_text(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.jpg")
     write(tmp_path, "ok.jpg")

@@ -70,10 +70,11 @@ def extract(
     labels = {"model": model.name, "weights": model.weights, "fingerprint": fingerprint}
     most_bytes = model.limits.max_message_bytes - SLACK_BYTES
     with manifest.opened(folder, header) as journal:
+        if not journal.complete:
+            _check_unchanged(journal, images)
         watch.begin(journal.totals.images, len(images))
         if journal.complete:
             return journal.totals
-        _check_unchanged(journal, images)
         writer = _Writer(journal, Shards(folder, options, labels), options, watch)
         with Reader(images, journal.totals.images, most_bytes=most_bytes, batch_images=batch_images) as reader:
             answers = client.extract_many(
@@ -174,7 +175,14 @@ def _check_unchanged(journal: Journal, images: Images) -> None:
     """
     for line in journal.witnesses:
         item = images[line["index"]]
-        if hashlib.sha256(item.read()).hexdigest() != line["sha256"]:
+        try:
+            same = hashlib.sha256(item.read()).hexdigest() == line["sha256"]
+        except OSError as error:
+            raise ExtractionError(
+                f"{item.source}, whose features are in {journal.folder}, cannot be read any more "
+                f"({error.strerror or error}); restore it, or extract into another folder"
+            ) from None
+        if not same:
             raise ExtractionError(
                 f"{item.source} is not the file that it was when its features were extracted into {journal.folder}; "
                 "restore it, or extract into another folder"

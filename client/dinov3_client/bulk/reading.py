@@ -20,7 +20,9 @@ BATCH_BYTES = 32 << 20
 
 # What says something of this file. Anything else (a disk or a network that fails, no descriptor left) would fail the
 # next ones too: that ends the run, and a later one goes on.
-_OF_ONE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_OF_ONE_FILE = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

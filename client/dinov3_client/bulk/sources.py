@@ -6,10 +6,12 @@ much memory as its id; nothing is opened but tar files, of which the headers are
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
 import re
+import stat
 import tarfile
 from array import array
 from bisect import bisect_right
@@ -59,8 +61,11 @@ class Item:
 
     def read(self, most: int | None = None) -> bytes:
         """Its bytes. Raises OSError, and TooLarge where there are more than `most`, which are not read then."""
-        with open(self.path, "rb") as file:  # noqa: PTH123 - paths of millions of files stay strings
-            begin, size = self.span or (0, os.fstat(file.fileno()).st_size)
+        with open(self.path, "rb", opener=_at_once) as file:
+            told = os.fstat(file.fileno())
+            if not stat.S_ISREG(told.st_mode):
+                raise OSError(errno.ENXIO, "not a regular file", self.path)
+            begin, size = self.span or (0, told.st_size)
             if most is not None and size > most:
                 raise TooLarge(size)
             file.seek(begin)
@@ -157,7 +162,8 @@ def find(given: Iterable[str], lists: Iterable[Path] = ()) -> Images:
         for path in _expanded(source):
             groups.extend(_of_folder(path) if os.path.isdir(path) else _of_files([path]))  # noqa: PTH112
     for file in lists:
-        lines = os.fsdecode(file.read_bytes()).splitlines()
+        # Not splitlines: names may hold what that takes for a line's end (U+2028, say).
+        lines = [line.removesuffix("\r") for line in os.fsdecode(file.read_bytes()).split("\n")]
         groups.extend(_of_files([line for line in lines if line.strip()]))
     images = Images(groups)
     if not images:
@@ -218,7 +224,7 @@ def _of_files(paths: list[str]) -> Iterator[_Files | _Tar]:
 def _of_folder(folder: str) -> Iterator[_Files | _Tar]:
     names = sorted(_below(folder, "", frozenset()))
     if not names:
-        raise SourceError(f"{folder} holds no image ({', '.join(EXTENSIONS)}) and no tar shard")
+        raise SourceError(f"{folder} holds no image ({', '.join(EXTENSIONS)}) and no uncompressed tar shard")
     run: list[str] = []
     for name in names:
         if name.lower().endswith(_TAR):
@@ -246,6 +252,11 @@ def _below(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Itera
                 yield from _below(entry.path, f"{prefix}{entry.name}/", above | {here})
             elif entry.name.lower().endswith((*_ENDINGS, _TAR)):
                 yield prefix + entry.name
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens a pipe too without waiting for one who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _shard(path: str, name: str) -> _Tar:

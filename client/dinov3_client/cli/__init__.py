@@ -1,12 +1,16 @@
 """`dinov3-client`: a server's model, features of photos in files, pictures of features. A module a command.
 
-Exit codes: 0 done, 1 failed (in whole or for some images, each named on stderr), 2 wrong usage.
+Exit codes: 0 done, 1 failed (in whole or for some images, each named on stderr), 2 wrong usage, 130
+Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from dinov3_client._errors import Dinov3Error
 from dinov3_client.cli import extract, fit_projection, info, pca, similarity
@@ -18,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         command: Callable[[argparse.Namespace], int] = args.command
-        return command(args)
+        with _terminable():
+            return command(args)
     except UsageError as error:
         parser.error(str(error))
     except (Dinov3Error, OSError) as error:
@@ -27,6 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, as schedulers send it some time before SIGKILL, ends a command as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,7 +47,14 @@ def found_images(sources: Iterable[str], failures: Failures) -> Iterator[Images]
 def connect(args: argparse.Namespace) -> Client:
     try:
         token = args.token_file.read_text("ascii").strip() if args.token_file else os.environ.get("DINOV3_TOKEN")
-        return Client(args.target, deadline=args.deadline, token=token, tls_ca=args.tls_ca)
+        return Client(
+            args.target,
+            deadline=args.deadline,
+            token=token,
+            tls_ca=args.tls_ca,
+            tls_cert=args.tls_cert,
+            tls_key=args.tls_key,
+        )
     except UnicodeDecodeError:
         raise UsageError(f"--token-file {args.token_file}: it holds no token: other characters than ASCII") from None
     except ValueError as error:
@@ -92,6 +99,8 @@ def server_flags() -> argparse.ArgumentParser:
     group.add_argument(
         "--tls-ca", type=Path, metavar="FILE", help="PEM file that vouches for the server; without it, plain text"
     )
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM file with a certificate of the client's own")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file with its private key")
     return server
 
 
@@ -127,7 +136,8 @@ def seconds(text: str) -> float:
 
 
 def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    # A path may hold bytes that are no text, of which stdout, unlike stderr, makes an error.
+    sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
 
 
 def complain(text: str) -> None:

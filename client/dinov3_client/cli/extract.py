@@ -58,7 +58,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file that names an image or shard a line",
     )
-    extract.add_argument("--out", type=Path, required=True, metavar="DIR")
+    extract.add_argument("--out", type=Path, required=True, metavar="DIR", help="made where it is not there")
     extract.add_argument("--format", choices=get_args(Format), default="safetensors", help="default: %(default)s")
     extract.add_argument(
         "--shard-rows",
