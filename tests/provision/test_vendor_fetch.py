@@ -283,7 +283,9 @@ def test_git_dies_with_us(rig: Rig, programs: Path, tmp_path: Path, sent: signal
     pids = tmp_path / "pids"
     works = "while echo working; do sleep 0.05; done" if sent == signal.SIGKILL else "exec sleep 60"
     program(programs, "git", f"echo $$ >> {pids}; ({works}) & echo $! >> {pids}; wait")
-    code = "import sys, pathlib; from dinov3_server.provision.vendor import vendor; "
+    code = "import sys, pathlib, signal; from dinov3_server.provision.vendor import vendor; "
+    # A shell starts what it puts in the background (`make test &`) deaf to SIGINT, and children inherit that.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "vendor(sys.argv[1], sys.argv[2], pathlib.Path(sys.argv[3]))"
     command = [sys.executable, "-c", code, rig.url, rig.first, str(rig.target)]
     ours = subprocess.Popen(command, stderr=subprocess.DEVNULL)

@@ -3,6 +3,7 @@ own functions make of the features that transformers computes."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinov3_client import Client, Layer, Pooling
+from dinov3_client import Client, ImageViews, Layer, Pooling, View
 from dinov3_server.backbone.interface import Output
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
@@ -28,6 +31,14 @@ TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 2**-8, "int8": 0.02}
 WEIGHT = torch.randn(16, 384, generator=torch.Generator().manual_seed(0))
 BIAS = torch.randn(16, generator=torch.Generator().manual_seed(1))
 LAYERS = (Layer(3, "patches"), Layer(7, ("cls", "patches"), norm=False))
+FILES = (PHOTOS[0], PHOTOS[2])  # a PNG and a JPEG
+VIEWS = (
+    View((11, 23, 201, 307), flip=True, size=224),
+    View((150, 101, 67, 53), size=96),
+    View((0, 0, 300, 400), size=224, interpolation="bicubic"),
+    View((37, 200, 98, 97), flip=True, size=96, interpolation="lanczos"),
+    View(size=96),
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +59,24 @@ def client(server: Server) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[Output, Tensor]:
+def reference() -> Reference:
+    return Reference()
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Reference) -> dict[Output, Tensor]:
     """Of the photos at 256 x 256."""
-    images = np.stack([pixels(path, 256, 256) for path in PHOTOS])
-    return {output: torch.from_numpy(values) for output, values in Reference()(images).items()}
+    return computed(reference, np.stack([pixels(path, 256, 256) for path in PHOTOS]))
+
+
+def computed(reference: Reference, images: NDArray[np.uint8]) -> dict[Output, Tensor]:
+    return {output: torch.from_numpy(values) for output, values in reference(images).items()}
 
 
 def made(patches: Tensor, pooling: Pooling | None, projected: bool, channels_first: bool) -> Tensor:
-    """Of [N, 256, D], as the user of torch would write it."""
-    maps = patches.transpose(1, 2).unflatten(2, (16, 16))  # type: ignore[no-untyped-call]
+    """Of [N, P, D] on a square grid, as the user of torch would write it."""
+    side = math.isqrt(patches.shape[1])
+    maps = patches.transpose(1, 2).unflatten(2, (side, side))  # type: ignore[no-untyped-call]
     if pooling is not None and pooling.method == "area":
         maps = F.adaptive_avg_pool2d(maps, pooling.grid)
     elif pooling is not None:
@@ -110,6 +130,49 @@ def test_what_comes_back_is_what_torch_makes_of_transformers_features(
     assert error(features.layers[7].patches, patches(Output("patches", 7, norm=False))) <= limit
     assert error(features.layers[7].cls, expected[Output("cls", 7, norm=False)]) <= limit
     assert features.grid == (pooling.grid if pooling else (16, 16))
+
+
+def seen(path: Path, view: View) -> NDArray[np.uint8]:
+    """The pixels of a view, as a user's own code would make them."""
+    assert isinstance(view.size, int)
+    with Image.open(path) as photo:
+        top, left, height, width = view.crop or (0, 0, photo.height, photo.width)
+        part = photo.convert("RGB").crop((left, top, left + width, top + height))
+    filter = Image.Resampling[(view.interpolation or "bilinear").upper()]
+    part = part.resize((view.size, view.size), filter)
+    return np.asarray(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else part)
+
+
+@pytest.fixture(scope="module")
+def expected_of_views(reference: Reference) -> dict[int, dict[Output, Tensor]]:
+    """By input size."""
+    return {
+        side: computed(reference, np.stack([seen(path, view) for path in FILES for view in VIEWS if view.size == side]))
+        for side in (224, 96)
+    }
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_views_come_back_as_what_transformers_makes_of_their_pixels(
+    dtype: Any, client: Client, expected_of_views: dict[int, dict[Output, Tensor]]
+) -> None:
+    given = [ImageViews(path, VIEWS) for path in FILES]
+    pooling = Pooling((3, 2))
+    whole = client.extract(given, ("cls", "patches", "registers"), layers=LAYERS, dtype=dtype)
+    reduced = client.extract(given, "patches", layers=3, dtype=dtype, pooling=pooling, projection="p16")
+    limit = TOLERANCE[dtype]
+    for side, expected in expected_of_views.items():
+        features, few = whole.at_size(side), reduced.at_size(side)
+        numbers = [number for number, view in enumerate(VIEWS) if view.size == side]
+        assert features.views.tolist() == numbers * len(FILES)
+        assert features.images.tolist() == [image for image in range(len(FILES)) for _ in numbers]
+        for kind in ("cls", "patches", "registers"):
+            assert error(getattr(features, kind), expected[Output(kind)]) <= limit
+        assert error(features.layers[3].patches, expected[Output("patches", 3)]) <= limit
+        assert error(features.layers[7].patches, expected[Output("patches", 7, norm=False)]) <= limit
+        assert error(features.layers[7].cls, expected[Output("cls", 7, norm=False)]) <= limit
+        for holder, output in ((few, Output("patches")), (few.layers[3], Output("patches", 3))):
+            assert error(holder.patches, made(expected[output], pooling, True, False)) <= limit
 
 
 def test_int8_is_the_rounded_float32(client: Client) -> None:
