@@ -228,6 +228,13 @@ class Settings:
         "Shared memory of each frontend for pixels and features. It is taken whole at start; when it is full, requests "
         "are told to retry.",
     )
+    frontend_bytes: int = _setting(
+        2**30,
+        size(2**22, 2**40),
+        "limits",
+        "Memory that each frontend may hold beside its arena for messages received, pictures being decoded and answers "
+        "not yet read; at least 4 x max_message_bytes. Requests wait for room, and are told to retry.",
+    )
     stream_window: int = _setting(
         32, integer(1, 65536), "limits", "Unanswered requests of one stream after which the server reads no further."
     )
@@ -299,6 +306,11 @@ class Settings:
             raise ConfigError(
                 f"max_images_per_request ({self.max_images_per_request}) is over max_queue_images "
                 f"({self.max_queue_images}): the largest requests could never be admitted"
+            )
+        if self.frontend_bytes < 4 * self.max_message_bytes:
+            raise ConfigError(
+                f"frontend_bytes ({self.frontend_bytes}) is less than 4 x max_message_bytes "
+                f"({self.max_message_bytes}): a frontend needs room for a message, its pictures and its answer"
             )
         for name in ("home", "target_dir", "weights"):
             path = getattr(self, name) or ""

@@ -132,6 +132,9 @@ class Metrics:
         )
         self.rejected = Counter("dinov3_rejected_total", "Requests refused at admission, by reason.", "reason")
         self.arena_bytes = Gauge("dinov3_arena_bytes", "Shared memory of the frontends, by state.", "state")
+        self.frontend_bytes = Gauge(
+            "dinov3_frontend_bytes", "Memory of the frontends that requests hold beside the arena, by use.", "use"
+        )
         self.device_memory_bytes = Gauge(
             "dinov3_device_memory_bytes", "Memory that a worker holds on its device, by kind.", "device", "kind"
         )

@@ -45,6 +45,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "max_message_bytes": ("64MB", 64_000_000),
     "max_image_pixels": ("1000000", 1_000_000),
     "arena_bytes": ("1GiB", 2**30),
+    "frontend_bytes": ("2GiB", 2**31),
     "stream_window": ("1", 1),
     "frontends": ("3", 3),
     "decode_threads": ("2", 2),
@@ -260,6 +261,10 @@ def test_a_bad_value_is_an_error_even_where_another_overrides_it(tmp_path: Path)
         ({"tls_key_file": "FILE"}, "tls_key_file is set and tls_cert_file is not"),
         ({"tls_client_ca_file": "FILE"}, "tls_client_ca_file is set without tls_cert_file"),
         ({"port": "8080"}, "port and http_port are both 8080"),
+        (
+            {"frontend_bytes": "400MiB"},
+            "frontend_bytes (419430400) is less than 4 x max_message_bytes (134217728)",
+        ),
         ({"max_queue_images": "511"}, "max_images_per_request (512) is over max_queue_images (511)"),
     ],
 )

@@ -50,6 +50,7 @@ def everything() -> Metrics:
     metrics.queue_seconds.observe(0.004)
     metrics.rejected.inc("queue")
     metrics.arena_bytes.set(2**20, "used")
+    metrics.frontend_bytes.set(2**19, "messages")
     metrics.device_memory_bytes.set(2**30, "cuda:0", "allocated")
     metrics.device_busy_seconds.inc("cuda:0", value=0.5)
     metrics.worker_restarts.inc("cuda:0")
@@ -71,6 +72,7 @@ def test_names_and_labels_are_those_of_the_design() -> None:
         "dinov3_queue_seconds": (),
         "dinov3_rejected_total": ("reason",),
         "dinov3_arena_bytes": ("state",),
+        "dinov3_frontend_bytes": ("use",),
         "dinov3_device_memory_bytes": ("device", "kind"),
         "dinov3_device_busy_seconds_total": ("device",),
         "dinov3_worker_restarts_total": ("device",),

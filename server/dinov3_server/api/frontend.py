@@ -76,6 +76,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
     async def report() -> None:
         while True:
             if control.flush():  # to a peer that does not read nothing is piled up
+                server.show()
                 say(MetricsSnapshot(metrics.snapshot()))
             await asyncio.sleep(SNAPSHOT_SECONDS)
 

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from dinov3_server import __version__
+from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.health import Health
 from dinov3_server.api.interceptors import SERVICE, Auth, Calls
@@ -34,6 +35,8 @@ class FrontendServer:
         """Raises ConfigError for a file that the settings name and that is of no use."""
         threads = settings.decode_threads or max(1, available_threads() // frontends)
         self._credentials = _credentials(settings)
+        self._metrics = metrics
+        self.budget = ByteBudget(settings.frontend_bytes, settings.max_message_bytes)
         self._extraction = Extraction(engine, settings, metrics, index, threads)
         self._service = FeatureService(engine, self._extraction, settings, metrics, index, frontends, __version__)
         self._health = Health()
@@ -66,6 +69,10 @@ class FrontendServer:
     def set_serving(self, serving: bool) -> None:
         """What health says."""
         self._health.set_serving(serving)
+
+    def show(self) -> None:
+        """Set the gauges that are read once a second."""
+        self.budget.show(self._metrics)
 
     async def drain(self, grace: float) -> None:
         """Refuse what is new, let what is in flight finish for `grace` seconds, cancel the rest.

@@ -1,0 +1,194 @@
+"""How many bytes of ordinary memory a frontend may hold for its requests, beside its arena.
+
+Three uses share one budget: messages that were received, pictures that are being decoded, and answers until their
+caller has read them. Each use has a part that the others never take, its *floor*, and its own line: what does not fit
+waits, first come first served. So a request that holds a message and waits for a picture, or holds neither and waits
+for its answer, always gets on once those of the same use before it have ended: uses do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from typing import NamedTuple, NoReturn
+
+from dinov3_server.errors import InvalidInput, Overloaded
+from dinov3_server.metrics import Metrics
+
+# The longest wait for room, in seconds, of a call without a deadline. Others wait for at most half of the time that
+# they have left: the rest is for the work.
+LONGEST_WAIT_SECONDS = 10.0
+
+
+class ByteBudget:
+    """`nbytes` in all. `messages`, `pictures` and `answers` are where permits are taken.
+
+    To be made in the event loop. `most_message` bytes are kept for messages, as many for answers, and half of the rest
+    for pictures.
+    """
+
+    def __init__(self, nbytes: int, most_message: int) -> None:
+        floors = {"messages": most_message, "pictures": (nbytes - 2 * most_message) // 2, "answers": most_message}
+        assert all(floor > 0 for floor in floors.values()), floors
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._free = nbytes - sum(floors.values())  # of what has no floor
+        self.messages, self.pictures, self.answers = (
+            Share(self, use, floor, floor + self._free) for use, floor in floors.items()
+        )
+
+    def show(self, metrics: Metrics) -> None:
+        """Set the gauges."""
+        for share in (self.messages, self.pictures, self.answers):
+            metrics.frontend_bytes.set(share.used, share.use)
+
+    def _fits(self, share: Share, nbytes: int) -> bool:
+        beyond = share.beyond(nbytes) - share.beyond(0)
+        return not beyond or beyond <= self._free
+
+    def _add(self, share: Share, nbytes: int) -> None:
+        """Count `nbytes` more, or fewer, whether they fit or not."""
+        self._free -= share.beyond(nbytes) - share.beyond(0)
+        share.used += nbytes
+
+    def _give_back(self) -> None:
+        """From any thread: let those go on that wait for room that there now is."""
+        if any(share.waits for share in (self.messages, self.pictures, self.answers)):
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        for share in (self.messages, self.pictures, self.answers):
+            share.wake()
+
+
+class _Waiter(NamedTuple):
+    nbytes: int
+    permit: asyncio.Future[Permit]
+
+
+class Share:
+    """One use of the budget: `used` bytes now, `most` at any time."""
+
+    def __init__(self, budget: ByteBudget, use: str, floor: int, most: int) -> None:
+        self.use = use
+        self.used = 0
+        self.most = most
+        self._budget = budget
+        self._floor = floor
+        self._waiters: deque[_Waiter] = deque()
+
+    @property
+    def waits(self) -> bool:
+        return bool(self._waiters)
+
+    def beyond(self, more: int) -> int:
+        """How far `more` bytes would take this use beyond its floor."""
+        return max(0, self.used + more - self._floor)
+
+    def try_take(self, nbytes: int) -> Permit | None:
+        """A permit, or None where it does not fit now or others wait. From any thread."""
+        with self._budget._lock:
+            if self._waiters or not self._budget._fits(self, nbytes):
+                return None
+            self._budget._add(self, nbytes)
+        return Permit(self, nbytes)
+
+    async def take(self, nbytes: int, deadline: float | None) -> Permit:
+        """A permit as soon as `nbytes` fit, after those who came before. In the event loop only.
+
+        `deadline` is of time.monotonic().
+
+        Raises:
+            InvalidInput: it would not fit an idle server either.
+            Overloaded: it did not fit in LONGEST_WAIT_SECONDS, or in half of the time until the deadline.
+        """
+        if nbytes > self.most:
+            raise InvalidInput(
+                f"this request needs {nbytes} bytes for its {self.use}; a server that is idle has {self.most} "
+                "(--frontend-bytes): send fewer or smaller images, or ask for fewer outputs"
+            )
+        permit = self.try_take(nbytes)
+        if permit is not None:
+            return permit
+        wait = LONGEST_WAIT_SECONDS
+        if deadline is not None:
+            wait = min(wait, (deadline - time.monotonic()) / 2)
+        if wait <= 0:
+            self._refuse(nbytes, 0.0)
+        waiter = _Waiter(nbytes, asyncio.get_running_loop().create_future())
+        self._waiters.append(waiter)
+        self.wake()  # a permit may have come back between try_take and the line before
+        try:
+            async with asyncio.timeout(wait):
+                return await waiter.permit
+        except TimeoutError:
+            self._withdraw(waiter)
+            self._refuse(nbytes, wait)
+        except asyncio.CancelledError:
+            self._withdraw(waiter)
+            raise
+
+    def _withdraw(self, waiter: _Waiter) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+            self.wake()  # what stands behind may fit
+        else:  # it got its permit at the moment that it gave up
+            waiter.permit.result().release()
+
+    def wake(self) -> None:
+        """Give permits to those at the head of the line, in the event loop."""
+        while self._waiters:
+            waiter = self._waiters[0]
+            if waiter.permit.done():  # it gave up, and is about to leave the line
+                return
+            with self._budget._lock:
+                if not self._budget._fits(self, waiter.nbytes):
+                    return
+                self._budget._add(self, waiter.nbytes)
+            self._waiters.popleft()
+            waiter.permit.set_result(Permit(self, waiter.nbytes))
+
+    def _refuse(self, nbytes: int, waited: float) -> NoReturn:
+        raise Overloaded(
+            f"no memory for {nbytes} bytes of {self.use} came free in {waited:.1f} s: {self.used} of at most "
+            f"{self.most} are in use (--frontend-bytes); try again",
+            reason=f"{self.use}_bytes",
+            retry_after=1.0,
+        )
+
+    def _resize(self, permit: Permit, nbytes: int) -> None:
+        with self._budget._lock:
+            more = nbytes - permit.nbytes
+            permit.nbytes = nbytes
+            self._budget._add(self, more)
+        if more < 0:
+            self._budget._give_back()
+
+
+class Permit:
+    """`nbytes` of a share until `release`, or the end of a `with` block. Methods may be called from any thread."""
+
+    __slots__ = ("_share", "nbytes")
+
+    def __init__(self, share: Share, nbytes: int) -> None:
+        self._share = share
+        self.nbytes = nbytes
+
+    def resize(self, nbytes: int) -> None:
+        """Hold `nbytes` from now on: what is there is counted, even where it passes the budget.
+
+        A holder that can do with less, or can wait, takes another permit for what is to come instead.
+        """
+        self._share._resize(self, nbytes)
+
+    def release(self) -> None:
+        """Hold nothing more. May be called again."""
+        self._share._resize(self, 0)
+
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
