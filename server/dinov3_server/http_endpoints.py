@@ -1,18 +1,26 @@
 """/metrics, /healthz and /readyz over HTTP, for Prometheus and for probes.
 
-One thread a connection, one request a connection: few ask, and one that is slow keeps no other waiting.
+One thread and one selector serve all connections, one request a connection. Whatever clients do, the port holds at most
+MAX_CONNECTIONS descriptors, each for at most CONNECTION_SECONDS; where one more comes, the oldest is hung up on. So a
+flood of slow clients takes nothing from the rest of the server, and a probe, which sends its request at once, is
+answered in the midst of it.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import logging
+import os
+import selectors
 import socket
-import socketserver
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from dinov3_server.errors import StartupError
@@ -20,101 +28,173 @@ from dinov3_server.errors import StartupError
 log = logging.getLogger(__name__)
 
 Probe = Callable[[], tuple[bool, str]]
+Page = Callable[[], tuple[HTTPStatus, str, bytes]]
 
-_READ_SECONDS = 5.0  # A client that sends or takes nothing for this long is hung up on.
+MAX_CONNECTIONS = 32
+# From accepting a connection to hanging up on it, whatever its client does meanwhile.
+CONNECTION_SECONDS = 5.0
+# How long nothing is accepted where the process has no descriptor left and no connection here holds one.
+_PAUSE = 0.1
+# Of a request: its first line and headers. A longer one is answered by what came so far.
+_MAX_REQUEST = 16384
 _TEXT = "text/plain; charset=utf-8"
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(eq=False)
+class _Connection:
+    sock: socket.socket
+    address: str
+    ends: float  # when it is hung up on
+    request: bytearray = field(default_factory=bytearray)
+    answer: memoryview | None = None  # what is still to be sent, once the request is there
 
 
 class HttpEndpoints:
     """The HTTP side of the supervisor.
 
     `render` gives the page of /metrics. `ready` and `healthy` tell whether /readyz and /healthz answer 200 or 503, and
-    the line they answer. All are called from threads of their own, several at once. Port 0 takes a free one. The
+    the line they answer. All are called from one thread, which is not the caller's. Port 0 takes a free one. The
     constructor binds and raises StartupError where it cannot; `start` begins to answer.
     """
 
     def __init__(self, host: str, port: int, render: Callable[[], bytes], ready: Probe, healthy: Probe) -> None:
-        def probe(ask: Probe) -> Callable[[], tuple[HTTPStatus, str, bytes]]:
+        def probe(ask: Probe) -> Page:
             def page() -> tuple[HTTPStatus, str, bytes]:
                 good, reason = ask()
                 return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"{reason}\n".encode()
 
             return page
 
-        pages = {
+        self._pages: dict[str, Page] = {
             "/metrics": lambda: (HTTPStatus.OK, _EXPOSITION, render()),
             "/healthz": probe(healthy),
             "/readyz": probe(ready),
         }
-        self._server = _bind(host, port, pages)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="http", daemon=True)
-
-    @property
-    def port(self) -> int:
-        return int(self._server.server_address[1])
+        self._listener = _listen(host, port)
+        self._connections: dict[int, _Connection] = {}  # by descriptor, the oldest first
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        self.port = int(self._listener.getsockname()[1])
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Hang up on everybody; when it returns, no socket and no thread is left. May be called without `start`."""
+        """Hang up on everybody; when it returns, no socket and no thread is left. May be called without `start`, and
+        more than once."""
+        if self._stopping:
+            return
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
         if self._thread.is_alive():
-            self._server.shutdown()
             self._thread.join()
-        self._server.hang_up()
-        self._server.server_close()
+        while self._connections:
+            self._hang_up_on_the_oldest()
+        self._selector.close()
+        self._listener.close()
+        os.close(self._wake)
 
+    def _serve(self) -> None:
+        while not self._stopping:
+            ends = next((oldest.ends for oldest in self._connections.values()), None)
+            for key, _ in self._selector.select(None if ends is None else max(0.0, ends - time.monotonic())):
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fd in self._connections:  # else it was hung up on in this turn
+                    self._go_on(self._connections[key.fd])
+            now = time.monotonic()
+            while self._connections and next(iter(self._connections.values())).ends <= now:
+                self._hang_up_on_the_oldest()
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # Only threads that are no daemons are joined by server_close.
-    allow_reuse_port = False  # Newer Pythons would let two servers share a port, silently.
-    request_queue_size = 128
+    def _accept(self) -> None:
+        try:
+            sock, address = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return  # its client was faster
+        except OSError as error:
+            log.debug("an HTTP connection cannot be accepted: %s", error.strerror)
+            if self._connections:
+                self._hang_up_on_the_oldest()
+            else:  # the process has no descriptor left, and none is to be had here
+                time.sleep(_PAUSE)
+            return
+        sock.setblocking(False)
+        if len(self._connections) == MAX_CONNECTIONS:
+            self._hang_up_on_the_oldest()
+        try:
+            self._selector.register(sock, selectors.EVENT_READ)
+        except OSError:  # the kernel has no memory for it
+            sock.close()
+            return
+        connection = _Connection(sock, address[0], time.monotonic() + CONNECTION_SECONDS)
+        self._connections[sock.fileno()] = connection
+        self._go_on(connection)  # most clients have sent their request by now
 
-    def __init__(self, family: socket.AddressFamily, address: Any, pages: dict[str, Any]) -> None:
-        self.address_family = family
-        self.pages = pages
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        super().__init__(address, _Handler)
+    def _go_on(self, connection: _Connection) -> None:
+        """Read what there is of the request, or send what the socket takes of the answer."""
+        try:
+            if connection.answer is None and not self._read(connection):
+                return
+            assert connection.answer is not None
+            connection.answer = connection.answer[connection.sock.send(connection.answer) :]
+            if connection.answer:
+                self._selector.modify(connection.sock, selectors.EVENT_WRITE)
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            log.debug("HTTP client %s went away", connection.address)
+        except Exception:
+            log.exception("a request over HTTP failed")
+        self._hang_up(connection)
 
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's own asks the DNS for our name, which can hang.
+    def _read(self, connection: _Connection) -> bool:
+        """Whether the request is complete; its answer is there then. Raises BlockingIOError until more has come."""
+        data = connection.sock.recv(_MAX_REQUEST)
+        if not data:
+            raise ConnectionResetError  # it ends without a request
+        request = connection.request
+        request += data
+        if not (b"\r\n\r\n" in request or b"\n\n" in request or len(request) >= _MAX_REQUEST):
+            return False
+        connection.answer = memoryview(_Handler(bytes(request), connection.address, self._pages).answer)
+        return True
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            self._open.add(request)
-        super().process_request(request, client_address)
+    def _hang_up_on_the_oldest(self) -> None:
+        self._hang_up(next(iter(self._connections.values())))
 
-    def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
-
-    def hang_up(self) -> None:
-        """Wake every thread that waits for its client."""
-        with self._lock:
-            for connection in self._open:
-                try:
-                    connection.shutdown(socket.SHUT_RDWR)
-                except OSError:  # The client was faster.
-                    continue
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("HTTP client %s went away", client_address, exc_info=True)
+    def _hang_up(self, connection: _Connection) -> None:
+        del self._connections[connection.sock.fileno()]
+        self._selector.unregister(connection.sock)
+        with suppress(OSError):  # the client was faster
+            connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.sock.close()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = _READ_SECONDS
+    """Turns one request, given whole, into the bytes of its `answer`."""
+
     server_version = "dinov3-server"
     sys_version = ""
     error_message_format = "%(message)s\n"
     error_content_type = _TEXT
 
+    def __init__(self, request: bytes, address: str, pages: dict[str, Page]) -> None:
+        self.client_address = (address, 0)
+        self.rfile = io.BytesIO(request)
+        self.wfile = io.BytesIO()
+        self._pages = pages
+        self.handle_one_request()
+        self.answer = self.wfile.getvalue()
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        page = self.server.pages.get(path)
+        page = self._pages.get(path)
         if page is None:
             self._answer(HTTPStatus.NOT_FOUND, _TEXT, b"not here; there are /metrics, /healthz and /readyz\n")
             return
@@ -147,10 +227,20 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug("HTTP %s: " + format, self.client_address[0], *args)
 
 
-def _bind(host: str, port: int, pages: dict[str, Any]) -> _Server:
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens and does not block."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return _Server(family, address, pages)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+        listener.setblocking(False)
+        return listener
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: "a..b" is no name at all
         why = error.strerror if isinstance(error, OSError) else "not a host name"
         raise StartupError(f"http_host {host!r} is not an address of this machine: {why}") from None

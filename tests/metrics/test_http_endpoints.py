@@ -7,13 +7,15 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dinov3_server import http_endpoints
 from dinov3_server.errors import StartupError
-from dinov3_server.http_endpoints import HttpEndpoints
+from dinov3_server.http_endpoints import MAX_CONNECTIONS, HttpEndpoints
+from tests.support.waiting import until
 
 
 class State:
@@ -128,11 +130,57 @@ def test_slow_clients_keep_nobody_waiting(endpoints: HttpEndpoints) -> None:
             connection.close()
 
 
-def test_a_client_that_says_nothing_is_hung_up_on(endpoints: HttpEndpoints, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert http_endpoints._Handler.timeout == http_endpoints._READ_SECONDS
-    monkeypatch.setattr(http_endpoints._Handler, "timeout", 0.01)
+def test_a_flood_of_slow_clients_holds_a_few_descriptors_and_keeps_no_probe_waiting(endpoints: HttpEndpoints) -> None:
+    before, threads = len(descriptors()), threading.active_count()
+    slow = []
+    try:
+        for count in range(1, 5 * MAX_CONNECTIONS):
+            slow.append(socket.create_connection(("127.0.0.1", endpoints.port), timeout=30))
+            slow[-1].sendall(b"GET /met")
+            if count % 16 == 0:
+                assert ask(endpoints, "/healthz")[0] == 200
+        assert slow[0].recv(1) == b"", "the oldest makes room"
+        assert len(descriptors()) - before <= len(slow) + MAX_CONNECTIONS
+        assert threading.active_count() == threads
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+@pytest.mark.parametrize("request_so_far", [b"", b"GET /metrics HTTP/1.0\r\n", b"GET /metrics HTTP/1.0\r\n\r\n"])
+def test_a_connection_ends_in_time_whatever_its_client_does(
+    state: State, monkeypatch: pytest.MonkeyPatch, request_so_far: bytes
+) -> None:
+    """One says nothing, one sends a byte now and then, one never takes its answer."""
+    monkeypatch.setattr(http_endpoints, "CONNECTION_SECONDS", 0.2)
+    state.page = b"x" * (64 << 20)  # more than sockets hold
+    endpoints = HttpEndpoints("127.0.0.1", 0, lambda: state.page, lambda: state.ready, lambda: state.healthy)
+    endpoints.start()
+    drips = threading.Event()
     with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
-        assert connection.recv(1) == b""
+        connection.sendall(request_so_far)
+        until(lambda: endpoints._connections)
+        while endpoints._connections:
+            if request_so_far.endswith(b"\n") and not request_so_far.endswith(b"\r\n\r\n"):
+                with suppress(OSError):
+                    connection.send(b"X: y\r\n")
+            drips.wait(0.01)
+    endpoints.stop()
+
+
+def test_a_request_without_end_is_answered_by_its_beginning(endpoints: HttpEndpoints) -> None:
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.0\r\n" + b"X: " + b"y" * 20000)
+        assert connection.recv(100).startswith(b"HTTP/1.0 ")
+
+
+@pytest.mark.parametrize("request_bytes", [b"\r\n\r\n", b"\0\r\n\r\n", b"GET\r\n\r\n", b"\xff /\xff HTTP/9.9\r\n\r\n"])
+def test_nonsense_is_hung_up_on_and_disturbs_nothing(endpoints: HttpEndpoints, request_bytes: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+        connection.sendall(request_bytes)
+        while connection.recv(4096):
+            pass
+    assert ask(endpoints, "/healthz")[0] == 200
 
 
 def test_a_client_that_resets_is_no_news(endpoints: HttpEndpoints, capfd: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +206,7 @@ def descriptors() -> set[str]:
 
 
 def test_stop_leaves_no_thread_and_no_socket(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_endpoints._Handler, "timeout", None)  # Only `stop` ends the idle connection.
+    monkeypatch.setattr(http_endpoints, "CONNECTION_SECONDS", 3600.0)  # Only `stop` ends the idle connection.
     threads, sockets = set(threading.enumerate()), descriptors()
     endpoints = HttpEndpoints("127.0.0.1", 0, lambda: state.page, lambda: state.ready, lambda: state.healthy)
     endpoints.start()
