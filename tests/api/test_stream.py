@@ -116,8 +116,8 @@ class SlowCaller:
 
 async def test_a_caller_that_does_not_read_is_not_read_either() -> None:
     engine, caller = FakeEngine(), SlowCaller(10)
-    extraction = Extraction(engine, Settings(), Metrics(), 0, 1)  # type: ignore[arg-type]
-    serve = asyncio.create_task(Stream(caller, extraction, Metrics(), window=3).serve())  # type: ignore[arg-type]
+    extraction = Extraction(engine, settings := Settings(stream_window=3), Metrics(), 0, 1)  # type: ignore[arg-type]
+    serve = asyncio.create_task(Stream(caller, extraction, Metrics(), settings).serve())  # type: ignore[arg-type]
     await until_async(lambda: len(engine.done_runs) == 3)
     for _ in range(50):
         await asyncio.sleep(0)

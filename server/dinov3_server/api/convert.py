@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api.outputs import enum_of, read_outputs
 from dinov3_server.api.sources import Source, SourceReader, count_rows
 from dinov3_server.api.status import kept
+from dinov3_server.api.wire import Content
 from dinov3_server.backbone import registry
 from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, PixelShape
 from dinov3_server.config import Settings
@@ -17,8 +15,6 @@ from dinov3_server.errors import ConfigError, InvalidInput, ModelMismatch, Servi
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _IS_BULK = {pb.PRIORITY_INTERACTIVE: False, pb.PRIORITY_BULK: True}
-
-AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
 @dataclass
@@ -60,25 +56,21 @@ class Query:
         return groups
 
 
-def parse(message: type[AnyMessage], data: bytes) -> AnyMessage:
-    try:
-        return message.FromString(data)
-    except DecodeError:
-        raise InvalidInput(f"the {len(data)} bytes that were sent are no {message.DESCRIPTOR.full_name}") from None
-
-
 def count_images(request: pb.ExtractRequest) -> int:
     """How many images a request brings, each view as one, by its own account; 0 where that makes no sense."""
     shape = request.pixels.shape
     return sum(map(count_rows, request.images)) or (max(shape[0], 0) if len(shape) == 4 else 0)
 
 
-def read_request(request: pb.ExtractRequest, model: ModelInfo, settings: Settings) -> Query:
-    """Raises ModelMismatch, or InvalidInput where the request as a whole is at fault."""
+def read_request(request: pb.ExtractRequest, content: Content, model: ModelInfo, settings: Settings) -> Query:
+    """`content` is that of the request's `bytes` fields (wire.Incoming).
+
+    Raises ModelMismatch, or InvalidInput where the request as a whole is at fault.
+    """
     _check_pins(request, model)
     spec = read_outputs(request.outputs, model, settings.max_batch_tokens)
     bulk = enum_of(pb.Priority, _IS_BULK, request.priority or pb.PRIORITY_INTERACTIVE, "priority")
-    reader = SourceReader(request.preprocessing, model, settings)
+    reader = SourceReader(request.preprocessing, content, model, settings)
     if bool(request.images) == request.HasField("pixels"):
         given = "both images and pixels are" if request.images else "neither images nor pixels is"
         raise InvalidInput(f"{given} set: send one of them", field="images")

@@ -16,6 +16,7 @@ from dinov3_server.api.convert import Query, count_images, read_request
 from dinov3_server.api.filling import Filler, Work
 from dinov3_server.api.outputs import check_answer, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
+from dinov3_server.api.wire import Content
 from dinov3_server.backbone.interface import ModelInfo
 from dinov3_server.config import Settings
 from dinov3_server.engine.admission import Lease
@@ -57,16 +58,23 @@ class Extraction:
             raise Unavailable("the server is starting: its model is still being loaded", reason="starting")
         return self._engine.model
 
-    async def extract(self, request: pb.ExtractRequest, deadline: float | None, message_id: int | None = None) -> bytes:
+    async def extract(
+        self,
+        request: pb.ExtractRequest,
+        deadline: float | None,
+        message_id: int | None = None,
+        content: Content = bytes,
+    ) -> bytes:
         """The ExtractResponse or, given a `message_id`, the ExtractStreamResponse that holds it.
 
+        `content` is that of the request's `bytes` fields (wire.Incoming).
         `deadline` is in seconds of time.monotonic(). Raises ServingError where the request as a whole fails.
         """
         images = min(count_images(request), self._settings.max_images_per_request)
         try:
             model = self.model
-            query = read_request(request, model, self._settings)
-            del request  # and later `query.sources`: what was sent need not wait in memory for the device
+            query = read_request(request, content, model, self._settings)
+            del request, content  # and later `query.sources`: what was sent need not wait in memory for the device
             if query.unmeasured:
                 await self._filler.in_thread(query.measure)
             placed = _plan(query, model, base=0)

@@ -24,8 +24,11 @@ class Pixels(NamedTuple):
     data: bytes | memoryview
 
 
-def read_pixels(tensor: pb.Tensor, field: str, packed: bool = False) -> Pixels:
-    """The pixels of `tensor`, of one image or of N packed ones. Raises InvalidInput unless it is exactly that."""
+def read_pixels(tensor: pb.Tensor, data: bytes | memoryview, field: str, packed: bool = False) -> Pixels:
+    """The pixels of `tensor`, whose content is `data`: of one image or of N packed ones.
+
+    Raises InvalidInput unless it is exactly that.
+    """
     layouts = ("[N, H, W, 3]", "[N, 3, H, W]") if packed else ("[H, W, 3]", "[3, H, W]")
     allowed = f"allowed are DATA_TYPE_UINT8 as {layouts[0]} and DATA_TYPE_FLOAT32 as {layouts[1]}"
     if tensor.dtype not in _PIXEL_FORMATS:
@@ -41,7 +44,7 @@ def read_pixels(tensor: pb.Tensor, field: str, packed: bool = False) -> Pixels:
             f"{pb.DataType.Name(tensor.dtype)} pixels of shape {axes}; {allowed}", field=f"{field}.shape"
         )
     height, width = image[:2] if channels_last else image[1:]
-    data, expected = tensor.data, images * PixelShape(height, width, format).nbytes
+    expected = images * PixelShape(height, width, format).nbytes
     if len(data) != expected:
         raise InvalidInput(
             f"{format} pixels of shape {axes} are {expected} bytes; {len(data)} were sent", field=f"{field}.data"

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from dinov3_server.api.status import status_of
+from dinov3_server.api.wire import varint
 from dinov3_server.backbone.interface import FeatureDtype, FeatureSpec, ModelInfo, PixelShape, Section
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import ServingError
@@ -194,14 +195,4 @@ def _tensor(sections: Sequence[Section], rows: int) -> tuple[Frames, int]:
 
 def _tag(number: int, nbytes: int) -> bytes:
     """What stands before a message or byte string of `nbytes` that is field `number` of the message around it."""
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(nbytes)
-
-
-def _varint(value: int) -> bytes:
-    """Base 128, least significant group first; the high bit of a byte says that another follows."""
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
+    return varint(number << 3 | _LENGTH_DELIMITED) + varint(nbytes)

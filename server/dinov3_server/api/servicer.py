@@ -6,11 +6,11 @@ import time
 
 import grpc
 
-from dinov3_server.api.convert import parse
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import SERVICE, Context
 from dinov3_server.api.response import DTYPES
 from dinov3_server.api.stream import Stream
+from dinov3_server.api.wire import parse
 from dinov3_server.backbone.interface import Certificate
 from dinov3_server.config import Settings
 from dinov3_server.engine.client import Engine
@@ -62,11 +62,14 @@ class FeatureService:
         self._check_open()
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        return await self._extraction.extract(parse(pb.ExtractRequest, data), deadline)
+        request, content = parse(pb.ExtractRequest, data, self._settings.max_images_per_request)
+        extract = self._extraction.extract(request, deadline, content=content)
+        del data, request, content  # what was sent need not wait in memory for the device
+        return await extract
 
     async def extract_stream(self, _: object, context: Context) -> None:
         self._check_open()
-        stream = Stream(context, self._extraction, self._metrics, self._settings.stream_window)
+        stream = Stream(context, self._extraction, self._metrics, self._settings)
         self._streams.add(stream)
         try:
             await stream.serve()
@@ -75,7 +78,7 @@ class FeatureService:
 
     async def get_model(self, data: bytes, context: Context) -> bytes:
         self._check_open()
-        parse(pb.GetModelRequest, data)
+        parse(pb.GetModelRequest, data, 0)
         model, settings = self._extraction.model, self._settings
         return pb.GetModelResponse(
             model=model.name,

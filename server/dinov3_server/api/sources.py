@@ -12,6 +12,7 @@ import numpy as np
 from dinov3_server.api.outputs import enum_of
 from dinov3_server.api.pixels import Pixels, copy_floats, read_pixels
 from dinov3_server.api.status import kept
+from dinov3_server.api.wire import Content
 from dinov3_server.backbone.interface import ModelInfo, PixelFormat, PixelShape
 from dinov3_server.config import Settings
 from dinov3_server.errors import InvalidInput, ServingError
@@ -71,9 +72,10 @@ class Source(NamedTuple):
 class SourceReader:
     """Collects the sources of a request's images, and the `failures` of some by their index."""
 
-    def __init__(self, preprocessing: pb.Preprocessing, model: ModelInfo, settings: Settings) -> None:
+    def __init__(self, preprocessing: pb.Preprocessing, content: Content, model: ModelInfo, settings: Settings) -> None:
         self.sources: list[Source] = []
         self.failures: dict[int, ServingError] = {}
+        self._content = content
         self._settings = settings
         self._exif = preprocessing.apply_exif_orientation
         self._input_shape = partial(_input_shape, model, settings.max_batch_tokens)
@@ -98,7 +100,7 @@ class SourceReader:
 
     def read_packed(self, tensor: pb.Tensor) -> None:
         self._check_count(tensor.shape[0] if len(tensor.shape) == 4 else 1, "pixels.shape")
-        pixels = read_pixels(tensor, "pixels", packed=True)
+        pixels = read_pixels(tensor, self._content(tensor.data), "pixels", packed=True)
         rows = (self._whole("pixels", pixels),)
         each = memoryview(pixels.data)
         nbytes = len(each) // pixels.images
@@ -128,7 +130,7 @@ class SourceReader:
             if source is None:
                 raise InvalidInput("the image is empty: set encoded (an image file) or pixels (a tensor)", field=field)
             if source == "pixels":
-                pixels = read_pixels(image.pixels, f"{field}.pixels")
+                pixels = read_pixels(image.pixels, self._content(image.pixels.data), f"{field}.pixels")
         if image.pixels.dtype == pb.DATA_TYPE_FLOAT32:  # its own input size; where it is of no use it has no row
             with self._failing(index):
                 if image.views:
@@ -147,7 +149,7 @@ class SourceReader:
             return Source(index, rows, write=None)
         if pixels:
             return _pixel_source(index, f"{field}.pixels", pixels, rows)
-        return self._file_source(index, f"{field}.encoded", image.encoded, rows)
+        return self._file_source(index, f"{field}.encoded", self._content(image.encoded), rows)
 
     def _whole(self, field: str, pixels: Pixels | None) -> Row:
         """Of an image without views; `pixels` None for a file."""
@@ -193,12 +195,12 @@ class SourceReader:
             return self._input_shape(crop.height, crop.width, "uint8", f"{field}.crop")
         return self._input_shape(*picture, "uint8", field) if picture else None
 
-    def _file_source(self, index: int, field: str, data: bytes, rows: tuple[Row, ...]) -> Source:
+    def _file_source(self, index: int, field: str, data: bytes | memoryview, rows: tuple[Row, ...]) -> Source:
         most, exif, shape_of = self._settings.max_image_pixels, self._exif, self._input_shape
 
         def write(outs: Sequence[memoryview]) -> Iterator[int]:
             with _at(field):
-                image = decode(data, max_pixels=most, apply_exif_orientation=exif)
+                image = decode(bytes(data), max_pixels=most, apply_exif_orientation=exif)
             for row in rows:
                 if row.transform.crop:
                     check_box(row.transform.crop, (image.height, image.width), f"{row.field}.crop")
@@ -208,7 +210,7 @@ class SourceReader:
 
         def measure() -> tuple[Row, ...]:
             with _at(field):
-                size = probe(data, max_pixels=most, apply_exif_orientation=exif)
+                size = probe(bytes(data), max_pixels=most, apply_exif_orientation=exif)
             return tuple(row if row.shape else row._replace(shape=shape_of(*size, "uint8", row.field)) for row in rows)
 
         return Source(index, rows, write, None if all(row.shape for row in rows) else measure)

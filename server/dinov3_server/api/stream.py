@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from typing import NamedTuple
 
 import grpc
 
-from dinov3_server.api.convert import parse
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import Context, measured
-from dinov3_server.api.status import serving_error, status_of
+from dinov3_server.api.status import kept, serving_error, status_of
+from dinov3_server.api.wire import Content, Incoming, TooMany, message_id, parse
+from dinov3_server.config import Settings
 from dinov3_server.errors import InvalidInput, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -19,18 +21,29 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 EOF: object = grpc.aio.EOF
 
 
+class _Asked(NamedTuple):
+    """One message. `fresh` says that no other with its id is unanswered; `error` is why it cannot be served."""
+
+    message: pb.ExtractStreamRequest
+    content: Content
+    arrived: float
+    fresh: bool
+    error: ServingError | None
+
+
 class Stream:
-    """Reads on only while fewer than `window` messages are unanswered.
+    """Reads on only while fewer than `stream_window` messages are unanswered.
 
     An answer counts as given when the transport has taken it, so a caller that does not read its answers soon finds
     that its messages are not read either.
     """
 
-    def __init__(self, context: Context, extraction: Extraction, metrics: Metrics, window: int) -> None:
+    def __init__(self, context: Context, extraction: Extraction, metrics: Metrics, settings: Settings) -> None:
         self._context = context
         self._extraction = extraction
         self._metrics = metrics
-        self._window = asyncio.Semaphore(window)
+        self._window = asyncio.Semaphore(settings.stream_window)
+        self._most_images = settings.max_images_per_request
         self._unanswered: set[int] = set()
         self._writing = asyncio.Lock()
         self._reader: asyncio.Task[ServingError | None] | None = None
@@ -67,19 +80,33 @@ class Stream:
             if data is EOF:
                 return None
             try:
-                message = parse(pb.ExtractStreamRequest, data)
+                asked = self._asked(data)
             except InvalidInput as error:
                 return error
-            fresh = message.id not in self._unanswered
-            self._unanswered.add(message.id)
-            group.create_task(self._answer(message, time.monotonic(), fresh))
+            group.create_task(self._answer(asked))
+            del data, asked  # the next one may be long in coming
 
-    async def _answer(self, message: pb.ExtractStreamRequest, arrived: float, fresh: bool) -> None:
+    def _asked(self, data: bytes) -> _Asked:
+        """Raises InvalidInput where `data` are no message, or it cannot be told which one is at fault."""
+        error: ServingError | None = None
         try:
-            answer = await self._extract(message, arrived, fresh)
+            incoming = parse(pb.ExtractStreamRequest, data, self._most_images)
+        except TooMany as too_many:
+            error = kept(too_many)
+            incoming = Incoming(pb.ExtractStreamRequest(id=message_id(data)), bytes)
+        fresh = incoming.message.id not in self._unanswered
+        self._unanswered.add(incoming.message.id)
+        return _Asked(*incoming, time.monotonic(), fresh, error)
+
+    async def _answer(self, asked: _Asked) -> None:
+        message_id, fresh = asked.message.id, asked.fresh
+        extract = self._extract(asked)
+        del asked  # what was sent need not wait in memory for the device
+        try:
+            answer = await extract
             async with self._writing:
                 if fresh:
-                    self._unanswered.discard(message.id)
+                    self._unanswered.discard(message_id)
                 await self._context.write(answer)
         except grpc.aio.BaseError:
             # The connection is gone; the cancellation of the whole call is on its way.
@@ -88,20 +115,26 @@ class Stream:
         finally:
             self._window.release()
 
-    async def _extract(self, message: pb.ExtractStreamRequest, arrived: float, fresh: bool) -> bytes:
+    async def _extract(self, asked: _Asked) -> bytes:
+        message = asked.message
+        message_id = message.id
         try:
             with measured(self._metrics, "ExtractStream", expired=self._expired):
-                if not fresh:
+                if not asked.fresh:
                     raise InvalidInput(
-                        f"message {message.id} of this stream is not answered yet: give every message an id of its own",
+                        f"message {message_id} of this stream is not answered yet: give every message an id of its own",
                         field="id",
                     )
-                deadline = self._deadline_of(message.timeout_seconds, arrived)
+                if asked.error is not None:
+                    raise asked.error
+                deadline = self._deadline_of(message.timeout_seconds, asked.arrived)
                 if not message.HasField("request"):
                     raise InvalidInput("request is not set", field="request")
-                return await self._extraction.extract(message.request, deadline, message.id)
+                extract = self._extraction.extract(message.request, deadline, message_id, asked.content)
+                del asked, message
+                return await extract
         except Exception as error:
-            failed = pb.ExtractStreamResponse(id=message.id, error=status_of(serving_error(error)))
+            failed = pb.ExtractStreamResponse(id=message_id, error=status_of(serving_error(error)))
             return failed.SerializeToString()
 
     def _deadline_of(self, timeout: float, arrived: float) -> float | None:
