@@ -11,6 +11,7 @@ from types import ModuleType
 from bench import (
     bare,
     client,
+    contended,
     datapath,
     memory,
     operators,
@@ -35,6 +36,7 @@ LEGS: dict[str, ModuleType] = {
     "preprocessing": preprocessing,
     "outputs": outputs,
     "client": client,
+    "contended": contended,
     "training": training,
 }
 

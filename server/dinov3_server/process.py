@@ -17,6 +17,7 @@ import sys
 from contextlib import suppress
 from typing import Any, Literal
 
+from dinov3_server.backbone.cpu import worker_environment
 from dinov3_server.engine.channel import Channel, pair
 from dinov3_server.engine.messages import (
     Prepared,
@@ -46,6 +47,7 @@ def spawn(role: Role, start: Start) -> tuple[subprocess.Popen[bytes], Channel]:
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", "dinov3_server.process", role, str(theirs.fileno()), str(os.getpid())],
+            env=worker_environment(os.environ) if role == "worker" else None,
             stdin=subprocess.PIPE,
             stdout=sys.stderr,  # stdout is for the supervisor's one line
             pass_fds=(theirs.fileno(),),

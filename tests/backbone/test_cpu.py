@@ -69,3 +69,13 @@ print(faults(10))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000  # pages; 163,840 without
+
+
+def test_a_workers_threads_wait_briefly() -> None:
+    assert cpu.worker_environment({"HOME": "/"}) == {"HOME": "/", "GOMP_SPINCOUNT": "1000"}
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_how_threads_wait_is_left_to_a_user_who_says_so(name: str) -> None:
+    """Even where it is the policy alone: GOMP_SPINCOUNT would override it."""
+    assert cpu.worker_environment({name: "ACTIVE"}) == {name: "ACTIVE"}

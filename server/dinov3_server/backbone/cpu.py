@@ -1,16 +1,19 @@
-"""What this machine's CPU gives us: threads, native bfloat16, and memory that stays where it is."""
+"""What this machine's CPU gives us: threads and how they wait, native bfloat16, and memory that stays where it is."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CPUINFO = Path("/proc/cpuinfo")
 # AVX512-BF16 and AMX-BF16 on x86, the bfloat16 extension on Arm. Elsewhere bfloat16 is emulated, slower than fp32.
 _NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+# How often a thread of libgomp looks whether it may go on before it sleeps: 10 us, about what it takes to wake it.
+_SPINS = 1000
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -24,6 +27,18 @@ def available_threads() -> int:
         return max(1, min(allowed, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup v2, or "max": no quota
         return allowed
+
+
+def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that computes on the CPU: `environ`, and how its threads wait for one another.
+
+    A forward pass has thousands of barriers. By default libgomp's threads spin at each for milliseconds; where another
+    process runs on one of the cores, they spin on the core that the late thread is waiting for. libgomp reads this
+    once, when torch is loaded. It is left to the user where `environ` has OMP_WAIT_POLICY or GOMP_SPINCOUNT.
+    """
+    if "OMP_WAIT_POLICY" in environ or "GOMP_SPINCOUNT" in environ:
+        return dict(environ)
+    return {**environ, "GOMP_SPINCOUNT": str(_SPINS)}
 
 
 def has_native_bf16() -> bool:
