@@ -268,7 +268,7 @@ class Settings:
         5,
         integer(1, 1000),
         "processes",
-        "Failed starts of one process in a row after which the server gives up and exits.",
+        "Failed starts of one process in a row after which it has failed; when all of its kind have, the server exits.",
     )
 
     token_file: str | None = _setting(

@@ -141,6 +141,13 @@ class Metrics:
         self.device_busy_seconds = Counter(
             "dinov3_device_busy_seconds_total", "Time in which a device had a batch to run.", "device"
         )
+        self.workers = Gauge(
+            "dinov3_workers",
+            "Workers by state: serving, starting (or started again), failed (as often in a row as may be; tried again "
+            "every 30 s).",
+            "device",
+            "state",
+        )
         self.worker_restarts = Counter("dinov3_worker_restarts_total", "Workers started again after a death.", "device")
         # The same model on several workers is one model.
         self.model_info = Gauge(

@@ -14,12 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
-from typing import Any, Literal
+from contextlib import ExitStack, suppress
+from typing import Any, Literal, NamedTuple
 
 from dinov3_server.backbone.cpu import worker_environment
 from dinov3_server.engine.channel import Channel, pair
 from dinov3_server.engine.messages import (
+    LastWords,
     Prepared,
     Progress,
     StartFailed,
@@ -40,23 +41,41 @@ Start = StartProvisioner | StartFrontend | StartWorker
 START_FAILED = 2
 
 
-def spawn(role: Role, start: Start) -> tuple[subprocess.Popen[bytes], Channel]:
+class Spawned(NamedTuple):
+    """A child that was started; `pidfd` becomes readable when it has died."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    pidfd: int
+
+
+def spawn(role: Role, start: Start) -> Spawned:
     """Start a child. Must be called on the main thread: PDEATHSIG is tied to the
-    thread that spawned the child, and the main thread lives as long as the process."""
-    ours, theirs = pair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dinov3_server.process", role, str(theirs.fileno()), str(os.getpid())],
-            env=worker_environment(os.environ) if role == "worker" else None,
-            stdin=subprocess.PIPE,
-            stdout=sys.stderr,  # stdout is for the supervisor's one line
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,
-        )
-    assert process.stdin is not None
-    with suppress(BrokenPipeError), process.stdin:  # if it is dead already, its pidfd says so
-        pickle.dump(start, process.stdin)
-    return process, Channel(ours)
+    thread that spawned the child, and the main thread lives as long as the process.
+
+    Raises:
+        OSError: there are not enough descriptors, processes or memory. Nothing is left behind.
+    """
+    with ExitStack() as undo:
+        ours, theirs = pair()
+        undo.callback(ours.close)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dinov3_server.process", role, str(theirs.fileno()), str(os.getpid())],
+                env=worker_environment(os.environ) if role == "worker" else None,
+                stdin=subprocess.PIPE,
+                stdout=sys.stderr,  # stdout is for the supervisor's one line
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        undo.callback(process.wait)
+        undo.callback(process.kill)  # before the wait: the last is the first to be called
+        assert process.stdin is not None
+        with suppress(BrokenPipeError), process.stdin:  # if it is dead already, its pidfd says so
+            pickle.dump(start, process.stdin)
+        spawned = Spawned(process, Channel(ours), os.pidfd_open(process.pid))
+        undo.pop_all()
+        return spawned
 
 
 def _tie_to(supervisor: int, role: Role) -> None:
@@ -106,8 +125,10 @@ def main() -> int:
         control.send(StartFailed(error))
         control.flush_within(1.0)
         return START_FAILED
-    except Exception:
+    except Exception as error:
         log.critical("%s ends by an error of ours", name, exc_info=True)
+        control.send(LastWords.of(error))
+        control.flush_within(1.0)
         os._exit(1)  # at once: an interpreter that shuts down would wait for threads, maybe for ever
     return 0
 

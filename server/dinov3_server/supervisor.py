@@ -4,34 +4,39 @@ It loads no model, fetches nothing and speaks no gRPC. Workers start once the pr
 need. Everything happens in one loop over the children's channels, their deaths (pidfd) and signals; only the HTTP
 endpoints have threads of their own.
 
-Restarts: a child that dies after it was ready is started again at once; after that, and after a start
-that failed, with a pause that doubles from 0.5 to 30 seconds. A child whose start fails
-`worker_restart_limit` times in a row ends the server, for the orchestrator to see.
+Restarts: a child that dies after it was ready is started again at once; after a start that failed, with a pause that
+doubles from 0.5 to 30 seconds. A child whose start fails `worker_restart_limit` times in a row has failed: as long as
+another does its work it is tried again every 30 seconds; where none is left, the server ends for the orchestrator to
+see. Where the machine has no descriptor, process or memory for a child, that is tried again for ever: nothing here may
+raise for want of them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import selectors
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 
 from dinov3_server.backbone.interface import ModelInfo, Provisioned
-from dinov3_server.child import Child
+from dinov3_server.child import STATES, Child, kill
 from dinov3_server.config import Settings
 from dinov3_server.engine.channel import ChannelClosed, pair
 from dinov3_server.engine.messages import (
     SNAPSHOT_SECONDS,
     Connected,
     Drain,
+    LastWords,
     MetricsSnapshot,
+    NotConnected,
     Prepared,
     Progress,
+    Reached,
     Ready,
     StartFailed,
     StartFrontend,
@@ -41,7 +46,7 @@ from dinov3_server.engine.messages import (
 )
 from dinov3_server.http_endpoints import HttpEndpoints
 from dinov3_server.metrics import Aggregate, Metrics
-from dinov3_server.process import START_FAILED, Start, spawn
+from dinov3_server.process import START_FAILED, Start
 from dinov3_server.signals import Signals
 from dinov3_server.topology import (
     check_memory,
@@ -65,8 +70,6 @@ DRAIN_SLACK = 5.0
 WORKER_SLACK = 2.0
 # How long the provisioner may take to end its git and remove what is half done, before it is killed.
 PROVISIONER_SLACK = 2.0
-# How long a killed child may take to die before it is left to the kernel.
-KILL_SECONDS = 5.0
 
 
 class Supervisor:
@@ -79,7 +82,7 @@ class Supervisor:
         self._aggregate = Aggregate()
         self._selector = selectors.DefaultSelector()
         self._signals = Signals()
-        self._unready = "starting"  # why; "" while it serves. HTTP threads read this and `_turned`
+        self._readiness = False, "starting"  # what /readyz says; the HTTP thread reads this and `_turned`
         self._announced = False
         self._drain_until: float | None = None
         self._workers_told = False  # to end: every frontend has
@@ -90,6 +93,7 @@ class Supervisor:
         self._provisioned: Provisioned | None = None
         self._workers: list[Child] = []
         self._frontends: list[Child] = []
+        self._unconnected: set[tuple[Child, Child]] = set()  # a frontend and a worker: to be tried again
 
     def run(self) -> int:
         settings = self._settings
@@ -100,7 +104,7 @@ class Supervisor:
                 settings.http_host,
                 settings.http_port,
                 render=self._render,
-                ready=self._readiness,
+                ready=lambda: self._readiness,
                 healthy=self._health,
             )
             http.start()
@@ -148,6 +152,10 @@ class Supervisor:
         for child in self._children:
             if child.restart_at is not None and child.restart_at <= now:
                 self._start(child)
+            if child.channel is not None:
+                child.channel.flush()  # what it did not take at once
+        for frontend, worker in tuple(self._unconnected):
+            self._connect(frontend, worker)
         self._kill_the_silent(now)
         self._update_readiness()
         if self._drain_until is not None:
@@ -206,14 +214,15 @@ class Supervisor:
             start = StartWorker(settings, child.index, child.device, self._runner, self._provisioned)
         else:
             start = StartFrontend(settings, child.index, len(self._frontends), settings.host, self._port)
-        child.restart_at = None
-        child.ready, child.complaint = False, None
-        child.since = time.monotonic()
-        child.process, child.channel = spawn(child.role, start)
-        child.pidfd = os.pidfd_open(child.process.pid)
-        self._selector.register(child.channel, selectors.EVENT_READ, lambda: self._read(child))
-        self._selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._reap(child))
-        log.debug("%s started, pid %d", child.name, child.process.pid)
+        now = time.monotonic()
+        try:
+            child.spawn(start, self._selector, on_message=self._read, on_death=self._reap)
+        except OSError as error:
+            pause = child.not_spawned(error)
+            child.restart_at = now + pause
+            log.error("%s: %s; tried again in %g s", child.name, child.why, pause)
+            self._tell_expectation(child, pause)
+            return
         if child.role == "frontend":
             for worker in self._workers:
                 if worker.ready:
@@ -232,18 +241,18 @@ class Supervisor:
                         self._aggregate.update(child.name, snapshot)
                     case StartFailed(complaint):
                         child.complaint = complaint
+                    case LastWords(why):
+                        child.last_words = why
+                    case Reached(step):
+                        child.reached = step
+                    case NotConnected(index):
+                        self._unconnected.add((child, self._workers[index]))
                     case Progress(text):
                         self._progress = text
                     case Prepared(provisioned, seconds):
                         self._on_prepared(provisioned, seconds)
         except ChannelClosed:
-            self._hang_up(child)  # its death comes by the pidfd
-
-    def _hang_up(self, child: Child) -> None:
-        if child.channel is not None:
-            self._selector.unregister(child.channel)
-            child.channel.close()
-            child.channel = None
+            child.hang_up(self._selector)  # its death comes by the pidfd
 
     def _on_prepared(self, provisioned: Provisioned, seconds: dict[str, float]) -> None:
         self._provisioned = provisioned
@@ -257,7 +266,6 @@ class Supervisor:
         now = time.monotonic()
         child.ready = True
         child.load_seconds, child.since = now - child.since, now
-        child.failed_starts = 0
         if info is None:
             log.info("%s serves after %.1f s", child.name, child.load_seconds)
             return
@@ -269,53 +277,64 @@ class Supervisor:
             self._connect(frontend, child)
 
     def _connect(self, frontend: Child, worker: Child) -> None:
-        """A channel of their own for a frontend and a worker that is ready."""
-        if frontend.channel is None or worker.channel is None:
+        """A channel of their own for a frontend and a worker that is ready. Where no descriptor is left for it, it is
+        tried again in the next turn."""
+        if frontend.channel is None or worker.channel is None or not worker.ready:
+            self._unconnected.discard((frontend, worker))  # the successor will be connected
             return
-        ours, theirs = pair()
-        with ours, theirs:
-            frontend.channel.send(Connected(worker.index), [ours.fileno()])
-            worker.channel.send(Connected(frontend.index), [theirs.fileno()])
+        try:
+            ours, theirs = pair()
+            with ours, theirs:
+                # First to the worker: one that is hung up on by a frontend forgets it.
+                worker.channel.send(Connected(frontend.index), [theirs.fileno()])
+                frontend.channel.send(Connected(worker.index), [ours.fileno()])
+        except OSError as error:
+            if (frontend, worker) not in self._unconnected:
+                log.error("%s and %s cannot be connected yet: %s", frontend.name, worker.name, error.strerror)
+                self._unconnected.add((frontend, worker))
+            return
+        self._unconnected.discard((frontend, worker))
         frontend.channel.flush_within(1.0)
         worker.channel.flush_within(1.0)
 
     def _reap(self, child: Child) -> None:
         assert child.process is not None
         self._read(child)  # its last words
-        self._hang_up(child)
-        code = child.process.wait()
-        self._selector.unregister(child.pidfd)
-        os.close(child.pidfd)
-        child.process, child.pidfd = None, -1
+        code = child.clear(self._selector)
         self._aggregate.retire(child.name)
-        was_ready, child.ready = child.ready, False
+        self._unconnected = {pair for pair in self._unconnected if child not in pair}
         now = time.monotonic()
-        if child.role == "worker":
-            back_in = self._restart(child, code, was_ready, now)
-            for frontend in self._frontends:
-                self._tell(frontend, WorkerGone(child.index, back_in))
-        elif self._drain_until is None and (child.role == "frontend" or self._provisioned is None):
-            self._restart(child, code, was_ready, now)
+        pause = child.ended(code, now, self._settings.worker_restart_limit)
+        is_over = self._workers_told if child.role == "worker" else self._drain_until is not None
+        if not is_over and (child.role != "provisioner" or self._provisioned is None):
+            self._restart(child, code, now, pause)
+        self._tell_expectation(child, pause)
 
-    def _restart(self, child: Child, code: int, was_ready: bool, now: float) -> float:
-        """Plan a child's successor, or give up. Seconds until the successor is expected to be ready."""
-        if self._workers_told:
-            return 0.0  # it was to end
-        how, pause = child.how_it_died(code), child.count_death(was_ready, now)
-        if not was_ready:
-            if child.complaint and code == START_FAILED and not self._announced:
-                raise child.complaint  # a person must mend it; trying again would hide the message
-            if child.failed_starts >= self._settings.worker_restart_limit:
-                log.critical(
-                    "%s failed to start %d times in a row (%s); giving up", child.name, child.failed_starts, how
-                )
+    def _restart(self, child: Child, code: int, now: float, pause: float) -> None:
+        """Plan a child's successor, or give up."""
+        if child.complaint and code == START_FAILED and not self._announced:
+            raise child.complaint  # a person must mend it; trying again would hide the message
+        if self._has_failed(child):
+            failure = f"{child.place} failed to start {child.failed_starts} times in a row ({child.why})"
+            if all(self._has_failed(other) for other in self._children if other.role == child.role):
+                log.critical("%s; no %s is left, giving up", failure, child.role)
                 self._code = 1
-                return 0.0
+                return
+            log.error("%s; it is tried again in %g s, the others serve on", failure, pause)
+        else:
+            log.error("%s died (%s); its successor starts in %g s", child.name, child.why, pause)
         child.restart_at = now + pause
-        log.error("%s died (%s); its successor starts in %g s", child.name, how, pause)
         if child.role == "worker":
             self._metrics.worker_restarts.inc(child.device)
-        return pause + child.load_seconds
+
+    def _has_failed(self, child: Child) -> bool:
+        return child.has_failed(self._settings.worker_restart_limit)
+
+    def _tell_expectation(self, child: Child, pause: float) -> None:
+        """Tell frontends that there is no process of `child` now, and when there will be one that is ready."""
+        if child.role == "worker":
+            for frontend in self._frontends:
+                self._tell(frontend, WorkerGone(child.index, pause + child.load_seconds))
 
     def _tell(self, child: Child, message: object) -> None:
         if child.channel is not None:
@@ -341,19 +360,7 @@ class Supervisor:
         if (provisioner := self._end_provisioner()) is not None:
             with suppress(subprocess.TimeoutExpired):
                 provisioner.wait(PROVISIONER_SLACK)
-        processes = [(child.name, child.process) for child in self._children if child.process is not None]
-        for _, process in processes:
-            process.kill()
-        for name, process in processes:
-            try:
-                process.wait(KILL_SECONDS)
-            except subprocess.TimeoutExpired:
-                log.error("%s (pid %d) is killed and does not die: the kernel holds it", name, process.pid)
-        for child in self._children:
-            if child.pidfd >= 0:
-                os.close(child.pidfd)
-            if child.channel is not None:
-                child.channel.close()
+        kill(self._children)
 
     # --- what the outside sees -------------------------------------------------------------------
 
@@ -368,24 +375,28 @@ class Supervisor:
             reason = "no frontend is ready"
         else:
             reason = ""
-        self._unready = reason
-        everybody = all(child.ready for child in (*self._workers, *self._frontends))
-        if everybody and not reason and not self._announced:
+        missing = [child for child in self._children if self._has_failed(child) or child.failed_spawns]
+        self._readiness = (
+            not reason,
+            "; ".join([reason or "serving", *(f"{child.place} is down: {child.why}" for child in missing)]),
+        )
+        settled = all(child.ready or self._has_failed(child) for child in (*self._workers, *self._frontends))
+        if settled and not reason and not self._announced:
             self._announced = True
             grpc_address = show_address(self._settings.host, self._port)
             # The one line on stdout: whoever started this process waits for it.
             sys.stdout.write(f"ready grpc={grpc_address} http={self._http_address}\n")
             sys.stdout.flush()
 
-    def _readiness(self) -> tuple[bool, str]:
-        reason = self._unready
-        return not reason, reason or "serving"
-
     def _health(self) -> tuple[bool, str]:
         late = time.monotonic() - self._turned
         return late <= STUCK_SECONDS, f"the supervisor's loop turned {late:.0f} s ago"
 
     def _render(self) -> bytes:
+        counts = Counter((worker.device, worker.state(self._settings.worker_restart_limit)) for worker in self._workers)
+        for device in {worker.device for worker in self._workers}:
+            for state in STATES:
+                self._metrics.workers.set(counts[device, state], device, state)
         self._aggregate.update("supervisor", self._metrics.snapshot())
         return self._aggregate.render()
 

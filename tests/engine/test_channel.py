@@ -1,6 +1,11 @@
 """Channels: framing, coalescing, descriptors, and a peer that reads late or is gone."""
 
+import errno
 import os
+import resource
+import socket
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,3 +92,54 @@ def test_unsent_and_unread_descriptors_are_closed_with_the_channel():
     os.close(reader)
     os.close(writer)
     assert open_descriptors() == before
+
+
+def test_a_descriptor_without_room_is_told_and_the_next_are_not_mixed_up() -> None:
+    ours, theirs = (Channel(end) for end in pair())
+    before = open_descriptors()
+    with Path("/dev/null").open() as null, Path("/dev/zero").open() as zero:
+        for message, fds in ((1, []), (2, [null.fileno()]), (3, [zero.fileno()]), (4, [])):
+            ours.send(message, fds)
+            ours.flush()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            first = theirs.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert first == [(1, []), (2, [-1]), (3, [-1]), (4, [])]
+    ours.send(5, [ours.fileno()])
+    ours.flush()
+    ((message, (fd,)),) = theirs.receive()
+    assert message == 5
+    os.close(fd)
+    assert open_descriptors() == before
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize("number", [errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM])
+def test_what_the_kernel_cannot_take_now_is_sent_later(number: int) -> None:
+    class Full:
+        def __init__(self, end: socket.socket) -> None:
+            self.end, self.full = end, True
+
+        def sendmsg(self, *arguments: Any) -> int:
+            if self.full:
+                raise OSError(number, os.strerror(number))
+            return self.end.sendmsg(*arguments)
+
+        def close(self) -> None:
+            self.end.close()
+
+    ours, theirs = (Channel(end) for end in pair())
+    ours._socket = full = Full(ours._socket)  # type: ignore[assignment]
+    ours.send("hello", [theirs.fileno()])
+    assert not ours.flush()
+    full.full = False
+    assert ours.flush()
+    ((message, (fd,)),) = theirs.receive()
+    assert message == "hello"
+    os.close(fd)
+    ours.close()
+    theirs.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncIterator
@@ -32,7 +33,7 @@ from dinov3_server.engine.messages import (
 from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, Unavailable
 from dinov3_server.metrics import Metrics
 from tests.support.numpy_runner import NumpyRunner
-from tests.support.waiting import until_async
+from tests.support.waiting import open_descriptors, until_async
 
 SHAPE = PixelShape(32, 32, "uint8")
 SPEC = FeatureSpec((Output("cls"), Output("patches")), "float32")
@@ -379,3 +380,28 @@ async def test_a_backlog_of_others_that_is_gone_is_forgotten(engine):
         workers[free].say(Backlog(10_000))
         await until_async(lambda now=busy: not engine._workers[now].other_tokens)
         await until_async(lambda now=free: engine._workers[now].other_tokens)
+
+
+async def test_without_a_descriptor_for_it_a_worker_is_connected_another_time(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_descriptors()
+    with pytest.raises(OSError, match="Too many open files"):
+        engine.connect(0, -1)
+
+    def no_descriptor(_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "dup", no_descriptor)
+        ours, theirs = pair()
+        with theirs, pytest.raises(OSError, match="Too many open files"):
+            engine.connect(0, ours.detach())
+    assert open_descriptors() == before
+    await PlayedWorker(engine).hello()
+    second, other = pair()
+    with other:
+        engine.connect(0, second.detach())  # asked for twice
+    assert engine._channels[0].fileno() >= 0
+    assert len(open_descriptors() - before) == 2  # both ends of the first
+    assert engine.devices == ("cpu",)

@@ -53,6 +53,7 @@ def everything() -> Metrics:
     metrics.frontend_bytes.set(2**19, "messages")
     metrics.device_memory_bytes.set(2**30, "cuda:0", "allocated")
     metrics.device_busy_seconds.inc("cuda:0", value=0.5)
+    metrics.workers.set(1, "cuda:0", "serving")
     metrics.worker_restarts.inc("cuda:0")
     metrics.model_info.set(1, "dinov3_vits16", "random:0", "abc", "bfloat16", "cuda:0")
     metrics.model_load_seconds.set(1.5, "read")
@@ -75,6 +76,7 @@ def test_names_and_labels_are_those_of_the_design() -> None:
         "dinov3_frontend_bytes": ("use",),
         "dinov3_device_memory_bytes": ("device", "kind"),
         "dinov3_device_busy_seconds_total": ("device",),
+        "dinov3_workers": ("device", "state"),
         "dinov3_worker_restarts_total": ("device",),
         "dinov3_model_info": ("model", "weights", "fingerprint", "dtype", "device"),
         "dinov3_model_load_seconds": ("step",),

@@ -77,3 +77,31 @@ def tells(model: str, weights: str, *, device: str, **arguments: object) -> Nump
     lines = [f"{name} = {value!r}\n" for name, value in named.items()]
     Path(os.environ["TEST_REPORT"]).write_text("".join(lines))
     return NumpyRunner(device)
+
+
+class _FailsToAttach(NumpyRunner):
+    def attach(self, arena: int, memory: memoryview) -> None:
+        raise RuntimeError("scripted: no page can be locked\nand a second line")
+
+
+def fails_to_attach(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
+    """It is ready, and dies as soon as a frontend is connected."""
+    return _FailsToAttach(device)
+
+
+def one_dead_device(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
+    """cuda:1 fails to start while TEST_GATE_FILE does not exist, cuda:2 fails as soon as it is ready."""
+    if device == "cuda:1" and not Path(os.environ["TEST_GATE_FILE"]).exists():
+        raise RuntimeError("scripted: uncorrectable ECC error encountered")
+    return _FailsToAttach(device) if device == "cuda:2" else NumpyRunner(device)
+
+
+class _DiesIdle(NumpyRunner):
+    def attach(self, arena: int, memory: memoryview) -> None:
+        super().attach(arena, memory)
+        threading.Timer(0.1, os._exit, (3,)).start()
+
+
+def dies_idle(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
+    """It is ready and attached, and dies with nothing to do."""
+    return _DiesIdle(device)

@@ -1,16 +1,21 @@
 """`dinov3-server` with the numpy runner in place of a model: `python -m tests.support.serve serve --port 0 ...`.
 
-TEST_RUNNER names another runner, TEST_SILENT_SECONDS how long a child may be silent.
+TEST_RUNNER names another runner, TEST_SILENT_SECONDS how long a child may be silent, TEST_LONG_PAUSE the pause before a
+child that has failed is tried again, TEST_NOFILE how many descriptors each process may have.
 """
 
 import os
+import resource
 import sys
 
-from dinov3_server import supervisor
+from dinov3_server import child, supervisor
 from dinov3_server.cli import main
 
 RUNNER = "tests.support.numpy_runner:build"
 
 if __name__ == "__main__":
     supervisor.SILENT_SECONDS = float(os.environ.get("TEST_SILENT_SECONDS", supervisor.SILENT_SECONDS))
+    child.LONG_PAUSE = float(os.environ.get("TEST_LONG_PAUSE", child.LONG_PAUSE))
+    if limit := int(os.environ.get("TEST_NOFILE", "0")):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     sys.exit(main(runner=os.environ.get("TEST_RUNNER", RUNNER)))

@@ -18,6 +18,7 @@ from dinov3_server.engine.messages import (
     Connected,
     Drain,
     MetricsSnapshot,
+    NotConnected,
     Ready,
     StartFrontend,
     WorkerGone,
@@ -48,7 +49,11 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
             for message, fds in control.receive():
                 match message:
                     case Connected(index):
-                        engine.connect(index, fds[0])
+                        try:
+                            engine.connect(index, fds[0])
+                        except OSError as error:  # callers may hold every descriptor that we may have
+                            log.error("worker %d cannot be connected yet: %s", index, error.strerror)
+                            say(NotConnected(index))
                     case WorkerGone(index, back_in):
                         engine.worker_gone(index, back_in)
                     case Drain(grace):

@@ -12,6 +12,7 @@ everything that it had to say in one system call.
 from __future__ import annotations
 
 import array
+import errno
 import os
 import pickle
 import select
@@ -25,6 +26,8 @@ from typing import Any
 _HEADER = struct.Struct("<IH")
 _READ = 1 << 18
 _MAX_FDS = 16
+# What may pass by itself when sending: no room, no memory, too many descriptors on their way.
+_TRY_LATER = {errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS}
 
 
 class ChannelClosed(Exception):
@@ -75,11 +78,13 @@ class Channel:
                     _close(fds)
                 else:
                     written = self._socket.send(data)
-            except BlockingIOError:
-                return False
             except (BrokenPipeError, ConnectionResetError):
                 self._discard()  # the reading side reports the end, after what is still to be read
                 return True
+            except OSError as error:
+                if error.errno in _TRY_LATER:
+                    return False
+                raise
             if written == len(data):
                 self._out.popleft()
             else:
@@ -101,27 +106,31 @@ class Channel:
     def receive(self) -> list[tuple[Any, list[int]]]:
         """Every complete message that has arrived, each with its descriptors (now the caller's).
 
+        -1 stands for one that this process had no room for: it is at its limit of open descriptors.
+
         Raises:
             ChannelClosed: nothing is left to read and the peer is gone.
         """
         closed = False
         while not closed:
             try:
-                data, rights, _, _ = self._socket.recvmsg(
+                data, rights, flags, _ = self._socket.recvmsg(
                     _READ, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 break
             except ConnectionResetError:
-                data, rights = b"", []
+                data, rights, flags = b"", [], 0
             for level, kind, payload in rights:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     received = array.array("i")
                     received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
                     self._in_fds.extend(received)
+            if flags & socket.MSG_CTRUNC:  # one frame with descriptors is read at a time, and each has one
+                self._in_fds.append(-1)
             closed = not data
             self._in += data
-            if len(data) < _READ and not rights:
+            if len(data) < _READ and not rights and not flags & socket.MSG_CTRUNC:
                 break
         messages = self._parse()
         if closed and not messages:
@@ -162,4 +171,5 @@ class Channel:
 
 def _close(fds: Iterable[int]) -> None:
     for fd in fds:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)

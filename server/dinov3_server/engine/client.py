@@ -13,7 +13,9 @@ fails. That costs a poisonous image two workers, and its neighbours nothing but 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -240,10 +242,23 @@ class Engine:
     # --- workers ---------------------------------------------------------------------------------
 
     def connect(self, index: int, fd: int) -> None:
-        """The supervisor connects worker `index`: hand it the arena and wait for its Hello."""
+        """The supervisor connects worker `index`: hand it the arena and wait for its Hello.
+
+        Raises:
+            OSError: this process has no descriptor left for it; the worker sees that nobody is there.
+        """
+        if fd < 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         channel = Channel(socket.socket(fileno=fd))
+        if index in self._channels:  # asked for again, and connected meanwhile
+            channel.close()
+            return
+        try:
+            channel.send(Attach(self.admission.arena.nbytes), [self.admission.arena.fd])
+        except OSError:
+            channel.close()
+            raise
         self._channels[index] = channel
-        channel.send(Attach(self.admission.arena.nbytes), [self.admission.arena.fd])
         self._loop.add_reader(channel.fileno(), self._read, index, channel)
         self._flush(channel)
 

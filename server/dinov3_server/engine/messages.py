@@ -88,6 +88,35 @@ class StartFailed:
 
 
 @dataclass(frozen=True)
+class LastWords:
+    """F -> S and W -> S: why the process is about to end, one line."""
+
+    why: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> LastWords:
+        first_line = str(error).partition("\n")[0]
+        return cls(f"{type(error).__name__}: {first_line}"[:300])
+
+
+@dataclass(frozen=True)
+class Reached:
+    """W -> S, each step once: a frontend is attached; the first batch is about to reach the device.
+
+    It tells a process that cannot work from one that was given something to die of.
+    """
+
+    step: Literal["attached", "batch"]
+
+
+@dataclass(frozen=True)
+class NotConnected:
+    """F -> S: the channel to worker `index` could not be taken, for want of descriptors; to be tried again."""
+
+    index: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """P -> S: what it is at, for /readyz."""
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from typing import Literal
 
 from dinov3_server.backbone.interface import DeviceLost, DeviceOutOfMemory, Finished, PixelShape, Row, Runner
 from dinov3_server.config import Settings
@@ -28,9 +29,11 @@ from dinov3_server.engine.messages import (
     Connected,
     Drain,
     Hello,
+    LastWords,
     MetricsSnapshot,
     PartResult,
     PartRows,
+    Reached,
     Ready,
     Results,
     Started,
@@ -67,6 +70,7 @@ class Worker:
         self._frontends: dict[int, Frontend] = {}  # by key
         self._connected = 0
         self._stopping = False
+        self._reached: set[str] = set()
         self._error: Exception | None = None  # what ended the loop
         self._next_snapshot = 0.0
         self._busy_since = 0.0
@@ -156,6 +160,8 @@ class Worker:
                             frontend.mapping = ArenaMapping(fds[0], nbytes)
                             os.close(fds[0])
                             self._runner.attach(frontend.key, frontend.mapping.memory)
+                            self._reach("attached")
+                            log.debug("frontend %d is attached", frontend.key)
         except ChannelClosed:
             self._lose(frontend)
 
@@ -231,12 +237,20 @@ class Worker:
         by_part: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for row in rows:
             by_part[row.job.key[0]][row.job.key[1]].append(row.row)
+        self._reach("batch")
         for key, parts in by_part.items():
             frontend = self._frontends[key]
             frontend.channel.send(Started(tuple(PartRows(part, tuple(of)) for part, of in parts.items())))
             # Not waited for: a frontend that does not read must not hold up the others. Should this batch kill the
             # process before the message is out, its rows count as queued, and it takes one crash more.
             frontend.channel.flush()
+
+    def _reach(self, step: Literal["attached", "batch"]) -> None:
+        """Tell the supervisor, once: what is written here it reads, even if this process is killed in the next line."""
+        if step not in self._reached:
+            self._reached.add(step)
+            self._control.send(Reached(step))
+            self._control.flush()
 
     def _arena_row(self, row: BatchRow) -> Row:
         block = row.job.payload.block
@@ -249,6 +263,7 @@ class Worker:
     def _exit(self, reason: str) -> None:
         """End this process at once; what it has still to say is said, or finished rows would be suspects."""
         log.critical("%s; this process is replaced", reason)
+        self._control.send(LastWords(reason[:300]))
         self._flush()
         os._exit(DEVICE_LOST)
 
