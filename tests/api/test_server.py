@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -199,6 +200,15 @@ async def test_health() -> None:
         watch.cancel()
 
 
+async def test_health_lists_every_service() -> None:
+    async with serving() as rig:
+        stub = health_pb2_grpc.HealthStub(rig.channel)
+        for status in (SERVING, NOT_SERVING):
+            rig.server.set_serving(status == SERVING)
+            statuses = (await stub.List(health_pb2.HealthListRequest())).statuses
+            assert {name: each.status for name, each in statuses.items()} == {"": status, SERVICE: status}
+
+
 async def test_not_serving_until_told() -> None:
     server = FrontendServer(FakeEngine(), Settings(), Metrics(), 0, 1)  # type: ignore[arg-type]
     port = await server.start("127.0.0.1", 0)
@@ -208,16 +218,45 @@ async def test_not_serving_until_told() -> None:
     await server.drain(0)
 
 
-async def test_reflection_knows_the_services_and_their_messages() -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_knows_the_services_and_their_messages(version: str) -> None:
+    """The messages of both versions are the same bytes."""
+    reflected = f"grpc.reflection.{version}.ServerReflection"
+
+    async def ask(**question: str) -> reflection_pb2.ServerReflectionResponse:
+        request = reflection_pb2.ServerReflectionRequest(**question).SerializeToString()
+        call = rig.channel.stream_stream(f"/{reflected}/ServerReflectionInfo")(iter([request]))
+        return reflection_pb2.ServerReflectionResponse.FromString(await call.read())
+
     async with serving() as rig:
-        assert {SERVICE, "grpc.health.v1.Health"} <= set(await reflect(rig.channel))
+        listed = (await ask(list_services="")).list_services_response.service
+        assert {each.name for each in listed} == {
+            SERVICE,
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1.ServerReflection",
+            "grpc.reflection.v1alpha.ServerReflection",
+        }
+        for name, message in ((SERVICE, b"ExtractStreamRequest"), (reflected, b"ListServiceResponse")):
+            file = (await ask(file_containing_symbol=name)).file_descriptor_response.file_descriptor_proto[0]
+            assert message in file
+            assert FileDescriptorProto.FromString(file).package == name.rpartition(".")[0]
 
-        async def ask() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
-            yield reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE)
 
-        stub = reflection_pb2_grpc.ServerReflectionStub(rig.channel)
-        [answer] = [answer async for answer in stub.ServerReflectionInfo(ask())]
-        assert b"ExtractStreamRequest" in answer.file_descriptor_response.file_descriptor_proto[0]
+async def test_the_log_has_no_traceback_of_what_a_caller_got_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as rig:
+        for service in (SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "a.Service"):
+            error = await failure_of(rig.channel.unary_unary(f"/{service}/Embed")(b""))
+            assert error.code == grpc.StatusCode.UNIMPLEMENTED
+        for method in ("grpc.health.v1.Health/Check", "grpc.health.v1.Health/List", f"{SERVICE}/Extract"):
+            error = await failure_of(rig.channel.unary_unary(f"/{method}")(b"\xff"))
+            assert error.code == grpc.StatusCode.INVALID_ARGUMENT
+        for method in ("v1", "v1alpha"):
+            name = f"/grpc.reflection.{method}.ServerReflection/ServerReflectionInfo"
+            call = rig.channel.stream_stream(name)(iter([b"\xff"]))
+            assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+        watch = rig.channel.unary_stream("/grpc.health.v1.Health/Watch")(b"\xff")
+        assert await watch.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 async def test_methods_that_do_not_exist_are_one_label() -> None:

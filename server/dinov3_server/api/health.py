@@ -10,20 +10,35 @@ import asyncio
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from dinov3_server.api.interceptors import SERVICE
+from dinov3_server.api.wire import parse_or_abort
 
+HEALTH = "grpc.health.v1.Health"
+_SERVICES = ("", SERVICE)
 _Response = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the package has no types
+class Health:
     """Not serving until `set_serving(True)`; after `close` never again."""
 
     def __init__(self) -> None:
         self._serving = False
         self._closed = False
         self._changed = asyncio.Event()  # replaced by a new one at each change
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        def serialize(message: Any) -> bytes:
+            return message.SerializeToString()  # type: ignore[no-any-return]
+
+        methods: dict[str, Any] = {
+            "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=serialize),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=serialize),
+        }
+        if hasattr(health_pb2, "HealthListRequest"):  # older packages know no List
+            methods["List"] = grpc.unary_unary_rpc_method_handler(self._list, response_serializer=serialize)
+        return grpc.method_handlers_generic_handler(HEALTH, methods)
 
     def set_serving(self, serving: bool) -> None:
         if serving != self._serving and not self._closed:
@@ -36,7 +51,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
         self._closed = True
         self._tell()
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+    async def _check(self, data: bytes, context: Any) -> Any:
+        request: Any = await parse_or_abort(health_pb2.HealthCheckRequest, data, context)
         status = self._status(request.service)
         if status == _Response.SERVICE_UNKNOWN:
             await context.abort(
@@ -45,7 +61,14 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
             )
         return _Response(status=status)
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+    async def _list(self, data: bytes, context: Any) -> Any:
+        await parse_or_abort(health_pb2.HealthListRequest, data, context)
+        return health_pb2.HealthListResponse(
+            statuses={service: _Response(status=self._status(service)) for service in _SERVICES}
+        )
+
+    async def _watch(self, data: bytes, context: Any) -> None:
+        request: Any = await parse_or_abort(health_pb2.HealthCheckRequest, data, context)
         told = None
         while True:
             changed, status, closed = self._changed, self._status(request.service), self._closed
@@ -57,7 +80,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
             await changed.wait()
 
     def _status(self, service: str) -> int:
-        if service not in ("", SERVICE):
+        if service not in _SERVICES:
             return int(_Response.SERVICE_UNKNOWN)
         return int(_Response.SERVING if self._serving else _Response.NOT_SERVING)
 

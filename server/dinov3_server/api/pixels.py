@@ -38,11 +38,11 @@ def read_pixels(tensor: pb.Tensor, data: bytes | memoryview, field: str, packed:
     format = _PIXEL_FORMATS[tensor.dtype]
     channels_last = format == "uint8"
     axes = list(tensor.shape[:_MOST_AXES])
-    images, *image = axes if packed else (1, *axes)
-    if len(tensor.shape) != 3 + packed or image[2 if channels_last else 0] != 3 or min(axes) < 1:
+    if len(tensor.shape) != 3 + packed or axes[packed + 2 * channels_last] != 3 or min(axes) < 1:
         raise InvalidInput(
             f"{pb.DataType.Name(tensor.dtype)} pixels of shape {axes}; {allowed}", field=f"{field}.shape"
         )
+    images, *image = axes if packed else (1, *axes)
     height, width = image[:2] if channels_last else image[1:]
     expected = images * PixelShape(height, width, format).nbytes
     if len(data) != expected:

@@ -6,14 +6,13 @@ import ssl
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from dinov3_server import __version__
 from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.extraction import Extraction
-from dinov3_server.api.health import Health
+from dinov3_server.api.health import HEALTH, Health
 from dinov3_server.api.interceptors import SERVICE, Auth, Calls
+from dinov3_server.api.reflection import Reflection
 from dinov3_server.api.servicer import FeatureService
 from dinov3_server.backbone.cpu import available_threads
 from dinov3_server.config import Settings
@@ -45,10 +44,9 @@ class FrontendServer:
         if settings.token_file is not None:
             interceptors.insert(0, Auth(_tokens(settings.token_file), metrics))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
-        self._server.add_generic_rpc_handlers((self._service.handlers(),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        self._server.add_generic_rpc_handlers(
+            (self._service.handlers(), self._health.handlers(), *Reflection((SERVICE, HEALTH)).handlers())
+        )
 
     async def start(self, host: str, port: int) -> int:
         """Listen, beside other frontends on the same port. Returns the port (`port` 0 takes a free one).

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
+from dinov3_server.api.status import abort, status_of
 from dinov3_server.errors import InvalidInput
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -64,6 +65,15 @@ def parse(message: type[AnyMessage], data: bytes, most_images: int) -> Incoming[
         return Incoming(message.FromString(data if light is None else light), walk.content)
     except DecodeError:
         raise InvalidInput(f"the {len(data)} bytes that were sent are no {message.DESCRIPTOR.full_name}") from None
+
+
+async def parse_or_abort(message: type[AnyMessage], data: bytes, context: Any) -> AnyMessage:
+    """`parse` for health and reflection, whose errors `interceptors.Calls` does not see."""
+    try:
+        return parse(message, data, 0).message
+    except InvalidInput as error:
+        status = status_of(error)
+    return await abort(context, status)
 
 
 def message_id(data: bytes) -> int:
