@@ -31,6 +31,7 @@ class FakeCuda:
         self.log: list[str] = []
         self.registered: set[int] = set()
         self.register_result = 0
+        self.last_error = 0  # what the next kernel would report as its own
         self.capturing: CUDAGraph | None = None
         self.capture_fails: Exception | None = None
         self.graphs: list[CUDAGraph] = []
@@ -84,6 +85,7 @@ class FakeCuda:
         def register(address: int, size: int, flags: int) -> int:
             if not self.register_result:
                 self.registered.add(address)
+            self.last_error = self.register_result
             return self.register_result
 
         return SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=self.registered.remove)
@@ -125,8 +127,14 @@ class FakeCuda:
         event.name = f"{self.current.name} {'begin' if self.current.name in self._begun else 'end'}"
         self.log.append(event.name)
 
+    def launch_kernel(self) -> None:
+        error, self.last_error = self.last_error, 0
+        if error:
+            raise RuntimeError(f"CUDA error {error} of somebody else")
+
     def call(self, operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """An operator under a stream."""
+        self.launch_kernel()
         if self.capturing is not None and self.capture_fails is not None:
             raise self.capture_fails
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -251,7 +259,13 @@ class FakeTorch:
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
+    def ones(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.cuda.launch_kernel()
+        return torch.ones(*args, **kwargs)
+
     def empty(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        if pin_memory and self.cuda.register_result:
+            raise RuntimeError("CUDA error: no page-locked memory")
         made = torch.empty(*args, **kwargs)
         rubbish([made])
         return made

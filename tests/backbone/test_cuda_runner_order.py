@@ -156,10 +156,22 @@ def test_arenas_are_registered_while_attached(runner: CudaRunner, notes: FakeCud
     memory.close()
 
 
-def test_an_arena_that_cannot_be_page_locked_is_not_attached(runner: CudaRunner, notes: FakeCuda) -> None:
-    memory = mmap.mmap(-1, 4096)
+def test_an_arena_that_cannot_be_page_locked_is_used_as_it_is(
+    runner: CudaRunner, notes: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning, and CUDA's error is not taken for one of the next kernel."""
+    arena = Arena(3)
     notes.register_result = PAGE_LOCK_FAILS
-    with pytest.raises(RuntimeError, match="could not page-lock 4096 bytes: CUDA error 801"):
-        runner.attach(3, memoryview(memory))
+    runner.attach(3, memoryview(arena.memory))
+    (warning,) = [record for record in caplog.records if "page-locked" in record.message]
+    assert warning.levelname == "WARNING"
+    assert f"CUDA error {PAGE_LOCK_FAILS}" in warning.message
+    assert notes.last_error == 0
+    rows = arena.request(runner.info, SHAPE, picture(32, 32, 2), SPEC)
+    assert runner.finish(runner.launch(Batch(SHAPE, tuple(rows)))).finite == (True, True)
     runner.close()
-    memory.close()
+    assert notes.registered == set()
+    notes.register_result = 0
+    runner.attach(3, memoryview(arena.memory))
+    assert len(notes.registered) == 1
+    runner.close()

@@ -39,8 +39,18 @@ class SteppedRunner(NumpyRunner):
         self.steps: queue.Queue[Outcome] = queue.Queue()
         self.failing: Callable[[Batch], Outcome] = lambda batch: None
         self.launching: Callable[[Batch], None] = lambda batch: None
+        self.attaching: Callable[[], object] = lambda: None
+        self.detaching: Callable[[], object] = lambda: None
         self.in_flight: list[Batch] = []
         self.together: list[set[int]] = []  # pixel offsets of all rows on the device, at each launch
+
+    def attach(self, arena: int, memory: memoryview) -> None:
+        self.attaching()
+        super().attach(arena, memory)
+
+    def detach(self, arena: int) -> None:
+        self.detaching()
+        super().detach(arena)
 
     def launch(self, batch: Batch) -> _Launched:
         self.launching(batch)
@@ -63,7 +73,7 @@ class SteppedRunner(NumpyRunner):
 
 
 class PlayedFrontend:
-    def __init__(self, control: Channel, buffer: int | None = None) -> None:
+    def __init__(self, control: Channel, buffer: int | None = None, attached: bool = True) -> None:
         ours, theirs = pair()
         if buffer is not None:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
@@ -75,9 +85,14 @@ class PlayedFrontend:
         self.say(Attach(self.arena.nbytes), [self.arena.fd])
         self.heard: list[Any] = []
         self.backlog: int | None = None  # of the others, as last told
-        assert self.hear() == Hello(NumpyRunner("cpu").info)
         self.parts = 0
         self.images: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+        if attached:
+            self.hear_hello()
+
+    def hear_hello(self) -> None:
+        """The worker has attached the arena."""
+        assert self.hear() == Hello(NumpyRunner("cpu").info)
 
     def say(self, message: object, fds: tuple[int, ...] | list[int] = ()) -> None:
         self.channel.send(message, fds)
@@ -160,9 +175,9 @@ class Running:
         self.frontends: list[PlayedFrontend] = []
         self._theirs = worker._control
 
-    def frontend(self, buffer: int | None = None) -> PlayedFrontend:
-        """`buffer`: bytes that the worker can say to it before it must read."""
-        self.frontends.append(PlayedFrontend(self.control, buffer))
+    def frontend(self, buffer: int | None = None, attached: bool = True) -> PlayedFrontend:
+        """`buffer`: bytes that the worker can say to it before it must read; `attached`: wait until it is."""
+        self.frontends.append(PlayedFrontend(self.control, buffer, attached))
         return self.frontends[-1]
 
     def close(self) -> None:

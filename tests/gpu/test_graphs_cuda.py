@@ -150,8 +150,8 @@ def test_a_replay_neither_waits_nor_synchronises(runner: CudaRunner, arena: Aren
         serve(runner, request.shape, request.rows)
     with torch.cuda.stream(runner._compute):
         torch.cuda._sleep(2_000_000_000)  # about a second
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         launched = runner.launch(request.batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import mmap
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -182,8 +183,8 @@ def test_launch_neither_waits_nor_synchronises(runner: CudaRunner, arena: Arena)
     serve(runner, SHAPE, rows)  # what a first batch allocates is there
     with torch.cuda.stream(runner._compute):
         torch.cuda._sleep(2_000_000_000)  # about a second
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         launched = runner.launch(Batch(SHAPE, tuple(rows)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -212,6 +213,37 @@ def test_arenas_are_page_locked_while_attached(runner: CudaRunner) -> None:
     again = mmap.mmap(-1, 1 << 20)
     runner.attach(5, memoryview(again))  # the number and, likely, the address are free again
     runner.detach(5)
+
+
+def test_an_arena_that_cannot_be_page_locked_gives_the_same_features(
+    runner: CudaRunner, arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = arena.request(runner.info, SHAPE, picture(224, 224, count=4), FeatureSpec(FINAL, "float32"))
+    serve(runner, SHAPE, rows)
+    expected = [arena.features(runner.info, SHAPE, row) for row in rows]
+    cudart = torch.cuda.cudart()
+
+    def cannot(address: int, size: int, flags: int) -> object:
+        return cudart.cudaHostRegister(0, size, flags)  # an error of CUDA's own: it is its last one, too
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            torch.cuda,
+            "cudart",
+            lambda: SimpleNamespace(cudaHostRegister=cannot, cudaHostUnregister=cudart.cudaHostUnregister),
+        )
+        pageable = Arena(5, len(arena.memory))
+        runner.attach(5, memoryview(pageable.memory))
+    try:
+        assert not runner._arenas[5].is_pinned()
+        torch.ones(1, device="cuda")  # and is no longer
+        again = pageable.request(runner.info, SHAPE, picture(224, 224, count=4), FeatureSpec(FINAL, "float32"))
+        serve(runner, SHAPE, again)
+        for row, features in zip(again, expected, strict=True):
+            for actual, other in zip(pageable.features(runner.info, SHAPE, row), features, strict=True):
+                assert torch.equal(actual, other)
+    finally:
+        runner.detach(5)
 
 
 def test_a_batch_that_does_not_fit_leaves_the_memory_for_a_smaller_one(runner: CudaRunner, arena: Arena) -> None:

@@ -105,3 +105,16 @@ class _DiesIdle(NumpyRunner):
 def dies_idle(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
     """It is ready and attached, and dies with nothing to do."""
     return _DiesIdle(device)
+
+
+class _AttachesSlowly(NumpyRunner):
+    def attach(self, arena: int, memory: memoryview) -> None:
+        waiting = threading.Event()
+        while arena > 1 and not Path(os.environ["TEST_GATE_FILE"]).exists():
+            waiting.wait(0.01)
+        super().attach(arena, memory)
+
+
+def attaches_slowly(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
+    """All but the first two frontends wait until TEST_GATE_FILE exists."""
+    return _AttachesSlowly(device)

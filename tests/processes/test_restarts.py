@@ -80,6 +80,19 @@ def test_a_dead_device_leaves_the_others_serving_and_comes_back_when_it_can(tmp_
         ask(client, 1)
 
 
+def test_a_frontend_that_comes_back_stalls_nobody_while_it_is_attached(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    runner = {"TEST_RUNNER": f"{SCRIPTED}:attaches_slowly", "TEST_GATE_FILE": str(gate)}
+    with Server("--frontends", "2", **runner) as server, Load(server) as load:
+        server.children("frontend")[0].kill()
+        until(lambda: len(server.children("frontend")) == 2)
+        load.more(20)
+        assert len([line for line in server.log if "frontend-" in line and "serves" in line]) == 2
+        gate.touch()
+        until(lambda: len([line for line in server.log if "frontend-" in line and "serves" in line]) == 3)
+        load.more()
+
+
 def test_it_outlives_a_machine_without_descriptors() -> None:
     """Slow connections to the HTTP port, and a limit that leaves no descriptor for a new process for a while."""
     with Server("--frontends", "2") as server, server.client() as client:

@@ -1,7 +1,11 @@
 """The model on a CUDA device: copies and computation on streams of their own, nothing waited for but a batch's end.
 
 While one batch is computed the next is copied in and the one before is copied out, straight from and to the
-page-locked arenas. A slot holds what a batch in flight needs to itself; it is free again when the batch is finished.
+page-locked arenas. An arena that cannot be page-locked is used as it is. What follows holds for it too: CUDA takes its
+copies in the order of their streams, and an event behind them is reached when the bytes are there. But `launch` may
+wait for the device then, as CUDA stages such copies.
+
+A slot holds what a batch in flight needs to itself; it is free again when the batch is finished.
 
 What a stream reads, another has written before an event that it waits for, and nobody writes again before the reader
 is through:
@@ -10,11 +14,12 @@ is through:
 - a graph's fixed pixels and features (cuda_graphs.py): written and read by compute alone, in its order;
 - features on their way out: made by compute for this batch, read by copy_out, held until it is finished.
 
-Two threads come here: one calls attach, detach and launch, the other finish. Only launch captures graphs.
+Three threads come here: one calls attach and detach, one launch, one finish. Only launch captures graphs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -62,6 +67,7 @@ class CudaRunner(TorchRunner):
     ) -> None:
         super().__init__(model, info, projections)
         self._device = model.device
+        self._locked: set[int] = set()  # arenas
         self._graphs = GraphCache(int(self.memory()["total"] * _GRAPHS_SHARE))
         # Held while a batch is launched: to wait for the whole device would break a capture on the other thread.
         self._host = threading.Lock()
@@ -80,14 +86,26 @@ class CudaRunner(TorchRunner):
         with torch.cuda.device(self._device):
             cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             result = int(cudart.cudaHostRegister(pages.data_ptr(), pages.numel(), 0))
-        if result:
-            super().detach(arena)
-            raise RuntimeError(f"cudaHostRegister could not page-lock {len(memory)} bytes: CUDA error {result}")
+        if not result:
+            self._locked.add(arena)
+            return
+        logger.warning(
+            "%d bytes of a frontend's memory cannot be page-locked (cudaHostRegister: CUDA error %d), so copies to and "
+            "from the device are slower. Is the limit of locked memory (ulimit -l) too low, or is this WSL2 or gVisor?",
+            len(memory),
+            result,
+        )
+        # It is also this thread's last error now, which torch would take for the next kernel's. Nothing but a kernel
+        # reads it, and what is read is gone. Where the device is lost, every batch will say so.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=self._device)
 
     def detach(self, arena: int) -> None:
-        with torch.cuda.device(self._device):
-            cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            cudart.cudaHostUnregister(self._arenas[arena].data_ptr())
+        if arena in self._locked:
+            self._locked.remove(arena)
+            with torch.cuda.device(self._device):
+                cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+                cudart.cudaHostUnregister(self._arenas[arena].data_ptr())
         super().detach(arena)
 
     def launch(self, batch: Batch) -> Launched:
@@ -226,9 +244,12 @@ class _Slot:
         return self._pixels[:nbytes].view(dtype).view(layout)
 
     def flags(self, count: int, wanted: int) -> Tensor:
-        """[count, wanted] bool in page-locked memory."""
+        """[count, wanted] bool in page-locked memory, where there is any."""
         if self._flags.numel() < count * wanted:
-            self._flags = torch.empty(count * wanted, dtype=torch.bool, pin_memory=True)
+            try:
+                self._flags = torch.empty(count * wanted, dtype=torch.bool, pin_memory=True)
+            except RuntimeError:
+                self._flags = torch.empty(count * wanted, dtype=torch.bool)
         return self._flags[: count * wanted].view(count, wanted)
 
 

@@ -286,6 +286,7 @@ class Launched(Protocol):
 class Runner(Protocol):
     """A model on a device.
 
+    `attach` and `detach` are called on a thread of their own, one at a time, while batches of other arenas run.
     `launch` is called on the worker's scheduling thread and must not wait for the device; `finish` is
     called once a launched batch, in launch order, on the worker's device thread, and returns when the
     features are in the arenas. Either may raise DeviceOutOfMemory, DeviceLost, or anything else for a
@@ -300,7 +301,7 @@ class Runner(Protocol):
     load_seconds: dict[str, float]  # by step of the load: dinov3_model_load_seconds
 
     def attach(self, arena: int, memory: memoryview) -> None:
-        """Make an arena known (and page-lock it where the device copies from it)."""
+        """Make an arena known (and page-lock it where the device copies from it, if it can be)."""
 
     def detach(self, arena: int) -> None:
         """Forget an arena; no launched batch uses it any more. Releases every view of its memory."""

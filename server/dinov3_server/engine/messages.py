@@ -140,7 +140,7 @@ class MetricsSnapshot:
 
 @dataclass(frozen=True)
 class Hello:
-    """W -> F, the first message: the model."""
+    """W -> F, the first message: the model. The frontend's arena is attached, so it may submit."""
 
     info: ModelInfo
 

@@ -24,12 +24,16 @@ class Part:
 
 
 class Frontend:
-    """`key` is its name to the scheduler and the runner. A frontend that was restarted is another one."""
+    """`key` is its name to the scheduler and the runner. A frontend that was restarted is another one.
+
+    `mapping` is the attacher's: its arena, while the runner knows it.
+    """
 
     def __init__(self, key: int, fd: int) -> None:
         self.key = key
         self.channel = Channel(socket.socket(fileno=fd))
         self.mapping: ArenaMapping | None = None
+        self.attached = False  # and told so: nothing else is said to it before
         self.gone = False
         self.tokens = 0  # submitted and unanswered
         self.running = 0  # rows in batches on the device, or waiting to be run again
@@ -74,8 +78,3 @@ class Frontend:
         if part.cancelled or self.gone:
             return "cancelled"
         return "expired" if row.job.deadline is not None and row.job.deadline <= now else None
-
-    def close(self) -> None:
-        if self.mapping is not None:
-            self.mapping.close()
-        self.channel.close()

@@ -18,7 +18,7 @@ from typing import Literal
 
 from dinov3_server.backbone.interface import DeviceLost, DeviceOutOfMemory, Finished, PixelShape, Row, Runner
 from dinov3_server.config import Settings
-from dinov3_server.engine.arena import ArenaMapping
+from dinov3_server.engine.attacher import Attacher
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.device import Device, Running
 from dinov3_server.engine.messages import (
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 # Exit status of a worker whose device is beyond repair in this process.
 DEVICE_LOST = 70
+# How long a worker that was told to stop waits for an arena that is being attached.
+ATTACHER_SECONDS = 1.0
 
 
 class Worker:
@@ -78,6 +80,8 @@ class Worker:
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ, self._read_control)
         self._selector.register(self._device, selectors.EVENT_READ, None)
+        self._attacher = Attacher(runner)
+        self._selector.register(self._attacher, selectors.EVENT_READ, None)
 
     def run(self) -> None:
         """Return when told to stop. To be called on the thread that built the runner: it works on the device.
@@ -99,7 +103,8 @@ class Worker:
             self._forget(frontend)
         self._selector.close()
         self._device.close()
-        self._runner.close()
+        if self._attacher.close(ATTACHER_SECONDS):
+            self._runner.close()
 
     def _loop(self) -> None:
         try:
@@ -114,6 +119,8 @@ class Worker:
         for key, _ in self._selector.select(self._timeout(time.monotonic())):
             if key.data is not None:
                 key.data()
+        for frontend in self._attacher.collect():
+            self._welcome(frontend)
         for batch in self._device.collect():
             self._settle(batch)
         now = time.monotonic()
@@ -142,7 +149,14 @@ class Worker:
         self._connected += 1
         self._frontends[frontend.key] = frontend
         self._selector.register(frontend.channel, selectors.EVENT_READ, lambda: self._read(frontend))
-        frontend.channel.send(Hello(self._runner.info))
+
+    def _welcome(self, frontend: Frontend) -> None:
+        """Its arena is attached: it may submit from now on, and gave its work to others so far."""
+        self._reach("attached")
+        log.debug("frontend %d is attached", frontend.key)
+        if not frontend.gone:
+            frontend.attached = True
+            frontend.channel.send(Hello(self._runner.info))
 
     def _read(self, frontend: Frontend) -> None:
         try:
@@ -157,11 +171,7 @@ class Worker:
                             if rows := tuple(self._scheduler.cancel((frontend.key, part))):
                                 frontend.drop(part, rows, "cancelled")
                         case Attach(nbytes):
-                            frontend.mapping = ArenaMapping(fds[0], nbytes)
-                            os.close(fds[0])
-                            self._runner.attach(frontend.key, frontend.mapping.memory)
-                            self._reach("attached")
-                            log.debug("frontend %d is attached", frontend.key)
+                            self._attacher.attach(frontend, fds[0], nbytes)
         except ChannelClosed:
             self._lose(frontend)
 
@@ -175,9 +185,8 @@ class Worker:
 
     def _forget(self, frontend: Frontend) -> None:
         del self._frontends[frontend.key]
-        if frontend.mapping is not None:
-            self._runner.detach(frontend.key)
-        frontend.close()
+        frontend.channel.close()
+        self._attacher.detach(frontend)
 
     # --- deciding --------------------------------------------------------------------------------
 
@@ -363,7 +372,7 @@ class Worker:
         # Results tell it too, but only to a frontend that has something here, not to one that stays away.
         total = sum(frontend.tokens for frontend in self._frontends.values())
         for frontend in self._frontends.values():
-            if not frontend.gone and frontend.channel.flush():
+            if frontend.attached and not frontend.gone and frontend.channel.flush():
                 frontend.channel.send(Backlog(total - frontend.tokens))
 
 
