@@ -1,9 +1,9 @@
 """/metrics, /healthz and /readyz over HTTP, for Prometheus and for probes.
 
 One thread and one selector serve all connections, one request a connection. Whatever clients do, the port holds at most
-MAX_CONNECTIONS descriptors, each for at most CONNECTION_SECONDS; where one more comes, the oldest is hung up on. So a
-flood of slow clients takes nothing from the rest of the server, and a probe, which sends its request at once, is
-answered in the midst of it.
+MAX_CONNECTIONS descriptors, each for at most CONNECTION_SECONDS; where one more comes, the oldest of the address that
+has the most is hung up on. So a flood of slow clients takes nothing from the rest of the server, and a probe, which
+sends its request at once, is answered in the midst of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class HttpEndpoints:
         if self._thread.is_alive():
             self._thread.join()
         while self._connections:
-            self._hang_up_on_the_oldest()
+            self._make_room()
         self._selector.close()
         self._listener.close()
         os.close(self._wake)
@@ -108,8 +109,8 @@ class HttpEndpoints:
                 elif key.fd in self._connections:  # else it was hung up on in this turn
                     self._go_on(self._connections[key.fd])
             now = time.monotonic()
-            while self._connections and next(iter(self._connections.values())).ends <= now:
-                self._hang_up_on_the_oldest()
+            for connection in [each for each in self._connections.values() if each.ends <= now]:
+                self._hang_up(connection)
 
     def _accept(self) -> None:
         try:
@@ -119,13 +120,13 @@ class HttpEndpoints:
         except OSError as error:
             log.debug("an HTTP connection cannot be accepted: %s", error.strerror)
             if self._connections:
-                self._hang_up_on_the_oldest()
+                self._make_room()
             else:  # the process has no descriptor left, and none is to be had here
                 time.sleep(_PAUSE)
             return
         sock.setblocking(False)
         if len(self._connections) == MAX_CONNECTIONS:
-            self._hang_up_on_the_oldest()
+            self._make_room()
         try:
             self._selector.register(sock, selectors.EVENT_READ)
         except OSError:  # the kernel has no memory for it
@@ -165,8 +166,10 @@ class HttpEndpoints:
         connection.answer = memoryview(_Handler(bytes(request), connection.address, self._pages).answer)
         return True
 
-    def _hang_up_on_the_oldest(self) -> None:
-        self._hang_up(next(iter(self._connections.values())))
+    def _make_room(self) -> None:
+        connections = self._connections.values()
+        ((crowd, _),) = Counter(connection.address for connection in connections).most_common(1)
+        self._hang_up(next(connection for connection in connections if connection.address == crowd))
 
     def _hang_up(self, connection: _Connection) -> None:
         del self._connections[connection.sock.fileno()]
@@ -235,7 +238,7 @@ def _listen(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen()
+            listener.listen(1024)  # what is not accepted yet takes no descriptor
         except OSError:
             listener.close()
             raise

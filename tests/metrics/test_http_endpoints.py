@@ -147,6 +147,19 @@ def test_a_flood_of_slow_clients_holds_a_few_descriptors_and_keeps_no_probe_wait
             connection.close()
 
 
+def test_a_flood_from_one_address_hangs_up_on_no_other(endpoints: HttpEndpoints) -> None:
+    address = ("127.0.0.1", endpoints.port)
+    with socket.create_connection(address, timeout=30, source_address=("127.0.0.2", 0)) as other:
+        other.sendall(b"GET /healthz HTTP/1.0\r\n")
+        until(lambda: endpoints._connections)
+        flood = [socket.create_connection(address, timeout=30) for _ in range(3 * MAX_CONNECTIONS)]
+        assert ask(endpoints, "/healthz")[0] == 200
+        other.sendall(b"\r\n")
+        assert other.recv(100).startswith(b"HTTP/1.0 200 ")
+        for connection in flood:
+            connection.close()
+
+
 @pytest.mark.parametrize("request_so_far", [b"", b"GET /metrics HTTP/1.0\r\n", b"GET /metrics HTTP/1.0\r\n\r\n"])
 def test_a_connection_ends_in_time_whatever_its_client_does(
     state: State, monkeypatch: pytest.MonkeyPatch, request_so_far: bytes
