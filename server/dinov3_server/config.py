@@ -249,7 +249,8 @@ class Settings:
         0,
         integer(0, 256),
         "processes",
-        "Threads of each frontend that decode and resize; 0 chooses by the number of CPUs.",
+        "Threads of each frontend that decode and resize, and the most decode processes beside them; 0 chooses by the "
+        "number of CPUs.",
     )
     threads: int = _setting(
         0, integer(0, 1024), "processes", "Threads of a CPU worker's model; 0 chooses by the number of CPUs."

@@ -17,6 +17,8 @@ from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_status import rpc_status
 from PIL import Image
 
+from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.backbone.interface import ModelInfo, Output
 from dinov3_server.config import Settings
@@ -198,6 +200,15 @@ async def failure_of(call: Any) -> Failure:
         status = await rpc_status.aio.from_call(call)
         return failure(error.code(), error.details() or "", status.details if status else ())
     raise AssertionError("the call did not fail")
+
+
+def extraction(
+    engine: FakeEngine, metrics: Metrics, threads: int = 1, budget: ByteBudget | None = None, **settings: Any
+) -> Extraction:
+    """What is behind the methods, without gRPC; in the event loop."""
+    known = Settings(**settings)
+    budget = budget or ByteBudget(known.frontend_bytes, known.max_message_bytes)
+    return Extraction(engine, known, metrics, 0, threads, budget)  # type: ignore[arg-type]
 
 
 @asynccontextmanager

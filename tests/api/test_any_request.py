@@ -66,7 +66,14 @@ def read(request: pb.ExtractRequest) -> None:
     assert count_images(request) >= 0
     with suppress(InvalidInput, ModelMismatch):
         query = read_request(request, bytes, MODEL, LIMITS)
-        query.measure()
+        for index, source in enumerate(query.sources):
+            if source.measured and source.file:
+                try:
+                    assert source.cost
+                    source.cost()
+                    query.sources[index] = source._replace(rows=source.measured(source.file.probe()))
+                except InvalidInput as error:
+                    query.failures[source.image] = error
         placed = _plan(query, MODEL, base=0)
         if placed:
             check_answer([one.block for one in placed], MODEL, query.fingerprint, LIMITS.max_message_bytes)

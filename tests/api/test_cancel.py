@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3_server.api.extraction import Extraction
-from dinov3_server.config import Settings
 from dinov3_server.errors import DeadlineExceeded
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.api.rig import AS_IS, FakeEngine, encoded, failure_of, picture, serving, tensor
+from tests.api.rig import AS_IS, FakeEngine, encoded, extraction, failure_of, picture, serving, tensor
 from tests.support.waiting import LIMIT, until_async
 
 TWO = pb.ExtractRequest(images=[encoded(picture(16, 16, 1)), encoded(picture(16, 16, 2))])
@@ -43,13 +41,9 @@ class Gate:
 @pytest.fixture
 async def gate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gate]:
     gate = Gate()
-    monkeypatch.setattr("dinov3_server.api.sources.decode", gate)
+    monkeypatch.setattr("dinov3_server.images.decode.decode", gate)
     yield gate
     gate.open.set()
-
-
-def extraction(engine: FakeEngine, metrics: Metrics, threads: int = 1) -> Extraction:
-    return Extraction(engine, Settings(), metrics, 0, threads)  # type: ignore[arg-type]
 
 
 async def turn_the_loop() -> None:
@@ -175,7 +169,7 @@ async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkey
     """Each turn of a thread is a slice; the small request's turn comes after one of them."""
     monkeypatch.setattr("dinov3_server.api.filling.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
     order: list[bytes] = []
-    monkeypatch.setattr("dinov3_server.api.sources.decode", lambda data, **_: recorded(data))
+    monkeypatch.setattr("dinov3_server.images.decode.decode", lambda data, **_: recorded(data))
 
     def recorded(data: bytes) -> Any:
         order.append(data)
@@ -183,8 +177,8 @@ async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkey
 
     engine = FakeEngine()
     service = extraction(engine, Metrics())
-    large = pb.ExtractRequest(images=[pb.Image(encoded=b"large")] * 20, outputs=pb.Outputs(cls=True))
-    small = pb.ExtractRequest(images=[pb.Image(encoded=b"small")], outputs=pb.Outputs(cls=True))
+    large = pb.ExtractRequest(images=[encoded(picture(16, 16, 1))] * 20, outputs=pb.Outputs(cls=True))
+    small = pb.ExtractRequest(images=[encoded(picture(16, 16, 2))], outputs=pb.Outputs(cls=True))
     await asyncio.gather(service.extract(large, None), service.extract(small, None))
-    assert order.index(b"small") <= 2
+    assert order.index(small.images[0].encoded) <= 2
     service.close()

@@ -228,7 +228,7 @@ async def test_a_bug_in_decoding_is_that_image_s_alone(monkeypatch: pytest.Monke
         "dinov3_server.api.status.logger.error",
         lambda text, error_id, exc_info: logged.append(f"{error_id} {exc_info!r}"),
     )
-    monkeypatch.setattr("dinov3_server.api.sources.decode", broken)
+    monkeypatch.setattr("dinov3_server.images.decode.decode", broken)
     async with serving() as rig:
         images = [PHOTO, pb.Image(pixels=tensor(picture(16, 16)))]
         answer = await rig.stub.Extract(pb.ExtractRequest(images=images))
@@ -292,7 +292,7 @@ async def test_errors_of_many_images_can_pass_the_limit(monkeypatch: pytest.Monk
     def verbose(data: bytes, **_: object) -> None:
         raise InvalidInput("x" * 5000)
 
-    monkeypatch.setattr("dinov3_server.api.sources.decode", verbose)
+    monkeypatch.setattr("dinov3_server.images.decode.decode", verbose)
     wanted = pb.Outputs(patches=True, dtype=pb.DATA_TYPE_FLOAT32)
     async with serving(max_message_bytes=2**20) as rig:
         error = await rig.error(pb.ExtractRequest(images=[PHOTO] * 42, outputs=wanted))

@@ -9,14 +9,24 @@ import grpc
 import numpy as np
 import pytest
 
-from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.stream import Stream
 from dinov3_server.backbone.interface import Output
 from dinov3_server.config import Settings
 from dinov3_server.errors import InternalError, Overloaded
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.api.rig import AS_IS, FakeEngine, Rig, failure_of, failure_of_status, features, picture, serving, tensor
+from tests.api.rig import (
+    AS_IS,
+    FakeEngine,
+    Rig,
+    extraction,
+    failure_of,
+    failure_of_status,
+    features,
+    picture,
+    serving,
+    tensor,
+)
 from tests.support.waiting import until_async
 
 CLS = pb.Outputs(cls=True)
@@ -116,8 +126,8 @@ class SlowCaller:
 
 async def test_a_caller_that_does_not_read_is_not_read_either() -> None:
     engine, caller = FakeEngine(), SlowCaller(10)
-    extraction = Extraction(engine, settings := Settings(stream_window=3), Metrics(), 0, 1)  # type: ignore[arg-type]
-    serve = asyncio.create_task(Stream(caller, extraction, Metrics(), settings).serve())  # type: ignore[arg-type]
+    service, settings = extraction(engine, Metrics()), Settings(stream_window=3)
+    serve = asyncio.create_task(Stream(caller, service, Metrics(), settings).serve())  # type: ignore[arg-type]
     await until_async(lambda: len(engine.done_runs) == 3)
     for _ in range(50):
         await asyncio.sleep(0)
@@ -126,7 +136,7 @@ async def test_a_caller_that_does_not_read_is_not_read_either() -> None:
     caller.reads_on.set()
     await serve
     assert len(caller.answers) == 10
-    extraction.close()
+    service.close()
 
 
 async def test_an_error_of_one_message_leaves_the_stream_open() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import threading
 import time
 from collections import Counter
@@ -15,13 +16,24 @@ import pytest
 from PIL import Image
 
 from dinov3_server.api import sources
-from dinov3_server.api.extraction import Extraction
+from dinov3_server.api.budget import ByteBudget
 from dinov3_server.backbone.interface import Output
-from dinov3_server.config import Settings
 from dinov3_server.errors import DeadlineExceeded, InternalError
+from dinov3_server.images import decode
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.api.rig import AS_IS, FakeEngine, encoded, failure_of_status, features, picture, png, serving, tensor
+from tests.api.rig import (
+    AS_IS,
+    FakeEngine,
+    encoded,
+    extraction,
+    failure_of_status,
+    features,
+    picture,
+    png,
+    serving,
+    tensor,
+)
 from tests.support.waiting import LIMIT, until_async
 
 RESAMPLING = {
@@ -105,13 +117,13 @@ def rows(answer: pb.ExtractResponse) -> dict[tuple[int, int], tuple[Size, bytes]
 def decodes(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
     """How often each file is decoded."""
     counter = Counter[bytes]()
-    decode = sources.decode
+    real = decode.decode
 
     def counted(data: bytes, **options: Any) -> Image.Image:
         counter[data] += 1
-        return decode(data, **options)
+        return real(data, **options)
 
-    monkeypatch.setattr(sources, "decode", counted)
+    monkeypatch.setattr(decode, "decode", counted)
     return counter
 
 
@@ -419,10 +431,6 @@ async def test_in_a_stream() -> None:
 # --- threads -------------------------------------------------------------------------------------
 
 
-def extraction(engine: FakeEngine, metrics: Metrics, threads: int = 1, **settings: Any) -> Extraction:
-    return Extraction(engine, Settings(**settings), metrics, 0, threads)  # type: ignore[arg-type]
-
-
 async def test_views_that_are_only_copied_take_no_thread() -> None:
     engine = FakeEngine()
     service = extraction(engine, Metrics())
@@ -550,38 +558,62 @@ async def test_an_image_of_many_views_does_not_keep_others_from_the_threads(
     service.close()
 
 
-async def test_pictures_that_wait_are_no_more_than_one_of_the_largest(
-    turns: list[int], decodes: Counter[bytes]
-) -> None:
-    """Two of 20x20 do not fit: the second thread stays with its image to the last row."""
-    engine = FakeEngine()
-    service = extraction(engine, Metrics(), max_image_pixels=700)
+def room_for_one_picture() -> ByteBudget:
+    """A small file's cost is 1 MiB and what its pixels take."""
+    budget = ByteBudget(3 << 20, 3 << 19 >> 1)
+    assert 1 << 20 < budget.pictures.most < 2 << 20
+    return budget
+
+
+async def test_a_picture_has_its_room_until_its_last_row_is_written(turns: list[int], decodes: Counter[bytes]) -> None:
+    engine, budget = FakeEngine(), room_for_one_picture()
+    service = extraction(engine, Metrics(), threads=2, budget=budget)
     requests = [pb.ExtractRequest(images=[with_views(colour(of), [SIXTEEN] * 6)]) for of in (1, 2, 3)]
-    await asyncio.gather(*(service.extract(request, None) for request in requests))
-    # The first image waits after a row; those that begin meanwhile find no room.
-    assert turns == [1, *[2] * 6, *[3] * 6, *[1] * 5]
-    # And the room is there again: that of all who came to their end,
-    turns.clear()
-    await asyncio.gather(*(service.extract(request, None) for request in requests))
-    assert turns == [1, *[2] * 6, *[3] * 6, *[1] * 5]
-    assert set(decodes.values()) == {2}
+    for times in (1, 2):
+        turns.clear()
+        await asyncio.gather(*(service.extract(request, None) for request in requests))
+        assert sorted(turns) == [1] * 6 + [2] * 6 + [3] * 6
+        assert sum(before != after for before, after in itertools.pairwise(turns)) == 2  # one after the other
+        assert set(decodes.values()) == {times}
+        assert budget.pictures.used == 0
     service.close()
 
 
 async def test_a_caller_that_leaves_gives_the_room_of_its_picture_back(turns: list[int]) -> None:
-    engine = FakeEngine()
-    service = extraction(engine, Metrics(), max_image_pixels=700)
+    engine, budget = FakeEngine(), room_for_one_picture()
+    service = extraction(engine, Metrics(), budget=budget)
     request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 400)], outputs=pb.Outputs(cls=True))
+    waiting = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
     for _ in range(2):
         task = asyncio.create_task(service.extract(request, None))
         await until_async(lambda: len(turns) >= 3)
+        other = asyncio.create_task(service.extract(waiting, None))
+        await until_async(lambda: budget.pictures.waits)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await other
         assert engine.untouched()
-        assert len(turns) < 400
+        assert budget.pictures.used == 0
+        assert turns.count(1) < 400
+        assert turns[-1] == 2
         turns.clear()
-    requests = [pb.ExtractRequest(images=[with_views(colour(of), [SIXTEEN] * 6)]) for of in (2, 3)]
-    await asyncio.gather(*(service.extract(each, None) for each in requests))
-    assert turns == [2, *[3] * 6, *[2] * 5]
+    service.close()
+
+
+async def test_a_caller_that_leaves_while_it_waits_for_room(turns: list[int]) -> None:
+    engine, budget = FakeEngine(), room_for_one_picture()
+    service = extraction(engine, Metrics(), budget=budget)
+    held = budget.pictures.try_take(budget.pictures.most)
+    assert held
+    request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN])])
+    task = asyncio.create_task(service.extract(request, None))
+    await until_async(lambda: budget.pictures.waits)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not turns
+    assert not budget.pictures.waits
+    assert engine.untouched()
+    held.release()
     service.close()

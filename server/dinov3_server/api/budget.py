@@ -55,7 +55,7 @@ class ByteBudget:
 
     def _give_back(self) -> None:
         """From any thread: let those go on that wait for room that there now is."""
-        if any(share.waits for share in (self.messages, self.pictures, self.answers)):
+        if self.messages.waits or self.pictures.waits or self.answers.waits:
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
@@ -87,10 +87,10 @@ class Share:
         """How far `more` bytes would take this use beyond its floor."""
         return max(0, self.used + more - self._floor)
 
-    def try_take(self, nbytes: int) -> Permit | None:
-        """A permit, or None where it does not fit now or others wait. From any thread."""
+    def try_take(self, nbytes: int, overtake: bool = False) -> Permit | None:
+        """A permit, or None where it does not fit now or others wait, unless it may overtake them. From any thread."""
         with self._budget._lock:
-            if self._waiters or not self._budget._fits(self, nbytes):
+            if (self._waiters and not overtake) or not self._budget._fits(self, nbytes):
                 return None
             self._budget._add(self, nbytes)
         return Permit(self, nbytes)

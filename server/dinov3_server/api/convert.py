@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from dinov3_server.api.outputs import enum_of, read_outputs
 from dinov3_server.api.sources import Source, SourceReader, count_rows
-from dinov3_server.api.status import kept
 from dinov3_server.api.wire import Content
 from dinov3_server.backbone import registry
 from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, PixelShape
@@ -35,16 +34,7 @@ class Query:
 
     @property
     def unmeasured(self) -> bool:
-        return any(source.measure for source in self.sources)
-
-    def measure(self) -> None:
-        """Read the headers of files whose size counts. Takes up to a millisecond a file."""
-        for index, source in enumerate(self.sources):
-            if source.measure:
-                try:
-                    self.sources[index] = source._replace(rows=source.measure(), measure=None)
-                except InvalidInput as error:
-                    self.failures[source.image] = kept(error)
+        return any(source.measured for source in self.sources)
 
     def by_shape(self) -> dict[PixelShape, list[tuple[int, int]]]:
         """Shapes in order of first use, each with the (image, view) of its rows, ascending."""

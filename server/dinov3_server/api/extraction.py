@@ -2,6 +2,7 @@
 
 What a request holds (its lease) is let go on every way out. One way out needs care: a caller that leaves while threads
 write pixels. The lease stays until they are through, or they would write over the request that has the range next.
+(That is soon: what threads decode is small. What decode processes have at that time is lost with them.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 
+from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.convert import Query, count_images, read_request
 from dinov3_server.api.filling import Filler, Work
 from dinov3_server.api.outputs import check_answer, too_large
@@ -40,12 +42,15 @@ _OUTCOMES = {
 class Extraction:
     """What every request of a frontend goes through, whether it came alone or in a stream."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, index: int, threads: int) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, metrics: Metrics, index: int, threads: int, budget: ByteBudget
+    ) -> None:
+        """To be made in the event loop."""
         self._engine = engine
         self._settings = settings
         self._metrics = metrics
         self._index = index
-        self._filler = Filler(threads, settings.max_image_pixels, metrics)
+        self._filler = Filler(threads, budget.pictures, metrics)
 
     def close(self) -> None:
         """To be called when no request is left."""
@@ -76,7 +81,7 @@ class Extraction:
             query = read_request(request, content, model, self._settings)
             del request, content  # and later `query.sources`: what was sent need not wait in memory for the device
             if query.unmeasured:
-                await self._filler.in_thread(query.measure)
+                await self._filler.measure(query.sources, query.failures, deadline)
             placed = _plan(query, model, base=0)
             if not placed:
                 return self._respond(memoryview(b""), model, query, placed, pb.Timings(), message_id)

@@ -1,27 +1,34 @@
-"""Pixels of requests into their ranges of the arena: decoded and resized by threads, in turns.
+"""Pixels of requests into their ranges of the arena: decoded and resized by threads, in turns, or by decode processes.
 
 Pixels that are only copied are copied in the event loop: a copy keeps the interpreter's lock, so in a thread it would
 hold the loop up all the same, and the way there and back costs more than the copy of an image.
 
+Threads cannot be ended, so they take only what is cheap (`images/cost.py`); what is not, or does not show it, is a
+decode process's. Each picture has a permit for its memory from before it is decoded until its last row is written.
+Where there is no room the image waits for it in the event loop.
+
 An image is decoded once, however many rows it feeds, and one thread writes them all. At the end of the thread's turn
-with rows still to come, its picture is put aside for the next turn; of pictures that are put aside there is no more in
-memory than of the largest image that is allowed, in all requests together. Where there is no room the turn goes on to
-the image's last row. So a frontend holds a picture a thread, and `max_image_pixels` (of 4 bytes) besides.
+with rows still to come, its picture is put aside for the next turn.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
+from dinov3_server.api.budget import Permit, Share
 from dinov3_server.api.sources import Source
 from dinov3_server.api.status import kept
-from dinov3_server.errors import DeadlineExceeded, ServingError
+from dinov3_server.errors import DeadlineExceeded, InvalidInput, ServingError
+from dinov3_server.images.cost import Cost
+from dinov3_server.images.decoders import Decoders
 from dinov3_server.metrics import Metrics
 
 # How long a thread stays with one request, so that a large one does not hold up a small one behind it.
@@ -29,28 +36,45 @@ SLICE_SECONDS = 0.01
 # How long the event loop stays with the copies of one request.
 COPY_SECONDS = 0.001
 
+T = TypeVar("T")
+
 
 class Work:
     """One image, and the ranges of the arena that the pixels of its rows go to."""
 
     def __init__(self, source: Source, outs: Sequence[memoryview]) -> None:
         assert source.write is not None, "a failed image has no work"
-        self.image = source.image
-        self.quick = source.quick
+        self.source = source
+        self.outs = outs
         self.rows_left = len(outs)
-        self.steps: Iterator[int] = source.write(outs)
+        self.steps = source.write(outs)
+        self.cost: Cost | None = None  # known once a thread has looked
+        self.permit: Permit | None = None
         self.seconds = 0.0
-        self.put_aside = 0  # pixels of the picture that waits for the next turn
+
+    @property
+    def image(self) -> int:
+        return self.source.image
+
+    def release(self) -> None:
+        """Let its picture go."""
+        self.steps.close()
+        if self.permit:
+            self.permit.release()
 
 
 @dataclass
 class _Job:
-    """What is left to do for one request. Threads work on it, several at a time; `over` tells them to leave it."""
+    """What is left to do for one request. Threads work on it, several at a time; `over` tells them to leave it.
+
+    `waiting` are the lanes that wait for something else than a thread.
+    """
 
     works: deque[Work]
     failures: dict[int, ServingError]
     deadline: float | None
     cancelled: bool = False
+    waiting: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def over(self) -> bool:
@@ -60,36 +84,90 @@ class _Job:
     def expired(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
+    def cancel(self) -> None:
+        self.cancelled = True
+        for lane in self.waiting:
+            lane.cancel()
+
+    @contextmanager
+    def may_be_cancelled(self) -> Iterator[None]:
+        """Around what this task, a lane, waits for. Its error ends the job."""
+        lane = asyncio.current_task()
+        assert lane is not None
+        self.waiting.add(lane)
+        try:
+            yield
+        except DeadlineExceeded:
+            pass  # the job is over by itself
+        except BaseException:
+            self.cancel()
+            raise
+        finally:
+            self.waiting.discard(lane)
+            del lane  # or it would be in a cycle with its own traceback, and pixels with them
+
 
 class Filler:
-    """The threads of a frontend, and who has them when."""
+    """The threads and decode processes of a frontend, and who has them when. To be made in the event loop."""
 
-    def __init__(self, threads: int, max_image_pixels: int, metrics: Metrics) -> None:
+    def __init__(self, threads: int, pictures: Share, metrics: Metrics) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
+        self._decoders = Decoders(threads)
+        self._pictures = pictures
         self._metrics = metrics
-        self._room = max_image_pixels  # for pictures that are put aside
-        self._lock = threading.Lock()
 
     def close(self) -> None:
         """To be called when no request is left."""
         self._pool.shutdown()
+        self._decoders.close()
 
-    async def in_thread(self, function: Callable[[], None]) -> None:
-        """For what is too short to be done in turns."""
-        await asyncio.get_running_loop().run_in_executor(self._pool, function)
+    async def measure(self, sources: list[Source], failures: dict[int, ServingError], deadline: float | None) -> None:
+        """Read the headers of files whose size counts; `failures` learns which images are at fault.
+
+        Raises like `fill`.
+        """
+        loop = asyncio.get_running_loop()
+        for index, cost in await loop.run_in_executor(self._pool, self._probe, sources, failures):
+            file, image = sources[index].file, sources[index].image
+            assert file is not None
+            try:
+                probe = partial(self._decoders.probe, file, cost)
+                _measured(sources, index, await self._in_process(probe, cost, deadline))
+            except InvalidInput as error:
+                failures[image] = kept(file.blamed(error))
+            except DeadlineExceeded:
+                self._metrics.images.inc("expired", value=sum(len(source.rows) for source in sources))
+                raise
+
+    def _probe(self, sources: list[Source], failures: dict[int, ServingError]) -> list[tuple[int, Cost]]:
+        """The plain ones; the others are returned. Takes up to a millisecond a file."""
+        others = []
+        for index, source in enumerate(sources):
+            if source.measured and source.file and source.cost:
+                try:
+                    cost = source.cost()
+                    permit = self._pictures.try_take(cost.nbytes, overtake=True) if cost.plain else None
+                    if permit is None:
+                        others.append((index, cost))
+                        continue
+                    with permit:
+                        _measured(sources, index, source.file.probe())
+                except InvalidInput as error:
+                    failures[source.image] = kept(error)
+        return others
 
     async def fill(self, works: Sequence[Work], failures: dict[int, ServingError], deadline: float | None) -> None:
         """Write all `works`; `failures` learns which images are at fault.
 
         Returns or raises when no thread writes any more. Raises DeadlineExceeded once `deadline` (of time.monotonic())
-        has passed.
+        has passed; Overloaded or Unavailable where there was no memory or no process for an image.
         """
         job = _Job(deque(works), failures, deadline)
         rows = sum(work.rows_left for work in works)
         del works
         try:
-            if all(work.quick for work in job.works):
+            if all(work.source.cost is None for work in job.works):
                 await self._copy(job)
             else:
                 lanes = range(min(self._threads, len(job.works)))
@@ -97,6 +175,9 @@ class Filler:
         except asyncio.CancelledError:
             self._metrics.images.inc("cancelled", value=rows)
             raise
+        finally:
+            for work in job.works:
+                work.release()
         if job.expired:
             self._metrics.images.inc("expired", value=rows)
             raise DeadlineExceeded("the deadline passed while the images of the request were being decoded")
@@ -110,68 +191,109 @@ class Filler:
     async def _lane(self, job: _Job) -> None:
         loop = asyncio.get_running_loop()
         while job.works:
-            await loop.run_in_executor(self._pool, self._take_turn, job, SLICE_SECONDS)
+            work = await loop.run_in_executor(self._pool, self._take_turn, job, SLICE_SECONDS)
+            if work is None or job.over:
+                continue
+            with job.may_be_cancelled():
+                await self._serve(job, work)
+            del work  # or an error that ends this would keep it
 
-    def _take_turn(self, job: _Job, seconds: float) -> None:
-        """For about `seconds`, a row at least. Of a job that is over, all that is left is dropped."""
-        end = time.monotonic() + seconds
-        while (work := self._next(job)) is not None:
-            self._write(job, work, end)
-            if time.monotonic() >= end and not job.over:
-                return
-
-    def _next(self, job: _Job) -> Work | None:
-        """None when none is left."""
+    async def _serve(self, job: _Job, work: Work) -> None:
+        """Give a work what no thread can wait for: room for its picture, or a decode process."""
+        cost, file = work.cost, work.source.file
+        assert cost is not None
+        started = time.monotonic()
         try:
-            work = job.works.popleft()
-        except IndexError:
-            return None
-        if work.put_aside:
-            with self._lock:
-                self._room += work.put_aside
-            work.put_aside = 0
-        return work
+            if cost.plain or file is None:
+                work.permit = await self._pictures.take(cost.nbytes, job.deadline)
+                job.works.appendleft(work)
+                return
+            rows = [(row.field, row.transform) for row in work.source.rows]
+            write = partial(self._decoders.write, file, cost, rows, work.outs)
+            await self._in_process(write, cost, job.deadline)
+        except InvalidInput as error:
+            job.failures[work.image] = kept(file.blamed(error) if file else error)
+        self._metrics.stage_seconds.observe(work.seconds + time.monotonic() - started, "decode")
 
-    def _write(self, job: _Job, work: Work, end: float) -> None:
-        """Rows of `work` up to its last; or to `end`, if it can be put back."""
+    async def _in_process(self, ask: Callable[[], Awaitable[T]], cost: Cost, deadline: float | None) -> T:
+        """What `ask` returns, which uses a decode process: once one is free, and memory for what it will hold."""
+        try:
+            async with asyncio.timeout_at(deadline), self._decoders.slots:
+                with await self._pictures.take(cost.nbytes, deadline):
+                    return await ask()
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed while the images of the request were being decoded") from None
+
+    def _take_turn(self, job: _Job, seconds: float) -> Work | None:
+        """For about `seconds`, a row at least. Of a job that is over, all that is left is dropped.
+
+        Ends with a work that the event loop must see to.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                work = job.works.popleft()
+            except IndexError:
+                return None
+            if not self._write(job, work, end):
+                return work
+            if time.monotonic() >= end and not job.over:
+                return None
+
+    def _write(self, job: _Job, work: Work, end: float) -> bool:
+        """Rows of `work` up to its last; or to `end`, where it is put back. False where it cannot be begun here."""
         started = now = time.monotonic()
         try:
+            if not (work.permit or work.source.cost is None or job.over or self._begin(work)):
+                work.seconds += time.monotonic() - started
+                return False
             while work.rows_left:
                 if job.over:
-                    return
-                pixels = next(work.steps)
+                    break
+                next(work.steps)
                 work.rows_left -= 1
                 now = time.monotonic()
-                if work.rows_left and now >= end and self._put_aside(work, pixels):
+                if work.rows_left and now >= end:
                     work.seconds += now - started
                     job.works.appendleft(work)
-                    return
+                    return True
         except Exception as error:
             job.failures[work.image] = kept(error)
             now = time.monotonic()
+        work.release()
         self._metrics.stage_seconds.observe(work.seconds + now - started, "decode")
-
-    def _put_aside(self, work: Work, pixels: int) -> bool:
-        """False where there is no room for the picture."""
-        with self._lock:
-            if pixels > self._room:
-                return False
-            self._room -= pixels
-        work.put_aside = pixels
         return True
+
+    def _begin(self, work: Work) -> bool:
+        """Whether a thread may decode it now."""
+        assert work.source.cost is not None
+        work.cost = work.source.cost()
+        if work.cost.plain:
+            work.permit = self._pictures.try_take(work.cost.nbytes, overtake=True)
+        return work.permit is not None
+
+
+def _measured(sources: list[Source], index: int, size: tuple[int, int]) -> None:
+    source = sources[index]
+    assert source.measured is not None
+    sources[index] = source._replace(rows=source.measured(size), measured=None)
 
 
 async def _finish(lanes: Sequence[asyncio.Task[None]], job: _Job) -> None:
-    """Wait for all lanes, also where the waiting task is cancelled: then they only end the row they have begun."""
+    """Wait for all lanes, also where the waiting task is cancelled: then threads only end the row they have begun."""
     cancelled: asyncio.CancelledError | None = None
     pending = set(lanes)
     while pending:
         try:
             _, pending = await asyncio.wait(pending)
         except asyncio.CancelledError as error:
-            job.cancelled = True
+            job.cancel()
             cancelled = error
     if cancelled is not None:
-        raise cancelled
+        try:
+            raise cancelled
+        finally:
+            cancelled = None  # or it would be in a cycle with its own traceback
     for lane in lanes:
-        lane.result()
+        if not lane.cancelled():
+            lane.result()

@@ -36,7 +36,7 @@ class FrontendServer:
         self._credentials = _credentials(settings)
         self._metrics = metrics
         self.budget = ByteBudget(settings.frontend_bytes, settings.max_message_bytes)
-        self._extraction = Extraction(engine, settings, metrics, index, threads)
+        self._extraction = Extraction(engine, settings, metrics, index, threads, self.budget)
         self._service = FeatureService(engine, self._extraction, settings, metrics, index, frontends, __version__)
         self._health = Health()
         self._calls = Calls(metrics)

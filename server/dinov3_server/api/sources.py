@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +16,8 @@ from dinov3_server.api.wire import Content
 from dinov3_server.backbone.interface import ModelInfo, PixelFormat, PixelShape
 from dinov3_server.config import Settings
 from dinov3_server.errors import InvalidInput, ServingError
-from dinov3_server.images.decode import decode, probe
+from dinov3_server.images.cost import Cost, resizing
+from dinov3_server.images.file import File
 from dinov3_server.images.preprocess import (
     Box,
     Interpolation,
@@ -56,17 +57,20 @@ class Source(NamedTuple):
     """One image on its way to its rows.
 
     `write` is given the ranges of the arena for the pixels of `rows`, and fills them from any thread, a row a step; it
-    raises InvalidInput where the image is at fault. Each step tells how many pixels of a decoded picture it holds until
-    the next. None: the image failed already. `quick` says that all it does is to copy, and to check what it copies:
-    about a tenth of a millisecond a megabyte, a third where it is flipped. `measure` tells `rows` with their shapes
-    where the file's header must be read for them, with the same errors.
+    raises InvalidInput where the image is at fault. None: the image failed already. `cost` tells what `write` takes,
+    with the same errors; None says that all it does is to copy, and to check what it copies: about a tenth of a
+    millisecond a megabyte, a third where it is flipped.
+
+    `file` is what decode processes are given in place of `write` where the cost is not plain. `measured` are `rows`
+    with their shapes, given the (height, width) of a file's picture, where they need it.
     """
 
     image: int
     rows: tuple[Row, ...]
-    write: Callable[[Sequence[memoryview]], Iterator[int]] | None
-    measure: Callable[[], tuple[Row, ...]] | None = None
-    quick: bool = False
+    write: Callable[[Sequence[memoryview]], Generator[None, None, None]] | None
+    cost: Callable[[], Cost] | None = None
+    file: File | None = None
+    measured: Callable[[tuple[int, int]], tuple[Row, ...]] | None = None
 
 
 class SourceReader:
@@ -196,24 +200,25 @@ class SourceReader:
         return self._input_shape(*picture, "uint8", field) if picture else None
 
     def _file_source(self, index: int, field: str, data: bytes | memoryview, rows: tuple[Row, ...]) -> Source:
-        most, exif, shape_of = self._settings.max_image_pixels, self._exif, self._input_shape
+        file = File(data, self._settings.max_image_pixels, self._exif, field)
+        shape_of = self._input_shape
 
-        def write(outs: Sequence[memoryview]) -> Iterator[int]:
-            with _at(field):
-                image = decode(bytes(data), max_pixels=most, apply_exif_orientation=exif)
+        def cost() -> Cost:
+            return file.cost().with_transforms([row.transform for row in rows])
+
+        def write(outs: Sequence[memoryview]) -> Generator[None, None, None]:
+            image = file.decode()
             for row in rows:
                 if row.transform.crop:
                     check_box(row.transform.crop, (image.height, image.width), f"{row.field}.crop")
             for row, out in zip(rows, outs, strict=True):
                 transform_into(image, row.transform, out)
-                yield image.height * image.width
+                yield
 
-        def measure() -> tuple[Row, ...]:
-            with _at(field):
-                size = probe(bytes(data), max_pixels=most, apply_exif_orientation=exif)
+        def measured(size: tuple[int, int]) -> tuple[Row, ...]:
             return tuple(row if row.shape else row._replace(shape=shape_of(*size, "uint8", row.field)) for row in rows)
 
-        return Source(index, rows, write, None if all(row.shape for row in rows) else measure)
+        return Source(index, rows, write, cost, file, None if all(row.shape for row in rows) else measured)
 
 
 def count_rows(image: pb.Image) -> int:
@@ -223,22 +228,24 @@ def count_rows(image: pb.Image) -> int:
 
 def _pixel_source(index: int, field: str, pixels: Pixels, rows: tuple[Row, ...]) -> Source:
     if pixels.format == "float32":
-        return Source(index, rows, partial(_write_floats, pixels, f"{field}.data"), quick=True)
-    quick = not any(row.transform.resizes(pixels.height, pixels.width) for row in rows)
-    return Source(index, rows, partial(_write_pixels, pixels, rows), quick=quick)
+        return Source(index, rows, partial(_write_floats, pixels, f"{field}.data"))
+    size = pixels.height, pixels.width
+    resized = any(row.transform.resizes(*size) for row in rows)
+    cost = partial(resizing, *size, [row.transform for row in rows]) if resized else None
+    return Source(index, rows, partial(_write_pixels, pixels, rows), cost)
 
 
-def _write_pixels(pixels: Pixels, rows: Sequence[Row], outs: Sequence[memoryview]) -> Iterator[int]:
+def _write_pixels(pixels: Pixels, rows: Sequence[Row], outs: Sequence[memoryview]) -> Generator[None, None, None]:
     picture = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
     for row, out in zip(rows, outs, strict=True):
         transform_pixels_into(picture, row.transform, out)
-        yield 0
+        yield
 
 
-def _write_floats(pixels: Pixels, field: str, outs: Sequence[memoryview]) -> Iterator[int]:
+def _write_floats(pixels: Pixels, field: str, outs: Sequence[memoryview]) -> Generator[None, None, None]:
     for out in outs:
         copy_floats(pixels.data, field, out)
-        yield 0
+        yield
 
 
 def _input_shape(model: ModelInfo, most: int, height: int, width: int, format: PixelFormat, field: str) -> PixelShape:
@@ -253,13 +260,3 @@ def _input_shape(model: ModelInfo, most: int, height: int, width: int, format: P
             field=field,
         )
     return shape
-
-
-@contextmanager
-def _at(field: str) -> Iterator[None]:
-    """Errors of the images' own code learn which field of the request they are about."""
-    try:
-        yield
-    except InvalidInput as error:
-        error.field = error.field or field
-        raise

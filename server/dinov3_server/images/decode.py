@@ -87,7 +87,7 @@ _SIGNATURES = (
     (0, b"P6", "PPM"),
     (0, b"P5", "PGM"),
 )
-_ALLOWED_NAMES = {"JPEG", "PNG", "WebP", "BMP", "TIFF"}
+ALLOWED_NAMES = {"JPEG", "PNG", "WebP", "BMP", "TIFF"}
 
 # Exif 2.32, tag 0x0112: what brings the stored rows and columns upright.
 _UPRIGHT = {
@@ -140,28 +140,28 @@ def _errors_of(data: bytes) -> Iterator[None]:
     except InvalidInput:
         raise
     except UnidentifiedImageError as error:
-        raise InvalidInput(_unidentified(data)) from error
+        raise InvalidInput(unidentified(data)) from error
     except Exception as error:
         reason = str(error) if isinstance(error, OSError | ValueError | SyntaxError) else repr(error)
-        raise InvalidInput(f"{_describe(data)} cannot be decoded: {reason}") from error
+        raise InvalidInput(f"{describe(data)} cannot be decoded: {reason}") from error
 
 
 def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Header read, pixels not decoded, size checked."""
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    _check_pixels(data, "the image", *image.size, max_pixels)
+    check_pixels(data, "the image", *image.size, max_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         # libtiff decodes whole tiles, however small the image that they cover: 16x16 pixels with a tile of 20000x20000
         # is a file of 1 MB that takes 1.2 GB. (Strips end where the image ends.)
         tile = image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 1), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 1)
-        _check_pixels(data, "a tile", *tile, max_pixels)
+        check_pixels(data, "a tile", *tile, max_pixels)
     return image
 
 
-def _check_pixels(data: bytes, what: str, width: int, height: int, max_pixels: int) -> None:
+def check_pixels(data: bytes | memoryview, what: str, width: int, height: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise InvalidInput(
-            f"{_describe(data)} is too large: {what} has {height}x{width} (height x width) = {height * width} pixels, "
+            f"{describe(data)} is too large: {what} has {height}x{width} (height x width) = {height * width} pixels, "
             f"allowed are {max_pixels}"
         )
 
@@ -219,21 +219,21 @@ def _gray_to_rgb(gray: npt.NDArray[np.uint8], source: ImageFile.ImageFile) -> Im
     return Image.fromarray(gray).convert("RGB")
 
 
-def _format_name(data: bytes) -> str | None:
-    return next((name for offset, magic, name in _SIGNATURES if data.startswith(magic, offset)), None)
+def format_name(data: bytes | memoryview) -> str | None:
+    return next((name for at, magic, name in _SIGNATURES if data[at : at + len(magic)] == magic), None)
 
 
-def _describe(data: bytes) -> str:
-    return f"the {_format_name(data) or 'image'} file of {len(data)} bytes"
+def describe(data: bytes | memoryview) -> str:
+    return f"the {format_name(data) or 'image'} file of {len(data)} bytes"
 
 
-def _unidentified(data: bytes) -> str:
+def unidentified(data: bytes | memoryview) -> str:
     if not data:
         return f"the file is empty (0 bytes); {_ALLOWED}"
-    name = _format_name(data)
-    if name in _ALLOWED_NAMES:
+    name = format_name(data)
+    if name in ALLOWED_NAMES:
         return (
-            f"{_describe(data)} has no readable header: it is truncated or corrupt, or of a kind that is not supported"
+            f"{describe(data)} has no readable header: it is truncated or corrupt, or of a kind that is not supported"
         )
     looks = f"looks like {name}" if name else "is no image of a known format"
     return f"the file of {len(data)} bytes {looks} (it begins with {data[:8].hex(' ')}); {_ALLOWED}"

@@ -1,0 +1,215 @@
+"""The decode processes of a frontend: few, started when they are needed, ended when they are not, killed at any time.
+
+For files that are not plain (`images/cost.py`), and in the event loop. A process decodes and transforms, and its
+rows are read straight into the places that they are meant for: once `write` has returned or raised, however it did,
+nothing writes there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dinov3_server.errors import InvalidInput, Unavailable
+from dinov3_server.images import decode_process
+from dinov3_server.images.cost import Cost
+from dinov3_server.images.decode import describe
+from dinov3_server.images.decode_process import pack, pack_transform
+from dinov3_server.images.file import File
+from dinov3_server.images.preprocess import Transform
+
+log = logging.getLogger(__name__)
+
+# After which a process that has nothing to do is ended. A new one is ready in a fifth of a second.
+IDLE_SECONDS = 30.0
+# How long each row may take, of processor time.
+_SECONDS_PER_ROW = 1
+_MOST_MESSAGE_BYTES = 1 << 16
+
+
+class Decoders:
+    """To be made in the event loop. `slots` are to be held around `probe` and `write`: there are `most`."""
+
+    def __init__(self, most: int) -> None:
+        self.slots = asyncio.Semaphore(most)
+        self._idle: list[tuple[_Process, asyncio.TimerHandle]] = []
+
+    def close(self) -> None:
+        """End all processes. To be called when nothing is asked any more."""
+        for process, timer in self._idle:
+            timer.cancel()
+            process.kill()
+            process.reap()
+        self._idle.clear()
+
+    async def probe(self, file: File, cost: Cost) -> tuple[int, int]:
+        """(height, width) as `decode.probe` tells them. Raises like `write`."""
+        height, width = await self._ask(file, cost, None, ())
+        return height, width
+
+    async def write(
+        self, file: File, cost: Cost, rows: Sequence[tuple[str, Transform]], outs: Sequence[memoryview]
+    ) -> None:
+        """Decode a file and write its `rows`, each the field that asks for it and what it asks, into `outs`.
+
+        Raises InvalidInput where the file or a row is at fault, also where decoding takes more memory or time than
+        `cost` has, or a decoder dies of it; Unavailable where no process can be started.
+        """
+        if not rows:
+            return
+        packed = [{"field": field, "transform": pack_transform(transform)} for field, transform in rows]
+        await self._ask(file, cost, packed, outs)
+
+    async def _ask(
+        self, file: File, cost: Cost, rows: list[dict[str, Any]] | None, outs: Sequence[memoryview]
+    ) -> list[int]:
+        job = {
+            "rows": rows,
+            "file_bytes": len(file.data),
+            "max_pixels": file.max_pixels,
+            "exif": file.apply_exif_orientation,
+            "nbytes": cost.nbytes,
+            "seconds": cost.seconds + _SECONDS_PER_ROW * len(outs),
+        }
+        for last in (False, True):
+            process = await self._take()
+            try:
+                answer = await process.do(job, file.data, outs)
+            except (OSError, EOFError):
+                code = await process.end()
+                if code == -signal.SIGXCPU:
+                    raise InvalidInput(
+                        f"{describe(file.data)} takes more than {job['seconds']} s of processor time to decode, "
+                        "too much for its size"
+                    ) from None
+                how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+                log.warning("a decode process died (%s) while it had %s", how, describe(file.data))
+                if last:  # it may have been killed from outside, once
+                    raise InvalidInput(f"{describe(file.data)} cannot be decoded: decoders die of it ({how})") from None
+            except BaseException:
+                await process.end()
+                raise
+            else:
+                self._put_back(process)
+                if "error" in answer:
+                    raise InvalidInput(answer["error"], field=answer["field"])
+                return list(answer.get("size", ()))
+        raise AssertionError("the second time returns or raises")
+
+    async def _take(self) -> _Process:
+        if self._idle:
+            process, timer = self._idle.pop()
+            timer.cancel()
+            return process
+        try:
+            process = _Process()
+        except OSError as error:  # no descriptors, processes or memory
+            raise Unavailable(f"no decode process can be started: {error.strerror}", reason="decoder") from None
+        try:
+            await process.receive_message()
+        except (OSError, EOFError):
+            code = await process.end()
+            log.error("a decode process ended with status %d before it was ready", code)
+            raise Unavailable("no decode process can be started; the log has the cause", reason="decoder") from None
+        except BaseException:
+            await process.end()
+            raise
+        return process
+
+    def _put_back(self, process: _Process) -> None:
+        def end() -> None:
+            self._idle.remove((process, timer))
+            process.kill()
+
+        timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, end)
+        self._idle.append((process, timer))
+
+
+class _Process:
+    """One decode process, and the socket that leads there."""
+
+    def __init__(self) -> None:
+        """Raises OSError where it cannot be started."""
+        self._loop = asyncio.get_running_loop()
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            try:
+                # In the main thread, as the event loop is: a process dies with the thread that started it.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", decode_process.__name__, str(theirs.fileno()), str(os.getpid())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.stderr,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                    # Large blocks go back to the system once they are freed; numpy's threads have nothing to do here.
+                    env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OPENBLAS_NUM_THREADS": "1"},
+                )
+            except BaseException:
+                self._socket.close()
+                raise
+        self._socket.setblocking(False)
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._loop.add_reader(self._pidfd, self.reap)
+
+    async def do(self, job: dict[str, Any], data: bytes | memoryview, outs: Sequence[memoryview]) -> dict[str, Any]:
+        """The last message of the answer. Raises OSError or EOFError where the process is gone, or talks nonsense."""
+        await self._loop.sock_sendall(self._socket, pack(job))
+        await self._loop.sock_sendall(self._socket, data)
+        answer: dict[str, Any] = {}
+        if not outs:
+            return await self.receive_message()
+        for out in outs:
+            answer = await self.receive_message()
+            if "error" in answer:
+                break
+            if answer["row_bytes"] != len(out):
+                raise EOFError
+            await self._receive(out)
+        return answer
+
+    async def receive_message(self) -> dict[str, Any]:
+        head = bytearray(4)
+        await self._receive(memoryview(head))
+        (nbytes,) = struct.unpack("<I", head)
+        if nbytes > _MOST_MESSAGE_BYTES:
+            raise EOFError
+        body = bytearray(nbytes)
+        await self._receive(memoryview(body))
+        try:
+            message: dict[str, Any] = json.loads(body)
+        except ValueError:
+            raise EOFError from None
+        return message
+
+    async def _receive(self, into: memoryview) -> None:
+        while into:
+            received = await self._loop.sock_recv_into(self._socket, into)
+            if not received:
+                raise EOFError
+            into = into[received:]
+
+    async def end(self) -> int:
+        """Kill it. Returns its exit status when all that it held is the system's again."""
+        self.kill()
+        return await asyncio.shield(self._ended)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._socket.close()
+
+    def reap(self) -> None:
+        """Wait for the end of a process that is ending."""
+        if not self._ended.done():
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._ended.set_result(self._process.wait())
