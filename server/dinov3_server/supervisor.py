@@ -65,6 +65,8 @@ SILENT_SECONDS = 30.0
 # The supervisor's own loop turns every SNAPSHOT_SECONDS. After this long without a turn it is not healthy; and if the
 # whole service was frozen, as by `docker pause`, its children are not to blame for their silence.
 STUCK_SECONDS = 10.0
+# Before another try where there was no descriptor for the channel of a frontend and a worker.
+CONNECT_PAUSE = 1.0
 # What frontends may take beyond the grace, and workers after them, before they are killed.
 DRAIN_SLACK = 5.0
 WORKER_SLACK = 2.0
@@ -93,7 +95,7 @@ class Supervisor:
         self._provisioned: Provisioned | None = None
         self._workers: list[Child] = []
         self._frontends: list[Child] = []
-        self._unconnected: set[tuple[Child, Child]] = set()  # a frontend and a worker: to be tried again
+        self._unconnected: dict[tuple[Child, Child], float] = {}  # a frontend and a worker: when to try again
 
     def run(self) -> int:
         settings = self._settings
@@ -154,8 +156,9 @@ class Supervisor:
                 self._start(child)
             if child.channel is not None:
                 child.channel.flush()  # what it did not take at once
-        for frontend, worker in tuple(self._unconnected):
-            self._connect(frontend, worker)
+        for (frontend, worker), at in tuple(self._unconnected.items()):
+            if at <= now:
+                self._connect(frontend, worker)
         self._kill_the_silent(now)
         self._update_readiness()
         if self._drain_until is not None:
@@ -246,7 +249,7 @@ class Supervisor:
                     case Reached(step):
                         child.reached = step
                     case NotConnected(index):
-                        self._unconnected.add((child, self._workers[index]))
+                        self._unconnected[child, self._workers[index]] = child.heard + CONNECT_PAUSE
                     case Progress(text):
                         self._progress = text
                     case Prepared(provisioned, seconds):
@@ -278,9 +281,9 @@ class Supervisor:
 
     def _connect(self, frontend: Child, worker: Child) -> None:
         """A channel of their own for a frontend and a worker that is ready. Where no descriptor is left for it, it is
-        tried again in the next turn."""
+        tried again later."""
         if frontend.channel is None or worker.channel is None or not worker.ready:
-            self._unconnected.discard((frontend, worker))  # the successor will be connected
+            self._unconnected.pop((frontend, worker), None)  # the successor will be connected
             return
         try:
             ours, theirs = pair()
@@ -291,9 +294,9 @@ class Supervisor:
         except OSError as error:
             if (frontend, worker) not in self._unconnected:
                 log.error("%s and %s cannot be connected yet: %s", frontend.name, worker.name, error.strerror)
-                self._unconnected.add((frontend, worker))
+            self._unconnected[frontend, worker] = time.monotonic() + CONNECT_PAUSE
             return
-        self._unconnected.discard((frontend, worker))
+        self._unconnected.pop((frontend, worker), None)
         frontend.channel.flush_within(1.0)
         worker.channel.flush_within(1.0)
 
@@ -302,7 +305,7 @@ class Supervisor:
         self._read(child)  # its last words
         code = child.clear(self._selector)
         self._aggregate.retire(child.name)
-        self._unconnected = {pair for pair in self._unconnected if child not in pair}
+        self._unconnected = {pair: at for pair, at in self._unconnected.items() if child not in pair}
         now = time.monotonic()
         pause = child.ended(code, now, self._settings.worker_restart_limit)
         is_over = self._workers_told if child.role == "worker" else self._drain_until is not None

@@ -115,6 +115,19 @@ def test_it_outlives_a_machine_without_descriptors() -> None:
             connection.close()
 
 
+def test_a_frontend_without_descriptors_keeps_its_connections_and_gets_its_worker_later() -> None:
+    with Server() as server, server.client() as client:
+        ask(client, 1)
+        (frontend,) = server.children("frontend")
+        soft, hard = resource.prlimit(frontend.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(frontend.pid, resource.RLIMIT_NOFILE, (4, hard))  # as if callers held all of them
+        server.children("worker")[0].kill()
+        until(lambda: [line for line in server.log if "worker 0 cannot be connected yet: Too many open files" in line])
+        resource.prlimit(frontend.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        ask(client, 1)
+        assert server.children("frontend") == [frontend]
+
+
 def test_a_small_limit_and_a_flood_of_connections_cost_no_request() -> None:
     """Room for its own descriptors and what HTTP may hold, and no more."""
     with Server(TEST_NOFILE="80") as server, Load(server, threads=2) as load:

@@ -185,6 +185,7 @@ def test_a_spawn_that_fails_is_tried_again_for_ever(
 def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Supervisor, Child, Child]]:
     """A frontend and a worker that is ready; the test plays both."""
     monkeypatch.setattr(supervisor, "SNAPSHOT_SECONDS", 0.0)  # a turn waits for nothing
+    monkeypatch.setattr(supervisor, "CONNECT_PAUSE", 0.0)
     boss = Supervisor(Settings(), "unused:unused")
     ends = [*pair(), *pair()]
     frontend = Child("frontend", 0, channel=Channel(ends[0]), ready=True)
@@ -237,7 +238,7 @@ def test_a_frontend_that_had_no_room_for_a_channel_gets_another(connected: tuple
     boss._read(frontend)
     worker.ready = False  # it died meanwhile: its successor will be connected anyway
     boss._turn()
-    assert boss._unconnected == set()
+    assert boss._unconnected == {}
     for _, unread in worker.heard_by.receive():
         os.close(*unread)
     assert frontend.heard_by.receive() == []
