@@ -113,6 +113,8 @@ class HttpEndpoints:
                 self._hang_up(connection)
 
     def _accept(self) -> None:
+        if len(self._connections) == MAX_CONNECTIONS:
+            self._make_room()  # before, not after: even for a moment there is not one more
         try:
             sock, address = self._listener.accept()
         except (BlockingIOError, ConnectionError):
@@ -125,8 +127,6 @@ class HttpEndpoints:
                 time.sleep(_PAUSE)
             return
         sock.setblocking(False)
-        if len(self._connections) == MAX_CONNECTIONS:
-            self._make_room()
         try:
             self._selector.register(sock, selectors.EVENT_READ)
         except OSError:  # the kernel has no memory for it
