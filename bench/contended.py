@@ -7,8 +7,9 @@ first and last answer, and every ratio is the median over ROUNDS of ratios withi
 - `idle`: the rate of a server with nothing beside it but the load generator.
 - `busy`: the rate beside one other process in a busy loop, over `idle`. Of two cores a fair share is about a half.
 - `two_servers`: the slower of two servers that are under load at a time, over `idle` of the first.
-- `of_spinning`: `idle` over that of a server whose threads wait as libgomp has it by default (GOMP_SPINCOUNT=300000):
-  what waiting for a shorter time costs on cores that nothing else uses. `spinning_busy`: `busy` of that server.
+- `of_spinning`: `idle` over the rate of a server whose threads spin as long as is libgomp's default
+  (GOMP_SPINCOUNT=300000): the cost of shorter spinning on cores that nothing else uses.
+- `spinning_busy`: `busy` of that server.
 """
 
 from __future__ import annotations

@@ -232,8 +232,9 @@ class Settings:
         2**30,
         size(2**22, 2**40),
         "limits",
-        "Memory that each frontend may hold beside its arena for messages received, pictures being decoded and answers "
-        "not yet read; at least 4 x max_message_bytes. Requests wait for room, and are told to retry.",
+        "Memory of each frontend, beside its arena, for pictures being decoded; requests wait for room, and are told "
+        "to retry. max_message_bytes each are set aside for messages and for answers, which are not counted yet. At "
+        "least 4 x max_message_bytes.",
     )
     stream_window: int = _setting(
         32, integer(1, 65536), "limits", "Unanswered requests of one stream after which the server reads no further."

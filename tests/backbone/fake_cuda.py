@@ -130,7 +130,7 @@ class FakeCuda:
     def launch_kernel(self) -> None:
         error, self.last_error = self.last_error, 0
         if error:
-            raise RuntimeError(f"CUDA error {error} of somebody else")
+            raise RuntimeError(f"CUDA error {error} of an earlier call")
 
     def call(self, operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """An operator under a stream."""

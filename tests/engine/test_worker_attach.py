@@ -1,4 +1,4 @@
-"""Arenas are attached and detached beside the loop: nobody waits for it but the frontend whose arena it is."""
+"""Arenas are attached and detached beside the loop: only the frontend that owns the arena waits."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""How many bytes of ordinary memory a frontend may hold for its requests, beside its arena.
+"""Bound the bytes of ordinary memory that a frontend holds for its requests, beside its arena.
 
 Three uses share one budget: messages that were received, pictures that are being decoded, and answers until their
-caller has read them. Each use has a part that the others never take, its *floor*, and its own line: what does not fit
-waits, first come first served. So a request that holds a message and waits for a picture, or holds neither and waits
-for its answer, always gets on once those of the same use before it have ended: uses do not wait for each other.
+caller has read them. Only pictures take permits as yet: messages and answers are not counted.
+
+Each use has a part that the others never take, its *floor*, and its own line: what does not fit waits, first come first
+served. So a request that holds a message and waits for a picture, or holds neither and waits for its answer, always
+gets on once those of the same use before it have ended: uses do not wait for each other.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class _Job:
 
 
 class Filler:
-    """The threads and decode processes of a frontend, and who has them when. To be made in the event loop."""
+    """Divide the decode threads and processes of a frontend between requests. Must be made in the event loop."""
 
     def __init__(self, threads: int, pictures: Share, metrics: Metrics) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")

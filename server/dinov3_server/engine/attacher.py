@@ -1,7 +1,7 @@
-"""Arenas on their way to and from the runner, beside the worker's loop.
+"""Attach arenas to the runner and detach them, beside the worker's loop.
 
-To page-lock an arena takes as long as to touch all of its pages, and to unlock it about as long. Nobody must wait for
-that but the frontend whose arena it is.
+Page-locking an arena takes as long as touching all of its pages, and unlocking it about as long. Only the frontend that
+owns the arena waits for that.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Attacher:
         self._todo.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            log.warning("an arena is still being attached to the device; nobody waits for it")
+            log.warning("an arena is still being attached to the device; this process ends without waiting for it")
             return False
         os.close(self._wake)
         return True

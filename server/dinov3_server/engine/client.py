@@ -245,7 +245,7 @@ class Engine:
         """The supervisor connects worker `index`: hand it the arena and wait for its Hello.
 
         Raises:
-            OSError: this process has no descriptor left for it; the worker sees that nobody is there.
+            OSError: this process has no descriptor left for the channel; the worker sees it closed.
         """
         if fd < 0:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
