@@ -277,10 +277,11 @@ class Settings:
         None,
         FILE,
         "security",
-        "File whose content is the bearer token that every call must bring; unset: calls need none.",
+        "File whose content is the bearer token that every call must bring, or several, one a line; unset: calls need "
+        "none. Read again when it changes.",
     )
     tls_cert_file: str | None = _setting(
-        None, FILE, "security", "PEM certificate chain of the gRPC port; with tls_key_file."
+        None, FILE, "security", "PEM certificate chain of the gRPC port; with tls_key_file. Read again when it changes."
     )
     tls_key_file: str | None = _setting(None, FILE, "security", "PEM private key of tls_cert_file.")
     tls_client_ca_file: str | None = _setting(

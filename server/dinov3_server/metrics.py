@@ -170,6 +170,18 @@ class Metrics:
             "output",
             merge=min,
         )
+        # The worst of the frontends, each of which reads the files by itself.
+        self.tls_expiry_seconds = Gauge(
+            "dinov3_tls_expiry_seconds",
+            "Time until the TLS certificate of the gRPC port expires; below 0 once it has.",
+            merge=min,
+        )
+        self.reload_failed = Gauge(
+            "dinov3_reload_failed",
+            "1 while a changed file of this kind (tokens, tls) is of no use and what was read before stays in use.",
+            "kind",
+            merge=max,
+        )
         self._instance = secrets.token_hex(8)
 
     def instruments(self) -> list[Instrument]:

@@ -31,7 +31,7 @@ from dinov3_server.engine.messages import (
 from dinov3_server.errors import StartupError
 from dinov3_server.lifeline import die_with
 from dinov3_server.log import configure
-from dinov3_server.signals import unwind_on_sigterm
+from dinov3_server.signals import UNUSED, unwind_on_sigterm
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,9 @@ def spawn(role: Role, start: Start) -> Spawned:
 def _tie_to(supervisor: int, role: Role) -> None:
     """Die when the supervisor does, and take no signals but from it."""
     die_with(supervisor)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # `systemctl reload`, for one, sends SIGHUP to every process of a service.
+    for number in (signal.SIGINT, signal.SIGHUP, *UNUSED):
+        signal.signal(number, signal.SIG_IGN)
     if role == "provisioner":
         unwind_on_sigterm()  # how the supervisor ends it: its git would outlive a SIGKILL
     else:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as something that a selector loop can wait for, or as an exception."""
+"""The signals of a server as something that a selector loop can wait for, or as an exception."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
+
+# What would end a process by itself and means nothing here. (SIGQUIT still ends it, with a core file.)
+UNUSED = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -25,7 +28,7 @@ class Signals:
         with self.reader, writer:
             self.reader.setblocking(False)
             writer.setblocking(False)
-            signals = (signal.SIGTERM, signal.SIGINT)
+            signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *UNUSED)
             before = {
                 number: signal.signal(number, lambda number, _: self.received.append(number)) for number in signals
             }

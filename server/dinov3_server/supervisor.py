@@ -38,6 +38,7 @@ from dinov3_server.engine.messages import (
     Progress,
     Reached,
     Ready,
+    Reload,
     StartFailed,
     StartFrontend,
     StartProvisioner,
@@ -47,7 +48,7 @@ from dinov3_server.engine.messages import (
 from dinov3_server.http_endpoints import HttpEndpoints
 from dinov3_server.metrics import Aggregate, Metrics
 from dinov3_server.process import START_FAILED, Start
-from dinov3_server.signals import Signals
+from dinov3_server.signals import UNUSED, Signals
 from dinov3_server.topology import (
     check_memory,
     choose_devices,
@@ -166,6 +167,14 @@ class Supervisor:
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
+        if number in UNUSED:
+            log.info("%s means nothing to this server", name)
+            return
+        if number == signal.SIGHUP:
+            log.info("SIGHUP: the files of tokens and TLS are read again; other settings need a restart")
+            for child in self._frontends:
+                self._tell(child, Reload())
+            return
         if self._drain_until is not None:
             log.warning("%s again: ending at once", name)
             self._code = 128 + number

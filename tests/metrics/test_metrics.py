@@ -58,6 +58,8 @@ def everything() -> Metrics:
     metrics.model_info.set(1, "dinov3_vits16", "random:0", "abc", "bfloat16", "cuda:0")
     metrics.model_load_seconds.set(1.5, "read")
     metrics.certificate_cosine.set(0.9999, "cls")
+    metrics.tls_expiry_seconds.set(86400)
+    metrics.reload_failed.set(0, "tls")
     return metrics
 
 
@@ -81,6 +83,8 @@ def test_names_and_labels_are_those_of_the_design() -> None:
         "dinov3_model_info": ("model", "weights", "fingerprint", "dtype", "device"),
         "dinov3_model_load_seconds": ("step",),
         "dinov3_certificate_cosine": ("output",),
+        "dinov3_tls_expiry_seconds": (),
+        "dinov3_reload_failed": ("kind",),
     }
 
 

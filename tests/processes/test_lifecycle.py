@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-from dinov3_client import Dinov3Error
+from dinov3_client import Client, Dinov3Error, Unauthenticated
 from dinov3_server.errors import CheckpointError
 from tests.processes.test_crashes import ask, photo
 from tests.support.numpy_runner import BLOCK
@@ -57,6 +58,41 @@ def test_what_is_not_through_within_the_grace_is_cut_and_the_exit_is_still_clean
         assert server.wait() == 0
         with pytest.raises(Dinov3Error):
             in_flight.result()
+
+
+def test_sighup_has_tokens_read_again_and_no_other_signal_ends_a_server(tmp_path: Path) -> None:
+    """`systemctl reload`, for one, sends it to every process of a service."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("old")
+    with Server("--token-file", str(tokens), "--frontends", "2") as server:
+        with Client(server.grpc, token="old") as client:
+            assert client.model().frontends == 2
+        tokens.write_text("new")
+        processes = [psutil.Process(server.process.pid), *server.family()]
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE):
+            for process in processes:
+                process.send_signal(number)
+        until(lambda: sum("read again: " in line for line in server.log) == 2)  # each frontend says so
+        until(lambda: any("SIGUSR2 means nothing" in line for line in server.log))
+        with Client(server.grpc, token="old") as client, pytest.raises(Unauthenticated):
+            client.model()
+        with Client(server.grpc, token="new") as client:
+            assert client.model().frontends == 2
+        assert {process.pid for process in server.family()} == {process.pid for process in processes[1:]}
+
+
+def test_sighup_does_not_cut_a_drain_short(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz")[0] == 503)
+        server.signal(signal.SIGHUP)
+        until(lambda: any("SIGHUP" in line for line in server.log))
+        gate.touch()
+        assert in_flight.result().cls.shape == (1, 64)
+        assert server.wait() == 0
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dinov3_server.engine.messages import (
     MetricsSnapshot,
     NotConnected,
     Ready,
+    Reload,
     StartFrontend,
     WorkerGone,
 )
@@ -56,6 +57,8 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
                             say(NotConnected(index))
                     case WorkerGone(index, back_in):
                         engine.worker_gone(index, back_in)
+                    case Reload():
+                        server.reload()
                     case Drain(grace):
                         if not drain.done():
                             drain.set_result(grace)

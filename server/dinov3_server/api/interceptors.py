@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
+from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.status import abort, serving_error, status_of
 from dinov3_server.errors import InternalError, Overloaded, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
@@ -22,6 +22,7 @@ _LABELS = {EXTRACT: "Extract", STREAM: "ExtractStream", GET_MODEL: "GetModel"}
 _OTHER = "other"
 # Who asks a probe for its health has no credentials.
 _OPEN = "/grpc.health.v1.Health/"
+SEND_A_TOKEN = "send the metadata `authorization: Bearer TOKEN`"
 
 # Generic in the stubs only.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -130,8 +131,8 @@ class Calls(grpc.aio.ServerInterceptor):
 class Auth(grpc.aio.ServerInterceptor):
     """Outermost. Lets calls through that bring `authorization: Bearer TOKEN` with one of `tokens`; health is open."""
 
-    def __init__(self, tokens: Sequence[str], metrics: Metrics) -> None:
-        self._tokens = [token.encode() for token in tokens]
+    def __init__(self, tokens: Tokens, metrics: Metrics) -> None:
+        self._tokens = tokens
         self._metrics = metrics
 
     async def intercept_service(
@@ -141,26 +142,18 @@ class Auth(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(_OPEN):
             return handler
-        given = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
-        if len(given) == 1 and self._known(given[0]):
+        reason = self._tokens.refusal(handler_call_details.invocation_metadata)
+        if not reason:
             return handler
-        refuse = self._refusal(
-            "the token is not one of this server's" if given else "this server wants a token", method
-        )
+        refuse = self._refusal(reason, method)
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(refuse)
         return grpc.unary_unary_rpc_method_handler(refuse)
-
-    def _known(self, given: str | bytes) -> bool:
-        scheme, _, token = (given.encode() if isinstance(given, str) else given).partition(b" ")
-        # Every one of them is compared, in constant time: how long it takes tells nothing of a token.
-        return scheme.lower() == b"bearer" and sum(hmac.compare_digest(token, known) for known in self._tokens) > 0
 
     def _refusal(self, reason: str, method: str) -> Any:
         async def refuse(request: Any, context: Context) -> NoReturn:
             if method in _LABELS:
                 self._metrics.requests.inc(_LABELS[method], Unauthenticated.status)
-            error = Unauthenticated(f"{reason}: send the metadata `authorization: Bearer TOKEN`")
-            await abort(context, status_of(error))
+            await abort(context, status_of(Unauthenticated(f"{reason}: {SEND_A_TOKEN}")))
 
         return refuse

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import ssl
-from pathlib import Path
+import asyncio
+import logging
+from contextlib import suppress
 
 import grpc
 
 from dinov3_server import __version__
 from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.credentials import Credentials
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.health import HEALTH, Health
 from dinov3_server.api.interceptors import SERVICE, Auth, Calls
@@ -17,7 +19,7 @@ from dinov3_server.api.servicer import FeatureService
 from dinov3_server.backbone.cpu import available_threads
 from dinov3_server.config import Settings
 from dinov3_server.engine.client import Engine
-from dinov3_server.errors import ConfigError, StartupError
+from dinov3_server.errors import StartupError
 from dinov3_server.metrics import Metrics
 
 # Pings find a client that vanished without a word (a pulled cable, a dropped NAT entry); its calls are cancelled.
@@ -25,6 +27,10 @@ _KEEPALIVE_SECONDS = 60
 _KEEPALIVE_TIMEOUT_SECONDS = 20
 # Clients may ping as often as this, also without a call; gRPC's own limit of 5 minutes cuts off most who do.
 _CLIENT_PING_SECONDS = 5
+# Between two looks at the files of tokens and TLS.
+RELOAD_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class FrontendServer:
@@ -33,16 +39,21 @@ class FrontendServer:
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, index: int, frontends: int) -> None:
         """Raises ConfigError for a file that the settings name and that is of no use."""
         threads = settings.decode_threads or max(1, available_threads() // frontends)
-        self._credentials = _credentials(settings)
+        self._credentials = Credentials(settings, metrics)
+        self._reload = asyncio.Event()
+        self._reloading: asyncio.Task[None] | None = None
         self._metrics = metrics
         self.budget = ByteBudget(settings.frontend_bytes, settings.max_message_bytes)
         self._extraction = Extraction(engine, settings, metrics, index, threads, self.budget)
-        self._service = FeatureService(engine, self._extraction, settings, metrics, index, frontends, __version__)
+        tokens = self._credentials.tokens
+        self._service = FeatureService(
+            engine, self._extraction, settings, metrics, index, frontends, __version__, tokens
+        )
         self._health = Health()
         self._calls = Calls(metrics)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]
-        if settings.token_file is not None:
-            interceptors.insert(0, Auth(_tokens(settings.token_file), metrics))
+        if tokens is not None:
+            interceptors.insert(0, Auth(tokens, metrics))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
         self._server.add_generic_rpc_handlers(
             (self._service.handlers(), self._health.handlers(), *Reflection((SERVICE, HEALTH)).handlers())
@@ -55,13 +66,15 @@ class FrontendServer:
         """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            if self._credentials is None:
+            credentials = self._credentials.port()
+            if credentials is None:
                 bound = self._server.add_insecure_port(address)
             else:
-                bound = self._server.add_secure_port(address, self._credentials)
+                bound = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address} (host, port): {error}") from None
         await self._server.start()
+        self._reloading = asyncio.create_task(self._keep_reloading())
         return bound
 
     def set_serving(self, serving: bool) -> None:
@@ -71,6 +84,11 @@ class FrontendServer:
     def show(self) -> None:
         """Set the gauges that are read once a second."""
         self.budget.show(self._metrics)
+        self._credentials.show()
+
+    def reload(self) -> None:
+        """Read the files of tokens and TLS again soon, whether they have changed or not."""
+        self._reload.set()
 
     async def drain(self, grace: float) -> None:
         """Refuse what is new, let what is in flight finish for `grace` seconds, cancel the rest.
@@ -79,9 +97,23 @@ class FrontendServer:
         """
         self._health.close()
         self._service.drain()
+        if self._reloading is not None:
+            self._reloading.cancel()
         await self._server.stop(grace)
         await self._calls.idle()
         self._extraction.close()
+
+    async def _keep_reloading(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._reload.wait(), RELOAD_SECONDS)
+            forced = self._reload.is_set()
+            self._reload.clear()
+            try:
+                # In a thread: a disk may be a network's.
+                await asyncio.to_thread(self._credentials.reload, forced)
+            except Exception:
+                log.exception("the files of tokens and TLS could not be read again")
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
@@ -98,49 +130,3 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         # No grace is set: calls in flight finish, however long they are.
         options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)))
     return options
-
-
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert_file is None or settings.tls_key_file is None:
-        return None
-    certificate = _read(settings.tls_cert_file, "tls_cert_file")
-    key = _read(settings.tls_key_file, "tls_key_file")
-    authorities = None
-    if settings.tls_client_ca_file is not None:
-        authorities = _read(settings.tls_client_ca_file, "tls_client_ca_file")
-    _check_pem(settings.tls_cert_file, settings.tls_key_file, authorities, settings.tls_client_ca_file)
-    return grpc.ssl_server_credentials([(key, certificate)], authorities, require_client_auth=authorities is not None)
-
-
-def _check_pem(certificate: str, key: str, authorities: bytes | None, authorities_path: str | None) -> None:
-    """gRPC says of files that are of no use only that it cannot listen."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key, password="")  # or a key with a passphrase would ask the terminal
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"tls_cert_file {certificate} and tls_key_file {key} are no PEM certificate with its private key "
-            f"(without passphrase): {error.reason or error}"
-        ) from None
-    try:
-        if authorities is not None:
-            context.load_verify_locations(cadata=authorities.decode("ascii"))
-    except (ssl.SSLError, ValueError):
-        raise ConfigError(f"tls_client_ca_file {authorities_path} holds no certificate in PEM") from None
-
-
-def _tokens(path: str) -> list[str]:
-    try:
-        tokens = _read(path, "token_file").decode("ascii").split()
-    except UnicodeDecodeError:
-        raise ConfigError(f"token_file {path} holds other characters than ASCII, which no client can send") from None
-    if not tokens:
-        raise ConfigError(f"token_file {path} is empty: it must hold a token, or several, one a line")
-    return tokens
-
-
-def _read(path: str, setting: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {setting} {path}: {error.strerror}") from None

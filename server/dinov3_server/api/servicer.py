@@ -6,6 +6,7 @@ import time
 
 import grpc
 
+from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import SERVICE, Context
 from dinov3_server.api.response import DTYPES
@@ -31,6 +32,7 @@ class FeatureService:
         index: int,
         frontends: int,
         version: str,
+        tokens: Tokens | None,
     ) -> None:
         self._engine = engine
         self._extraction = extraction
@@ -39,6 +41,7 @@ class FeatureService:
         self._index = index
         self._frontends = frontends
         self._version = version
+        self._tokens = tokens
         self._draining = False
         self._streams: set[Stream] = set()
 
@@ -69,7 +72,7 @@ class FeatureService:
 
     async def extract_stream(self, _: object, context: Context) -> None:
         self._check_open()
-        stream = Stream(context, self._extraction, self._metrics, self._settings)
+        stream = Stream(context, self._extraction, self._metrics, self._settings, self._tokens)
         self._streams.add(stream)
         try:
             await stream.serve()

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import grpc
 
+from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
-from dinov3_server.api.interceptors import Context, measured
+from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, measured
 from dinov3_server.api.status import kept, serving_error, status_of
 from dinov3_server.api.wire import Content, Incoming, TooMany, message_id, parse
 from dinov3_server.config import Settings
-from dinov3_server.errors import InvalidInput, ServingError, Unavailable
+from dinov3_server.errors import InvalidInput, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -38,8 +39,16 @@ class Stream:
     that its messages are not read either.
     """
 
-    def __init__(self, context: Context, extraction: Extraction, metrics: Metrics, settings: Settings) -> None:
+    def __init__(
+        self,
+        context: Context,
+        extraction: Extraction,
+        metrics: Metrics,
+        settings: Settings,
+        tokens: Tokens | None = None,
+    ) -> None:
         self._context = context
+        self._tokens = tokens
         self._extraction = extraction
         self._metrics = metrics
         self._window = asyncio.Semaphore(settings.stream_window)
@@ -54,8 +63,9 @@ class Stream:
     async def serve(self) -> None:
         """Return when the caller has closed its side and every message is answered.
 
-        Raises InvalidInput after a message that is none, and Unavailable after `stop_reading`, in both cases when
-        everything before it is answered.
+        Raises InvalidInput after a message that is none, Unauthenticated after one that came when the call's token was
+        no longer one of `tokens`, and Unavailable after `stop_reading`, in all cases when everything before it is
+        answered.
         """
         async with asyncio.TaskGroup() as group:
             self._reader = group.create_task(self._read(group))
@@ -79,6 +89,8 @@ class Stream:
             data = await self._context.read()
             if data is EOF:
                 return None
+            if self._tokens and (reason := self._tokens.refusal(self._context.invocation_metadata() or ())):
+                return Unauthenticated(f"{reason} any more: {SEND_A_TOKEN}")
             try:
                 asked = self._asked(data)
             except InvalidInput as error:

@@ -74,6 +74,11 @@ class Drain:
 
 
 @dataclass(frozen=True)
+class Reload:
+    """S -> F: read the files of tokens and TLS again now."""
+
+
+@dataclass(frozen=True)
 class Ready:
     """W -> S: the model is loaded and warm. F -> S: it listens, and knows a worker."""
 
