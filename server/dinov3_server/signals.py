@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,6 +44,29 @@ class Signals:
     def clear(self) -> None:
         with suppress(BlockingIOError):
             self.reader.recv(4096)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Keep signals whose handlers may raise (SIGINT, SIGTERM) until the end of the block.
+
+    They are not masked, as a process that is started in the block would inherit the mask. Python runs handlers on the
+    main thread only; on another one this does nothing.
+    """
+    received: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    try:
+        for number in handlers:
+            signal.signal(number, lambda number, _: received.append(number))
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def unwind_on_sigterm() -> None:

@@ -16,9 +16,10 @@ CLIENT = ROOT / "client" / "dinov3_client"
 # Lower rooms know nothing of higher ones. A room may import from its own and from lower floors.
 FLOORS = {
     "errors": 0, "config_kinds": 0, "config": 0, "config_load": 0, "metrics": 0, "log": 0, "storage": 0, "lifeline": 0,
+    "signals": 0,
     "images": 1, "backbone": 1,
     "engine": 2, "provision": 2,
-    "api": 3, "process": 3, "child": 3, "topology": 3, "http_endpoints": 3, "signals": 3,
+    "api": 3, "process": 3, "child": 3, "topology": 3, "http_endpoints": 3,
     "supervisor": 4,
     "cli": 5,
     "__main__": 6,

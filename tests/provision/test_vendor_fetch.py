@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -296,6 +297,31 @@ def test_git_dies_with_us(rig: Rig, programs: Path, tmp_path: Path, sent: signal
     until(lambda: not running(child), "git's child ends")
     if sent == signal.SIGINT:
         assert beside(rig.target) == ["code.lock"]
+
+
+def test_a_signal_that_comes_while_git_starts_ends_it(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its first words and the moment in which Popen returns."""
+    program(programs, "git", "sleep 60 & echo $!; wait")
+    started = []
+
+    def start(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process: subprocess.Popen[bytes] = real(*args, **options)
+        assert process.stdout is not None
+        started.append(process.stdout.readline().decode().strip())
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    real = subprocess.Popen
+    monkeypatch.setattr(git_module.subprocess, "Popen", start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            git_module.run("fetch", folder=programs)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    [child] = started
+    until(lambda: not running(child), "git's child ends")
 
 
 def running(pid: str) -> bool:

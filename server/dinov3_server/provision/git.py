@@ -8,10 +8,11 @@ import select
 import signal
 import subprocess
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from dinov3_server.config_kinds import without_secrets
+from dinov3_server.signals import held
 
 # A transfer of fewer bytes a second than this, for so many seconds, is given up by git itself, over HTTP.
 _SLOW_BYTES, _SLOW_SECONDS = 1000, 30
@@ -85,28 +86,38 @@ def run(*arguments: str, folder: Path, reaching: bool = False) -> None:
     `reaching` is for the command that talks to another repository: how that is reached (proxy, certificates,
     credentials) is the user's configuration to tell. All others see none but the repository's own. Raises GitFailed.
     """
+    with ExitStack() as ended:
+        with held():  # or Ctrl-C could come when git runs and nothing knows that it is to be ended
+            process = ended.enter_context(
+                _start([*_overrides(), *arguments], _environment(os.environ, folder, reaching))
+            )
+            ended.callback(_end, process)
+        said = _listen(process, SILENT_SECONDS if reaching else None)
+        status = process.wait()
+    if status:
+        raise GitFailed(_last_words(said, arguments[0], status))
+
+
+def _start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     try:
-        process = subprocess.Popen(
-            ["git", *_overrides(), *arguments],
+        return subprocess.Popen(
+            ["git", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             # A group that can be ended whole, without the terminal: neither Ctrl-C nor a question reaches it.
             start_new_session=True,
-            env=_environment(os.environ, folder, reaching),
+            env=environment,
         )
     except (FileNotFoundError, PermissionError):
         raise GitMissing from None
-    with process:
-        try:
-            said = _listen(process, SILENT_SECONDS if reaching else None)
-            status = process.wait()
-        finally:
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-    if status:
-        raise GitFailed(_last_words(said, arguments[0], status))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill git and all that it has started, unless it has ended."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _overrides() -> list[str]:
