@@ -246,17 +246,19 @@ async def test_a_float_tensor_of_no_use_has_no_row() -> None:
         assert [error.image_index for error in answer.errors] == [1]
 
 
-async def test_non_finite_floats_are_their_image_s_error() -> None:
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 1e30, -1e30, 1001.0])
+async def test_floats_that_are_no_pixels_are_their_image_s_error(value: float) -> None:
     pixels = np.zeros((3, 3, 16, 16), np.float32)
+    pixels[0, 0, 0, 0], pixels[2, 0, 0, 0] = 1000, -1000
     pixels[1, 0, 3, 3] = np.nan
-    pixels[1, 2, 0, 0] = np.inf
+    pixels[1, 2, 0, 0] = value
     async with serving() as rig:
         answer = await rig.stub.Extract(pb.ExtractRequest(pixels=tensor(pixels)))
         [error] = answer.errors
         assert error.image_index == 1
         told = failure_of_status(error.status)
         assert told.field == "pixels.data"
-        assert "2 of 768 pixel values are NaN or infinite" in told.message
+        assert "2 of 768 pixel values are NaN or beyond 1000" in told.message
         assert [any(row) for row in rows_of(answer.blocks[0].cls)] == [True, False, True]
 
 

@@ -148,6 +148,7 @@ REQUESTS: dict[str, pb.ExtractRequest] = {
     "short tensor": ask(pb.Image(pixels=SHORT), pixels()),
     "short tensor, resized": ask(pb.Image(pixels=SHORT), pixels(), preprocessing=resized(32)),
     "floats not finite": ask(pb.Image(pixels=floats(first=np.inf)), pb.Image(pixels=floats())),
+    "floats too large": ask(pb.Image(pixels=floats(first=-1001)), pb.Image(pixels=floats(first=1000))),
     "floats of another size": ask(pb.Image(pixels=floats()), pixels(), preprocessing=resized(64)),
     "floats with views": ask(pb.Image(pixels=floats(), views=[pb.View()]), pixels()),
     "model pinned": ask(model="dinov3_vitb16"),

@@ -11,6 +11,8 @@ from dinov3_server.errors import InvalidInput
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _PIXEL_FORMATS: dict[pb.DataType, PixelFormat] = {pb.DATA_TYPE_UINT8: "uint8", pb.DATA_TYPE_FLOAT32: "float32"}
+LARGEST_FLOAT = 1000.0
+"""Of normalised pixels, which lie within about -3 to 3. Those of 1e20 have infinite squares, and features."""
 _MOST_AXES = 8  # that an error message shows
 
 
@@ -53,9 +55,13 @@ def read_pixels(tensor: pb.Tensor, data: bytes | memoryview, field: str, packed:
 
 
 def copy_floats(data: bytes | memoryview, field: str, out: memoryview) -> None:
-    """Raises InvalidInput, naming `field`, where the float32 `data` are not all finite."""
+    """Raises InvalidInput, naming `field`, where the float32 `data` hold NaN or values beyond LARGEST_FLOAT."""
     values = np.frombuffer(data, "<f4")
-    finite = int(np.count_nonzero(np.isfinite(values)))
-    if finite < values.size:
-        raise InvalidInput(f"{values.size - finite} of {values.size} pixel values are NaN or infinite", field=field)
+    if not (values.min() >= -LARGEST_FLOAT and values.max() <= LARGEST_FLOAT):  # NaN is neither
+        wrong = values.size - np.count_nonzero(np.abs(values) <= LARGEST_FLOAT)
+        raise InvalidInput(
+            f"{wrong} of {values.size} pixel values are NaN or beyond {LARGEST_FLOAT:g}; float pixels are normalised "
+            "by the model's mean and std, which leaves them within about -3 to 3",
+            field=field,
+        )
     out[:] = data
