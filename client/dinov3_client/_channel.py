@@ -32,6 +32,9 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     # The server's limits are the limits (model().limits tells them); gRPC's default of 4 MB would only be in the way.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
+    # Features do not get smaller, and a small answer could unpack to any size: whatever is compressed is refused. The
+    # bits are gRPC's numbers of algorithms; 0 is none.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # A connection of its own: channels with equal arguments share one otherwise.
     ("grpc.use_local_subchannel_pool", 1),
     # gRPC's retries ignore RetryInfo and give up on large requests; `_retry` does not.

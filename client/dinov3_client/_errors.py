@@ -20,12 +20,16 @@ Misuse that shows before anything is sent raises ValueError or TypeError. Files 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 import grpc
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_status import rpc_status
+
+from dinov3_client._text import printable
 
 _SHOWN_IMAGES = 5
 
@@ -136,15 +140,21 @@ _TYPES: dict[grpc.StatusCode, type[StatusError]] = {
 
 
 def from_status(code: int, message: str, details: Iterable[Any]) -> StatusError:
-    """The error of a google.rpc.Status given by its fields."""
+    """The error of a google.rpc.Status given by its fields. Its texts are made printable; details that are none, or
+    that ask for a pause of less than nothing, are left out."""
+    message = printable(message)
     violations: list[FieldViolation] = []
     retry_after: float | None = None
     for detail in details:
         bad_request, retry_info = BadRequest(), RetryInfo()
-        if detail.Unpack(bad_request):
-            violations += [FieldViolation(each.field, each.description) for each in bad_request.field_violations]
-        elif detail.Unpack(retry_info):
-            retry_after = retry_info.retry_delay.ToNanoseconds() / 1e9
+        with suppress(DecodeError):
+            if detail.Unpack(bad_request):
+                violations += [
+                    FieldViolation(printable(each.field), printable(each.description))
+                    for each in bad_request.field_violations
+                ]
+            elif detail.Unpack(retry_info) and (delay := retry_info.retry_delay.ToNanoseconds()) >= 0:
+                retry_after = delay / 1e9
     status = _CODES.get(code, grpc.StatusCode.UNKNOWN)
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after is None:
         kind: type[StatusError] = MessageTooLarge
@@ -156,6 +166,10 @@ def from_status(code: int, message: str, details: Iterable[Any]) -> StatusError:
         kind = Overloaded
     else:
         kind = _TYPES.get(status, ServerError)
+    if status is grpc.StatusCode.INTERNAL and "Compression algorithm" in message:  # gRPC's words, on this side
+        message = (
+            f"the answer came compressed, which this client refuses; have server or proxy send it plain ({message})"
+        )
     if status is grpc.StatusCode.UNIMPLEMENTED:
         message = f"the server at this address does not offer dinov3_serving.v1.FeatureService ({message})"
     return kind(message, code=status, violations=tuple(violations), retry_after=retry_after)
@@ -166,7 +180,7 @@ def from_rpc_error(error: grpc.RpcError) -> StatusError:
     call: grpc.Call = error  # type: ignore[assignment]  # what both raise is the call, too
     try:
         status = rpc_status.from_call(call)
-    except ValueError:  # details that disagree with the status: the status is what counts
+    except (ValueError, DecodeError):  # details that disagree with the status, or are none: the status is what counts
         status = None
     return from_status(call.code().value[0], call.details() or call.code().name, status.details if status else ())
 

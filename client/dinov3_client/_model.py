@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from dinov3_client._dtypes import name_of
 from dinov3_client._errors import InvalidResponse
+from dinov3_client._text import printable
 from dinov3_serving.v1 import feature_service_pb2 as pb
+
+_SHOWN = 5  # of what is wrong with an answer
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,10 @@ class Model:
 
 
 def read_model(data: bytes) -> Model:
-    """Of a GetModelResponse as it came. Raises InvalidResponse where it is none."""
+    """Of a GetModelResponse as it came, its texts made printable.
+
+    Raises InvalidResponse where it is none, or tells of a model that cannot be.
+    """
     try:
         response = pb.GetModelResponse.FromString(data)
     except DecodeError:
@@ -118,13 +125,13 @@ def read_model(data: bytes) -> Model:
             f"the {len(data)} bytes that came are no {pb.GetModelResponse.DESCRIPTOR.full_name}"
         ) from None
     limits = response.limits
-    return Model(
-        name=response.model,
-        weights=response.weights,
+    model = Model(
+        name=printable(response.model),
+        weights=printable(response.weights),
         random_weights=response.random_weights,
-        fingerprint=response.fingerprint,
+        fingerprint=printable(response.fingerprint),
         dtype=name_of(response.dtype),
-        devices=tuple(response.devices),
+        devices=tuple(map(printable, response.devices)),
         embed_dim=response.embed_dim,
         depth=response.depth,
         layer_dims=tuple(response.layer_dims),
@@ -143,13 +150,47 @@ def read_model(data: bytes) -> Model:
         ),
         frontends=response.frontends,
         frontend=response.frontend,
-        server_version=response.server_version,
+        server_version=printable(response.server_version),
         certificate=_certificate(response),
         projections=tuple(
-            Projection(each.name, each.input_channels, each.output_channels, each.fingerprint)
+            Projection(printable(each.name), each.input_channels, each.output_channels, printable(each.fingerprint))
             for each in response.projections
         ),
     )
+    _check(model)
+    return model
+
+
+def _check(model: Model) -> None:
+    """Raises InvalidResponse for what requests could not be made with, or their answers read."""
+    least = {
+        "embed_dim": model.embed_dim,
+        "depth": model.depth,
+        "patch_size": model.patch_size,
+        "frontends": model.frontends,
+        **{f"limits.{name}": limit for name, limit in vars(model.limits).items()},
+        **{f"layer_dims[{index}]": dim for index, dim in enumerate(model.layer_dims)},
+        **{f"layer_strides[{index}]": stride for index, stride in enumerate(model.layer_strides)},
+        **{
+            f"projections[{index}].output_channels": each.output_channels
+            for index, each in enumerate(model.projections)
+        },
+    }
+    wrong = [f"{name} is 0" for name, number in least.items() if number < 1]
+    for name, values, count in (
+        ("layer_dims", model.layer_dims, model.depth),
+        ("layer_strides", model.layer_strides, model.depth),
+        ("mean", model.mean, 3),
+        ("std", model.std, 3),
+    ):
+        if len(values) != count:
+            wrong.append(f"{name} has {len(values)} numbers, not {count}")
+    if not all(map(math.isfinite, (*model.mean, *model.std))) or not all(each > 0 for each in model.std):
+        wrong.append(f"images cannot be normalised by the mean {model.mean} and the std {model.std}")
+    if not model.fingerprint:
+        wrong.append("fingerprint is empty")
+    if wrong:
+        raise InvalidResponse(f"the server tells of a model that cannot be: {'; '.join(wrong[:_SHOWN])}")
 
 
 def _certificate(response: pb.GetModelResponse) -> Certificate:
@@ -158,12 +199,12 @@ def _certificate(response: pb.GetModelResponse) -> Certificate:
     told = response.certificate
     return Certificate(
         verified=told.verified,
-        reason=told.reason,
-        upstream_revision=told.upstream_revision,
+        reason=printable(told.reason),
+        upstream_revision=printable(told.upstream_revision),
         outputs=tuple(
-            OutputProof(proof.output, name_of(proof.dtype), proof.least_cosine, proof.relative_error)
+            OutputProof(printable(proof.output), name_of(proof.dtype), proof.least_cosine, proof.relative_error)
             for proof in told.outputs
         ),
-        time=told.time,
-        not_covered=told.not_covered,
+        time=printable(told.time),
+        not_covered=printable(told.not_covered),
     )

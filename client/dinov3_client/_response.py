@@ -12,6 +12,7 @@ from dinov3_client._dtypes import Array, name_of, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, from_status
 from dinov3_client._request import Options, TokenKind
 from dinov3_client._split import Query
+from dinov3_client._text import printable
 from dinov3_client._wire import Response
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -24,16 +25,17 @@ def read(data: bytes, query: Query) -> Answer:
     """
     response = Response(data)
     message = response.message
+    fingerprint = printable(message.fingerprint)
     errors = {
         each.image_index: from_status(each.status.code, each.status.message, each.status.details)
         for each in message.errors
     }
     blocks = tuple(_block(block, response, query) for block in message.blocks)
     _check_rows(blocks, errors, query)
-    if query.options.projection and "+" not in message.fingerprint:
+    if query.options.projection and "+" not in fingerprint:
         raise InvalidResponse(
             f"asked for the projection {query.options.projection!r}, the answer's fingerprint, "
-            f"{message.fingerprint!r}, has none"
+            f"{fingerprint!r}, has none"
         )
     timings = message.timings
     return Answer(
@@ -47,7 +49,7 @@ def read(data: bytes, query: Query) -> Answer:
             batches=timings.batches,
         ),
         frontend=message.frontend,
-        fingerprint=message.fingerprint,
+        fingerprint=fingerprint,
         nbytes=len(data),
     )
 

@@ -34,6 +34,7 @@ from dinov3_client import (
 from dinov3_client._model import read_model
 from dinov3_client._retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, SHORTEST_ATTEMPT, Attempts
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
+from dinov3_client.testing._model import message_of
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.client.conftest import FakeClock
 
@@ -66,7 +67,9 @@ def test_the_proof_that_a_server_tells_of() -> None:
         time="2026-01-02T03:04:05Z",
         not_covered="The size of the moon.",
     )
-    assert read_model(pb.GetModelResponse(certificate=told).SerializeToString()).certificate == Certificate(
+    message = message_of(MODEL, 0)
+    message.certificate.CopyFrom(told)
+    assert read_model(message.SerializeToString()).certificate == Certificate(
         verified=True,
         reason="",
         upstream_revision="6876159a",
@@ -77,7 +80,9 @@ def test_the_proof_that_a_server_tells_of() -> None:
 
 
 def test_an_older_server_tells_of_no_proof() -> None:
-    certificate = read_model(b"").certificate
+    message = message_of(MODEL, 0)
+    message.ClearField("certificate")
+    certificate = read_model(message.SerializeToString()).certificate
     assert (certificate.verified, certificate.reason) == (False, "the server tells of no proof")
 
 

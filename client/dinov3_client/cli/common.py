@@ -11,6 +11,7 @@ from pathlib import Path
 from dinov3_client._checks import check_deadline
 from dinov3_client._client import Client
 from dinov3_client._model import Model
+from dinov3_client._text import printable
 from dinov3_client.bulk.errors import SourceError
 from dinov3_client.bulk.sources import Images, find
 
@@ -135,10 +136,10 @@ def seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds") from None
 
 
-def say(text: str) -> None:
-    # A path may hold bytes that are no text, of which stdout, unlike stderr, makes an error.
-    sys.stdout.write(text.encode(errors="backslashreplace").decode() + "\n")
+def say(line: str) -> None:
+    # Names of files and texts of servers may hold anything.
+    sys.stdout.write(printable(line) + "\n")
 
 
-def complain(text: str) -> None:
-    sys.stderr.write(f"dinov3-client: {text}\n")
+def complain(line: str) -> None:
+    sys.stderr.write(f"dinov3-client: {printable(line)}\n")

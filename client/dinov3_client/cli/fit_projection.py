@@ -98,12 +98,10 @@ def _fit(args: argparse.Namespace) -> int:
         "explained_variance": f"{kept[-1]:.6f}",
     }
     _safetensors.write(output, projection(components), metadata)
-    say(
-        f"{output}: {args.channels} of {channels} channels, from {moments.count:,} patches of {images:,} images\n"
-        f"explained variance: {_told(kept)}\n"
-        f"for the server:     --projections {shlex.quote(f'{output.stem}={output.resolve()}')}\n"
-        f'for the client:     projection="{output.stem}"'
-    )
+    say(f"{output}: {args.channels} of {channels} channels, from {moments.count:,} patches of {images:,} images")
+    say(f"explained variance: {_told(kept)}")
+    say(f"for the server:     --projections {shlex.quote(f'{output.stem}={output.resolve()}')}")
+    say(f'for the client:     projection="{output.stem}"')
     return 1 if failures.count else 0
 
 

@@ -33,7 +33,8 @@ def _info(args: argparse.Namespace) -> int:
         "certificate": _certified(model),
         "server": f"{model.server_version}, {model.frontends} frontend{'s' if model.frontends != 1 else ''}",
     }
-    say("\n".join(f"{name:<12} {value}" for name, value in rows.items()))
+    for name, value in rows.items():
+        say(f"{name:<12} {value}")
     return 0
 
 
