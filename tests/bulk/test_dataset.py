@@ -185,6 +185,29 @@ def test_a_damaged_manifest(dataset: FeatureDataset) -> None:
         FeatureDataset(dataset.folder)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"shard":"features-00000.safetensors","bytes"', b'"shard":"../features-00000.safetensors","bytes"'),
+        (b'"row":1,', b'"row":-1,'),
+        (b'"row":1,', b'"row":9999,'),
+        (b'"row":1,', b'"row":"1",'),
+        (b'"row":1,', b""),
+        (b'"sizes":', b'"seizes":'),
+        (b'"sizes":{', b'"sizes":{},"was":{'),
+        (b'"grid":[2,2]', b'"grid":2'),
+        (b'"id":"00.jpg', b'"id":2,"was":"'),
+    ],
+)
+def test_a_manifest_that_lies(dataset: FeatureDataset, old: bytes, new: bytes) -> None:
+    path = dataset.folder / "manifest.jsonl"
+    text = path.read_bytes()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1))
+    with pytest.raises(ExtractionError, match="is damaged"):
+        FeatureDataset(dataset.folder)
+
+
 def test_no_image_with_features(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(broken(1))
     run(tmp_path, tmp_path / "out")

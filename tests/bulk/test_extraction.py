@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -194,7 +195,7 @@ def test_a_shard_that_was_not_committed_does_not_stay(source: Path, tmp_path: Pa
     """Even where its images, tried again, have no features."""
     out = tmp_path / "out"
     stopped(source, out)
-    for name in ("features-00001.safetensors", ".features-00001.safetensors.tmp"):
+    for name in ("features-00001.safetensors", durable.DRAFT):
         (out / name).write_bytes(b"of a run that was killed")
     for index in range(6, 12):
         (source / f"{index:02}.jpg").write_bytes(broken(index))
@@ -455,11 +456,70 @@ def test_npz_files_stay_in_their_folder_and_have_one_image_each(source: Path, tm
         run(source, tmp_path / "out", Options(format="npz"))
     from tests.bulk.test_sources import write_tar
 
-    for member in ("../../x.jpg", "/a/x.jpg", "a//x.jpg"):
+    for member in ("../../x.jpg", "/a/x.jpg", "a//x.jpg", "x" * 252 + ".jpg", "d/" * 2000 + "x.jpg", "é\0.jpg"):
         path = write_tar(tmp_path / "s.tar", [member])
         with pytest.raises(SourceError, match="cannot have an npz file"):
             run(path, tmp_path / "out", Options(format="npz"))
     assert not (tmp_path / "out").exists()
+
+
+def test_npz_files_of_the_longest_names(source: Path, tmp_path: Path) -> None:
+    """A name of 255 bytes, as long as there may be."""
+    name = "é" * 125 + "x"
+    (source / f"{name}.jpg").write_bytes(contents(7))
+    run(source, tmp_path / "out", Options(format="npz"))
+    assert (tmp_path / "out" / f"{name}.npz").exists()
+    (source / ("x" * 255)).write_bytes(contents(8))
+    with pytest.raises(SourceError, match="a name of 259 bytes"):
+        run(source / ("x" * 255), tmp_path / "other", Options(format="npz"))
+
+
+@pytest.mark.parametrize("folder", ["01.npz", "manifest.jsonl"])
+def test_an_npz_that_would_be_a_folder_too(source: Path, tmp_path: Path, folder: str) -> None:
+    (source / folder).mkdir()
+    (source / folder / "x.jpg").write_bytes(contents(1))
+    with pytest.raises(SourceError, match=f"{folder} would be both a folder and a file"):
+        run(source, tmp_path / "out", Options(format="npz"))
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("name", ["failed.jsonl", ".lock", "manifest.jsonl", durable.DRAFT])
+def test_nothing_is_written_through_a_link(source: Path, tmp_path: Path, name: str, dangling: bool) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    stopped(source, out)
+    content = (out / name).read_bytes() if (out / name).exists() else b"other"
+    if not dangling:
+        other.write_bytes(content)
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(other)
+    for folder in (out, tmp_path / "new"):
+        if folder != out:
+            folder.mkdir()
+            (folder / name).symlink_to(other)
+        with contextlib.suppress(ExtractionError, OSError):
+            run(source, folder)
+        assert (other.read_bytes() if other.exists() else None) == (None if dangling else content)
+
+
+def test_a_link_in_the_place_of_failed_jsonl_is_named_before_anything_is_asked(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "failed.jsonl").symlink_to(tmp_path / "other")
+    client = StubClient()
+    with pytest.raises(OSError, match=r"a symbolic link, which is not written through; remove it: .*failed\.jsonl"):
+        run(source, tmp_path / "out", client=client)
+    assert not client.options
+
+
+def test_npz_files_do_not_leave_the_folder_by_a_link(source: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    (source / "sub").mkdir()
+    (source / "sub" / "x.png").write_bytes(contents(50))
+    out.mkdir()
+    other.mkdir()
+    (out / "sub").symlink_to(other)
+    with pytest.raises(ExtractionError, match="a link that leads out of"):
+        run(source, out, Options(format="npz"))
+    assert not list(other.iterdir())
 
 
 def test_options_reach_the_calls(source: Path, tmp_path: Path) -> None:

@@ -172,6 +172,113 @@ def test_a_damaged_shard_is_no_shorter_one(tmp_path: Path) -> None:
     assert len(find([str(path)])) == 3
 
 
+def header(size: bytes, kind: bytes = b"0", name: bytes = b"a.jpg") -> bytes:
+    """Of a member in a tar file; `size` as its 12 bytes are."""
+    block = bytearray(name.ljust(100, b"\0") + b"0000644\0" * 3 + size + b"0" * 11 + b"\0" + b" " * 8 + kind)
+    block += bytes(100) + b"ustar\x0000" + bytes(247)
+    block[148:156] = b"%06o\0 " % sum(block)
+    assert len(block) == 512
+    return bytes(block)
+
+
+ABSURD_SIZES = [
+    b"77777777777\0",  # 8 GiB
+    *(b"\x80" + (2**bits - 1).to_bytes(11, "big") for bits in (40, 62, 63, 64, 80)),
+    *(b"\xff" + (-number).to_bytes(11, "big", signed=True) for number in (1, 512, 1024, 2**62, 2**64)),
+    b"99999999999\0",
+    b"-0000001000\0",
+    b" " * 12,
+]
+
+
+def found_or_damaged(path: Path) -> str:
+    """Why the shard cannot be used; else its images are read."""
+    try:
+        images = find([str(path)])
+    except SourceError as error:
+        return str(error)
+    assert [len(item.read()) for item in images] in ([0], [4])
+    return f"{path} is one"
+
+
+@pytest.mark.parametrize("kind", [b"0", b"5", b"L", b"K", b"x", b"g", b"S", b"?"])
+@pytest.mark.parametrize("size", ABSURD_SIZES)
+def test_a_tar_of_absurd_sizes_is_a_damaged_one(tmp_path: Path, size: bytes, kind: bytes) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(
+        header(size, kind) + b"x" * 512 + header(b"00000000004\0") + b"data".ljust(512, b"\0") + bytes(1024)
+    )
+    assert str(path) in found_or_damaged(path)
+
+
+def test_tars_of_absurd_headers(tmp_path: Path) -> None:
+    def pax(record: bytes) -> bytes:
+        return (
+            header(b"%011o\0" % len(record), b"x") + record.ljust(512, b"\0") + header(b"00000000004\0") + bytes(2048)
+        )
+
+    path = tmp_path / "s.tar"
+    for content in (
+        header(b"00000000004\0", b"L") + b"a".ljust(512, b"\0"),
+        (header(b"00000000004\0", b"L") + b"a".ljust(512, b"\0")) * 3000,  # a name of a name of a name
+        pax(b"20 size=99999999999\n"),
+        pax(b"20 size=99999999999999999999999\n"),
+        pax(b"12 size=ab\n"),
+        pax(b"13 size=-512\n"),
+        pax(b"99999999999 path=x\n"),
+        pax(b"\xff\xff"),
+        pax(b"30 GNU.sparse.map=1,2,3,x,y,z\n"),
+    ):
+        path.write_bytes(content)
+        assert str(path) in found_or_damaged(path)
+
+
+def test_a_sparse_image_is_no_image(tmp_path: Path) -> None:
+    """What lies in the file is not what the member holds."""
+    entry = b"00000000000\0" + b"00000001000\0"
+    block = bytearray(header(b"00000001000\0", b"S"))
+    block[386 : 386 + 24] = entry
+    block[483:495] = b"00000010000\0"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    path = tmp_path / "s.tar"
+    path.write_bytes(bytes(block) + bytes(512) + bytes(1024))
+    with pytest.raises(SourceError, match=r"a\.jpg as a sparse file"):
+        find([str(path)])
+
+
+def test_links_that_lead_nowhere_or_to_themselves_fail_alone(tmp_path: Path) -> None:
+    write(tmp_path, "a.jpg")
+    (tmp_path / "b.jpg").symlink_to("b.jpg")
+    (tmp_path / "c.jpg").symlink_to("gone")
+    (tmp_path / "loop").symlink_to("loop")
+    images = find([str(tmp_path)])
+    assert list(images.ids()) == ["a.jpg", "b.jpg", "c.jpg"]
+    for item in images[1:]:
+        with pytest.raises(OSError, match=item.id):
+            item.read()
+
+
+def test_folders_in_folders_without_end(tmp_path: Path) -> None:
+    """More than Python's own stack would take."""
+    depth = 1500
+    below = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=below)
+        inner = os.open("d", os.O_RDONLY, dir_fd=below)
+        os.close(below)
+        below = inner
+    os.close(os.open("x.jpg", os.O_CREAT | os.O_WRONLY, dir_fd=below))
+    os.close(below)
+    assert ids(tmp_path) == ["d/" * depth + "x.jpg"]
+
+
+def test_a_list_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes(b"a.jpg\nb\0.jpg\n")
+    with pytest.raises(SourceError, match="holds bytes of 0"):
+        ids(lists=(tmp_path / "list",))
+
+
 def test_a_shard_that_was_cut_since_fails_to_be_read(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", ["a.jpg", "b.jpg"])
     images = find([str(path)])

@@ -59,7 +59,12 @@ class FeatureDataset:
         self._grids: dict[str, dict[str, tuple[int, int]]] = {}
         """Of each input size: grid, layerI_grid."""
         self._mixed = self.header["options"]["preset"] == "none" and self.header["options"]["size"] is None
-        self._load(lines)
+        try:
+            self._load(lines)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, StopIteration) as error:
+            raise ExtractionError(
+                f"{self.folder / manifest.MANIFEST} is damaged ({error!r}); restore it, or extract into another folder"
+            ) from None
         if not complete and not unfinished:
             raise ExtractionError(
                 f"{self.folder} is unfinished: {len(self):,} of {self.header['source']['images']:,} images have "
@@ -153,11 +158,14 @@ class FeatureDataset:
                 self._check(line)
                 numbers = {size: list(self._grids).index(size) for size in line["sizes"]}
             for row in waiting:
+                size = row.get("size", next(iter(numbers)))
+                if not 0 <= row["row"] < line["sizes"][size]["rows"]:
+                    raise ValueError(f"row {row['row']} of {line['sizes'][size]['rows']}")
                 names += row["id"].encode("utf-8", "surrogateescape")
                 ends.append(len(names))
                 shards.append(len(self._shards) - 1)
                 rows.append(row["row"])
-                sizes.append(numbers[row.get("size", next(iter(numbers)))])
+                sizes.append(numbers[size])
             waiting.clear()
         self._id_bytes = np.frombuffer(bytes(names), np.uint8)
         self._id_ends = np.array(ends, np.int64)
@@ -167,6 +175,8 @@ class FeatureDataset:
     def _check(self, commit: Line) -> None:
         """That the shard of a commit is there, whole; note its sizes."""
         path = self.folder / commit["shard"]
+        if path.parent != self.folder:
+            raise ValueError(f"a shard in another folder: {path}")
         found = path.stat().st_size if path.exists() else None
         if found != commit["bytes"]:
             raise ExtractionError(

@@ -6,24 +6,30 @@ on the disk. SIGKILL, or a machine without power, between any two calls here lea
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-_MORE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+DRAFT = ".draft.tmp"
+"""What a file is called, in its folder, until it is whole: short, as a file may have the longest name that there is."""
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+# A link would lead writing to a file that is not the extraction's.
+_MORE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def create(path: Path, parts: Iterable[Any]) -> int:
     """Put `parts` (buffers of bytes) into a file, in the place of an older one; how many bytes that were.
 
-    Its name is safe only after `sync_folder`.
+    Its name is safe only after `sync_folder`. One file of a folder at a time.
     """
-    draft = path.with_name(f".{path.name}.tmp")
+    draft = path.with_name(DRAFT)
+    draft.unlink(missing_ok=True)  # of a run that was killed
     try:
-        with _open(draft, _NEW) as descriptor:
+        with _open(draft, _NEW, path) as descriptor:
             written = sum(_write(descriptor, part) for part in parts)
             os.fsync(descriptor)
         os.replace(draft, path)  # noqa: PTH105
@@ -51,13 +57,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
 
 
+def open_file(path: Path, flags: int) -> int:
+    """A descriptor; with O_NOFOLLOW the error says in words that the file is a link."""
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link, which is not written through; remove it", str(path)) from None
+        raise
+
+
 @contextmanager
-def _open(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags, 0o666)
+def _open(path: Path, flags: int, name: Path | None = None) -> Iterator[int]:
+    """Errors call the file `name`."""
+    descriptor = open_file(path, flags)
     try:
         yield descriptor
     except OSError as error:  # calls on descriptors do not name the file
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror, str(name or path)) from None
     finally:
         os.close(descriptor)
 

@@ -58,7 +58,7 @@ def extract(
     Raises Dinov3Error (an ExtractionError where the folder has another extraction), SourceError and OSError.
     """
     if options.format == "npz":
-        check_npz_names(images)
+        check_npz_names(images, folder)
     fingerprint = _fingerprint(model, options.projection)
     header: Line = {
         "model": model.name,

@@ -135,7 +135,7 @@ def _rows(path: Path, length: int) -> Iterator[Line]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = durable.open_file(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -244,7 +244,7 @@ def _cut_failures(path: Path, count: int) -> None:
         raise ExtractionError(
             f"{path} has lost lines: the manifest tells of {count} failed images, and it names {lines}"
         )
-    if path.exists():
+    if os.path.lexists(path):
         durable.truncate(path, length)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from dinov3_client import _safetensors
 from dinov3_client._dtypes import Array
 from dinov3_client.bulk import durable
 from dinov3_client.bulk.errors import ExtractionError, SourceError
-from dinov3_client.bulk.manifest import Line
+from dinov3_client.bulk.manifest import FAILED, LOCK, MANIFEST, Line
 from dinov3_client.bulk.rows import Options, Row
 from dinov3_client.bulk.sources import Images
 
@@ -24,6 +25,9 @@ SHARD_BYTES = 256 << 20
 """Most bytes of features in a shard, but for one row of more."""
 NPZ_ROWS = 64
 """Rows of npz files between two commits."""
+
+# What Linux lets a name and (less some bytes for a draft's) a path have.
+_NAME_BYTES, _PATH_BYTES = 255, 4000
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -50,7 +54,7 @@ class Shards:
 
     def discard(self, number: int) -> None:
         """Remove the shard of this number, which a run wrote that did not come to commit it."""
-        for path in (self._folder / shard_name(number), self._folder / f".{shard_name(number)}.tmp"):
+        for path in (self._folder / shard_name(number), self._folder / durable.DRAFT):
             path.unlink(missing_ok=True)
 
     def _safetensors(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
@@ -78,6 +82,10 @@ class Shards:
             name = npz_name(row.entry.item.stem)
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.resolve().is_relative_to(self._folder.resolve()):
+                raise ExtractionError(
+                    f"{path.parent} is, or lies below, a link that leads out of {self._folder}; remove it"
+                )
             file = io.BytesIO()
             np.savez(file, **self._npz_contents(row))  # type: ignore[arg-type]  # its allow_pickle is not meant
             durable.create(path, [file.getbuffer()])
@@ -120,19 +128,35 @@ def npz_name(stem: str) -> str:
     return f"{stem}.npz"
 
 
-def check_npz_names(images: Images) -> None:
-    """That each image has an npz of its own, inside the folder. Raises SourceError."""
+def check_npz_names(images: Images, folder: Path) -> None:
+    """That each image has an npz of its own, which can be made inside `folder`. Raises SourceError."""
     owners: dict[str, int] = {}
     for index, item in enumerate(images):
         name = npz_name(item.stem)
-        if {"", "..", "."} & set(name.split("/")):
+        parts = name.split("/")
+        longest = max(len(os.fsencode(part)) for part in parts)
+        if {"", "..", "."} & set(parts) or "\0" in name:
             raise SourceError(f"{item.id} cannot have an npz file, which would be {name}; use --format safetensors")
+        if longest > _NAME_BYTES or len(os.fsencode(folder / name)) > _PATH_BYTES:
+            raise SourceError(
+                f"{item.id} cannot have an npz file: a name of {longest} bytes in a path of "
+                f"{len(os.fsencode(folder / name))} is longer than the {_NAME_BYTES} and {_PATH_BYTES} that there may "
+                "be; use --format safetensors"
+            )
         if name in owners:
             raise SourceError(
                 f"{images[owners[name]].source} and {item.source} would both become {name}; give images of equal names "
                 "to runs with an --out of their own, or use --format safetensors"
             )
         owners[name] = index
+    taken = owners.keys() | {MANIFEST, FAILED, LOCK}
+    for name, index in owners.items():
+        for end in (place for place, letter in enumerate(name) if letter == "/"):
+            if name[:end] in taken:
+                raise SourceError(
+                    f"{images[index].id} cannot have an npz file: {name[:end]} would be both a folder and a file; use "
+                    "--format safetensors"
+                )
 
 
 def mapped(path: Path) -> dict[str, Array]:
@@ -140,12 +164,12 @@ def mapped(path: Path) -> dict[str, Array]:
 
     The format: see `dinov3_client._safetensors`.
     """
-    memory = np.memmap(path, np.uint8, "r")
     try:
+        memory = np.memmap(path, np.uint8, "r")
         begin = 8 + int.from_bytes(memory[:8].tobytes(), "little")
         header = json.loads(memory[8:begin].tobytes())
         return {name: _view(memory[begin:], **entry) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExtractionError(f"{path} is damaged ({error}); extract its images again, into another folder") from None
 
 

@@ -164,6 +164,8 @@ def find(given: Iterable[str], lists: Iterable[Path] = ()) -> Images:
     for file in lists:
         # Not splitlines: names may hold what that takes for a line's end (U+2028, say).
         lines = [line.removesuffix("\r") for line in os.fsdecode(file.read_bytes()).split("\n")]
+        if any("\0" in line for line in lines):
+            raise SourceError(f"{file} is no list of images: it holds bytes of 0, which no name has")
         groups.extend(_of_files([line for line in lines if line.strip()]))
     images = Images(groups)
     if not images:
@@ -222,7 +224,7 @@ def _of_files(paths: list[str]) -> Iterator[_Files | _Tar]:
 
 
 def _of_folder(folder: str) -> Iterator[_Files | _Tar]:
-    names = sorted(_below(folder, "", frozenset()))
+    names = sorted(_below(folder))
     if not names:
         raise SourceError(f"{folder} holds no image ({', '.join(EXTENSIONS)}) and no uncompressed tar shard")
     run: list[str] = []
@@ -238,20 +240,23 @@ def _of_folder(folder: str) -> Iterator[_Files | _Tar]:
         yield _Files(folder, run)
 
 
-def _below(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+def _below(folder: str) -> Iterator[str]:
     """Names of images and shards, hidden ones left out. Links to folders are followed, but never in a circle."""
-    told = os.stat(folder)  # noqa: PTH116
-    here = (told.st_dev, told.st_ino)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _below(entry.path, f"{prefix}{entry.name}/", above | {here})
-            elif entry.name.lower().endswith((*_ENDINGS, _TAR)):
-                yield prefix + entry.name
+    waiting = [(folder, "", frozenset[tuple[int, int]]())]
+    while waiting:
+        path, prefix, above = waiting.pop()
+        told = os.stat(path)  # noqa: PTH116
+        here = (told.st_dev, told.st_ino)
+        if here in above:
+            continue
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
+                    waiting.append((entry.path, f"{prefix}{entry.name}/", above | {here}))
+                elif entry.name.lower().endswith((*_ENDINGS, _TAR)):
+                    yield prefix + entry.name
 
 
 def _at_once(path: str, flags: int) -> int:
@@ -290,18 +295,39 @@ def _samples(path: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _members(path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and length of each regular member. Raises SourceError for a damaged file."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
-                if member.isreg() and not os.path.basename(member.name).startswith("."):  # noqa: PTH119
-                    yield member.name.removeprefix("./"), member.offset_data, member.size
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise SourceError(f"{path} is no tar file, or a damaged one: {error}") from None
-    # tarfile takes a header that it cannot read for the end.
+    """Name, first byte and length of each regular member. Raises SourceError for a damaged file, and OSError."""
     with open(path, "rb") as file:  # noqa: PTH123
+        nbytes = os.fstat(file.fileno()).st_size
+        end = 0
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                    if tar.offset <= end or member.size < 0:
+                        raise SourceError(f"{path} is a damaged tar file: {member.name} has {member.size} bytes")
+                    end = tar.offset
+                    if not member.isreg() or os.path.basename(member.name).startswith("."):  # noqa: PTH119
+                        continue
+                    if member.sparse is not None:
+                        if member.name.lower().endswith(_ENDINGS):
+                            raise SourceError(f"{path} has {member.name} as a sparse file; make it without --sparse")
+                        continue
+                    if member.offset_data + member.size > nbytes:
+                        raise SourceError(
+                            f"{path} is a damaged tar file: {member.name} of {member.size} bytes, from byte "
+                            f"{member.offset_data} on, goes beyond its end at {nbytes}"
+                        )
+                    yield member.name.removeprefix("./"), member.offset_data, member.size
+                end = tar.offset
+        except SourceError:
+            raise
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # of a seek to an absurd place
+                raise OSError(error.errno, error.strerror, path) from None
+            raise SourceError(f"{path} is a damaged tar file: {error.strerror}") from None
+        except Exception as error:  # absurd headers make tarfile raise all sorts
+            raise SourceError(f"{path} is no tar file, or a damaged one: {error}") from None
+        # tarfile takes a header that it cannot read for the end.
         file.seek(max(end, 0))
         rest = file.read(_TAR_BLOCK)
     if rest.strip(b"\0"):
