@@ -6,7 +6,7 @@ GPU_PYTHON ?= python3
 BIN := .venv/bin
 PROTO := protos/dinov3_serving/v1/feature_service.proto
 
-.PHONY: install demo test lint format bench fuzz gpu-check gpu-bench protos clean
+.PHONY: install demo test lint format bench fuzz chaos gpu-check gpu-bench protos clean
 
 install: .venv/installed
 
@@ -48,6 +48,9 @@ bench: install
 
 fuzz: install
 	$(BIN)/python -m attack fuzz
+
+chaos: install
+	$(BIN)/python -m attack chaos
 
 # gpu-check and gpu-bench need no installation of ours and no network. Beside torch, pytest and psutil they want the plain
 # install's packages and the server extra's; a GPU image mostly lacks grpcio-status, grpcio-health-checking,
