@@ -33,6 +33,8 @@ from dinov3_server.config_kinds import (
 from dinov3_server.errors import ConfigError
 
 ENV_PREFIX = "DINOV3_"
+# The part of a frontend's queue and arena that bulk requests may hold; the rest is kept for interactive ones.
+BULK_PART = 0.75
 
 _ADDRESS = TEXT._replace(metavar="ADDRESS")
 
@@ -212,6 +214,13 @@ class Settings:
         "limits",
         "Images a frontend holds at once, waiting or running; more are told to retry.",
     )
+    max_wait_seconds: float = _setting(
+        60.0,
+        seconds(0.1, 86400),
+        "limits",
+        "Expected wait over which a request without a deadline is told to retry. One with a deadline is told so where "
+        "the wait would pass it.",
+    )
     max_images_per_request: int = _setting(
         512, integer(1, 65536), "limits", "Most images in one request; each view of an image counts as one."
     )
@@ -305,10 +314,10 @@ class Settings:
             )
         if self.port and (self.host, self.port) == (self.http_host, self.http_port):
             raise ConfigError(f"port and http_port are both {self.port}: gRPC and HTTP need a port each")
-        if self.max_images_per_request > self.max_queue_images:
+        if self.max_images_per_request > BULK_PART * self.max_queue_images:
             raise ConfigError(
-                f"max_images_per_request ({self.max_images_per_request}) is over max_queue_images "
-                f"({self.max_queue_images}): the largest requests could never be admitted"
+                f"max_images_per_request ({self.max_images_per_request}) is over {BULK_PART:.0%} of max_queue_images "
+                f"({self.max_queue_images}), the part that bulk may hold: the largest requests could never be admitted"
             )
         if self.frontend_bytes < 4 * self.max_message_bytes:
             raise ConfigError(

@@ -49,7 +49,7 @@ class InvalidInput(ServingError):
 
 
 class Overloaded(ServingError):
-    """The queue or the arena is full. `reason` is the label of `dinov3_rejected_total`."""
+    """There is no room, or no time before the deadline. `reason` is the label of `dinov3_rejected_total`."""
 
     status = "RESOURCE_EXHAUSTED"
 

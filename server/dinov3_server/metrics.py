@@ -131,6 +131,26 @@ class Metrics:
             "dinov3_queue_seconds", "Time from an image's admission to its batch's start.", buckets=SECONDS_BUCKETS
         )
         self.rejected = Counter("dinov3_rejected_total", "Requests refused at admission, by reason.", "reason")
+        self.refused_images = Counter(
+            "dinov3_refused_images_total", "Images of requests refused because of load, by reason.", "reason"
+        )
+        self.refusal_seconds = Histogram(
+            "dinov3_refusal_seconds",
+            "Time from the arrival of a request at its handler to its refusal because of load.",
+            buckets=SECONDS_BUCKETS,
+        )
+        # The frontend with the longest wait is the one that a person wants to know of.
+        self.expected_wait_seconds = Gauge(
+            "dinov3_expected_wait_seconds",
+            "Time that a new interactive request of one image is expected to wait for a device.",
+            merge=max,
+        )
+        self.late_images = Counter(
+            "dinov3_late_images_total", "Images that were computed and ended after their deadline."
+        )
+        self.late_device_seconds = Counter(
+            "dinov3_late_device_seconds_total", "Device time of images that ended after their deadline.", "device"
+        )
         self.arena_bytes = Gauge("dinov3_arena_bytes", "Shared memory of the frontends, by state.", "state")
         self.frontend_bytes = Gauge(
             "dinov3_frontend_bytes", "Memory of the frontends that requests hold beside the arena, by use.", "use"

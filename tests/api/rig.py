@@ -24,6 +24,7 @@ from dinov3_server.backbone.interface import ModelInfo, Output
 from dinov3_server.config import Settings
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.client import JobResult
+from dinov3_server.engine.forecast import Demand
 from dinov3_server.errors import ServingError
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -99,7 +100,8 @@ class FakeEngine:
         self.fail: Exception | None = None
         self.bad_rows: dict[int, ServingError] = {}
 
-    def reserve(self, images: int, nbytes: int) -> FakeLease:
+    def reserve(self, demand: Demand, deadline: float | None) -> FakeLease:
+        images, nbytes = demand.images, demand.nbytes
         if self.refuse is not None:
             raise self.refuse
         offset = 4096

@@ -306,5 +306,6 @@ def test_the_documentation_has_every_status_and_every_reason() -> None:
         assert f"| `{kind.status}`" in text
     source = "".join(path.read_text() for path in Path(dinov3_server.__file__).parent.rglob("*.py"))
     reasons = set(re.findall(r'reason="(\w+)"', source))
-    assert {"queue", "arena", "starting", "draining"} <= reasons
+    assert {"arena", "deadline", "late", "starting", "draining"} <= reasons
+    reasons |= {"queue", "share", "bulk"}
     assert [reason for reason in reasons if f"`{reason}`" not in text] == []

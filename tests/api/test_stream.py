@@ -12,6 +12,7 @@ import pytest
 from dinov3_server.api.stream import Stream
 from dinov3_server.backbone.interface import Output
 from dinov3_server.config import Settings
+from dinov3_server.engine.shares import NOBODY
 from dinov3_server.errors import InternalError, Overloaded
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -127,7 +128,7 @@ class SlowCaller:
 async def test_a_caller_that_does_not_read_is_not_read_either() -> None:
     engine, caller = FakeEngine(), SlowCaller(10)
     service, settings = extraction(engine, Metrics()), Settings(stream_window=3)
-    serve = asyncio.create_task(Stream(caller, service, Metrics(), settings).serve())  # type: ignore[arg-type]
+    serve = asyncio.create_task(Stream(caller, service, Metrics(), settings, NOBODY).serve())  # type: ignore[arg-type]
     await until_async(lambda: len(engine.done_runs) == 3)
     for _ in range(50):
         await asyncio.sleep(0)

@@ -40,7 +40,8 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "max_batch_images": ("8", 8),
     "max_batch_tokens": ("1_000", 1000),
     "max_queue_delay": ("0.005", 0.005),
-    "max_queue_images": ("600", 600),
+    "max_queue_images": ("700", 700),
+    "max_wait_seconds": ("12.5", 12.5),
     "max_images_per_request": ("64", 64),
     "max_message_bytes": ("64MB", 64_000_000),
     "max_image_pixels": ("1000000", 1_000_000),
@@ -265,7 +266,7 @@ def test_a_bad_value_is_an_error_even_where_another_overrides_it(tmp_path: Path)
             {"frontend_bytes": "400MiB"},
             "frontend_bytes (419430400) is less than 4 x max_message_bytes (134217728)",
         ),
-        ({"max_queue_images": "511"}, "max_images_per_request (512) is over max_queue_images (511)"),
+        ({"max_queue_images": "511"}, "max_images_per_request (512) is over 75% of max_queue_images (511)"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: dict[str, str], message: str, existing: str) -> None:

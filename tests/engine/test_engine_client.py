@@ -13,23 +13,28 @@ import pytest
 import pytest_asyncio
 
 from dinov3_server.backbone.interface import FeatureSpec, Output, PixelShape
+from dinov3_server.config import Settings
 from dinov3_server.engine.admission import Lease
 from dinov3_server.engine.arena import PAGE, Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, pair
 from dinov3_server.engine.client import SPREAD_IMAGES, Engine, JobResult
+from dinov3_server.engine.forecast import Demand
 from dinov3_server.engine.messages import (
+    NO_LOAD,
     Attach,
     Backlog,
     Cancel,
     Dropped,
     Hello,
+    Load,
     PartResult,
     PartRows,
     Results,
     Started,
     Submit,
 )
+from dinov3_server.engine.shares import NOBODY, Caller
 from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, Unavailable
 from dinov3_server.metrics import Metrics
 from tests.support.numpy_runner import NumpyRunner
@@ -84,7 +89,9 @@ class PlayedWorker:
         self.say(Started((PartRows(submit.part, rows or submit.rows),)))
 
     def finish(self, submit: Submit, *rows: int, failed: dict[int, str] | None = None, images: int = 1) -> None:
-        self.say(Results((PartResult(submit.part, rows or submit.rows, failed or {}, 0.5, 0.25, images),), 0))
+        self.say(
+            Results((PartResult(submit.part, rows or submit.rows, failed or {}, 0.5, 0.25, images),), NO_LOAD, None)
+        )
 
     def die(self) -> None:
         self.channel.close()
@@ -95,15 +102,19 @@ class PlayedWorker:
 
 @pytest_asyncio.fixture
 async def engine() -> AsyncIterator[Engine]:
-    engine = Engine(Arena(64 * PAGE), max_queue_images=64, metrics=Metrics())
+    engine = Engine(Arena(64 * PAGE), Settings(max_queue_images=64, max_images_per_request=48), Metrics())
     yield engine
     engine.close()
     while PlayedWorker.played:
         PlayedWorker.played.pop().channel.close()
 
 
+def demand(images: int, nbytes: int = 1, caller: Caller = NOBODY, bulk: bool = False) -> Demand:
+    return Demand(images, nbytes, images * INFO.tokens(SHAPE), caller, bulk)
+
+
 def reserve(engine: Engine, images: int) -> tuple[Lease, Block]:
-    lease = engine.reserve(images, Block.plan(INFO, SHAPE, images, SPEC).end)
+    lease = engine.reserve(demand(images, Block.plan(INFO, SHAPE, images, SPEC).end), None)
     return lease, Block.plan(INFO, SHAPE, images, SPEC, lease.offset)
 
 
@@ -116,7 +127,7 @@ def run(
 
 async def test_before_the_first_worker_everything_is_unavailable(engine):
     with pytest.raises(Unavailable, match="loaded") as refused:
-        engine.reserve(1, 1)
+        engine.reserve(demand(1), None)
     assert refused.value.retry_after > 0
 
 
@@ -143,20 +154,22 @@ async def test_rows_in_features_out_and_the_range_comes_back(engine):
 
 async def test_admission_counts_images_and_bytes_until_the_lease_ends(engine):
     await PlayedWorker(engine).hello()
-    with pytest.raises(InvalidInput, match="max_queue_images"):
-        engine.reserve(65, 1)
-    with pytest.raises(InvalidInput, match="arena_bytes"):
-        engine.reserve(1, 65 * PAGE)
-    held = engine.reserve(60, PAGE)
-    with pytest.raises(Overloaded) as refused:
-        engine.reserve(5, PAGE)
-    assert refused.value.reason == "queue"
+    with pytest.raises(InvalidInput, match="max-queue-images"):
+        engine.reserve(demand(50), None)
+    with pytest.raises(InvalidInput, match="arena-bytes"):
+        engine.reserve(demand(1, 50 * PAGE), None)
+    held = engine.reserve(demand(45, PAGE), None)
+    with pytest.raises(Overloaded, match="this connection holds 45 images, and 5 more") as refused:
+        engine.reserve(demand(5), None)
+    assert refused.value.reason == "share"
     assert refused.value.retry_after > 0
+    other = engine.reserve(demand(2, 40 * PAGE, Caller("other", "")), None)
     with pytest.raises(Overloaded) as refused:
-        engine.reserve(1, 64 * PAGE)
+        engine.reserve(demand(1, 24 * PAGE, Caller("third", "")), None)
     assert refused.value.reason == "arena"
     held.release()
-    engine.reserve(64, 64 * PAGE).release()
+    other.release()
+    engine.reserve(demand(49, 49 * PAGE), None).release()
 
 
 async def test_a_cancelled_call_keeps_its_range_until_the_worker_has_answered(engine):
@@ -320,14 +333,14 @@ async def test_rows_go_to_the_worker_with_the_least_to_do_and_large_requests_are
     small = run(engine, 2)
     submit = await workers[0].hear(Submit)
     workers[0].finish(submit)
-    workers[0].say(Results((), 10_000))  # others keep it busy
+    workers[0].say(Results((), Load(interactive=10_000), None))  # others keep it busy
     await small[1]
     second = run(engine, 1)
     submit = await workers[1].hear(Submit)
     workers[1].finish(submit)
     await second[1]
-    workers[0].say(Results((), 0))
-    await until_async(lambda: not engine._workers[0].other_tokens)
+    workers[0].say(Results((), NO_LOAD, None))
+    await until_async(lambda: not engine._workers[0].others.tokens)
     for lease, _ in (small, second):
         lease.release()
     large = run(engine, SPREAD_IMAGES + 5)
@@ -369,17 +382,17 @@ async def test_of_several_dead_workers_the_first_one_back_counts(engine):
 
 async def test_a_backlog_of_others_that_is_gone_is_forgotten(engine):
     workers = [await PlayedWorker(engine, index).hello() for index in range(2)]
-    workers[0].say(Backlog(10_000))
-    await until_async(lambda: engine._workers[0].other_tokens)
+    workers[0].say(Backlog(Load(bulk=10_000), None))
+    await until_async(lambda: engine._workers[0].others.tokens)
     for busy, free in ((0, 1), (1, 0)):
         lease, task = run(engine, 1)
         workers[free].finish(await workers[free].hear(Submit))
         await task
         lease.release()
-        workers[busy].say(Backlog(0))
-        workers[free].say(Backlog(10_000))
-        await until_async(lambda now=busy: not engine._workers[now].other_tokens)
-        await until_async(lambda now=free: engine._workers[now].other_tokens)
+        workers[busy].say(Backlog(NO_LOAD, None))
+        workers[free].say(Backlog(Load(bulk=10_000), None))
+        await until_async(lambda now=busy: not engine._workers[now].others.tokens)
+        await until_async(lambda now=free: engine._workers[now].others.tokens)
 
 
 async def test_without_a_descriptor_for_it_a_worker_is_connected_another_time(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dinov3_server.engine.scheduler import AGE_TURN, SLACK, BatchRow, Job, Limits, Scheduler
+from dinov3_server.engine.scheduler import SHARE_TURN, SLACK, BatchRow, Job, Limits, Scheduler
 
 LIMITS = Limits(max_batch_images=4, max_batch_tokens=100, max_queue_delay=0.0)
 NOW = 1000.0
@@ -117,7 +117,7 @@ def test_interactive_goes_before_bulk_and_bulk_fills_what_is_left_of_a_batch() -
 def test_of_interactive_and_bulk_in_endless_supply_bulk_gets_every_fourth_batch() -> None:
     for shape in ("a", "b"):
         scheduler = filled(job(0, 1000, bulk=True, shape=shape, enqueued=NOW - 9), *(job(n, 4) for n in range(1, 99)))
-        bulk = [batch == [0] * 4 for batch in drained(scheduler)[: 3 * AGE_TURN]]
+        bulk = [batch == [0] * 4 for batch in drained(scheduler)[: 3 * SHARE_TURN]]
         assert bulk == [False, False, False, True] * 3
 
 

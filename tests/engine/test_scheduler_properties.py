@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dinov3_server.engine.scheduler import AGE_TURN, BatchRow, Job, JobKey, Limits, Scheduler
+from dinov3_server.engine.scheduler import SHARE_TURN, BatchRow, Job, JobKey, Limits, Scheduler
 
 # The same examples on every run, however slow the machine.
 FIXED = settings(
@@ -274,7 +274,7 @@ def test_a_backlog_of_mixed_shapes_drains_in_the_fewest_batches(
     limits=limits_without_delay(),
     older=st.lists(sizes, max_size=8),
     subject=st.tuples(shapes, st.integers(1, 40), st.booleans()),
-    phase=st.integers(0, AGE_TURN - 1),
+    phase=st.integers(0, SHARE_TURN - 1),
     arrivals=st.lists(st.lists(st.tuples(shapes, st.integers(1, 8)), min_size=1, max_size=12), min_size=1, max_size=4),
 )
 def test_no_job_starves_whatever_arrives_after_it(
@@ -285,7 +285,7 @@ def test_no_job_starves_whatever_arrives_after_it(
     arrivals: list[list[tuple[str, int]]],
 ) -> None:
     """Before every batch more interactive jobs arrive, more than a batch can take among them. A job is through after
-    AGE_TURN times the batches that it and what is older fill, shape by shape."""
+    SHARE_TURN times the batches that it and what is older fill, shape by shape."""
     scheduler = Scheduler(limits)
     for _ in range(phase):
         scheduler.add(make(0, 1), now=0.0)
@@ -295,7 +295,7 @@ def test_no_job_starves_whatever_arrives_after_it(
         scheduler.add(make(number, count, shape, enqueued=number, bulk=bulk), now=100.0)
         rows[shape] += count
     last = len(older)
-    allowed = AGE_TURN * sum(math.ceil(count / capacity(limits, shape)) for shape, count in rows.items())
+    allowed = SHARE_TURN * sum(math.ceil(count / capacity(limits, shape)) for shape, count in rows.items())
     left, number = subject[1], 1000
     for step in range(allowed):
         now = 100.0 + step
@@ -367,6 +367,6 @@ def test_bulk_that_is_older_gets_its_quarter_and_otherwise_only_the_room_that_is
     for turn, batch in enumerate(drain(scheduler, 1000.0)):
         shape = str(batch[0].job.shape)
         urgent = sum(not row.job.bulk for row in batch)
-        if turn % AGE_TURN != AGE_TURN - 1 and waiting.total():
+        if turn % SHARE_TURN != SHARE_TURN - 1 and waiting.total():
             assert urgent == min(waiting[shape], capacity(limits, shape)) > 0
         waiting[shape] -= urgent

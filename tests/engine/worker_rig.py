@@ -110,7 +110,7 @@ class PlayedFrontend:
         """Take what has arrived."""
         for message, _ in self.channel.receive():
             if isinstance(message, Backlog):
-                self.backlog = message.other_tokens
+                self.backlog = message.others.tokens
             else:
                 self.heard.append(message)
 

@@ -49,6 +49,11 @@ def everything() -> Metrics:
     metrics.queue_images.set(3)
     metrics.queue_seconds.observe(0.004)
     metrics.rejected.inc("queue")
+    metrics.refused_images.inc("queue", value=2)
+    metrics.refusal_seconds.observe(0.001)
+    metrics.expected_wait_seconds.set(0.5)
+    metrics.late_images.inc()
+    metrics.late_device_seconds.inc("cpu", value=0.1)
     metrics.arena_bytes.set(2**20, "used")
     metrics.frontend_bytes.set(2**19, "messages")
     metrics.device_memory_bytes.set(2**30, "cuda:0", "allocated")
@@ -74,6 +79,11 @@ def test_names_and_labels_are_those_of_the_design() -> None:
         "dinov3_queue_images": (),
         "dinov3_queue_seconds": (),
         "dinov3_rejected_total": ("reason",),
+        "dinov3_refused_images_total": ("reason",),
+        "dinov3_refusal_seconds": (),
+        "dinov3_expected_wait_seconds": (),
+        "dinov3_late_images_total": (),
+        "dinov3_late_device_seconds_total": ("device",),
         "dinov3_arena_bytes": ("state",),
         "dinov3_frontend_bytes": ("use",),
         "dinov3_device_memory_bytes": ("device", "kind"),

@@ -62,10 +62,11 @@ class Full:
         until(lambda: self.server.metric("dinov3_arena_bytes", state="used") == 0)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    gate = tmp_path_factory.mktemp("gate") / "gate"
-    flags = ("--arena-bytes", "1MiB", "--max-queue-images", "8", "--max-images-per-request", "8")
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
+    """A new one for each test: one that was held has learned that its device is slow."""
+    gate = tmp_path / "gate"
+    flags = ("--arena-bytes", "1MiB", "--max-queue-images", "8", "--max-images-per-request", "6")
     with Server(*flags, TEST_GATE_FILE=str(gate)) as server:
         yield server, gate
 
@@ -76,7 +77,6 @@ def test_a_full_server_says_so_and_recovers(
 ) -> None:
     """Once the queue is full, once the arena."""
     running, gate = server
-    gate.unlink(missing_ok=True)
     full = Full(running, gate, [photo(seed, size, size) for seed in range(held)])
     images = [photo(seed, size, size) for seed in range(100, 100 + wanted)]
     message, seconds = full.refusal(images)

@@ -76,9 +76,10 @@ def test_a_room_knows_only_what_it_may(path: Path) -> None:
     assert here == "backbone" or not knows(path, "torch"), "only backbone/ may import torch"
 
 
-def test_the_scheduler_is_pure() -> None:
-    path = SERVER / "engine" / "scheduler.py"
-    for package in ("torch", "asyncio", "threading", "time", "numpy", "dinov3_server"):
+@pytest.mark.parametrize("name", ["scheduler", "pace", "shares", "forecast"])
+def test_what_decides_about_load_is_pure(name: str) -> None:
+    path = SERVER / "engine" / f"{name}.py"
+    for package in ("torch", "asyncio", "threading", "time", "numpy"):
         assert not knows(path, package)
 
 

@@ -24,7 +24,9 @@ from dinov3_server.config import Settings
 from dinov3_server.engine.admission import Lease
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.client import Engine, JobResult
-from dinov3_server.errors import DeadlineExceeded, InvalidInput, ServingError, Unavailable
+from dinov3_server.engine.forecast import Demand
+from dinov3_server.engine.shares import Caller
+from dinov3_server.errors import DeadlineExceeded, InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -67,10 +69,11 @@ class Extraction:
         self,
         request: pb.ExtractRequest,
         deadline: float | None,
+        caller: Caller,
         message_id: int | None = None,
         content: Content = bytes,
     ) -> bytes:
-        """The ExtractResponse or, given a `message_id`, the ExtractStreamResponse that holds it.
+        """Return the ExtractResponse or, given a `message_id`, the ExtractStreamResponse that holds it.
 
         `content` is that of the request's `bytes` fields (wire.Incoming).
         `deadline` is in seconds of time.monotonic(). Raises ServingError where the request as a whole fails.
@@ -86,7 +89,14 @@ class Extraction:
             if not placed:
                 return self._respond(memoryview(b""), model, query, placed, pb.Timings(), message_id)
             check_answer([one.block for one in placed], model, query.fingerprint, self._settings.max_message_bytes)
-            lease = self._engine.reserve(sum(one.block.count for one in placed), placed[-1].block.end)
+            demand = Demand(
+                images=sum(one.block.count for one in placed),
+                nbytes=placed[-1].block.end,
+                tokens=sum(one.block.count * model.tokens(one.block.shape) for one in placed),
+                caller=caller,
+                bulk=query.bulk,
+            )
+            lease = self._engine.reserve(demand, deadline)
             try:
                 return await self._extract(query, model, lease, deadline, message_id)
             finally:
@@ -94,6 +104,8 @@ class Extraction:
         except ServingError as error:
             if not isinstance(error, DeadlineExceeded):
                 self._metrics.images.inc(_OUTCOMES[error.status], value=images)
+            if isinstance(error, Overloaded):
+                self._metrics.refused_images.inc(error.reason, value=images)
             raise
 
     async def _extract(

@@ -41,7 +41,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_caller_that_left)
     metrics = Metrics()
     arena = Arena(start.settings.arena_bytes)
-    engine = Engine(arena, start.settings.max_queue_images, metrics)
+    engine = Engine(arena, start.settings, metrics, start.frontends)
     server = FrontendServer(engine, start.settings, metrics, start.index, start.frontends)
     drain: asyncio.Future[float] = loop.create_future()
 
@@ -85,6 +85,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
         while True:
             if control.flush():  # to a peer that does not read nothing is piled up
                 server.show()
+                engine.show_wait()
                 say(MetricsSnapshot(metrics.snapshot()))
             await asyncio.sleep(SNAPSHOT_SECONDS)
 

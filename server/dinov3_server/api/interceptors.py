@@ -47,6 +47,8 @@ def measured(metrics: Metrics, method: str, expired: Callable[[], bool]) -> Iter
         code = error.status
         if isinstance(error, Overloaded | Unavailable):
             metrics.rejected.inc(error.reason)
+        if isinstance(error, Overloaded):
+            metrics.refusal_seconds.observe(time.perf_counter() - started)
         raise
     except Exception:
         code = InternalError.status

@@ -6,6 +6,7 @@ import time
 
 import grpc
 
+from dinov3_server.api.caller import caller_of
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import SERVICE, Context
@@ -66,13 +67,15 @@ class FeatureService:
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         request, content = parse(pb.ExtractRequest, data, self._settings.max_images_per_request)
-        extract = self._extraction.extract(request, deadline, content=content)
+        caller = caller_of(context, by_token=self._tokens is not None)
+        extract = self._extraction.extract(request, deadline, caller, content=content)
         del data, request, content  # what was sent need not wait in memory for the device
         return await extract
 
     async def extract_stream(self, _: object, context: Context) -> None:
         self._check_open()
-        stream = Stream(context, self._extraction, self._metrics, self._settings, self._tokens)
+        caller = caller_of(context, by_token=self._tokens is not None)
+        stream = Stream(context, self._extraction, self._metrics, self._settings, caller, self._tokens)
         self._streams.add(stream)
         try:
             await stream.serve()

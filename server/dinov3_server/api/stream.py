@@ -15,6 +15,7 @@ from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, measured
 from dinov3_server.api.status import kept, serving_error, status_of
 from dinov3_server.api.wire import Content, Incoming, TooMany, message_id, parse
 from dinov3_server.config import Settings
+from dinov3_server.engine.shares import Caller
 from dinov3_server.errors import InvalidInput, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -45,10 +46,12 @@ class Stream:
         extraction: Extraction,
         metrics: Metrics,
         settings: Settings,
+        caller: Caller,
         tokens: Tokens | None = None,
     ) -> None:
         self._context = context
         self._tokens = tokens
+        self._caller = caller
         self._extraction = extraction
         self._metrics = metrics
         self._window = asyncio.Semaphore(settings.stream_window)
@@ -142,7 +145,7 @@ class Stream:
                 deadline = self._deadline_of(message.timeout_seconds, asked.arrived)
                 if not message.HasField("request"):
                     raise InvalidInput("request is not set", field="request")
-                extract = self._extraction.extract(message.request, deadline, message_id, asked.content)
+                extract = self._extraction.extract(message.request, deadline, self._caller, message_id, asked.content)
                 del asked, message
                 return await extract
         except Exception as error:

@@ -22,29 +22,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dinov3_server.backbone.interface import ModelInfo
-from dinov3_server.engine.admission import Admission, Lease
+from dinov3_server.backbone.interface import ModelInfo, PixelShape
+from dinov3_server.config import Settings
+from dinov3_server.engine.admission import Admission, Lease, retry_in
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, ChannelClosed
+from dinov3_server.engine.forecast import SPREAD_IMAGES, Demand, Forecast, predict
 from dinov3_server.engine.messages import (
+    NO_LOAD,
     Attach,
     Backlog,
     Cancel,
     Dropped,
     Hello,
+    Load,
     PartResult,
     Results,
     Started,
     Submit,
 )
-from dinov3_server.errors import DeadlineExceeded, InternalError, ServingError, Unavailable
+from dinov3_server.engine.pace import BatchTime, Pace
+from dinov3_server.engine.shares import NOBODY
+from dinov3_server.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
-
-# With several workers a large request is spread over them in parts of this many images.
-SPREAD_IMAGES = 32
 
 
 class JobResult(NamedTuple):
@@ -96,10 +99,10 @@ class _Part:
     worker: _Worker | None = None
     started: set[int] = field(default_factory=set)
 
-    @property
-    def tokens(self) -> int:
+    def tokens(self, rows: int) -> int:
+        """Of that many of its rows."""
         assert self.worker is not None
-        return self.worker.info.tokens(self.call.block.shape) * len(self.rows)
+        return self.worker.info.tokens(self.call.block.shape) * rows
 
 
 @dataclass(eq=False)
@@ -108,26 +111,37 @@ class _Worker:
 
     channel: Channel
     info: ModelInfo
+    pace: Pace
     parts: dict[int, _Part] = field(default_factory=dict)
     own_tokens: int = 0
-    other_tokens: int = 0  # of other frontends, as last heard
+    running_tokens: int = 0  # of our own, on the device
+    others: Load = NO_LOAD  # as last heard
 
     @property
     def backlog(self) -> int:
-        return self.own_tokens + self.other_tokens
+        return self.own_tokens + self.others.tokens
+
+    def hear(self, others: Load, batch: BatchTime | None) -> None:
+        self.others = others
+        if batch is not None:
+            self.pace.observe(batch, time.monotonic())
 
 
 class Engine:
     """All the workers, as one frontend sees them. Lives in the frontend's event loop."""
 
-    def __init__(self, arena: Arena, max_queue_images: int, metrics: Metrics) -> None:
-        self.admission = Admission(arena, max_queue_images, metrics)
+    def __init__(self, arena: Arena, settings: Settings, metrics: Metrics, frontends: int = 1) -> None:
+        """`frontends` is how many there are, this one among them."""
+        self.admission = Admission(arena, settings.max_queue_images, settings.max_wait_seconds, metrics)
         self.model: ModelInfo | None = None
         self.on_model: Callable[[], None] = lambda: None  # called whenever a worker has introduced itself
+        self._settings = settings
+        self._other_frontends = frontends - 1
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._channels: dict[int, Channel] = {}  # by worker index, from the connection on
         self._workers: dict[int, _Worker] = {}  # by worker index, from Hello on
+        self._paces: dict[int, Pace] = {}  # by worker index; a successor has the same device
         self._parts_made = 0
         self._homeless: list[_Part] = []  # no worker lives; in the order of their requests
         self._expected: dict[int, float] = {}  # by index of a dead worker: when its successor is expected
@@ -138,11 +152,36 @@ class Engine:
 
     # --- requests --------------------------------------------------------------------------------
 
-    def reserve(self, images: int, nbytes: int) -> Lease:
-        """Room for `images` and `nbytes` of the arena; see `Admission.reserve`. Unavailable before the first worker."""
+    def reserve(self, demand: Demand, deadline: float | None) -> Lease:
+        """Take room for a request; see `Admission.reserve`. Raises Unavailable before the first worker."""
         if self.model is None:
             raise Unavailable("the model is still being loaded", reason="starting")
-        return self.admission.reserve(images, nbytes)
+        self._check_worker(deadline)
+        return self.admission.reserve(demand, deadline, self.forecast)
+
+    def forecast(self, demand: Demand, quick: bool = False) -> Forecast:
+        """Predict how long `demand` will take if it is admitted now; `quick` may tell a longer wait than there is."""
+        now = time.monotonic()
+        workers = list(self._workers.values())
+        loads = [worker.others for worker in workers]
+        others = Load(*map(sum, zip(*loads, strict=True))) if loads else Load()
+        others = others._replace(running=others.running + sum(worker.running_tokens for worker in workers))
+        waiting = self.admission.waiting
+        ahead = waiting.most_ahead(others)
+        if ahead and not quick:
+            ahead = waiting.ahead(demand, others, self._other_frontends)
+        paces = [worker.pace for worker in workers] or list(self._paces.values()) or [Pace()]
+        settings = self._settings
+        full = min(settings.max_batch_images * demand.tokens // demand.images, settings.max_batch_tokens)
+        return predict(demand, ahead, paces, full, self._back_in(now), now)
+
+    def show_wait(self) -> None:
+        """Set the metric of the expected wait."""
+        if self.model is not None:
+            size = self._settings.warm_up_sizes[0] if self._settings.warm_up_sizes else (224, 224)
+            tokens = self.model.tokens(PixelShape(*size, "uint8"))
+            expected = self.forecast(Demand(images=1, nbytes=0, tokens=tokens, caller=NOBODY, bulk=False))
+            self._metrics.expected_wait_seconds.set(expected.wait)
 
     async def run(
         self, lease: Lease, block: Block, rows: Sequence[int], deadline: float | None, bulk: bool
@@ -153,15 +192,13 @@ class Engine:
 
         Raises:
             DeadlineExceeded: the deadline passed first.
+            Overloaded: the rows cannot end before the deadline, and were not started.
             Unavailable: no worker lives, and none is expected before the deadline.
         """
         call = _Call(block, lease, deadline, bulk, time.monotonic(), self._loop.create_future(), set(rows))
         if not rows:
             return JobResult({}, 0.0, 0.0, 0, 0)
-        expected_at = min(self._expected.values(), default=0.0)
-        if not self._workers and deadline is not None and deadline < expected_at:
-            wait = max(0.1, expected_at - call.enqueued)
-            raise Unavailable(f"no worker lives; one is expected in {wait:.1f} s", reason="no_worker", retry_after=wait)
+        self._check_worker(deadline)
         for chunk in self._spread(list(rows)):
             self._place(self._new_part(call, chunk, solo=False))
         timer = None if deadline is None else self._loop.call_at(deadline, self._expire, call)
@@ -174,8 +211,19 @@ class Engine:
                 self._abandon(call)
                 if not call.done.cancelled():
                     call.done.exception()  # seen, also where the caller was cancelled at the same moment
-        self.admission.rate.add(len(rows))
         return JobResult(call.failed, call.queue_seconds, call.inference_seconds, call.batch_images, call.batches)
+
+    def _back_in(self, now: float) -> float:
+        """Return the seconds until a worker is expected to live; 0 while one does."""
+        return 0.0 if self._workers else max(0.0, min(self._expected.values(), default=now) - now)
+
+    def _check_worker(self, deadline: float | None) -> None:
+        """Raise Unavailable where no worker is expected before the deadline."""
+        now = time.monotonic()
+        wait = self._back_in(now)
+        if deadline is not None and wait and deadline < now + wait:
+            wait = max(0.1, wait)
+            raise Unavailable(f"no worker lives; one is expected in {wait:.1f} s", reason="no_worker", retry_after=wait)
 
     def _spread(self, rows: list[int]) -> list[list[int]]:
         if len(self._workers) < 2:
@@ -195,7 +243,7 @@ class Engine:
         call = part.call
         part.worker = worker
         worker.parts[part.index] = part
-        worker.own_tokens += part.tokens
+        worker.own_tokens += part.tokens(len(part.rows))
         call.lease.hold(len(part.rows))
         worker.channel.send(
             Submit(
@@ -206,6 +254,7 @@ class Engine:
                 deadline=call.deadline,
                 bulk=call.bulk,
                 solo=part.solo,
+                caller=call.lease.demand.caller,
             )
         )
         self._flush(worker.channel)
@@ -304,22 +353,18 @@ class Engine:
         try:
             for message, _ in channel.receive():
                 match message:
-                    case Results(parts, other_tokens):
+                    case Results(parts, others, batch):
                         worker = self._workers[index]
-                        worker.other_tokens = other_tokens
+                        worker.hear(others, batch)
                         for result in parts:
                             self._take(worker, result)
                     case Started(parts):
                         for index_of_part, rows in parts:
-                            self._workers[index].parts[index_of_part].started.update(rows)
+                            self._start(self._workers[index], index_of_part, rows)
                     case Dropped(part_index, rows, reason):
-                        self._metrics.images.inc(reason, value=len(rows))
-                        part = self._answered(self._workers[index], part_index, rows)
-                        if not part.call.over:
-                            # Its deadline passed in the worker a moment before it does here.
-                            self._expire(part.call)
-                    case Backlog(other_tokens):
-                        self._workers[index].other_tokens = other_tokens
+                        self._drop(self._workers[index], part_index, rows, reason)
+                    case Backlog(others, batch):
+                        self._workers[index].hear(others, batch)
                     case Hello(info):
                         self._hello(index, channel, info)
         except ChannelClosed:
@@ -330,11 +375,38 @@ class Engine:
     def _hello(self, index: int, channel: Channel, info: ModelInfo) -> None:
         self.model = info
         self._expected.pop(index, None)
-        self._workers[index] = _Worker(channel, info)
+        self._workers[index] = _Worker(channel, info, self._paces.setdefault(index, Pace()))
         homeless, self._homeless = self._homeless, []
         for part in homeless:
             self._place(part)
         self.on_model()
+
+    def _start(self, worker: _Worker, index: int, rows: Sequence[int]) -> None:
+        part = worker.parts[index]
+        tokens = part.tokens(len(rows))
+        worker.running_tokens += tokens - part.tokens(len(part.started.intersection(rows)))
+        part.started.update(rows)
+        part.call.lease.stop_waiting(tokens)
+
+    def _drop(self, worker: _Worker, index: int, rows: Sequence[int], reason: str) -> None:
+        """The worker has dropped rows: they were cancelled, or their time is up, or will be before they could end."""
+        part = self._answered(worker, index, rows)
+        part.call.lease.stop_waiting(part.tokens(len(rows)))
+        call = part.call
+        if reason == "late" and not call.over:
+            expected = self.forecast(call.lease.demand)
+            left = max(0.0, (call.deadline or 0.0) - time.monotonic())
+            error = Overloaded(
+                f"after {time.monotonic() - call.enqueued:.2f} s of waiting, {left:.2f} s are left before the deadline "
+                "and computing takes longer: send fewer requests at once, or allow more time",
+                reason="late",
+                retry_after=retry_in(expected.wait),
+            )
+            call.done.set_exception(error)
+        elif reason != "late":
+            self._metrics.images.inc(reason, value=len(rows))
+            if not call.over:
+                self._expire(call)  # its deadline passed in the worker a moment before it does here
 
     def _take(self, worker: _Worker, result: PartResult) -> None:
         part = self._answered(worker, result.part, result.rows)
@@ -351,7 +423,8 @@ class Engine:
 
     def _answered(self, worker: _Worker, index: int, rows: Sequence[int]) -> _Part:
         part = worker.parts[index]
-        worker.own_tokens -= worker.info.tokens(part.call.block.shape) * len(rows)
+        worker.own_tokens -= part.tokens(len(rows))
+        worker.running_tokens -= part.tokens(len(part.started.intersection(rows)))
         part.rows.difference_update(rows)
         part.started.difference_update(rows)
         if not part.rows:

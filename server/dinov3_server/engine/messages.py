@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 from dinov3_server.backbone.interface import ModelInfo, Provisioned
 from dinov3_server.config import Settings
 from dinov3_server.engine.block import Block
+from dinov3_server.engine.pace import BatchTime
+from dinov3_server.engine.shares import NOBODY, Caller
 from dinov3_server.errors import StartupError
 
 SNAPSHOT_SECONDS = 1.0
@@ -167,6 +169,7 @@ class Submit(NamedTuple):
     deadline: float | None
     bulk: bool
     solo: bool  # every row in a batch of its own: it is suspected of having killed a worker
+    caller: Caller = NOBODY
 
 
 class Cancel(NamedTuple):
@@ -197,22 +200,39 @@ class PartResult(NamedTuple):
     batch_images: int
 
 
-class Backlog(NamedTuple):
-    """W -> F, now and then: the tokens that other frontends have waiting or running here."""
+class Load(NamedTuple):
+    """Tokens that a worker has of other frontends: on the device, and waiting by class."""
 
-    other_tokens: int
+    running: int = 0
+    interactive: int = 0
+    bulk: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.running + self.interactive + self.bulk
+
+
+NO_LOAD = Load()
+
+
+class Backlog(NamedTuple):
+    """W -> F, now and then: what other frontends have here, and the last batch that the device ran."""
+
+    others: Load
+    batch: BatchTime | None
 
 
 class Results(NamedTuple):
-    """W -> F: features lie in the arena. `other_tokens` as in `Backlog`."""
+    """W -> F: features lie in the arena. `others` and `batch` as in `Backlog`."""
 
     parts: tuple[PartResult, ...]
-    other_tokens: int
+    others: Load
+    batch: BatchTime | None
 
 
 class Dropped(NamedTuple):
-    """W -> F: these rows never reached the device."""
+    """W -> F: these rows never reached the device. "late": they could not have ended before their deadline."""
 
     part: int
     rows: tuple[int, ...]
-    reason: Literal["cancelled", "expired"]
+    reason: Literal["cancelled", "expired", "late"]

@@ -9,7 +9,7 @@ from typing import Literal
 from dinov3_server.engine.arena import ArenaMapping
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel
-from dinov3_server.engine.messages import Dropped, Submit
+from dinov3_server.engine.messages import Dropped, Load, Submit
 from dinov3_server.engine.scheduler import BatchRow, Job
 
 
@@ -20,6 +20,7 @@ class Part:
     block: Block
     tokens: int  # a row
     unanswered: int
+    bulk: bool
     cancelled: bool = False
 
 
@@ -35,14 +36,15 @@ class Frontend:
         self.mapping: ArenaMapping | None = None
         self.attached = False  # and told so: nothing else is said to it before
         self.gone = False
-        self.tokens = 0  # submitted and unanswered
+        self.load = Load()  # submitted and unanswered
+        self.told = 0.0  # when it was last told of the others' load
         self.running = 0  # rows in batches on the device, or waiting to be run again
         self._parts: dict[int, Part] = {}
 
     def submit(self, submit: Submit, tokens: int) -> Job:
         """The job of a new part, whose rows are `tokens` each."""
-        part = self._parts[submit.part] = Part(submit.block, tokens, len(submit.rows))
-        self.tokens += tokens * len(submit.rows)
+        part = self._parts[submit.part] = Part(submit.block, tokens, len(submit.rows), submit.bulk)
+        self._add(part, waiting=len(submit.rows))
         return Job(
             key=(self.key, submit.part),
             shape=submit.block.shape,
@@ -53,24 +55,42 @@ class Frontend:
             bulk=submit.bulk,
             solo=submit.solo,
             payload=part,
+            caller=submit.caller,
         )
+
+    def start(self, part: Part, rows: int) -> None:
+        """Count rows that leave the queue for the device."""
+        self.running += rows
+        self._add(part, waiting=-rows, running=rows)
 
     def cancel(self, index: int) -> None:
         """Nobody waits for this part any more; it may have been answered in the meantime."""
         if part := self._parts.get(index):
             part.cancelled = True
 
-    def drop(self, index: int, rows: tuple[int, ...], reason: Literal["cancelled", "expired"]) -> None:
-        """Tell it that these rows never reached the device."""
-        self.answered(index, len(rows))
+    def drop(
+        self, index: int, rows: tuple[int, ...], reason: Literal["cancelled", "expired", "late"], started: bool = False
+    ) -> None:
+        """Tell it that these rows have no features. `started`: they had left the queue, for a batch that failed."""
+        self.answered(index, len(rows), started)
         self.channel.send(Dropped(index, rows, reason))
 
-    def answered(self, index: int, rows: int) -> None:
+    def answered(self, index: int, rows: int, started: bool = True) -> None:
+        """Count rows that it has been told of."""
         part = self._parts[index]
-        self.tokens -= rows * part.tokens
+        self._add(part, **{"running" if started else "waiting": -rows})
         part.unanswered -= rows
         if not part.unanswered:
             del self._parts[index]
+
+    def _add(self, part: Part, waiting: int = 0, running: int = 0) -> None:
+        of_device, interactive, bulk = self.load
+        waiting *= part.tokens
+        self.load = Load(
+            of_device + running * part.tokens,
+            interactive + (0 if part.bulk else waiting),
+            bulk + (waiting if part.bulk else 0),
+        )
 
     def given_up(self, row: BatchRow, now: float) -> Literal["cancelled", "expired"] | None:
         """Why it does not wait for this row any more; None while it does."""

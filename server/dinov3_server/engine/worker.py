@@ -30,6 +30,7 @@ from dinov3_server.engine.messages import (
     Drain,
     Hello,
     LastWords,
+    Load,
     MetricsSnapshot,
     PartResult,
     PartRows,
@@ -40,6 +41,7 @@ from dinov3_server.engine.messages import (
     StartWorker,
     Submit,
 )
+from dinov3_server.engine.pace import BatchTime, Pace
 from dinov3_server.engine.peer import Frontend
 from dinov3_server.engine.scheduler import BatchRow, Limits, Scheduler
 from dinov3_server.images.preprocess import PREPROCESSING_ID
@@ -47,6 +49,8 @@ from dinov3_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
+# How often a frontend is told of the others' load, in seconds, while that changes.
+TELL_SECONDS = 0.02
 # Exit status of a worker whose device is beyond repair in this process.
 DEVICE_LOST = 70
 # How long a worker that was told to stop waits for an arena that is being attached.
@@ -64,8 +68,10 @@ class Worker:
         self._control = control
         self._metrics = metrics
         self._batch_timeout = settings.batch_timeout_seconds
+        self._pace = Pace()
+        self._last_batch: BatchTime | None = None
         self._scheduler = Scheduler(
-            Limits(settings.max_batch_images, settings.max_batch_tokens, settings.max_queue_delay)
+            Limits(settings.max_batch_images, settings.max_batch_tokens, settings.max_queue_delay), self._pace
         )
         self._device = Device(runner, self._arena_row)
         self._retry: deque[list[BatchRow]] = deque()  # what is left of failed batches, before anything new
@@ -199,7 +205,8 @@ class Worker:
     def _expire(self, now: float) -> None:
         for job, rows in self._scheduler.expire(now):
             key, part = job.key
-            self._frontends[key].drop(part, tuple(rows), "expired")
+            assert job.deadline is not None
+            self._frontends[key].drop(part, tuple(rows), "expired" if job.deadline <= now else "late")
 
     def _launch(self, now: float) -> None:
         while self._device.has_room and not self._stopping:
@@ -213,11 +220,12 @@ class Worker:
                 self._busy_since = self._head_since = now
             self._announce(rows)
             self._device.launch(rows)
+            self._tell_load(now)
 
     def _next_new(self, now: float) -> list[BatchRow] | None:
         rows = self._scheduler.next_batch(now)
         for row in rows or ():
-            self._frontends[row.job.key[0]].running += 1
+            self._frontends[row.job.key[0]].start(row.job.payload, 1)
             waited = now - row.job.enqueued
             self._metrics.queue_seconds.observe(waited)
             self._metrics.stage_seconds.observe(waited, "queue")
@@ -235,7 +243,7 @@ class Worker:
                     wanted.append(row)
                     continue
                 if not frontend.gone:
-                    frontend.drop(part, (row.row,), reason)
+                    frontend.drop(part, (row.row,), reason, started=True)
                 self._left(row)
             if wanted:
                 return wanted
@@ -279,13 +287,17 @@ class Worker:
     # --- settling --------------------------------------------------------------------------------
 
     def _settle(self, batch: Running) -> None:
-        now = self._head_since = time.monotonic()
+        now = time.monotonic()
+        # With a batch ahead, the device has worked on this one only since it was through with the one before.
+        seconds = now - max(batch.since, self._head_since)
+        self._head_since = now
         # Batch by batch, not when the device falls idle: one that always has a batch ahead never does.
         self._metrics.device_busy_seconds.inc(self._runner.info.device, value=now - self._busy_since)
         self._busy_since = now
         rows = batch.rows
         match batch.outcome:
             case Finished() as finished:
+                self._learn(rows, seconds, now)
                 self._metrics.batch_images.observe(len(rows))
                 self._metrics.batch_tokens.observe(len(rows) * rows[0].job.tokens)
                 for stage in ("copy_in", "forward", "copy_out"):
@@ -316,6 +328,16 @@ class Worker:
                 log.error("an image failed alone", exc_info=error)
                 self._answer(batch, {0: "the model failed on this image"}, now)
 
+    def _learn(self, rows: list[BatchRow], seconds: float, now: float) -> None:
+        """Note how long the device took, and which of it came too late."""
+        job = rows[0].job
+        self._last_batch = BatchTime(job.shape, job.tokens, len(rows), seconds)
+        self._pace.observe(self._last_batch, now)
+        late = sum(row.job.deadline is not None and row.job.deadline < now for row in rows)
+        if late:
+            self._metrics.late_images.inc(value=late)
+            self._metrics.late_device_seconds.inc(self._runner.info.device, value=seconds * late / len(rows))
+
     def _answer(self, batch: Running, failed: dict[int, str], now: float) -> None:
         by_part: dict[tuple[int, int], list[int]] = defaultdict(list)
         for position, row in enumerate(batch.rows):
@@ -334,11 +356,11 @@ class Worker:
                 )
             )
             self._frontends[key].answered(index, len(positions))
-        total = sum(frontend.tokens for frontend in self._frontends.values())
         for key, parts in results.items():
             frontend = self._frontends[key]
             if not frontend.gone:
-                frontend.channel.send(Results(tuple(parts), total - frontend.tokens))
+                frontend.told = now
+                frontend.channel.send(Results(tuple(parts), self._others(frontend), self._last_batch))
         for row in batch.rows:
             self._left(row)
 
@@ -349,6 +371,21 @@ class Worker:
             self._forget(frontend)
 
     # --- saying ----------------------------------------------------------------------------------
+
+    def _others(self, frontend: Frontend) -> Load:
+        """What the other frontends have here."""
+        loads = [other.load for other in self._frontends.values() if other is not frontend]
+        return Load(*map(sum, zip(*loads, strict=True))) if loads else Load()
+
+    def _tell_load(self, now: float) -> None:
+        """Tell frontends that share this device what the others wait for, as it changes."""
+        if len(self._frontends) < 2:
+            return
+        for frontend in self._frontends.values():
+            heard = frontend.attached and not frontend.gone
+            if heard and now - frontend.told >= TELL_SECONDS and frontend.channel.flush():
+                frontend.told = now
+                frontend.channel.send(Backlog(self._others(frontend), self._last_batch))
 
     def _flush(self) -> None:
         self._control.flush()
@@ -370,10 +407,9 @@ class Worker:
         if self._control.flush():  # to a peer that does not read nothing is piled up
             self._control.send(MetricsSnapshot(self._metrics.snapshot()))
         # Results tell it too, but only to a frontend that has something here, not to one that stays away.
-        total = sum(frontend.tokens for frontend in self._frontends.values())
         for frontend in self._frontends.values():
             if frontend.attached and not frontend.gone and frontend.channel.flush():
-                frontend.channel.send(Backlog(total - frontend.tokens))
+                frontend.channel.send(Backlog(self._others(frontend), self._last_batch))
 
 
 def serve(start: StartWorker, control: Channel) -> None:
