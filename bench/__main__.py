@@ -20,6 +20,7 @@ from bench import (
     preprocessing,
     rivals,
     service,
+    shapes,
     start,
     training,
 )
@@ -32,6 +33,7 @@ LEGS: dict[str, ModuleType] = {
     "rivals": rivals,
     "datapath": datapath,
     "memory": memory,
+    "shapes": shapes,
     "start": start,
     "preprocessing": preprocessing,
     "outputs": outputs,

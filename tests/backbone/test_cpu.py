@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinov3_server.backbone import cpu
+from dinov3_server.backbone.linear import packs
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,10 @@ def test_native_bfloat16_where_the_kernel_says_nothing(tmp_path: Path, monkeypat
     assert cpu.has_native_bf16() is False
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt and malloc_trim are glibc's")
+
+
+@GLIBC
 def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
     """In a process of its own, since it is a setting of the whole process."""
     code = """
@@ -71,11 +76,76 @@ print(faults(10))
     assert int(done.stdout) < 1000  # pages; 163,840 without
 
 
-def test_a_workers_threads_wait_briefly() -> None:
-    assert cpu.worker_environment({"HOME": "/"}) == {"HOME": "/", "GOMP_SPINCOUNT": "1000"}
+def test_what_a_worker_gets_of_its_environment() -> None:
+    assert cpu.worker_environment({"HOME": "/"}) == {
+        "HOME": "/",
+        "GOMP_SPINCOUNT": "1000",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
+        "LRU_CACHE_CAPACITY": "512",
+    }
 
 
-@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
-def test_how_threads_wait_is_left_to_a_user_who_says_so(name: str) -> None:
-    """Even where it is the policy alone: GOMP_SPINCOUNT would override it."""
-    assert cpu.worker_environment({name: "ACTIVE"}) == {name: "ACTIVE"}
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"])
+def test_what_the_user_has_set_stays(name: str) -> None:
+    assert cpu.worker_environment({name: "7"})[name] == "7"
+
+
+def test_a_users_wait_policy_is_not_overridden_by_a_count() -> None:
+    environment = cpu.worker_environment({"OMP_WAIT_POLICY": "ACTIVE"})
+    assert environment["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "GOMP_SPINCOUNT" not in environment
+
+
+@GLIBC
+def test_freed_memory_between_blocks_in_use_is_given_back_and_then_kept_again() -> None:
+    code = """
+from pathlib import Path
+from dinov3_server.backbone import cpu
+def megabytes():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+cpu.keep_freed_memory()
+freed, in_use = [], []
+for _ in range(300):
+    freed.append(bytearray(1 << 20))
+    in_use.append(bytearray(4096))  # the heap cannot shrink from its end
+del freed
+print(megabytes())
+cpu.give_back_freed_memory()
+print(megabytes())
+again = [bytearray(1 << 20) for _ in range(300)]
+del again
+print(megabytes())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, given_back, kept_again = map(float, done.stdout.split())
+    assert given_back < kept - 250
+    assert kept_again > kept - 50
+
+
+@pytest.mark.skipif(not packs(torch.empty(0)), reason="no oneDNN for float32 here")
+def test_the_variables_bound_both_caches_of_primitives() -> None:
+    """The first of 40 primitives is made again where ten are kept; one cache without a bound would still have it."""
+    code = """
+import torch
+from dinov3_server.backbone.linear import linear
+layer = linear(torch.randn(64, 64), torch.randn(64))
+with torch.inference_mode():
+    for tokens in [*range(1, 41), 40, 1]:
+        print("tokens", tokens, flush=True)
+        layer(torch.randn(1, tokens, 64))
+"""
+    names = [name for name in cpu.worker_environment({}) if name.endswith("CACHE_CAPACITY")]
+    environ = {**os.environ, "ONEDNN_VERBOSE": "profile_create"}
+
+    def made(capacity: str) -> list[int]:
+        """Primitives that oneDNN made at each call."""
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True, text=True, check=True, env=environ | dict.fromkeys(names, capacity),
+        )  # fmt: skip
+        return [part.count("create:cache_miss,cpu,inner_product") for part in done.stdout.split("tokens")[1:]]
+
+    assert len(names) == 2
+    assert made("1024") == [1] * 40 + [0, 0]
+    assert made("10") == [1] * 40 + [0, 1]

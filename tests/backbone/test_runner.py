@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone import cpu, runner
+from dinov3_server.backbone import cpu, cpu_runner, runner
 from dinov3_server.backbone.cpu_runner import CpuRunner
 from dinov3_server.backbone.interface import (
     DeviceLost,
@@ -235,6 +235,19 @@ def test_memory_of_a_failed_batch_is_free_when_its_failure_is_raised(monkeypatch
     with pytest.raises(DeviceOutOfMemory):
         serve(served, BYTES, arena.request(served.info, BYTES, picture(32, 48), SPECS[0]))
     assert [reference() for reference in activations] == [None]
+
+
+def test_freed_memory_is_given_back_every_so_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, arena = tiny_runner(), Arena(0)
+    served.attach(0, memoryview(arena.memory))
+    rows = arena.request(served.info, BYTES, picture(32, 48), SPECS[0])
+    served_when_given_back: list[int] = []
+    served_count = 0
+    monkeypatch.setattr(cpu_runner, "give_back_freed_memory", lambda: served_when_given_back.append(served_count))
+    while served_count < 2 * cpu_runner.RETURN_EVERY:
+        serve(served, BYTES, rows)
+        served_count += 1
+    assert served_when_given_back == [cpu_runner.RETURN_EVERY - 1, 2 * cpu_runner.RETURN_EVERY - 1]
 
 
 def test_build_tells_what_it_made(caplog: pytest.LogCaptureFixture) -> None:

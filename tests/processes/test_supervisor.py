@@ -291,6 +291,24 @@ def test_every_way_to_die_has_a_name(code: int) -> None:
     assert "killed by" in child.why or code > 0
 
 
+@pytest.mark.parametrize(("role", "told"), [("worker", ["1000", "512", "512"]), ("frontend", [])])
+def test_workers_alone_are_told_how_to_share_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, role: process.Role, told: list[str]
+) -> None:
+    names = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    executable = tmp_path / "python"
+    executable.write_text(f"#!/bin/sh\necho {' '.join(f'${name}' for name in names)} > {tmp_path}/told\n")
+    executable.chmod(0o755)
+    for name in (*names, "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(process.sys, "executable", str(executable))
+    child, channel, pidfd = process.spawn(role, FRONTEND)
+    channel.close()
+    os.close(pidfd)
+    assert child.wait() == 0
+    assert (tmp_path / "told").read_text().split() == told
+
+
 def test_a_gpu_machine_whose_torch_finds_no_device_is_told_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

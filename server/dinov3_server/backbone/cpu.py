@@ -13,7 +13,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 # AVX512-BF16 and AMX-BF16 on x86, the bfloat16 extension on Arm. Elsewhere bfloat16 is emulated, slower than fp32.
 _NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 # How often a thread of libgomp looks whether it may go on before it sleeps: 10 us, about what it takes to wake it.
-_SPINS = 1000
+_SPINS = "1000"
+# oneDNN's primitives that are kept. A shape of batch needs six to eight: about half a MB and 0.3 ms each.
+# Two caches hold them, oneDNN's own and torch's over it (1024 each by default); bounding one alone frees nothing.
+_PRIMITIVES = "512"
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -30,15 +33,18 @@ def available_threads() -> int:
 
 
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that computes on the CPU: `environ`, and how its threads wait for one another.
+    """The environment of a process that computes on the CPU: what its threads and caches cost others is bounded.
+
+    torch's libraries read these variables once, when they are loaded. Values in `environ` win.
 
     A forward pass has thousands of barriers. By default libgomp's threads spin at each for milliseconds; where another
-    process runs on one of the cores, they spin on the core that the late thread is waiting for. libgomp reads this
-    once, when torch is loaded. It is left to the user where `environ` has OMP_WAIT_POLICY or GOMP_SPINCOUNT.
+    process runs on one of the cores, they spin on the core that the late thread is waiting for. GOMP_SPINCOUNT
+    overrides OMP_WAIT_POLICY, so it is not set where `environ` has that.
     """
-    if "OMP_WAIT_POLICY" in environ or "GOMP_SPINCOUNT" in environ:
-        return dict(environ)
-    return {**environ, "GOMP_SPINCOUNT": str(_SPINS)}
+    ours = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": _PRIMITIVES, "LRU_CACHE_CAPACITY": _PRIMITIVES}
+    if "OMP_WAIT_POLICY" not in environ:
+        ours["GOMP_SPINCOUNT"] = _SPINS
+    return ours | dict(environ)
 
 
 def has_native_bf16() -> bool:
@@ -64,3 +70,14 @@ def keep_freed_memory() -> None:
         libc.malloc_trim(0)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Give every whole page that malloc keeps free back to the kernel. It is kept again from then on.
+
+    Blocks that live long come to lie between freed ones, so that the heap grows with every new mix of sizes. What is
+    needed again is faulted in anew. Does nothing without glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -9,9 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dinov3_server.backbone.cpu import give_back_freed_memory
 from dinov3_server.backbone.interface import Batch, Finished, Launched
 from dinov3_server.backbone.plan import feature_runs, pixel_runs, wanted_outputs
 from dinov3_server.backbone.torch_runner import TorchRunner, finite_rows
+
+# Batches from one return of freed memory to the next. A return costs up to 15 ms, and faults in the next batch.
+RETURN_EVERY = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +27,16 @@ class CpuRunner(TorchRunner):
     """Preparing ahead would take the cores from the batch that runs: all the work is in `finish`."""
 
     pipeline_depth = 1
+    _batches = 0
 
     def launch(self, batch: Batch) -> Launched:
         return _Launched(batch)
 
     def finish(self, launched: Launched) -> Finished:
         batch = cast(_Launched, launched).batch
+        self._batches += 1
+        if self._batches % RETURN_EVERY == 0:
+            give_back_freed_memory()
         return self._guarded(lambda: self._run(batch))
 
     def memory(self) -> dict[str, int]:
