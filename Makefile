@@ -6,7 +6,7 @@ GPU_PYTHON ?= python3
 BIN := .venv/bin
 PROTO := protos/dinov3_serving/v1/feature_service.proto
 
-.PHONY: install demo test lint format bench fuzz chaos gpu-check gpu-bench protos clean
+.PHONY: install demo test lint format bench fuzz fuzz-coverage chaos gpu-check gpu-bench protos clean
 
 install: .venv/installed
 
@@ -49,6 +49,14 @@ bench: install
 fuzz: install
 	$(BIN)/python -m attack fuzz
 
+# atheris in a folder of its own: nothing else needs it, and its wheels are for some Pythons only.
+.venv-atheris/installed: constraints/atheris.txt
+	$(BIN)/python -m pip install --quiet --upgrade --target .venv-atheris -r constraints/atheris.txt
+	@touch $@
+
+fuzz-coverage: install .venv-atheris/installed
+	PYTHONPATH=.venv-atheris:$$PYTHONPATH $(BIN)/python -m attack coverage
+
 chaos: install
 	$(BIN)/python -m attack chaos
 
@@ -63,4 +71,4 @@ gpu-bench:
 	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m bench.gpu
 
 clean:
-	rm -rf .venv .venv-protoc .venv-pytriton demo-out build dist
+	rm -rf .venv .venv-protoc .venv-pytriton .venv-atheris demo-out build dist
