@@ -27,6 +27,10 @@ _KEEPALIVE_SECONDS = 60
 _KEEPALIVE_TIMEOUT_SECONDS = 20
 # Clients may ping as often as this, also without a call; gRPC's own limit of 5 minutes cuts off most who do.
 _CLIENT_PING_SECONDS = 5
+# Calls that gRPC holds until our handlers take them. Above its own 1,000 it ends some, above 3,000 all, as CANCELLED:
+# nothing counts these, and the caller learns nothing. Below this limit admission answers. Calls that are reset at once
+# are held too, with up to 60 KB each.
+_MOST_PENDING_CALLS = 4096
 # Between two looks at the files of tokens and TLS.
 RELOAD_SECONDS = 5.0
 
@@ -125,6 +129,8 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_SECONDS * 1000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", _CLIENT_PING_SECONDS * 1000),
+        ("grpc.server.max_pending_requests", _MOST_PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING_CALLS),
     ]
     if settings.max_connection_age_seconds:
         # No grace is set: calls in flight finish, however long they are.
