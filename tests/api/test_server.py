@@ -280,6 +280,20 @@ async def test_messages_pass_in_both_directions_up_to_the_limit() -> None:
         assert 4 << 20 < answer.ByteSize() <= size
 
 
+async def test_compressed_messages_are_refused_before_they_are_unpacked() -> None:
+    bomb = bytes(16 << 20)  # its 16 KiB on the wire are over no limit
+    async with serving(max_message_bytes=1 << 20) as rig:
+        for method in (f"/{SERVICE}/Extract", f"/{SERVICE}/GetModel", "/grpc.health.v1.Health/Check"):
+            for algorithm in (grpc.Compression.Gzip, grpc.Compression.Deflate):
+                error = await failure_of(rig.channel.unary_unary(method)(bomb, compression=algorithm))
+                assert error.code == grpc.StatusCode.UNIMPLEMENTED
+                assert "ompression algorithm" in error.message
+        stream = rig.channel.stream_stream(f"/{SERVICE}/ExtractStream")
+        call = stream(iter([bomb]), compression=grpc.Compression.Gzip)
+        assert await call.code() == grpc.StatusCode.UNIMPLEMENTED
+        await rig.stub.Extract(REQUEST)
+
+
 async def test_frontends_share_a_port() -> None:
     first = FrontendServer(FakeEngine(), Settings(), Metrics(), 0, 2)  # type: ignore[arg-type]
     second = FrontendServer(FakeEngine(), Settings(), Metrics(), 1, 2)  # type: ignore[arg-type]
