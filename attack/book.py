@@ -33,7 +33,7 @@ class Book:
         with self._lock:
             self._counts[caller, outcome] += count
             if outcome == "refused":
-                self.reasons[re.sub(r"\d[\d.]*", "N", why.partition(";")[0])[:100]] += count
+                self.reasons[re.sub(r"\d[\d.]*", "N", why.partition(";")[0])[:140]] += count
             elif outcome in self.notes and len(self.notes[outcome]) < _NOTES:
                 self.notes[outcome].append(f"{caller}: {why[:300]}")
 

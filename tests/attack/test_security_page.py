@@ -1,0 +1,32 @@
+"""docs/security.md names every limit that can be set, and the numbers of those that cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dinov3_server import http_endpoints
+from dinov3_server.api import pixels
+from dinov3_server.config import SETTINGS
+from dinov3_server.images import cost
+
+PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+
+
+@pytest.mark.parametrize("name", [each.name for each in SETTINGS if each.topic in ("limits", "security")])
+def test_a_setting_is_named(name: str) -> None:
+    assert f"`{name}`" in PAGE
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f"| {http_endpoints.MAX_CONNECTIONS}, {http_endpoints.CONNECTION_SECONDS:g} s, 16 KiB |",
+        f"| NaN, or beyond {pixels.LARGEST_FLOAT:g} |",
+        f"| {cost.MAX_SCANS}, and {16 * cost.MAX_SCANS} segments |",
+        f"ones of {cost.PLAIN_PIXELS:,} pixels and {cost.PLAIN_BYTES >> 20} MiB |",
+    ],
+)
+def test_a_number_is_the_code_s(row: str) -> None:
+    assert row in PAGE
