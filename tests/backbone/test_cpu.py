@@ -80,8 +80,8 @@ def test_what_a_worker_gets_of_its_environment() -> None:
     assert cpu.worker_environment({"HOME": "/"}) == {
         "HOME": "/",
         "GOMP_SPINCOUNT": "1000",
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512",
-        "LRU_CACHE_CAPACITY": "512",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+        "LRU_CACHE_CAPACITY": "256",
     }
 
 

@@ -291,7 +291,7 @@ def test_every_way_to_die_has_a_name(code: int) -> None:
     assert "killed by" in child.why or code > 0
 
 
-@pytest.mark.parametrize(("role", "told"), [("worker", ["1000", "512", "512"]), ("frontend", [])])
+@pytest.mark.parametrize(("role", "told"), [("worker", ["1000", "256", "256"]), ("frontend", [])])
 def test_workers_alone_are_told_how_to_share_a_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, role: process.Role, told: list[str]
 ) -> None:

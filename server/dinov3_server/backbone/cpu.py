@@ -16,7 +16,7 @@ _NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _SPINS = "1000"
 # oneDNN's primitives that are kept. A shape of batch needs six to eight: about half a MB and 0.3 ms each.
 # Two caches hold them, oneDNN's own and torch's over it (1024 each by default); bounding one alone frees nothing.
-_PRIMITIVES = "512"
+_PRIMITIVES = "256"
 # Parameters of glibc's mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
