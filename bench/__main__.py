@@ -16,6 +16,7 @@ from bench import (
     memory,
     operators,
     outputs,
+    overload,
     plots,
     preprocessing,
     rivals,
@@ -39,6 +40,7 @@ LEGS: dict[str, ModuleType] = {
     "outputs": outputs,
     "client": client,
     "contended": contended,
+    "overload": overload,
     "training": training,
 }
 

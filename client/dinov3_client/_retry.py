@@ -68,7 +68,10 @@ class Attempts:
             self._pauses += 1
         if self._patient:
             pause = min(pause, self.remaining() / 2)
-        if pause > self.remaining() - SHORTEST_ATTEMPT:
+        # A server that refuses tells its expected wait. An attempt with less time than that is refused again while the
+        # load lasts, and only adds to it.
+        needed = (error.retry_after or 0.0) if isinstance(error, Overloaded) and not elsewhere else 0.0
+        if pause > self.remaining() - max(needed, SHORTEST_ATTEMPT):
             raise error
         error.previous = None  # a chain of every attempt would only grow
         self._previous = error

@@ -209,7 +209,7 @@ class Settings:
     )
 
     max_queue_images: int = _setting(
-        1024,
+        4096,
         integer(1, 2**31 - 1),
         "limits",
         "Images a frontend holds at once, waiting or running; more are told to retry.",
