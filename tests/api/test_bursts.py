@@ -40,7 +40,8 @@ async def test_calls_that_are_reset_at_once_leave_nothing(method: str, sent: str
         before = held(rig)
         for _ in range(2):
             await reset(rig.port, method, sent, count=500)
-        await until_async(lambda: held(rig) == before)
+        # Fewer where the task of the first call had not ended yet.
+        await until_async(lambda: all(held(rig)[kind] <= count for kind, count in before.items()))
         await rig.stub.Extract(REQUEST)
 
 

@@ -108,6 +108,27 @@ async def test_who_has_no_token_is_refused(tokens: str, metadata: Any, message: 
         assert health.status == SERVING
 
 
+async def test_who_has_no_token_is_refused_before_a_message_is_read(tokens: str) -> None:
+    """Callers that keep their message to themselves have their answer all the same."""
+    async with serving(token_file=tokens) as rig:
+        for method in ("Extract", "GetModel"):
+            call = rig.channel.stream_unary(f"/{SERVICE}/{method}")()
+            assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
+            assert rig.count("dinov3_requests_total", method, "UNAUTHENTICATED") == 1
+        for name in (f"/{SERVICE}/ExtractStream", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"):
+            stream = rig.channel.stream_stream(name)()
+            assert await stream.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_call_that_ends_before_its_message_came() -> None:
+    async with serving() as rig:
+        for name in (f"/{SERVICE}/Extract", f"/{SERVICE}/GetModel", "/grpc.health.v1.Health/Check"):
+            error = await failure_of(rig.channel.stream_unary(name)(iter(())))
+            assert error.code == grpc.StatusCode.INVALID_ARGUMENT
+            assert error.message == "the call ended before its message came"
+        assert rig.count("dinov3_requests_total", "Extract", "INVALID_ARGUMENT") == 1
+
+
 @pytest.mark.parametrize(("content", "message"), [(b" \n\n", "is empty"), ("pässword".encode(), "ASCII")])
 async def test_a_token_file_of_no_use(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "token"
@@ -288,9 +309,9 @@ async def test_compressed_messages_are_refused_before_they_are_unpacked() -> Non
                 error = await failure_of(rig.channel.unary_unary(method)(bomb, compression=algorithm))
                 assert error.code == grpc.StatusCode.UNIMPLEMENTED
                 assert "ompression algorithm" in error.message
-        stream = rig.channel.stream_stream(f"/{SERVICE}/ExtractStream")
-        call = stream(iter([bomb]), compression=grpc.Compression.Gzip)
-        assert await call.code() == grpc.StatusCode.UNIMPLEMENTED
+        # Without a message: grpc.aio calls it INTERNAL where a message could not be written any more.
+        stream = rig.channel.stream_stream(f"/{SERVICE}/ExtractStream")(compression=grpc.Compression.Gzip)
+        assert await stream.code() == grpc.StatusCode.UNIMPLEMENTED
         await rig.stub.Extract(REQUEST)
 
 

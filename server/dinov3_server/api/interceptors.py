@@ -12,7 +12,7 @@ import grpc
 
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.status import abort, serving_error, status_of
-from dinov3_server.errors import InternalError, Overloaded, ServingError, Unauthenticated, Unavailable
+from dinov3_server.errors import InternalError, InvalidInput, Overloaded, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
 
 SERVICE = "dinov3_serving.v1.FeatureService"
@@ -24,42 +24,66 @@ _OTHER = "other"
 _OPEN = "/grpc.health.v1.Health/"
 SEND_A_TOKEN = "send the metadata `authorization: Bearer TOKEN`"
 
+EOF: object = grpc.aio.EOF
+
 # Generic in the stubs only.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
 
-@contextmanager
-def measured(metrics: Metrics, method: str, expired: Callable[[], bool]) -> Iterator[None]:
-    """Count and time one request.
+class Measured:
+    """`with Measured(...)` counts and times one request.
 
     `expired` tells, when the request is cancelled, whether its deadline is why.
     """
-    started = time.perf_counter()
-    code = "OK"
-    try:
-        yield
-    except asyncio.CancelledError:
-        code = "DEADLINE_EXCEEDED" if expired() else "CANCELLED"
-        raise
-    except ServingError as error:
-        code = error.status
-        if isinstance(error, Overloaded | Unavailable):
-            metrics.rejected.inc(error.reason)
-        if isinstance(error, Overloaded):
-            metrics.refusal_seconds.observe(time.perf_counter() - started)
-        raise
-    except Exception:
-        code = InternalError.status
-        raise
-    finally:
-        metrics.requests.inc(method, code)
-        metrics.request_seconds.observe(time.perf_counter() - started, method)
+
+    __slots__ = ("_expired", "_method", "_metrics", "_started")
+
+    def __init__(self, metrics: Metrics, method: str, expired: Callable[[], bool]) -> None:
+        self._metrics = metrics
+        self._method = method
+        self._expired = expired
+        self._started = time.perf_counter()
+
+    def arrived(self) -> None:
+        """Time from now on: how long a message takes to come is up to the caller."""
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Measured:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
+        seconds = time.perf_counter() - self._started
+        code = "OK"
+        if isinstance(error, ServingError):
+            code = error.status
+            if isinstance(error, Overloaded | Unavailable):
+                self._metrics.rejected.inc(error.reason)
+            if isinstance(error, Overloaded):
+                self._metrics.refusal_seconds.observe(seconds)
+        elif isinstance(error, asyncio.CancelledError):
+            code = "DEADLINE_EXCEEDED" if self._expired() else "CANCELLED"
+        elif error is not None:
+            code = InternalError.status
+        self._metrics.requests.inc(self._method, code)
+        self._metrics.request_seconds.observe(seconds, self._method)
+
+
+async def receive(context: Context) -> bytes:
+    """Return the message of a unary call. Raises InvalidInput where the caller has sent none."""
+    data = await context.read()
+    if data is EOF:
+        raise InvalidInput("the call ended before its message came")
+    return data
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """Errors of FeatureService become statuses; its calls are counted, and known while they last."""
+    """Errors of FeatureService become statuses; its calls are counted, and known while they last.
+
+    Unary methods are served by handlers of streams, which is the same on the wire. For any other handler gRPC receives
+    the message before it calls an interceptor's: who may call at all would be known only then.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -79,24 +103,27 @@ class Calls(grpc.aio.ServerInterceptor):
             self._metrics.requests.inc(_OTHER, "UNIMPLEMENTED")
             return None
         if method not in _LABELS:
-            return handler
+            return _reading(handler)
         if method == STREAM:
             return grpc.stream_stream_rpc_method_handler(self._stream(handler))
-        return grpc.unary_unary_rpc_method_handler(self._unary(handler, _LABELS[method]))
+        return grpc.stream_unary_rpc_method_handler(self._unary(handler, _LABELS[method]))
 
     def _unary(self, handler: Handler, label: str) -> Any:
         call: Any = handler.unary_unary  # the stubs know handlers of the threaded server only
 
-        async def unary(request: bytes, context: Context) -> bytes:
+        async def unary(_: object, context: Context) -> bytes:
             with self._in_progress():
                 try:
-                    with measured(self._metrics, label, expired=lambda: context.time_remaining() == 0):
-                        answer: bytes = await call(request, context)
+                    with Measured(self._metrics, label, expired=lambda: context.time_remaining() == 0) as measured:
+                        data = await receive(context)
+                        measured.arrived()
+                        answering = call(data, context)
+                        del data  # what was sent need not wait in memory for the device
+                        answer: bytes = await answering
                         return answer
                 except Exception as error:
                     status = status_of(serving_error(error))
-                # Outside of `except`, and without the request: grpc keeps what abort raises, in a cycle.
-                del request
+                # Outside of `except`: grpc keeps what abort raises, in a cycle.
                 return await abort(context, status)
 
         return unary
@@ -130,6 +157,27 @@ class Calls(grpc.aio.ServerInterceptor):
             self._active.discard(task)
 
 
+def _reading(handler: Handler) -> Handler:
+    """Health and reflection: handlers of streams, as in Calls."""
+    given: Any = handler
+    if handler.request_streaming:
+        return handler
+    call = given.unary_stream if handler.response_streaming else given.unary_unary
+
+    async def reading(_: object, context: Context) -> Any:
+        try:
+            data = await receive(context)
+        except InvalidInput as error:
+            status = status_of(error)
+        else:
+            return await call(data, context)
+        return await abort(context, status)
+
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(reading, response_serializer=handler.response_serializer)
+    return grpc.stream_unary_rpc_method_handler(reading, response_serializer=handler.response_serializer)
+
+
 class Auth(grpc.aio.ServerInterceptor):
     """Outermost. Lets calls through that bring `authorization: Bearer TOKEN` with one of `tokens`; health is open."""
 
@@ -148,9 +196,10 @@ class Auth(grpc.aio.ServerInterceptor):
         if not reason:
             return handler
         refuse = self._refusal(reason, method)
+        # Handlers of streams: nothing of a message is received.
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(refuse)
-        return grpc.unary_unary_rpc_method_handler(refuse)
+        return grpc.stream_unary_rpc_method_handler(refuse)
 
     def _refusal(self, reason: str, method: str) -> Any:
         async def refuse(request: Any, context: Context) -> NoReturn:

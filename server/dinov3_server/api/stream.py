@@ -11,7 +11,7 @@ import grpc
 
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
-from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, measured
+from dinov3_server.api.interceptors import EOF, SEND_A_TOKEN, Context, Measured
 from dinov3_server.api.status import kept, serving_error, status_of
 from dinov3_server.api.wire import Content, Incoming, TooMany, message_id, parse
 from dinov3_server.config import Settings
@@ -19,8 +19,6 @@ from dinov3_server.engine.shares import Caller
 from dinov3_server.errors import InvalidInput, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-
-EOF: object = grpc.aio.EOF
 
 
 class _Asked(NamedTuple):
@@ -134,7 +132,7 @@ class Stream:
         message = asked.message
         message_id = message.id
         try:
-            with measured(self._metrics, "ExtractStream", expired=self._expired):
+            with Measured(self._metrics, "ExtractStream", expired=self._expired):
                 if not asked.fresh:
                     raise InvalidInput(
                         f"message {message_id} of this stream is not answered yet: give every message an id of its own",
