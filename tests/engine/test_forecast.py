@@ -70,4 +70,4 @@ def test_what_no_longer_waits_is_forgotten() -> None:
     queue.add(demand(3), -30)
     queue.add(demand(5, HOG, bulk=True), -50)
     assert queue.most_ahead(NO_LOAD) == 0
-    assert not queue._callers
+    assert not queue._tokens

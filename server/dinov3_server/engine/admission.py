@@ -22,6 +22,9 @@ from dinov3_server.metrics import Metrics
 
 # The part that a caller may hold of what the others leave.
 CALLER_PART = 0.875
+# While no more than this is taken, nobody is over a limit: with P for CALLER_PART and T for all room, a connection has
+# P (P (T - others) - rest of its group) at least, which is not less than P^2 T - all others.
+_FREE_PART = min(BULK_PART, CALLER_PART**2)
 # Bounds of the pause that a refused caller is told, in seconds.
 SHORTEST_RETRY, LONGEST_RETRY = 0.05, 30.0
 
@@ -114,27 +117,36 @@ class Admission:
                 reason="arena",
                 retry_after=retry_after,
             )
-        group = self._groups.setdefault(demand.caller.group, _Room())
-        connection = group.parts.setdefault(demand.caller.connection, _Room())
-        for room in (self._all, group, connection, *([self._bulk] if demand.bulk else [])):
-            room.add(demand.images, demand.nbytes)
+        self._hold(demand, 1)
         self.waiting.add(demand, demand.tokens)
         self._show()
         return Lease(self, demand, offset)
 
     def end(self, lease: Lease) -> None:
         """Called by the lease, once nobody holds it."""
-        demand = lease.demand
         self.arena.free(lease.offset)
-        group = self._groups[demand.caller.group]
-        connection = group.parts[demand.caller.connection]
-        for room in (self._all, group, connection, *([self._bulk] if demand.bulk else [])):
-            room.add(-demand.images, -demand.nbytes)
-        if not connection.images:
-            del group.parts[demand.caller.connection]
-            if not group.images:
-                del self._groups[demand.caller.group]
+        self._hold(lease.demand, -1)
         self._show()
+
+    def _hold(self, demand: Demand, sign: int) -> None:
+        """Count the room of a request as taken (1) or as free again (-1)."""
+        name, connection_name = demand.caller
+        group = self._groups.get(name)
+        if group is None:
+            group = self._groups[name] = _Room()
+        connection = group.parts.get(connection_name)
+        if connection is None:
+            connection = group.parts[connection_name] = _Room()
+        images, nbytes = sign * demand.images, sign * demand.nbytes
+        self._all.add(images, nbytes)
+        group.add(images, nbytes)
+        connection.add(images, nbytes)
+        if demand.bulk:
+            self._bulk.add(images, nbytes)
+        if not connection.images:
+            del group.parts[connection_name]
+            if not group.images:
+                del self._groups[name]
 
     def _check_size(self, demand: Demand) -> None:
         part = BULK_PART if demand.bulk else CALLER_PART**2
@@ -174,6 +186,11 @@ class Admission:
         )
 
     def _check_room(self, demand: Demand, retry_after: float) -> None:
+        if (
+            self._all.images + demand.images <= _FREE_PART * self._max_images
+            and self._all.nbytes + demand.nbytes <= _FREE_PART * self.arena.nbytes
+        ):
+            return
         group = self._groups.get(demand.caller.group) or _Room()
         connection = group.parts.get(demand.caller.connection) or _Room()
         # Name, and what is allowed of (images, bytes) by what others hold.

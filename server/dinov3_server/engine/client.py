@@ -97,12 +97,8 @@ class _Part:
     rows: set[int]
     solo: bool = False
     worker: _Worker | None = None
+    tokens: int = 0  # of a row, once a worker has it
     started: set[int] = field(default_factory=set)
-
-    def tokens(self, rows: int) -> int:
-        """Of that many of its rows."""
-        assert self.worker is not None
-        return self.worker.info.tokens(self.call.block.shape) * rows
 
 
 @dataclass(eq=False)
@@ -162,15 +158,17 @@ class Engine:
     def forecast(self, demand: Demand, quick: bool = False) -> Forecast:
         """Predict how long `demand` will take if it is admitted now; `quick` may tell a longer wait than there is."""
         now = time.monotonic()
-        workers = list(self._workers.values())
-        loads = [worker.others for worker in workers]
-        others = Load(*map(sum, zip(*loads, strict=True))) if loads else Load()
-        others = others._replace(running=others.running + sum(worker.running_tokens for worker in workers))
+        running = interactive = bulk = 0
+        for worker in self._workers.values():
+            running += worker.others.running + worker.running_tokens
+            interactive += worker.others.interactive
+            bulk += worker.others.bulk
+        others = Load(running, interactive, bulk)
         waiting = self.admission.waiting
         ahead = waiting.most_ahead(others)
         if ahead and not quick:
             ahead = waiting.ahead(demand, others, self._other_frontends)
-        paces = [worker.pace for worker in workers] or list(self._paces.values()) or [Pace()]
+        paces = [worker.pace for worker in self._workers.values()] or list(self._paces.values()) or [Pace()]
         settings = self._settings
         full = min(settings.max_batch_images * demand.tokens // demand.images, settings.max_batch_tokens)
         return predict(demand, ahead, paces, full, self._back_in(now), now)
@@ -243,7 +241,8 @@ class Engine:
         call = part.call
         part.worker = worker
         worker.parts[part.index] = part
-        worker.own_tokens += part.tokens(len(part.rows))
+        part.tokens = worker.info.tokens(call.block.shape)
+        worker.own_tokens += part.tokens * len(part.rows)
         call.lease.hold(len(part.rows))
         worker.channel.send(
             Submit(
@@ -383,15 +382,15 @@ class Engine:
 
     def _start(self, worker: _Worker, index: int, rows: Sequence[int]) -> None:
         part = worker.parts[index]
-        tokens = part.tokens(len(rows))
-        worker.running_tokens += tokens - part.tokens(len(part.started.intersection(rows)))
+        before = len(part.started)
         part.started.update(rows)
-        part.call.lease.stop_waiting(tokens)
+        worker.running_tokens += part.tokens * (len(part.started) - before)
+        part.call.lease.stop_waiting(part.tokens * len(rows))
 
     def _drop(self, worker: _Worker, index: int, rows: Sequence[int], reason: str) -> None:
         """The worker has dropped rows: they were cancelled, or their time is up, or will be before they could end."""
         part = self._answered(worker, index, rows)
-        part.call.lease.stop_waiting(part.tokens(len(rows)))
+        part.call.lease.stop_waiting(part.tokens * len(rows))
         call = part.call
         if reason == "late" and not call.over:
             expected = self.forecast(call.lease.demand)
@@ -423,10 +422,11 @@ class Engine:
 
     def _answered(self, worker: _Worker, index: int, rows: Sequence[int]) -> _Part:
         part = worker.parts[index]
-        worker.own_tokens -= part.tokens(len(rows))
-        worker.running_tokens -= part.tokens(len(part.started.intersection(rows)))
+        before = len(part.started)
         part.rows.difference_update(rows)
         part.started.difference_update(rows)
+        worker.own_tokens -= part.tokens * len(rows)
+        worker.running_tokens -= part.tokens * (before - len(part.started))
         if not part.rows:
             del worker.parts[index]
         part.call.lease.let_go(len(rows))

@@ -41,25 +41,20 @@ class Waiting:
     """The tokens of one frontend's requests that no device has started, by caller and kind."""
 
     def __init__(self) -> None:
-        self._callers: dict[str, dict[str, Counter[tuple[bool, int]]]] = {}
+        self._tokens: dict[tuple[Caller, tuple[bool, int]], int] = {}  # by caller and kind; none of 0
         self.interactive = 0
         self.bulk = 0
 
     def add(self, demand: Demand, tokens: int) -> None:
         """Count `tokens` of `demand` that wait from now on, or, where negative, no longer."""
-        group, connection = demand.caller
-        kinds = self._callers.setdefault(group, {}).setdefault(connection, Counter())
-        kinds[demand.kind] += tokens
+        key = demand.caller, demand.kind
+        left = self._tokens[key] = self._tokens.get(key, 0) + tokens
+        if not left:
+            del self._tokens[key]
         if demand.bulk:
             self.bulk += tokens
         else:
             self.interactive += tokens
-        if not kinds[demand.kind]:
-            del kinds[demand.kind]
-            if not kinds:
-                del self._callers[group][connection]
-                if not self._callers[group]:
-                    del self._callers[group]
 
     def most_ahead(self, others: Load) -> int:
         """Return an upper bound of `ahead` that costs nothing."""
@@ -72,27 +67,24 @@ class Waiting:
         waits for. `others` is the load of `frontends` other frontends, whose callers are not known here: each counts as
         one.
         """
-        group, connection = demand.caller
-        here = self._callers.get(group, {})
-        mine = sum(tokens for kind, tokens in here.get(connection, {}).items() if kind <= demand.kind)
+        mine = 0
+        connections, groups = Counter[Caller](), Counter[str]()  # others' tokens that compete with this request
+        for (caller, kind), tokens in self._tokens.items():
+            if caller == demand.caller:
+                mine += tokens if kind <= demand.kind else 0
+            elif demand.bulk or not kind[0]:
+                if caller.group == demand.caller.group:
+                    connections[caller] += tokens
+                else:
+                    groups[caller.group] += tokens
         wanted = mine + demand.tokens
-        wanted += sum(
-            min(self._eligible(kinds, demand.bulk), wanted) for name, kinds in here.items() if name != connection
-        )
-        total = wanted
-        for name, connections in self._callers.items():
-            if name != group:
-                total += min(sum(self._eligible(kinds, demand.bulk) for kinds in connections.values()), wanted)
+        wanted += sum(min(tokens, wanted) for tokens in connections.values())
+        total = wanted + sum(min(tokens, wanted) for tokens in groups.values())
         total += min(others.interactive + (others.bulk if demand.bulk else 0), wanted * frontends)
         if not demand.bulk:
             # Every fourth batch goes by shares alone, and may be of bulk.
             total += min(self.bulk + others.bulk, total // 3)
         return total - demand.tokens + others.running
-
-    @staticmethod
-    def _eligible(kinds: Counter[tuple[bool, int]], bulk: bool) -> int:
-        """The tokens of a caller that compete with a request of that class."""
-        return sum(tokens for (is_bulk, _), tokens in kinds.items() if bulk or not is_bulk)
 
 
 class Forecast(NamedTuple):

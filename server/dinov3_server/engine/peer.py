@@ -36,7 +36,8 @@ class Frontend:
         self.mapping: ArenaMapping | None = None
         self.attached = False  # and told so: nothing else is said to it before
         self.gone = False
-        self.load = Load()  # submitted and unanswered
+        # Tokens that were submitted and are unanswered.
+        self._running = self._interactive = self._bulk = 0
         self.told = 0.0  # when it was last told of the others' load
         self.running = 0  # rows in batches on the device, or waiting to be run again
         self._parts: dict[int, Part] = {}
@@ -44,7 +45,7 @@ class Frontend:
     def submit(self, submit: Submit, tokens: int) -> Job:
         """The job of a new part, whose rows are `tokens` each."""
         part = self._parts[submit.part] = Part(submit.block, tokens, len(submit.rows), submit.bulk)
-        self._add(part, waiting=len(submit.rows))
+        self._wait(part, len(submit.rows))
         return Job(
             key=(self.key, submit.part),
             shape=submit.block.shape,
@@ -61,7 +62,8 @@ class Frontend:
     def start(self, part: Part, rows: int) -> None:
         """Count rows that leave the queue for the device."""
         self.running += rows
-        self._add(part, waiting=-rows, running=rows)
+        self._wait(part, -rows)
+        self._running += rows * part.tokens
 
     def cancel(self, index: int) -> None:
         """Nobody waits for this part any more; it may have been answered in the meantime."""
@@ -78,19 +80,24 @@ class Frontend:
     def answered(self, index: int, rows: int, started: bool = True) -> None:
         """Count rows that it has been told of."""
         part = self._parts[index]
-        self._add(part, **{"running" if started else "waiting": -rows})
+        if started:
+            self._running -= rows * part.tokens
+        else:
+            self._wait(part, -rows)
         part.unanswered -= rows
         if not part.unanswered:
             del self._parts[index]
 
-    def _add(self, part: Part, waiting: int = 0, running: int = 0) -> None:
-        of_device, interactive, bulk = self.load
-        waiting *= part.tokens
-        self.load = Load(
-            of_device + running * part.tokens,
-            interactive + (0 if part.bulk else waiting),
-            bulk + (waiting if part.bulk else 0),
-        )
+    @property
+    def load(self) -> Load:
+        return Load(self._running, self._interactive, self._bulk)
+
+    def _wait(self, part: Part, rows: int) -> None:
+        """Count rows that wait from now on, or, where negative, no longer."""
+        if part.bulk:
+            self._bulk += rows * part.tokens
+        else:
+            self._interactive += rows * part.tokens
 
     def given_up(self, row: BatchRow, now: float) -> Literal["cancelled", "expired"] | None:
         """Why it does not wait for this row any more; None while it does."""
