@@ -74,7 +74,7 @@ def read(request: pb.ExtractRequest) -> None:
                     query.sources[index] = source._replace(rows=source.measured(source.file.probe()))
                 except InvalidInput as error:
                     query.failures[source.image] = error
-        placed = _plan(query, MODEL, base=0)
+        placed = _plan(query, MODEL)
         if placed:
             check_answer([one.block for one in placed], MODEL, query.fingerprint, LIMITS.max_message_bytes)
         assert not any(isinstance(error, InternalError) for error in query.failures.values())

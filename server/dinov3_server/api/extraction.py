@@ -85,7 +85,7 @@ class Extraction:
             del request, content  # and later `query.sources`: what was sent need not wait in memory for the device
             if query.unmeasured:
                 await self._filler.measure(query.sources, query.failures, deadline)
-            placed = _plan(query, model, base=0)
+            placed = _plan(query, model)
             if not placed:
                 return self._respond(memoryview(b""), model, query, placed, pb.Timings(), message_id)
             check_answer([one.block for one in placed], model, query.fingerprint, self._settings.max_message_bytes)
@@ -98,7 +98,8 @@ class Extraction:
             )
             lease = self._engine.reserve(demand, deadline)
             try:
-                return await self._extract(query, model, lease, deadline, message_id)
+                placed = [one._replace(block=one.block.moved(lease.offset)) for one in placed]
+                return await self._extract(query, placed, model, lease, deadline, message_id)
             finally:
                 lease.release()
         except ServingError as error:
@@ -109,9 +110,14 @@ class Extraction:
             raise
 
     async def _extract(
-        self, query: Query, model: ModelInfo, lease: Lease, deadline: float | None, message_id: int | None
+        self,
+        query: Query,
+        placed: Sequence[PlacedBlock],
+        model: ModelInfo,
+        lease: Lease,
+        deadline: float | None,
+        message_id: int | None,
     ) -> bytes:
-        placed = _plan(query, model, base=lease.offset)
         failures = query.failures
         started = time.perf_counter()
         await self._filler.fill(_works(query, placed, lease.memory), failures, deadline)
@@ -188,9 +194,9 @@ class Extraction:
             self._metrics.images.inc(outcome, value=rows)
 
 
-def _plan(query: Query, model: ModelInfo, base: int) -> list[PlacedBlock]:
-    """A block a shape, one behind the other from `base` on."""
-    placed = []
+def _plan(query: Query, model: ModelInfo) -> list[PlacedBlock]:
+    """Return a block for each shape, one behind the other from 0 on."""
+    placed, base = [], 0
     for shape, rows in query.by_shape().items():
         block = Block.plan(model, shape, len(rows), query.spec, base)
         images, views = zip(*rows, strict=True)

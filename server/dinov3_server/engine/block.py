@@ -6,7 +6,10 @@ A block is R images of one shape: first their pixels, packed [R, ...], then each
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, PixelShape
 
@@ -44,12 +47,36 @@ class Block:
             cursor += aligned(count * stride)
         return cls(shape, count, spec, base, tuple(sections), strides, cursor)
 
-    def __reduce__(self) -> tuple[type[Block], tuple[object, ...]]:
-        """For pickle, as the order of the fields: what it does by itself with slots takes twice as long."""
-        return Block, (self.shape, self.count, self.spec, self.pixels, self.sections, self.strides, self.end)
+    def moved(self, nbytes: int) -> Block:
+        """Return the same block `nbytes` further on."""
+        sections = tuple(start + nbytes for start in self.sections)
+        return Block(self.shape, self.count, self.spec, self.pixels + nbytes, sections, self.strides, self.end + nbytes)
+
+    def __reduce__(self) -> tuple[Callable[..., Block], tuple[object, ...]]:
+        """For pickle. Shapes and specs are few, and take longest, as nests of small objects: their pickles are kept."""
+        packed = _packed(self.shape, self.spec)
+        return _unpickled, (packed, self.count, self.pixels, self.sections, self.strides, self.end)
 
     def row_pixels(self, row: int) -> int:
         return self.pixels + row * self.shape.nbytes
 
     def row_sections(self, row: int) -> tuple[int, ...]:
         return tuple(start + row * stride for start, stride in zip(self.sections, self.strides, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _packed(shape: PixelShape, spec: FeatureSpec) -> bytes:
+    return pickle.dumps((shape, spec), pickle.HIGHEST_PROTOCOL)
+
+
+@lru_cache(maxsize=1024)
+def _unpacked(packed: bytes) -> tuple[PixelShape, FeatureSpec]:
+    shape, spec = pickle.loads(packed)
+    return shape, spec
+
+
+def _unpickled(
+    packed: bytes, count: int, pixels: int, sections: tuple[int, ...], strides: tuple[int, ...], end: int
+) -> Block:
+    shape, spec = _unpacked(packed)
+    return Block(shape, count, spec, pixels, sections, strides, end)
