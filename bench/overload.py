@@ -197,7 +197,8 @@ async def _open_loops_at(
     server: Server, model: str, sizes: str, deadlines: Sequence[float], frontends: int
 ) -> list[dict[str, Any]]:
     generator = Generator(server.grpc, _requests(SIZES[sizes]))
-    seconds, rows = SECONDS[model], []
+    seconds = SECONDS[model]
+    rows: list[dict[str, Any]] = []
     before = _Use(server)
     rate = await generator.closed(seconds, warm_up=3.0)
     closed = before.until_now()
@@ -258,7 +259,8 @@ class _Use:
         grown = {key: value - before["metrics"].get(key, 0.0) for key, value in now["metrics"].items()}
 
         def total(name: str) -> float:
-            return sum(value for (found, *_), value in grown.items() if found == name)
+            amount: float = sum(value for (found, *_), value in grown.items() if found == name)
+            return amount
 
         return {
             "seconds": now["time"] - before["time"],
@@ -281,7 +283,8 @@ def _quantile(grown: dict[tuple[str, ...], float], part: float) -> float | None:
     )
     if not buckets or not buckets[-1][1]:
         return None
-    return next(bound for bound, value in buckets if value >= part * buckets[-1][1]) * 1e3
+    bounds = (bound for bound, value in buckets if value >= part * buckets[-1][1])
+    return next(bounds) * 1e3
 
 
 def _hog(bulk: bool) -> dict[str, Any]:
@@ -327,7 +330,7 @@ def _hog(bulk: bool) -> dict[str, Any]:
         rate, latencies = beside(HOG_SECONDS, with_small=True)
         again, _ = beside(HOG_SECONDS / 2, with_small=False)
     alone = statistics.mean((alone, again))
-    row = {
+    row: dict[str, Any] = {
         "hog": "bulk" if bulk else "interactive",
         "requests": len(latencies),
         "p99_ms": _p99(latencies),
@@ -379,7 +382,7 @@ def _client() -> dict[str, Any]:
                 one.result()
         time.sleep(2.0)
         calls = use.until_now()["requests"]
-    row = {
+    row: dict[str, Any] = {
         "threads": threads,
         "capacity": round(capacity, 2),
         "asked": answers.total(),

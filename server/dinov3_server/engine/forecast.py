@@ -15,7 +15,7 @@ from dinov3_server.engine.pace import Pace
 from dinov3_server.engine.shares import Caller
 
 # How much longer than expected a wait may turn out; what a request computes itself is better known.
-WAIT_MARGIN = 1.5
+WAIT_MARGIN = 1.25
 # The part of its remaining time that a request may spend in a batch with others that came after it.
 BATCH_PART = 0.25
 # With several workers a large request is spread over them in parts of this many images.
