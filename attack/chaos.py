@@ -15,8 +15,10 @@ find that out after 30 seconds, in which that process is not killed.
 rightly; `refused` with a status that asks to try again, which the clients do and the raw callers do not; `left` by the
 caller; `wrong`, where a tensor of one row is off by more than 1e-5 (relative, float32) of what the same server gave
 undisturbed before, or an image failed that is sound, or the other way round; `lost`, where there is no answer within
-120 s of trying, or another status. `refused_by_server` has the server's own counts since it started, by reason; what a
-killed process counted in its last second is not among them. `peak_mib` is the most memory of all processes (PSS).
+120 s of trying, or another status. A bulk run that stops, as the server was away or busy for 120 s, counts as refused
+once; it is started again, as its message says, and goes on; the third stop is a loss. `refused_by_server` has the
+server's own counts since it started, by reason; what a killed process counted in its last second is not among them.
+`peak_mib` is the most memory of all processes (PSS).
 
 Exit code 1 where anything is wrong or lost, where the server does not recover, or where its log has a traceback.
 """

@@ -23,6 +23,7 @@ from dinov3_client.torch import with_features
 
 SIZE = 48, 64
 FILES = 600
+RUNS = 3
 BROKEN = 100
 """One file in so many is no image."""
 CROPS, CROPS_A_BATCH, BATCHES = 64, 8, 25
@@ -51,7 +52,10 @@ def draw_photos(rng: random.Random, client: Client, count: int = FILES) -> Photo
 
 
 def extract_in_bulk(traffic: Traffic, photos: Photos) -> None:
-    """Run `dinov3-client extract` over all files, one run after the other, and compare what it wrote."""
+    """Run `dinov3-client extract` over all files, again and again, and compare what it wrote.
+
+    A run that stops, since the server was away or busy for DEADLINE, is started again, and goes on: RUNS times.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "photos")
         source.mkdir()
@@ -64,15 +68,27 @@ def extract_in_bulk(traffic: Traffic, photos: Photos) -> None:
             size = "x".join(map(str, SIZE))
             flags = ("--out", str(out), "--target", traffic.target, "--dtype", "float32", "--size", size)
             command = [*_COMMAND, str(source), *flags, "--deadline", str(DEADLINE), "--shard-rows", "200"]
-            done = subprocess.run(command, capture_output=True, text=True)
+            for run in range(RUNS):
+                done = subprocess.run(command, capture_output=True, text=True)
+                if run == RUNS - 1 or not (reason := stopped(done.stderr)):
+                    break
+                traffic.book.note("bulk", "refused", f"a run stopped: {reason}")
             judge_bulk(traffic, photos, out, done.returncode, done.stderr)
+
+
+def stopped(said: str) -> str:
+    """Why a run stopped that is to be started again; empty for one that came to its end, or met a fault of the server
+    (whose errors have an id)."""
+    lines = said.splitlines()
+    at = next((number for number, line in enumerate(lines) if "stopped; what was committed" in line), 0)
+    return lines[at - 1].removeprefix("dinov3-client: ") if at and "error id" not in lines[at - 1] else ""
 
 
 def judge_bulk(traffic: Traffic, photos: Photos, out: Path, code: int, said: str) -> None:
     """Note what became of each file. A run ends with code 1, as it has broken files."""
     book, count = traffic.book, len(photos.files)
     broken = sorted(photos.files.keys() - photos.truth.keys())
-    if code != (1 if broken else 0) or not (out / "manifest.jsonl").exists():
+    if code != (1 if broken else 0) or not (out / "manifest.jsonl").exists() or "stopped;" in said:
         book.note("bulk", "lost", f"a run ended with code {code}: {said[-300:]}", count)
         return
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()] if broken else []

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -182,6 +183,36 @@ def test_a_bulk_run_is_looked_at_file_by_file(server: FakeServer, tmp_path: Path
 @pytest.fixture
 def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chaos, "QUESTIONS", 20)
+
+
+def test_a_bulk_run_that_stops_is_started_again_and_then_lost(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traffic = Traffic(server.target, [], Book(), threading.Event())
+    with Client(server.target) as client:
+        photos = jobs.draw_photos(random.Random(0), client, 5)
+    judge = jobs.judge_bulk
+
+    def judged(traffic: Traffic, *rest: Any) -> None:
+        judge(traffic, *rest)
+        if server.script:  # the first run is through
+            traffic.stop.set()
+        server.script = [full] * 1000
+
+    full = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after=200.0)
+    server.script = [full]
+    monkeypatch.setattr(jobs, "judge_bulk", judged)
+    jobs.extract_in_bulk(traffic, photos)
+    assert [traffic.book.count(outcome) for outcome in ("answered", "refused", "lost")] == [5, 3, 5]
+    assert traffic.book.reasons == {"a run stopped: full": 3}
+    assert "full" in traffic.book.notes["lost"][0]
+
+
+def test_a_bulk_run_that_meets_a_fault_of_the_server_is_not_started_again() -> None:
+    end = "\ndinov3-client: stopped; what was committed to x stays, and the same command goes on from there\n"
+    assert jobs.stopped(f"dinov3-client: 1 of 2\ndinov3-client: no worker lives{end}") == "no worker lives"
+    assert not jobs.stopped(f"dinov3-client: the server failed (error id 00, the server's log has the cause){end}")
+    assert not jobs.stopped("dinov3-client: 1 of 100 images have no features")
 
 
 @pytest.mark.usefixtures("few_questions")
