@@ -241,9 +241,9 @@ class Settings:
         2**30,
         size(2**22, 2**40),
         "limits",
-        "Memory of each frontend, beside its arena, for pictures being decoded; requests wait for room, and are told "
-        "to retry. max_message_bytes each are set aside for messages and for answers, which are not counted yet. At "
-        "least 4 x max_message_bytes.",
+        "Memory of each frontend, beside its arena, for messages that were received, pictures being decoded and "
+        "answers that are not read yet; requests wait for room, and are told to retry. max_message_bytes each are "
+        "kept for messages and for answers (each of which counts twice). At least 4 x max_message_bytes.",
     )
     stream_window: int = _setting(
         32, integer(1, 65536), "limits", "Unanswered requests of one stream after which the server reads no further."

@@ -24,6 +24,7 @@ Labels = tuple[str, ...]
 Numbers = tuple[float, ...]
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 IMAGES_BUCKETS = tuple(float(2**power) for power in range(10))  # 1 .. 512
 TOKENS_BUCKETS = tuple(float(2**power) for power in range(8, 18))  # 256 .. 131072
 
@@ -154,6 +155,11 @@ class Metrics:
         self.arena_bytes = Gauge("dinov3_arena_bytes", "Shared memory of the frontends, by state.", "state")
         self.frontend_bytes = Gauge(
             "dinov3_frontend_bytes", "Memory of the frontends that requests hold beside the arena, by use.", "use"
+        )
+        self.loop_lag_seconds = Histogram(
+            "dinov3_loop_lag_seconds",
+            "How late a frontend's event loop is, looked at 40 times a second: what holds up all its requests.",
+            buckets=LAG_BUCKETS,
         )
         self.device_memory_bytes = Gauge(
             "dinov3_device_memory_bytes", "Memory that a worker holds on its device, by kind.", "device", "kind"

@@ -17,7 +17,7 @@ from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_status import rpc_status
 from PIL import Image
 
-from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.budget import ByteBudget, Holding
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.backbone.interface import ModelInfo, Output
@@ -211,6 +211,14 @@ def extraction(
     known = Settings(**settings)
     budget = budget or ByteBudget(known.frontend_bytes, known.max_message_bytes)
     return Extraction(engine, known, metrics, 0, threads, budget)  # type: ignore[arg-type]
+
+
+def holding() -> Holding:
+    """Of a budget of its own; in the event loop."""
+    budget = ByteBudget(64 << 20, 16 << 20)
+    permit = budget.messages.try_take(1)
+    assert permit is not None
+    return Holding(budget, permit)
 
 
 @asynccontextmanager

@@ -17,7 +17,7 @@ from dinov3_server.engine.shares import NOBODY
 from dinov3_server.errors import DeadlineExceeded
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.api.rig import AS_IS, FakeEngine, encoded, extraction, failure_of, picture, serving, tensor
+from tests.api.rig import AS_IS, FakeEngine, encoded, extraction, failure_of, holding, picture, serving, tensor
 from tests.support.waiting import LIMIT, until_async
 
 TWO = pb.ExtractRequest(images=[encoded(picture(16, 16, 1)), encoded(picture(16, 16, 2))])
@@ -56,7 +56,7 @@ async def turn_the_loop() -> None:
 async def test_the_lease_stays_while_threads_write(gate: Gate, threads: int) -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics, threads)
-    task = asyncio.create_task(service.extract(TWO, None, NOBODY))
+    task = asyncio.create_task(service.extract(TWO, None, NOBODY, holding()))
     await gate.entered.wait()
     for _ in range(3):  # whoever cancels may do so again
         task.cancel()
@@ -80,7 +80,7 @@ async def test_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None
     service = extraction(engine, metrics)
     images = np.stack([picture(16, 16, seed) for seed in range(5)])
     request = pb.ExtractRequest(pixels=tensor(images), preprocessing=AS_IS)
-    task = asyncio.create_task(service.extract(request, None, NOBODY))
+    task = asyncio.create_task(service.extract(request, None, NOBODY, holding()))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     [lease] = engine.leases
@@ -102,10 +102,10 @@ async def test_pixels_are_copied_without_a_thread() -> None:
     service.close()  # no thread is left that could do it
     floats = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     for pixels in (picture(32, 32)[None], floats):
-        await service.extract(pb.ExtractRequest(pixels=tensor(pixels), preprocessing=AS_IS), None, NOBODY)
+        await service.extract(pb.ExtractRequest(pixels=tensor(pixels), preprocessing=AS_IS), None, NOBODY, holding())
     resized = pb.ExtractRequest(pixels=tensor(picture(32, 32)[None]))  # to the preset's 256x256
     with pytest.raises(RuntimeError, match="after shutdown"):
-        await service.extract(resized, None, NOBODY)
+        await service.extract(resized, None, NOBODY, holding())
 
 
 async def test_cancelled_by_the_client_while_decoding(gate: Gate) -> None:
@@ -153,7 +153,7 @@ async def test_a_deadline_that_passes_while_decoding(gate: Gate) -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     deadline = time.monotonic() + 0.05
-    task = asyncio.create_task(service.extract(TWO, deadline, NOBODY))
+    task = asyncio.create_task(service.extract(TWO, deadline, NOBODY, holding()))
     await gate.entered.wait()
     await until_async(lambda: time.monotonic() >= deadline)
     gate.open.set()
@@ -180,6 +180,8 @@ async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkey
     service = extraction(engine, Metrics())
     large = pb.ExtractRequest(images=[encoded(picture(16, 16, 1))] * 20, outputs=pb.Outputs(cls=True))
     small = pb.ExtractRequest(images=[encoded(picture(16, 16, 2))], outputs=pb.Outputs(cls=True))
-    await asyncio.gather(service.extract(large, None, NOBODY), service.extract(small, None, NOBODY))
+    await asyncio.gather(
+        service.extract(large, None, NOBODY, holding()), service.extract(small, None, NOBODY, holding())
+    )
     assert order.index(small.images[0].encoded) <= 2
     service.close()

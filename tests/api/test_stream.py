@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 
+from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.stream import Stream
 from dinov3_server.backbone.interface import Output
 from dinov3_server.config import Settings
@@ -114,6 +115,9 @@ class SlowCaller:
         self.reads_on = asyncio.Event()
         self.answers: list[bytes] = []
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
     def time_remaining(self) -> None:
         return None
 
@@ -126,9 +130,9 @@ class SlowCaller:
 
 
 async def test_a_caller_that_does_not_read_is_not_read_either() -> None:
-    engine, caller = FakeEngine(), SlowCaller(10)
+    engine, caller, budget = FakeEngine(), SlowCaller(10), ByteBudget(64 << 20, 16 << 20)
     service, settings = extraction(engine, Metrics()), Settings(stream_window=3)
-    serve = asyncio.create_task(Stream(caller, service, Metrics(), settings, NOBODY).serve())  # type: ignore[arg-type]
+    serve = asyncio.create_task(Stream(caller, service, budget, Metrics(), settings, NOBODY).serve())  # type: ignore[arg-type]
     await until_async(lambda: len(engine.done_runs) == 3)
     for _ in range(50):
         await asyncio.sleep(0)

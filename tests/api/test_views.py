@@ -31,6 +31,7 @@ from tests.api.rig import (
     extraction,
     failure_of_status,
     features,
+    holding,
     picture,
     png,
     serving,
@@ -440,13 +441,13 @@ async def test_views_that_are_only_copied_take_no_thread() -> None:
     photo = picture(48, 64)
     views = [V((1, 2, 32, 32), flip=True), V((0, 0, 32, 32), size=(32, 32)), V(flip=True, size=(48, 64))]
     image = with_views(pb.Image(pixels=tensor(photo)), views)
-    answer = await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY)
+    answer = await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY, holding())
     found = rows(pb.ExtractResponse.FromString(answer))
     for view, how in enumerate(views):
         assert found[0, view][1] == cls_of(at_the_client(Image.fromarray(photo), how, None))
     image.views.append(V((0, 0, 32, 32), size=(16, 16)).message)
     with pytest.raises(RuntimeError, match="after shutdown"):
-        await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY)
+        await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY, holding())
 
 
 class Gate:
@@ -487,7 +488,7 @@ FIVE = pb.ExtractRequest(images=[with_views(encoded(picture(40, 40, seed)), [V(s
 async def test_a_caller_that_leaves_between_two_views(gate: Any, decodes: Counter[bytes]) -> None:
     stop, engine, metrics = gate(), FakeEngine(), Metrics()
     service = extraction(engine, metrics)
-    task = asyncio.create_task(service.extract(FIVE, None, NOBODY))
+    task = asyncio.create_task(service.extract(FIVE, None, NOBODY, holding()))
     await stop.entered.wait()
     task.cancel()
     for _ in range(20):
@@ -509,7 +510,7 @@ async def test_a_deadline_that_passes_between_two_views(gate: Any) -> None:
     stop, engine, metrics = gate(), FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     deadline = time.monotonic() + 0.2
-    task = asyncio.create_task(service.extract(FIVE, deadline, NOBODY))
+    task = asyncio.create_task(service.extract(FIVE, deadline, NOBODY, holding()))
     await stop.entered.wait()
     await until_async(lambda: time.monotonic() >= deadline)
     stop.open.set()
@@ -551,7 +552,9 @@ async def test_an_image_of_many_views_does_not_keep_others_from_the_threads(
     service = extraction(engine, Metrics())
     large = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 20)])
     small = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
-    answers = await asyncio.gather(service.extract(large, None, NOBODY), service.extract(small, None, NOBODY))
+    answers = await asyncio.gather(
+        service.extract(large, None, NOBODY, holding()), service.extract(small, None, NOBODY, holding())
+    )
     assert sorted(turns) == [1] * 20 + [2]
     assert turns.index(2) <= 2
     assert sorted(decodes.values()) == [1, 1]  # its picture waited, and was not decoded again
@@ -573,7 +576,7 @@ async def test_a_picture_has_its_room_until_its_last_row_is_written(turns: list[
     requests = [pb.ExtractRequest(images=[with_views(colour(of), [SIXTEEN] * 6)]) for of in (1, 2, 3)]
     for times in (1, 2):
         turns.clear()
-        await asyncio.gather(*(service.extract(request, None, NOBODY) for request in requests))
+        await asyncio.gather(*(service.extract(request, None, NOBODY, holding()) for request in requests))
         assert sorted(turns) == [1] * 6 + [2] * 6 + [3] * 6
         assert sum(before != after for before, after in itertools.pairwise(turns)) == 2  # one after the other
         assert set(decodes.values()) == {times}
@@ -587,9 +590,9 @@ async def test_a_caller_that_leaves_gives_the_room_of_its_picture_back(turns: li
     request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 400)], outputs=pb.Outputs(cls=True))
     waiting = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
     for _ in range(2):
-        task = asyncio.create_task(service.extract(request, None, NOBODY))
+        task = asyncio.create_task(service.extract(request, None, NOBODY, holding()))
         await until_async(lambda: len(turns) >= 3)
-        other = asyncio.create_task(service.extract(waiting, None, NOBODY))
+        other = asyncio.create_task(service.extract(waiting, None, NOBODY, holding()))
         await until_async(lambda: budget.pictures.waits)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -609,7 +612,7 @@ async def test_a_caller_that_leaves_while_it_waits_for_room(turns: list[int]) ->
     held = budget.pictures.try_take(budget.pictures.most)
     assert held
     request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN])])
-    task = asyncio.create_task(service.extract(request, None, NOBODY))
+    task = asyncio.create_task(service.extract(request, None, NOBODY, holding()))
     await until_async(lambda: budget.pictures.waits)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

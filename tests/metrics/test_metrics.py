@@ -63,6 +63,7 @@ def everything() -> Metrics:
     metrics.model_info.set(1, "dinov3_vits16", "random:0", "abc", "bfloat16", "cuda:0")
     metrics.model_load_seconds.set(1.5, "read")
     metrics.certificate_cosine.set(0.9999, "cls")
+    metrics.loop_lag_seconds.observe(0.003)
     metrics.tls_expiry_seconds.set(86400)
     metrics.reload_failed.set(0, "tls")
     return metrics
@@ -71,6 +72,7 @@ def everything() -> Metrics:
 def test_names_and_labels_are_those_of_the_design() -> None:
     assert {spec.name: spec.labels for spec in SPECS} == {
         "dinov3_requests_total": ("method", "code"),
+        "dinov3_loop_lag_seconds": (),
         "dinov3_request_seconds": ("method",),
         "dinov3_images_total": ("outcome",),
         "dinov3_stage_seconds": ("stage",),

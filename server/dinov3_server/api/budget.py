@@ -1,7 +1,7 @@
 """Bound the bytes of ordinary memory that a frontend holds for its requests, beside its arena.
 
 Three uses share one budget: messages that were received, pictures that are being decoded, and answers until their
-caller has read them. Only pictures take permits as yet: messages and answers are not counted.
+caller has read them.
 
 Each use has a part that the others never take, its *floor*, and its own line: what does not fit waits, first come first
 served. So a request that holds a message and waits for a picture, or holds neither and waits for its answer, always
@@ -14,11 +14,13 @@ import asyncio
 import threading
 import time
 from collections import deque
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dinov3_server.errors import InvalidInput, Overloaded
 from dinov3_server.metrics import Metrics
 
+# How long a caller may take over its answer while others wait for the room that it takes.
+SLOW_SECONDS = 5.0
 # The longest wait for room, in seconds, of a call without a deadline. Others wait for at most half of the time that
 # they have left: the rest is for the work.
 LONGEST_WAIT_SECONDS = 10.0
@@ -36,10 +38,22 @@ class ByteBudget:
         assert all(floor > 0 for floor in floors.values()), floors
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
+        self.sending: dict[Holding, None] = {}  # the longest first
         self._free = nbytes - sum(floors.values())  # of what has no floor
         self.messages, self.pictures, self.answers = (
             Share(self, use, floor, floor + self._free) for use, floor in floors.items()
         )
+
+    async def hold(self, nbytes: int, deadline: float | None) -> Holding:
+        """Wait for room for a message of `nbytes` that was received. Raises Overloaded."""
+        return Holding(self, self.messages.try_take(nbytes) or await self.messages.take(nbytes, deadline))
+
+    def slow_reader(self) -> str | None:
+        """Return the peer whose answer is unread for longest, over SLOW_SECONDS, where others wait for its room."""
+        if self.answers.waits:
+            for holding in self.sending:
+                return holding.peer if time.monotonic() - holding.since > SLOW_SECONDS else None
+        return None
 
     def show(self, metrics: Metrics) -> None:
         """Set the gauges."""
@@ -167,6 +181,48 @@ class Share:
             self._budget._add(self, more)
         if more < 0:
             self._budget._give_back()
+
+
+class Holding:
+    """What one request holds of a budget: its message, and later its answer until the caller has read it."""
+
+    __slots__ = ("_answer", "_budget", "_context", "_message", "since")
+
+    def __init__(self, budget: ByteBudget, message: Permit) -> None:
+        self._budget = budget
+        self._message = message
+        self._answer: Permit | None = None
+        self.since = 0.0
+        self._context: Any = None
+
+    def message_read(self) -> None:
+        """Give back the room of the message, which is needed no more."""
+        self._message.release()
+
+    async def take_answer(self, nbytes: int, deadline: float | None) -> None:
+        """Wait for room for an answer of `nbytes`, which gRPC copies. Raises Overloaded, InvalidInput."""
+        answers = self._budget.answers
+        self._answer = answers.try_take(2 * nbytes) or await answers.take(2 * nbytes, deadline)
+
+    @property
+    def peer(self) -> str:
+        """The caller that the answer is sent to, by gRPC's name."""
+        peer: str = self._context.peer()
+        return peer
+
+    def sends(self, context: Any) -> None:
+        """The answer is on its way to the caller of `context` from now on."""
+        self.since = time.monotonic()
+        self._context = context
+        self._budget.sending[self] = None
+
+    def release(self) -> None:
+        """Hold nothing more: the answer is read, or will not be. May be called again."""
+        self._budget.sending.pop(self, None)
+        self._context = None
+        self._message.release()
+        if self._answer is not None:
+            self._answer.release()
 
 
 class Permit:

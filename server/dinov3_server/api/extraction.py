@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 
-from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.budget import ByteBudget, Holding
 from dinov3_server.api.convert import Query, count_images, read_request
 from dinov3_server.api.filling import Filler, Work
 from dinov3_server.api.outputs import check_answer, too_large
@@ -70,12 +70,14 @@ class Extraction:
         request: pb.ExtractRequest,
         deadline: float | None,
         caller: Caller,
+        holding: Holding,
         message_id: int | None = None,
         content: Content = bytes,
     ) -> bytes:
         """Return the ExtractResponse or, given a `message_id`, the ExtractStreamResponse that holds it.
 
-        `content` is that of the request's `bytes` fields (wire.Incoming).
+        `content` is that of the request's `bytes` fields (wire.Incoming). `holding` gives the message back once it is
+        decoded, and takes room for the answer before it is built.
         `deadline` is in seconds of time.monotonic(). Raises ServingError where the request as a whole fails.
         """
         images = min(count_images(request), self._settings.max_images_per_request)
@@ -87,7 +89,10 @@ class Extraction:
                 await self._filler.measure(query.sources, query.failures, deadline)
             placed = _plan(query, model)
             if not placed:
-                return self._respond(memoryview(b""), model, query, placed, pb.Timings(), message_id)
+                answering = self._respond(
+                    memoryview(b""), model, query, placed, pb.Timings(), message_id, deadline, holding
+                )
+                return await answering
             check_answer([one.block for one in placed], model, query.fingerprint, self._settings.max_message_bytes)
             demand = Demand(
                 images=sum(one.block.count for one in placed),
@@ -99,7 +104,7 @@ class Extraction:
             lease = self._engine.reserve(demand, deadline)
             try:
                 placed = [one._replace(block=one.block.moved(lease.offset)) for one in placed]
-                return await self._extract(query, placed, model, lease, deadline, message_id)
+                return await self._extract(query, placed, model, lease, deadline, message_id, holding)
             finally:
                 lease.release()
         except ServingError as error:
@@ -117,12 +122,14 @@ class Extraction:
         lease: Lease,
         deadline: float | None,
         message_id: int | None,
+        holding: Holding,
     ) -> bytes:
         failures = query.failures
         started = time.perf_counter()
         await self._filler.fill(_works(query, placed, lease.memory), failures, deadline)
         decode_seconds = time.perf_counter() - started
         query.sources.clear()
+        holding.message_read()
 
         results = await self._run(lease, placed, failures, deadline, query.bulk)
         for one, result in zip(placed, results, strict=True):
@@ -135,7 +142,7 @@ class Extraction:
             batch_images=max(result.batch_images for result in results),
             batches=sum(result.batches for result in results),
         )
-        return self._respond(lease.memory, model, query, placed, timings, message_id)
+        return await self._respond(lease.memory, model, query, placed, timings, message_id, deadline, holding)
 
     async def _run(
         self,
@@ -158,7 +165,7 @@ class Extraction:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def _respond(
+    async def _respond(
         self,
         memory: memoryview,
         model: ModelInfo,
@@ -166,6 +173,8 @@ class Extraction:
         placed: Sequence[PlacedBlock],
         timings: pb.Timings,
         message_id: int | None,
+        deadline: float | None,
+        holding: Holding,
     ) -> bytes:
         started = time.perf_counter()
         failures = query.failures
@@ -176,10 +185,12 @@ class Extraction:
         pieces = response_pieces(memory, model, placed, failures, timings, self._index, query.fingerprint)
         if message_id is not None:
             pieces = stream_answer(message_id, pieces)
-        answer = b"".join(pieces)
+        nbytes = sum(map(len, pieces))
         limit = self._settings.max_message_bytes
-        if len(answer) > limit:  # the errors of many images can take it there
-            raise too_large(f"{len(answer)} bytes, with the errors of {len(failures)} images", limit)
+        if nbytes > limit:  # the errors of many images can take it there
+            raise too_large(f"{nbytes} bytes, with the errors of {len(failures)} images", limit)
+        await holding.take_answer(nbytes, deadline)
+        answer = b"".join(pieces)
         self._metrics.stage_seconds.observe(time.perf_counter() - started, "respond")
         self._count(query)
         return answer

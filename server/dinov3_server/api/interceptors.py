@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
+from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.status import abort, serving_error, status_of
 from dinov3_server.errors import InternalError, InvalidInput, Overloaded, ServingError, Unauthenticated, Unavailable
@@ -85,8 +86,9 @@ class Calls(grpc.aio.ServerInterceptor):
     the message before it calls an interceptor's: who may call at all would be known only then.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, budget: ByteBudget) -> None:
         self._metrics = metrics
+        self._budget = budget
         self._active: set[asyncio.Task[Any]] = set()
 
     async def idle(self) -> None:
@@ -117,9 +119,14 @@ class Calls(grpc.aio.ServerInterceptor):
                     with Measured(self._metrics, label, expired=lambda: context.time_remaining() == 0) as measured:
                         data = await receive(context)
                         measured.arrived()
-                        answering = call(data, context)
+                        remaining = context.time_remaining()
+                        deadline = None if remaining is None else time.monotonic() + remaining
+                        holding = await self._budget.hold(len(data), deadline)
+                        context.add_done_callback(lambda _: holding.release())  # type: ignore[arg-type]  # untyped
+                        answering = call(data, context, deadline, holding)
                         del data  # what was sent need not wait in memory for the device
                         answer: bytes = await answering
+                        holding.sends(context)
                         return answer
                 except Exception as error:
                     status = status_of(serving_error(error))

@@ -16,6 +16,7 @@ from dinov3_server.api.health import HEALTH, Health
 from dinov3_server.api.interceptors import SERVICE, Auth, Calls
 from dinov3_server.api.reflection import Reflection
 from dinov3_server.api.servicer import FeatureService
+from dinov3_server.api.watch import Watch
 from dinov3_server.backbone.cpu import available_threads
 from dinov3_server.config import Settings
 from dinov3_server.engine.client import Engine
@@ -47,16 +48,17 @@ class FrontendServer:
         threads = settings.decode_threads or max(1, available_threads() // frontends)
         self._credentials = Credentials(settings, metrics)
         self._reload = asyncio.Event()
-        self._reloading: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._metrics = metrics
         self.budget = ByteBudget(settings.frontend_bytes, settings.max_message_bytes)
         self._extraction = Extraction(engine, settings, metrics, index, threads, self.budget)
         tokens = self._credentials.tokens
         self._service = FeatureService(
-            engine, self._extraction, settings, metrics, index, frontends, __version__, tokens
+            engine, self._extraction, self.budget, settings, metrics, index, frontends, __version__, tokens
         )
+        self._watch = Watch(self.budget, metrics)
         self._health = Health()
-        self._calls = Calls(metrics)
+        self._calls = Calls(metrics, self.budget)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]
         if tokens is not None:
             interceptors.insert(0, Auth(tokens, metrics))
@@ -80,7 +82,7 @@ class FrontendServer:
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address} (host, port): {error}") from None
         await self._server.start()
-        self._reloading = asyncio.create_task(self._keep_reloading())
+        self._tasks = [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._watch.run())]
         return bound
 
     def set_serving(self, serving: bool) -> None:
@@ -103,10 +105,10 @@ class FrontendServer:
         """
         self._health.close()
         self._service.drain()
-        if self._reloading is not None:
-            self._reloading.cancel()
         await self._server.stop(grace)
         await self._calls.idle()
+        for task in self._tasks:
+            task.cancel()
         self._extraction.close()
 
     async def _keep_reloading(self) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import grpc
 
+from dinov3_server.api.budget import ByteBudget, Holding
 from dinov3_server.api.caller import caller_of
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
@@ -28,6 +27,7 @@ class FeatureService:
         self,
         engine: Engine,
         extraction: Extraction,
+        budget: ByteBudget,
         settings: Settings,
         metrics: Metrics,
         index: int,
@@ -37,6 +37,7 @@ class FeatureService:
     ) -> None:
         self._engine = engine
         self._extraction = extraction
+        self._budget = budget
         self._settings = settings
         self._metrics = metrics
         self._index = index
@@ -62,27 +63,25 @@ class FeatureService:
         for stream in self._streams:
             stream.stop_reading()
 
-    async def extract(self, data: bytes, context: Context) -> bytes:
+    async def extract(self, data: bytes, context: Context, deadline: float | None, holding: Holding) -> bytes:
         self._check_open()
-        remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
         request, content = parse(pb.ExtractRequest, data, self._settings.max_images_per_request)
         caller = caller_of(context, by_token=self._tokens is not None)
-        extract = self._extraction.extract(request, deadline, caller, content=content)
+        extract = self._extraction.extract(request, deadline, caller, holding, content=content)
         del data, request, content  # what was sent need not wait in memory for the device
         return await extract
 
     async def extract_stream(self, _: object, context: Context) -> None:
         self._check_open()
         caller = caller_of(context, by_token=self._tokens is not None)
-        stream = Stream(context, self._extraction, self._metrics, self._settings, caller, self._tokens)
+        stream = Stream(context, self._extraction, self._budget, self._metrics, self._settings, caller, self._tokens)
         self._streams.add(stream)
         try:
             await stream.serve()
         finally:
             self._streams.discard(stream)
 
-    async def get_model(self, data: bytes, context: Context) -> bytes:
+    async def get_model(self, data: bytes, context: Context, deadline: float | None, holding: Holding) -> bytes:
         self._check_open()
         parse(pb.GetModelRequest, data, 0)
         model, settings = self._extraction.model, self._settings

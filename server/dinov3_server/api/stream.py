@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import grpc
 
+from dinov3_server.api.budget import ByteBudget, Holding
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import EOF, SEND_A_TOKEN, Context, Measured
@@ -16,7 +17,7 @@ from dinov3_server.api.status import kept, serving_error, status_of
 from dinov3_server.api.wire import Content, Incoming, TooMany, message_id, parse
 from dinov3_server.config import Settings
 from dinov3_server.engine.shares import Caller
-from dinov3_server.errors import InvalidInput, ServingError, Unauthenticated, Unavailable
+from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -26,6 +27,7 @@ class _Asked(NamedTuple):
 
     message: pb.ExtractStreamRequest
     content: Content
+    holding: Holding
     arrived: float
     fresh: bool
     error: ServingError | None
@@ -42,6 +44,7 @@ class Stream:
         self,
         context: Context,
         extraction: Extraction,
+        budget: ByteBudget,
         metrics: Metrics,
         settings: Settings,
         caller: Caller,
@@ -51,6 +54,7 @@ class Stream:
         self._tokens = tokens
         self._caller = caller
         self._extraction = extraction
+        self._budget = budget
         self._metrics = metrics
         self._window = asyncio.Semaphore(settings.stream_window)
         self._most_images = settings.max_images_per_request
@@ -93,13 +97,13 @@ class Stream:
             if self._tokens and (reason := self._tokens.refusal(self._context.invocation_metadata() or ())):
                 return Unauthenticated(f"{reason} any more: {SEND_A_TOKEN}")
             try:
-                asked = self._asked(data)
-            except InvalidInput as error:
+                asked = self._asked(data, await self._budget.hold(len(data), self._deadline))
+            except (InvalidInput, Overloaded) as error:
                 return error
             group.create_task(self._answer(asked))
             del data, asked  # the next one may be long in coming
 
-    def _asked(self, data: bytes) -> _Asked:
+    def _asked(self, data: bytes, holding: Holding) -> _Asked:
         """Raises InvalidInput where `data` are no message, or it cannot be told which one is at fault."""
         error: ServingError | None = None
         try:
@@ -109,10 +113,10 @@ class Stream:
             incoming = Incoming(pb.ExtractStreamRequest(id=message_id(data)), bytes)
         fresh = incoming.message.id not in self._unanswered
         self._unanswered.add(incoming.message.id)
-        return _Asked(*incoming, time.monotonic(), fresh, error)
+        return _Asked(*incoming, holding, time.monotonic(), fresh, error)
 
     async def _answer(self, asked: _Asked) -> None:
-        message_id, fresh = asked.message.id, asked.fresh
+        message_id, fresh, holding = asked.message.id, asked.fresh, asked.holding
         extract = self._extract(asked)
         del asked  # what was sent need not wait in memory for the device
         try:
@@ -120,12 +124,14 @@ class Stream:
             async with self._writing:
                 if fresh:
                     self._unanswered.discard(message_id)
+                holding.sends(self._context)
                 await self._context.write(answer)
         except grpc.aio.BaseError:
             # The connection is gone; the cancellation of the whole call is on its way.
             self._caller_left = True
             self.stop_reading()
         finally:
+            holding.release()
             self._window.release()
 
     async def _extract(self, asked: _Asked) -> bytes:
@@ -143,7 +149,9 @@ class Stream:
                 deadline = self._deadline_of(message.timeout_seconds, asked.arrived)
                 if not message.HasField("request"):
                     raise InvalidInput("request is not set", field="request")
-                extract = self._extraction.extract(message.request, deadline, self._caller, message_id, asked.content)
+                extract = self._extraction.extract(
+                    message.request, deadline, self._caller, asked.holding, message_id, asked.content
+                )
                 del asked, message
                 return await extract
         except Exception as error:
