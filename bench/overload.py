@@ -56,12 +56,12 @@ MODELS = {"vitb16": "float32", "vits16": "bfloat16"}
 LOADS = (0.5, 1.0, 2.0, 5.0)
 DEADLINES = (2.0, 10.0)
 SIZES = {"224": (224,), "mixed": (224, 256, 512)}
-SECONDS = {"vitb16": 30.0, "vits16": 15.0}
+SECONDS = {"vitb16": 20.0, "vits16": 12.0}
 CONNECTIONS = 4
 IN_FLIGHT = 64
 HOG_REQUESTS, HOG_IMAGES = 4, 256
-HOG_SECONDS = 30.0
-CLIENT_SECONDS = 20.0
+HOG_SECONDS = 20.0
+CLIENT_SECONDS = 10.0
 CORES = psutil.cpu_count() or 1
 
 Codes = Counter[grpc.StatusCode]
@@ -289,7 +289,7 @@ def _quantile(grown: dict[tuple[str, ...], float], part: float) -> float | None:
 
 def _hog(bulk: bool) -> dict[str, Any]:
     pixels = np.random.default_rng(0).integers(0, 256, (HOG_IMAGES, 224, 224, 3), np.uint8)
-    with serving(*_flags("vits16")) as server, Client(server.grpc) as ours, Client(server.grpc) as other:
+    with serving(*_flags("vits16")) as server, Client(server.grpc, deadline=600) as ours, Client(server.grpc) as other:
         over = threading.Event()
         refused = 0
 

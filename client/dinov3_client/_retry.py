@@ -69,8 +69,9 @@ class Attempts:
         if self._patient:
             pause = min(pause, self.remaining() / 2)
         # A server that refuses tells its expected wait. An attempt with less time than that is refused again while the
-        # load lasts, and only adds to it.
-        needed = (error.retry_after or 0.0) if isinstance(error, Overloaded) and not elsewhere else 0.0
+        # load lasts, and only adds to it. After a long pause one is no burden, and the load may be another.
+        overloaded = isinstance(error, Overloaded) and not elsewhere
+        needed = min(error.retry_after or 0.0, LONGEST_PAUSE) if overloaded else 0.0
         if pause > self.remaining() - max(needed, SHORTEST_ATTEMPT):
             raise error
         error.previous = None  # a chain of every attempt would only grow

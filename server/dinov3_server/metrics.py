@@ -137,7 +137,7 @@ class Metrics:
         )
         self.refusal_seconds = Histogram(
             "dinov3_refusal_seconds",
-            "Time from the arrival of a request at its handler to its refusal because of load.",
+            "Time from the arrival of a request to its refusal because of load; not of those dropped later.",
             buckets=SECONDS_BUCKETS,
         )
         # The frontend with the longest wait is the one that a person wants to know of.

@@ -176,6 +176,23 @@ async def test_refused_by_the_engine(error: Exception, code: str, retry: float |
             assert rig.count("dinov3_rejected_total", error.reason) == 1  # type: ignore[attr-defined]
 
 
+async def test_while_requests_are_refused_others_are_refused_unread() -> None:
+    async with serving() as rig:
+        rig.engine.refuse_early = Overloaded("too late", reason="deadline", retry_after=0.25)
+        told = await rig.error(pb.ExtractRequest(images=[pb.Image(encoded=b"no image")] * 3))
+        assert (told.code.name, told.retry_seconds) == ("RESOURCE_EXHAUSTED", 0.25)
+        assert rig.count("dinov3_refused_images_total", "deadline") == 3
+        assert rig.count("dinov3_refusal_seconds") == 1
+
+
+async def test_a_request_that_was_dropped_while_it_waited_is_no_quick_refusal() -> None:
+    async with serving() as rig:
+        rig.engine.fail = Overloaded("too late", reason="late", retry_after=0.25)
+        await rig.error(pb.ExtractRequest(images=[PHOTO]))
+        assert rig.count("dinov3_refused_images_total", "late") == 1
+        assert rig.count("dinov3_refusal_seconds") == 0
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

@@ -316,7 +316,7 @@ def test_attempts_end_with_the_deadline_whatever_the_luck(hint: float | None, pa
         )  # a hint of nothing at all makes no busy loop
 
 
-@pytest.mark.parametrize(("wait", "made"), [(0.5, 4), (0.7, 2), (0.99, 2), (1.2, 1), (5.0, 1)])
+@pytest.mark.parametrize(("wait", "made"), [(0.5, 4), (0.7, 2), (0.99, 2), (1.2, 1), (5.0, 1), (30.0, 1)])
 def test_an_overloaded_server_is_not_asked_with_less_time_than_it_expects_to_need(wait: float, made: int) -> None:
     """With the shortest pauses, and a deadline of 2 s."""
     clock = FakeClock()
@@ -328,6 +328,15 @@ def test_an_overloaded_server_is_not_asked_with_less_time_than_it_expects_to_nee
     with pytest.raises(Overloaded):
         attempts.pause(error)
     assert error.attempts == made
+
+
+def test_after_a_long_wait_an_overloaded_server_is_asked_once_more() -> None:
+    clock = FakeClock()
+    attempts = Attempts(clock.seconds + 60, clock.now, lambda: 0.0)
+    error = Overloaded("full", code=Code.RESOURCE_EXHAUSTED, retry_after=41.0)
+    clock.sleep(attempts.pause(error))
+    with pytest.raises(Overloaded):
+        attempts.pause(error)
 
 
 def _retry_for_ever(attempts: Attempts, clock: FakeClock, hint: float | None) -> StatusError:

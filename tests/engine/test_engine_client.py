@@ -172,6 +172,27 @@ async def test_admission_counts_images_and_bytes_until_the_lease_ends(engine):
     engine.reserve(demand(49, 49 * PAGE), None).release()
 
 
+async def test_while_requests_are_refused_an_estimate_from_below_is_enough_to_refuse(engine):
+    worker = await PlayedWorker(engine).hello()
+    least = demand(1)._replace(tokens=1)
+    soon = time.monotonic() + 0.05
+    lease, task = run(engine, 40)  # at the pace of a device that is not known yet, this takes longer than that
+    submit = await worker.hear(Submit)
+    worker.start(submit, *range(40))
+    await until_async(lambda: engine.forecast(least).wait)
+    engine.check_time(least, soon)  # not asked while nothing is refused
+    with pytest.raises(Overloaded) as refused:
+        engine.reserve(demand(1), soon)
+    assert refused.value.reason == "deadline"
+    with pytest.raises(Overloaded):
+        engine.check_time(least, soon)
+    engine.check_time(least, time.monotonic() + 3600)
+    engine.check_time(least, soon)  # until the next one is refused
+    worker.finish(submit)
+    await task
+    lease.release()
+
+
 async def test_a_cancelled_call_keeps_its_range_until_the_worker_has_answered(engine):
     worker = await PlayedWorker(engine).hello()
     lease, task = run(engine, 2)

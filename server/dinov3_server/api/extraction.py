@@ -83,6 +83,9 @@ class Extraction:
         images = min(count_images(request), self._settings.max_images_per_request)
         try:
             model = self.model
+            bulk = request.priority == pb.PRIORITY_BULK
+            least = Demand(images=max(1, images), nbytes=0, tokens=images, caller=caller, bulk=bulk)
+            self._engine.check_time(least, deadline)
             query = read_request(request, content, model, self._settings)
             del request, content  # and later `query.sources`: what was sent need not wait in memory for the device
             if query.unmeasured:

@@ -61,7 +61,7 @@ class Measured:
             code = error.status
             if isinstance(error, Overloaded | Unavailable):
                 self._metrics.rejected.inc(error.reason)
-            if isinstance(error, Overloaded):
+            if isinstance(error, Overloaded) and error.reason != "late":
                 self._metrics.refusal_seconds.observe(seconds)
         elif isinstance(error, asyncio.CancelledError):
             code = "DEADLINE_EXCEEDED" if self._expired() else "CANCELLED"

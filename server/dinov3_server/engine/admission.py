@@ -87,6 +87,7 @@ class Admission:
     def __init__(self, arena: Arena, max_images: int, max_wait: float, metrics: Metrics) -> None:
         self.arena = arena
         self.waiting = Waiting()
+        self.overloaded = False  # the last one to ask could not be answered in time
         self._max_images = max_images
         self._max_wait = max_wait
         self._all = _Room()
@@ -106,7 +107,7 @@ class Admission:
             Overloaded: it does not fit now, or could not be answered in time.
         """
         self._check_size(demand)
-        expected = self._check_time(demand, deadline, forecast)
+        expected = self.check_time(demand, deadline, forecast)
         retry_after = retry_in(expected.wait)
         self._check_room(demand, retry_after)
         offset = self.arena.allocate(demand.nbytes)
@@ -163,14 +164,17 @@ class Admission:
                 f"arena's {self.arena.nbytes} (--arena-bytes): send fewer images a request or ask for fewer outputs"
             )
 
-    def _check_time(
+    def check_time(
         self, demand: Demand, deadline: float | None, forecast: Callable[[Demand, bool], Forecast]
     ) -> Forecast:
+        """Raise Overloaded where `demand` could not be answered in time; see `reserve`."""
+        self.overloaded = False
         remaining = None if deadline is None else deadline - time.monotonic()
         for quick in (True, False):
             expected = forecast(demand, quick)
             if expected.wait <= self._max_wait if remaining is None else expected.ends_within(remaining):
                 return expected
+        self.overloaded = True
         if remaining is None:
             raise Overloaded(
                 f"the expected wait is {expected.wait:.1f} s, allowed without a deadline are {self._max_wait:g} "

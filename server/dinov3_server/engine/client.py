@@ -155,6 +155,14 @@ class Engine:
         self._check_worker(deadline)
         return self.admission.reserve(demand, deadline, self.forecast)
 
+    def check_time(self, demand: Demand, deadline: float | None) -> None:
+        """While requests are refused, raise Overloaded where `demand`, an estimate from below, would be too.
+
+        So most are refused before they are read, when the cores have the least time for it.
+        """
+        if self.admission.overloaded:
+            self.admission.check_time(demand, deadline, self.forecast)
+
     def forecast(self, demand: Demand, quick: bool = False) -> Forecast:
         """Predict how long `demand` will take if it is admitted now; `quick` may tell a longer wait than there is."""
         now = time.monotonic()
