@@ -10,6 +10,7 @@ from types import ModuleType
 
 from bench import (
     bare,
+    bombs,
     client,
     contended,
     datapath,
@@ -41,6 +42,7 @@ LEGS: dict[str, ModuleType] = {
     "client": client,
     "contended": contended,
     "overload": overload,
+    "bombs": bombs,
     "training": training,
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.stream import Stream
 from dinov3_server.backbone.interface import Output
 from dinov3_server.config import Settings
@@ -130,9 +131,9 @@ class SlowCaller:
 
 
 async def test_a_caller_that_does_not_read_is_not_read_either() -> None:
-    engine, caller, budget = FakeEngine(), SlowCaller(10), ByteBudget(64 << 20, 16 << 20)
+    engine, caller, receiver = FakeEngine(), SlowCaller(10), Receiver(ByteBudget(64 << 20, 16 << 20), 1 << 20)
     service, settings = extraction(engine, Metrics()), Settings(stream_window=3)
-    serve = asyncio.create_task(Stream(caller, service, budget, Metrics(), settings, NOBODY).serve())  # type: ignore[arg-type]
+    serve = asyncio.create_task(Stream(caller, service, receiver, Metrics(), settings, NOBODY).serve())  # type: ignore[arg-type]
     await until_async(lambda: len(engine.done_runs) == 3)
     for _ in range(50):
         await asyncio.sleep(0)

@@ -73,8 +73,9 @@ def test_memory_limit_holds_arenas_and_processes() -> None:
     settings = kubernetes_settings()
     limit = size(1, 2**50).parse(CONTAINER["resources"]["limits"]["memory"] + "B")
     assert settings.frontends, "the automatic choice depends on the node"
-    # docs/deployment.md, Memory: what is measured of each process beside the arenas.
-    assert settings.frontends * (settings.arena_bytes + 2**28) + 2**30 <= limit
+    # docs/deployment.md, Memory; and 1 GiB for the worker.
+    frontend = settings.arena_bytes + settings.frontend_bytes + 2 * settings.max_message_bytes + (192 << 20)
+    assert settings.frontends * frontend + (64 << 20) + 2**30 <= limit
 
 
 # --- the image ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.backbone.cpu import keep_freed_memory
+from dinov3_server.backbone.malloc import allocated_bytes
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.client import Engine
@@ -42,7 +43,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
     metrics = Metrics()
     arena = Arena(start.settings.arena_bytes)
     engine = Engine(arena, start.settings, metrics, start.frontends)
-    server = FrontendServer(engine, start.settings, metrics, start.index, start.frontends)
+    server = FrontendServer(engine, start.settings, metrics, start.index, start.frontends, allocated_bytes)
     drain: asyncio.Future[float] = loop.create_future()
 
     def read_control() -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
-from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.credentials import Tokens
+from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.status import abort, serving_error, status_of
-from dinov3_server.errors import InternalError, InvalidInput, Overloaded, ServingError, Unauthenticated, Unavailable
+from dinov3_server.errors import InternalError, Overloaded, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
 
 SERVICE = "dinov3_serving.v1.FeatureService"
@@ -24,8 +24,6 @@ _OTHER = "other"
 # Who asks a probe for its health has no credentials.
 _OPEN = "/grpc.health.v1.Health/"
 SEND_A_TOKEN = "send the metadata `authorization: Bearer TOKEN`"
-
-EOF: object = grpc.aio.EOF
 
 # Generic in the stubs only.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -71,14 +69,6 @@ class Measured:
         self._metrics.request_seconds.observe(seconds, self._method)
 
 
-async def receive(context: Context) -> bytes:
-    """Return the message of a unary call. Raises InvalidInput where the caller has sent none."""
-    data = await context.read()
-    if data is EOF:
-        raise InvalidInput("the call ended before its message came")
-    return data
-
-
 class Calls(grpc.aio.ServerInterceptor):
     """Errors of FeatureService become statuses; its calls are counted, and known while they last.
 
@@ -86,9 +76,9 @@ class Calls(grpc.aio.ServerInterceptor):
     the message before it calls an interceptor's: who may call at all would be known only then.
     """
 
-    def __init__(self, metrics: Metrics, budget: ByteBudget) -> None:
+    def __init__(self, metrics: Metrics, receiver: Receiver) -> None:
         self._metrics = metrics
-        self._budget = budget
+        self._receiver = receiver
         self._active: set[asyncio.Task[Any]] = set()
 
     async def idle(self) -> None:
@@ -105,7 +95,7 @@ class Calls(grpc.aio.ServerInterceptor):
             self._metrics.requests.inc(_OTHER, "UNIMPLEMENTED")
             return None
         if method not in _LABELS:
-            return _reading(handler)
+            return self._reading(handler)
         if method == STREAM:
             return grpc.stream_stream_rpc_method_handler(self._stream(handler))
         return grpc.stream_unary_rpc_method_handler(self._unary(handler, _LABELS[method]))
@@ -117,11 +107,10 @@ class Calls(grpc.aio.ServerInterceptor):
             with self._in_progress():
                 try:
                     with Measured(self._metrics, label, expired=lambda: context.time_remaining() == 0) as measured:
-                        data = await receive(context)
+                        data, holding = await self._receiver.message(context)
                         measured.arrived()
                         remaining = context.time_remaining()
                         deadline = None if remaining is None else time.monotonic() + remaining
-                        holding = await self._budget.hold(len(data), deadline)
                         context.add_done_callback(lambda _: holding.release())  # type: ignore[arg-type]  # untyped
                         answering = call(data, context, deadline, holding)
                         del data  # what was sent need not wait in memory for the device
@@ -134,6 +123,34 @@ class Calls(grpc.aio.ServerInterceptor):
                 return await abort(context, status)
 
         return unary
+
+    def _reading(self, handler: Handler) -> Handler:
+        """Health and reflection: handlers of streams, which read as ours do."""
+        given: Any = handler
+
+        async def requests(context: Context) -> AsyncIterator[bytes]:
+            while (received := await self._receiver.read(context, None, rank=2)) is not None:
+                data, holding = received
+                holding.release()
+                yield data
+
+        async def reading(_: object, context: Context) -> Any:
+            try:
+                if handler.request_streaming:
+                    async for answer in given.stream_stream(requests(context), context):
+                        await context.write(answer)
+                    return None
+                data, holding = await self._receiver.message(context, rank=2)
+                holding.release()
+            except ServingError as error:
+                status = status_of(error)
+            else:
+                return await (given.unary_stream or given.unary_unary)(data, context)
+            return await abort(context, status)
+
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(reading, response_serializer=handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(reading, response_serializer=handler.response_serializer)
 
     def _stream(self, handler: Handler) -> Any:
         """Of a stream each message is counted, by `measured`; the call itself only where it fails as a whole."""
@@ -162,27 +179,6 @@ class Calls(grpc.aio.ServerInterceptor):
             yield
         finally:
             self._active.discard(task)
-
-
-def _reading(handler: Handler) -> Handler:
-    """Health and reflection: handlers of streams, as in Calls."""
-    given: Any = handler
-    if handler.request_streaming:
-        return handler
-    call = given.unary_stream if handler.response_streaming else given.unary_unary
-
-    async def reading(_: object, context: Context) -> Any:
-        try:
-            data = await receive(context)
-        except InvalidInput as error:
-            status = status_of(error)
-        else:
-            return await call(data, context)
-        return await abort(context, status)
-
-    if handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(reading, response_serializer=handler.response_serializer)
-    return grpc.stream_unary_rpc_method_handler(reading, response_serializer=handler.response_serializer)
 
 
 class Auth(grpc.aio.ServerInterceptor):

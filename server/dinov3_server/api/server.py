@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 import grpc
@@ -14,6 +15,7 @@ from dinov3_server.api.credentials import Credentials
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.health import HEALTH, Health
 from dinov3_server.api.interceptors import SERVICE, Auth, Calls
+from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.reflection import Reflection
 from dinov3_server.api.servicer import FeatureService
 from dinov3_server.api.watch import Watch
@@ -43,22 +45,33 @@ log = logging.getLogger(__name__)
 class FrontendServer:
     """To be made in the running event loop. `start`, `set_serving` as the engine comes and goes, `drain` at the end."""
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, index: int, frontends: int) -> None:
-        """Raises ConfigError for a file that the settings name and that is of no use."""
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+        index: int,
+        frontends: int,
+        allocated: Callable[[], int] | None = None,
+    ) -> None:
+        """`allocated` is that of Watch.
+
+        Raises ConfigError for a file that the settings name and that is of no use."""
         threads = settings.decode_threads or max(1, available_threads() // frontends)
         self._credentials = Credentials(settings, metrics)
         self._reload = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics = metrics
         self.budget = ByteBudget(settings.frontend_bytes, settings.max_message_bytes)
+        receiver = self.receiver = Receiver(self.budget, 2 * settings.max_message_bytes)
         self._extraction = Extraction(engine, settings, metrics, index, threads, self.budget)
         tokens = self._credentials.tokens
         self._service = FeatureService(
-            engine, self._extraction, self.budget, settings, metrics, index, frontends, __version__, tokens
+            engine, self._extraction, receiver, settings, metrics, index, frontends, __version__, tokens
         )
-        self._watch = Watch(self.budget, metrics)
+        self._watch = Watch(receiver, self.budget, metrics, allocated)
         self._health = Health()
-        self._calls = Calls(metrics, self.budget)
+        self._calls = Calls(metrics, receiver)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]
         if tokens is not None:
             interceptors.insert(0, Auth(tokens, metrics))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import grpc
 
-from dinov3_server.api.budget import ByteBudget, Holding
+from dinov3_server.api.budget import Holding
 from dinov3_server.api.caller import caller_of
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import SERVICE, Context
+from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.response import DTYPES
 from dinov3_server.api.stream import Stream
 from dinov3_server.api.wire import parse
@@ -27,7 +28,7 @@ class FeatureService:
         self,
         engine: Engine,
         extraction: Extraction,
-        budget: ByteBudget,
+        receiver: Receiver,
         settings: Settings,
         metrics: Metrics,
         index: int,
@@ -37,7 +38,7 @@ class FeatureService:
     ) -> None:
         self._engine = engine
         self._extraction = extraction
-        self._budget = budget
+        self._receiver = receiver
         self._settings = settings
         self._metrics = metrics
         self._index = index
@@ -74,7 +75,7 @@ class FeatureService:
     async def extract_stream(self, _: object, context: Context) -> None:
         self._check_open()
         caller = caller_of(context, by_token=self._tokens is not None)
-        stream = Stream(context, self._extraction, self._budget, self._metrics, self._settings, caller, self._tokens)
+        stream = Stream(context, self._extraction, self._receiver, self._metrics, self._settings, caller, self._tokens)
         self._streams.add(stream)
         try:
             await stream.serve()

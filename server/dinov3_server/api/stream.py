@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import grpc
 
-from dinov3_server.api.budget import ByteBudget, Holding
+from dinov3_server.api.budget import Holding
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
-from dinov3_server.api.interceptors import EOF, SEND_A_TOKEN, Context, Measured
+from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, Measured
+from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.status import kept, serving_error, status_of
 from dinov3_server.api.wire import Content, Incoming, TooMany, message_id, parse
 from dinov3_server.config import Settings
@@ -44,7 +45,7 @@ class Stream:
         self,
         context: Context,
         extraction: Extraction,
-        budget: ByteBudget,
+        receiver: Receiver,
         metrics: Metrics,
         settings: Settings,
         caller: Caller,
@@ -54,7 +55,7 @@ class Stream:
         self._tokens = tokens
         self._caller = caller
         self._extraction = extraction
-        self._budget = budget
+        self._receiver = receiver
         self._metrics = metrics
         self._window = asyncio.Semaphore(settings.stream_window)
         self._most_images = settings.max_images_per_request
@@ -91,17 +92,21 @@ class Stream:
     async def _read(self, group: asyncio.TaskGroup) -> ServingError | None:
         while True:
             await self._window.acquire()
-            data = await self._context.read()
-            if data is EOF:
+            try:
+                received = await self._receiver.read(self._context, self._deadline, rank=1)
+            except Overloaded as error:
+                return error
+            if received is None:
                 return None
             if self._tokens and (reason := self._tokens.refusal(self._context.invocation_metadata() or ())):
                 return Unauthenticated(f"{reason} any more: {SEND_A_TOKEN}")
             try:
-                asked = self._asked(data, await self._budget.hold(len(data), self._deadline))
-            except (InvalidInput, Overloaded) as error:
+                asked = self._asked(*received)
+            except InvalidInput as error:
+                received[1].release()
                 return error
             group.create_task(self._answer(asked))
-            del data, asked  # the next one may be long in coming
+            del received, asked  # the next one may be long in coming
 
     def _asked(self, data: bytes, holding: Holding) -> _Asked:
         """Raises InvalidInput where `data` are no message, or it cannot be told which one is at fault."""

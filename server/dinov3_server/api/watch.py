@@ -1,23 +1,38 @@
-"""A frontend's look at itself, many times a second."""
+"""A frontend's look at itself, many times a second: how late its event loop is, and what memory it holds."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.connections import hang_up
+from dinov3_server.api.receiving import Receiver
+from dinov3_server.backbone.malloc import Trimmer, anonymous_bytes
 from dinov3_server.metrics import Metrics
 
 LOOK_SECONDS = 0.025
 _LOOKS_A_SECOND = round(1 / LOOK_SECONDS)
+# What a frontend may allocate of its own beyond what it had at its start: caches, small pictures that threads decode.
+OWN_BYTES = 64 << 20
 
 
 class Watch:
-    """Measures how late the event loop is, and ends what holds the budget up."""
+    """Measures how late the event loop is, ends what takes too much memory, and gives back what a peak has left.
 
-    def __init__(self, budget: ByteBudget, metrics: Metrics) -> None:
+    `allocated` tells what malloc has given to this process, where it does nothing but serve; else it is None.
+    """
+
+    def __init__(
+        self, receiver: Receiver, budget: ByteBudget, metrics: Metrics, allocated: Callable[[], int] | None
+    ) -> None:
+        self._receiver = receiver
         self._budget = budget
         self._metrics = metrics
+        self._allocated = allocated
+        self._own = allocated() if allocated else 0
+        self._trimmer = Trimmer()
+        self._most_allocated = 0
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -28,7 +43,21 @@ class Watch:
             await asyncio.sleep(LOOK_SECONDS)
             self._metrics.loop_lag_seconds.observe(max(0.0, loop.time() - due))
             looks += 1
-            if looks % _LOOKS_A_SECOND == 0:
+            each_second = looks % _LOOKS_A_SECOND == 0
+            if self._allocated:
+                self._look(self._allocated, each_second)
+            if each_second:
                 peer = self._budget.slow_reader()
                 if peer is not None:
                     hang_up(peer)
+
+    def _look(self, allocated: Callable[[], int], each_second: bool) -> None:
+        # To ask malloc costs 40 us. What is allocated is no more than what the system has given.
+        if each_second or anonymous_bytes() > self._own + OWN_BYTES + self._receiver.most:
+            now = allocated()
+            self._most_allocated = max(self._most_allocated, now)
+            counted = self._budget.messages.used + self._budget.answers.used
+            self._receiver.look(now - counted - self._own - OWN_BYTES)
+        if each_second:
+            self._trimmer.look(self._most_allocated)
+            self._most_allocated = 0

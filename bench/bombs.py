@@ -1,0 +1,208 @@
+"""What callers can make the server's memory, beside the formula of docs/deployment.md.
+
+The whole server (default limits, one frontend, a token file, the instant runner of bench/instant.py) meets one bomb
+after the other: compressed messages and messages that are held open without a token, the same with one, answers that
+are not read, small files that are large pictures, poolings that are large answers. The PSS of all its processes is read
+20 times a second, from the start of a bomb until 12 s after its end; `peak_mb` is the most, `after_mb` the last.
+`answers` are by status. The formula leaves the worker out, whose idle PSS (`worker_mb`) is added to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+from PIL import Image
+
+from bench.http2 import Caller
+from bench.record import table
+from bench.server import Server, serving
+from dinov3_serving.v1 import feature_service_pb2 as pb
+
+MB = 1 << 20
+EXTRACT = "/dinov3_serving.v1.FeatureService/Extract"
+TOKEN = {"authorization": "Bearer secret"}
+# The defaults of arena_bytes, frontend_bytes, max_message_bytes; docs/deployment.md has the rest.
+ARENA, FRONTEND, MESSAGE, OWN, SUPERVISOR = 512, 1024, 128, 192, 64
+FORMULA = ARENA + FRONTEND + 2 * MESSAGE + OWN + SUPERVISOR
+CALLERS = 40
+# After a bomb: what is held open is held so for this long, and then all is left alone for as long.
+HOLD_SECONDS = 6.0
+_Bomb = Callable[[str], Awaitable[Counter[str]]]
+
+
+def measure() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens"
+        tokens.write_text("secret\n")
+        flags = ("--model", "vitb16", "--weights", "random:0", "--frontends", "1", "--token-file", str(tokens))
+        with serving(*flags, module="bench.instant") as server:
+            worker = sum(pss(process) for process in server.processes()["worker"])
+            rows = [_throw(server, name, bomb) for name, bomb in BOMBS.items()]
+    formula = FORMULA + worker // MB
+    return {"formula_mb": formula, "worker_mb": worker // MB, "peak_mb": max(r["peak_mb"] for r in rows), "rows": rows}
+
+
+def show(result: dict[str, Any]) -> str:
+    head = f"formula {result['formula_mb']} MB, peak {result['peak_mb']} MB"
+    return f"{head}\n{table(result['rows'], 'bomb', 'before_mb', 'peak_mb', 'after_mb', 'answers')}"
+
+
+def pss(process: psutil.Process) -> int:
+    """Proportional set size in bytes: what is shared counts once in the sum of all. 0 where the process has ended."""
+    try:
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+class _Sampler:
+    """Reads the PSS of a server's processes 20 times a second."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self._process = process
+        self._end = threading.Event()
+        self.first = self.last = self.peak = self._read()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _read(self) -> int:
+        return sum(pss(process) for process in (self._process, *self._process.children(recursive=True)))
+
+    def _run(self) -> None:
+        while not self._end.wait(0.05):
+            self.last = self._read()
+            self.peak = max(self.peak, self.last)
+
+
+def _throw(server: Server, name: str, bomb: _Bomb) -> dict[str, Any]:
+    async def throw() -> Counter[str]:
+        answers = await bomb(server.grpc)
+        await asyncio.sleep(2 * HOLD_SECONDS)
+        return answers
+
+    sampler = _Sampler(server.process)
+    answers = asyncio.run(throw())
+    sampler.end()
+    row = {
+        "bomb": name,
+        "before_mb": sampler.first // MB,
+        "peak_mb": sampler.peak // MB,
+        "after_mb": sampler.last // MB,
+        "answers": " ".join(f"{code}:{count}" for code, count in sorted(answers.items())),
+    }
+    print(row, flush=True)
+    return row
+
+
+async def _calls(address: str, request: bytes) -> Counter[str]:
+    """Calls at once over one connection, of gRPC's own client."""
+    async with grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
+        extract: Any = channel.unary_unary(EXTRACT)
+
+        async def one() -> str:
+            call = extract(request, metadata=tuple(TOKEN.items()), timeout=60)
+            code: grpc.StatusCode = await call.code()
+            return code.name
+
+        return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
+
+
+async def _compressed(address: str, metadata: dict[str, str]) -> Counter[str]:
+    """A connection each, a message of 130 KB that unpacks to 127 MiB."""
+    bomb = gzip.compress(bytes(127 * MB))
+
+    async def one() -> str:
+        caller = await Caller.call(address, EXTRACT, {"grpc-encoding": "gzip", **metadata})
+        await caller.send(bomb, compressed=True)
+        await asyncio.sleep(HOLD_SECONDS)
+        ended = caller.status.is_set()
+        await caller.leave()
+        return "ended" if ended else "held"
+
+    return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
+
+
+async def _held_open(address: str, metadata: dict[str, str]) -> Counter[str]:
+    """A connection each, all but the last bytes of a message, and then nothing."""
+    half = bytes(100 * MB)
+
+    async def one() -> str:
+        caller = await Caller.call(address, EXTRACT, metadata)
+        await caller.send(half, announced=MESSAGE * MB)
+        await asyncio.sleep(HOLD_SECONDS)
+        ended = caller.status.is_set()
+        await caller.leave()
+        return "ended" if ended else "held"
+
+    return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
+
+
+async def _unread(address: str) -> Counter[str]:
+    """A connection each, a request with an answer of some 60 MB, of which nothing is read."""
+    outputs = pb.Outputs(cls=True, patches=True, dtype=pb.DATA_TYPE_FLOAT32)
+    outputs.layers.extend(pb.LayerOutputs(layer=layer, patches=True) for layer in range(12))
+    pixels = np.zeros((8, 224, 224, 3), np.uint8)
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes())
+    request = pb.ExtractRequest(
+        pixels=tensor, preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE), outputs=outputs
+    ).SerializeToString()
+
+    async def one() -> str:
+        caller = await Caller.call(address, EXTRACT, TOKEN)
+        await caller.send(request)
+        await asyncio.sleep(2 * HOLD_SECONDS)
+        ended = caller.status.is_set()
+        await caller.leave()
+        return "ended" if ended else "held"
+
+    return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
+
+
+def _file(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+async def _pictures(address: str, file: bytes) -> Counter[str]:
+    request = pb.ExtractRequest(images=[pb.Image(encoded=file)] * 4).SerializeToString()
+    return await _calls(address, request)
+
+
+async def _poolings(address: str) -> Counter[str]:
+    outputs = pb.Outputs(patches=True, dtype=pb.DATA_TYPE_FLOAT32)
+    outputs.pooling.CopyFrom(pb.Pooling(grid_height=128, grid_width=128))
+    pixels = np.zeros((2, 16, 16, 3), np.uint8)
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes())
+    request = pb.ExtractRequest(
+        pixels=tensor, preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE), outputs=outputs
+    ).SerializeToString()
+    return await _calls(address, request)
+
+
+BOMBS: dict[str, _Bomb] = {
+    "gzip, no token": lambda address: _compressed(address, {}),
+    "held open, no token": lambda address: _held_open(address, {}),
+    "gzip": lambda address: _compressed(address, TOKEN),
+    "held open": lambda address: _held_open(address, TOKEN),
+    "answers not read": _unread,
+    "1-bit PNG, 9,900 x 9,900": lambda address: _pictures(address, _file(Image.new("1", (9900, 9900)), "PNG")),
+    "WebP, 9,900 x 9,900": lambda address: _pictures(address, _file(Image.new("RGB", (9900, 9900)), "WEBP")),
+    "poolings to 128 x 128": _poolings,
+}
