@@ -7,14 +7,21 @@ import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 
 from dinov3_server.api import budget
+from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.receiving import Receiver
+from dinov3_server.api.stream import Stream
+from dinov3_server.config import Settings
+from dinov3_server.engine.shares import NOBODY
+from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.api.rig import AS_IS, Rig, failure_of_status, picture, serving, tensor
+from tests.api.rig import AS_IS, FakeEngine, Rig, extraction, failure_of_status, picture, serving, tensor
 from tests.api.test_bursts import DATA, END_HEADERS, END_STREAM, HEADERS, SETTINGS, frame, headers
 from tests.support.waiting import until_async
 
@@ -154,6 +161,43 @@ async def test_a_message_is_counted_until_it_is_decoded() -> None:
         await call
         assert (await stream.read()).HasField("response")
         await until_async(lambda: not rig.server.budget.answers.used)
+
+
+async def test_a_message_whose_token_is_gone_is_not_counted_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text("secret\n")
+    async with serving(token_file=str(path)) as rig:
+        stream = rig.stub.ExtractStream(metadata=(("authorization", "Bearer secret"),))
+        await stream.write(pb.ExtractStreamRequest(request=SMALL))
+        await stream.read()
+        path.write_text("another\n")
+        rig.server._credentials.reload(True)
+        await stream.write(pb.ExtractStreamRequest(request=SMALL))
+        assert await stream.code() == grpc.StatusCode.UNAUTHENTICATED
+        assert not rig.server.budget.messages.used
+
+
+async def test_a_caller_that_leaves_at_once_gives_the_room_of_its_messages_back() -> None:
+    """Its messages are read, and their tasks are cancelled before they begin."""
+    room = ByteBudget(64 << 20, 16 << 20)
+    message = pb.ExtractStreamRequest(request=SMALL).SerializeToString()
+
+    class Leaving:
+        def time_remaining(self) -> None:
+            return None
+
+        async def read(self) -> bytes:
+            serve.cancel()
+            return message
+
+    receiver = Receiver(room, 1 << 20)
+    service = extraction(FakeEngine(), Metrics())
+    stream = Stream(Leaving(), service, receiver, Metrics(), Settings(), NOBODY)  # type: ignore[arg-type]
+    serve = asyncio.create_task(stream.serve())
+    with pytest.raises(asyncio.CancelledError):
+        await serve
+    await until_async(lambda: not room.messages.used)
+    service.close()
 
 
 async def test_a_loop_that_is_held_up_is_seen() -> None:

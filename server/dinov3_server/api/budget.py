@@ -224,6 +224,10 @@ class Holding:
         if self._answer is not None:
             self._answer.release()
 
+    def done(self, _: object) -> None:
+        """`release`, as a callback of a call or a task."""
+        self.release()
+
 
 class Permit:
     """`nbytes` of a share until `release`, or the end of a `with` block. Methods may be called from any thread."""

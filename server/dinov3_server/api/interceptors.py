@@ -111,7 +111,7 @@ class Calls(grpc.aio.ServerInterceptor):
                         measured.arrived()
                         remaining = context.time_remaining()
                         deadline = None if remaining is None else time.monotonic() + remaining
-                        context.add_done_callback(lambda _: holding.release())  # type: ignore[arg-type]  # untyped
+                        context.add_done_callback(holding.done)  # type: ignore[arg-type]  # untyped
                         answering = call(data, context, deadline, holding)
                         del data  # what was sent need not wait in memory for the device
                         answer: bytes = await answering

@@ -99,13 +99,15 @@ class Stream:
             if received is None:
                 return None
             if self._tokens and (reason := self._tokens.refusal(self._context.invocation_metadata() or ())):
+                received[1].release()
                 return Unauthenticated(f"{reason} any more: {SEND_A_TOKEN}")
             try:
                 asked = self._asked(*received)
             except InvalidInput as error:
                 received[1].release()
                 return error
-            group.create_task(self._answer(asked))
+            # Not in `_answer` alone: a task that is cancelled before it begins runs nothing of it.
+            group.create_task(self._answer(asked)).add_done_callback(asked.holding.done)
             del received, asked  # the next one may be long in coming
 
     def _asked(self, data: bytes, holding: Holding) -> _Asked:
@@ -136,7 +138,7 @@ class Stream:
             self._caller_left = True
             self.stop_reading()
         finally:
-            holding.release()
+            holding.release()  # before the window lets the next message in
             self._window.release()
 
     async def _extract(self, asked: _Asked) -> bytes:
