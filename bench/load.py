@@ -67,13 +67,13 @@ def closed_loop(callers: Sequence[Callable[[], Any]], seconds: float, warm_up: f
         stop.set()
         for one in running:
             one.result()
-    first, last = _whole_batches([until for until, _, _ in ended])
+    first, last = whole_batches([until for until, _, _ in ended])
     measured = ended[first + 1 : last + 1]
     return Load(ended[last][0] - ended[first][0], sorted(call[1] for call in measured), [call[2] for call in measured])
 
 
-def _whole_batches(ends: list[float]) -> tuple[int, int]:
-    """Indices of two answers, each the last of its batch: the measured time lies between them."""
+def whole_batches(ends: list[float]) -> tuple[int, int]:
+    """Return the indices of two of the times at which answers came, each the last of its batch: the measured time lies between them."""
     if len(ends) < MINIMUM_CALLS:
         raise ValueError(
             f"{len(ends)} calls ended in the measured time, {MINIMUM_CALLS} are needed; measure for longer"

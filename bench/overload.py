@@ -43,6 +43,7 @@ import grpc
 import numpy as np
 import psutil
 
+from bench.load import whole_batches
 from bench.preprocessing import MAX_PIXELS, photos
 from bench.record import table
 from bench.server import Server, serving
@@ -100,23 +101,24 @@ class Generator:
 
     async def closed(self, seconds: float, warm_up: float) -> float:
         """Return the images a second of IN_FLIGHT requests, each followed by the next one."""
-        answered, over = 0, False
+        ends: list[float] = []
+        over = False
 
         async def caller() -> None:
-            nonlocal answered
             while not over:
                 code = await self.call(None)
                 assert code is grpc.StatusCode.OK, code
-                answered += 1
+                ends.append(time.perf_counter())
 
         callers = [asyncio.create_task(caller()) for _ in range(IN_FLIGHT)]
         await asyncio.sleep(warm_up)
-        before, since = answered, time.perf_counter()
+        ends.clear()
         await asyncio.sleep(seconds)
-        rate = (answered - before) / (time.perf_counter() - since)
+        measured = list(ends)
         over = True
         await asyncio.gather(*callers)
-        return rate
+        first, last = whole_batches(measured)
+        return (last - first) / (measured[last] - measured[first])
 
     async def open(self, rate: float, deadline: float, seconds: float, seed: int) -> Sent:
         """Send `rate` requests a second, of which those count that are sent after the first `deadline` seconds."""
