@@ -73,7 +73,7 @@ def closed_loop(callers: Sequence[Callable[[], Any]], seconds: float, warm_up: f
 
 
 def whole_batches(ends: list[float]) -> tuple[int, int]:
-    """Return the indices of two of the times at which answers came, each the last of its batch: the measured time lies between them."""
+    """Return the indices of two of the times at which answers came: the last ones of two batches."""
     if len(ends) < MINIMUM_CALLS:
         raise ValueError(
             f"{len(ends)} calls ended in the measured time, {MINIMUM_CALLS} are needed; measure for longer"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.load import _whole_batches, closed_loop
+from bench.load import whole_batches, closed_loop
 
 
 def bursts(sizes: list[int], apart: float) -> list[float]:
@@ -13,9 +13,9 @@ def bursts(sizes: list[int], apart: float) -> list[float]:
 
 
 @pytest.mark.parametrize("cut", range(32))
-def test_the_measured_time_holds_whole_batches_wherever_it_began(cut: int) -> None:
+def test_the_measured_time_holdswhole_batches_wherever_it_began(cut: int) -> None:
     ends = bursts([32] * 9, apart=0.6)[cut:]
-    first, last = _whole_batches(ends)
+    first, last = whole_batches(ends)
     assert (last - first) % 32 == 0
     assert (last - first) / (ends[last] - ends[first]) == pytest.approx(32 / 0.6)
     assert last - first >= len(ends) / 3
@@ -23,13 +23,13 @@ def test_the_measured_time_holds_whole_batches_wherever_it_began(cut: int) -> No
 
 def test_single_answers_are_measured_too() -> None:
     ends = bursts([1] * 50, apart=0.02)
-    first, last = _whole_batches(ends)
+    first, last = whole_batches(ends)
     assert (last - first) / (ends[last] - ends[first]) == pytest.approx(50)
 
 
 def test_too_few_calls_are_no_measurement() -> None:
     with pytest.raises(ValueError, match="5 calls ended"):
-        _whole_batches([0.0, 1.0, 2.0, 3.0, 4.0])
+        whole_batches([0.0, 1.0, 2.0, 3.0, 4.0])
 
 
 def test_an_error_of_a_caller_ends_the_loop() -> None:
