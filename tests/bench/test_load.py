@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.load import whole_batches, closed_loop
+from bench.load import closed_loop, whole_batches
 
 
 def bursts(sizes: list[int], apart: float) -> list[float]:
