@@ -2,8 +2,8 @@
 
 The length of a message is not known before it is there, and an idle stream has a read pending for as long as it lives.
 Permits for the longest message would allow a handful of reads. So the memory that the process has allocated is measured
-instead, many times a second (api/watch.py): gRPC holds the part that is neither the process's own nor counted in the byte
-budget. Over the limit pending reads are ended, first those that look most like an upload that is held open.
+instead, many times a second (api/watch.py): gRPC holds the part that is neither the process's own nor counted in the
+byte budget. Over the limit pending reads are ended, first those that look most like an upload that is held open.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ OWN_BYTES = 64 << 20
 
 
 class Watch:
-    """Measures how late the event loop is, ends what takes too much memory, and returns memory to the system after a peak.
+    """Measures how late the event loop is, ends reads that take too much memory, returns memory after a peak.
 
     `allocated` tells what malloc has given to this process, where it does nothing but serve; else it is None.
     """
