@@ -67,7 +67,7 @@ def reading() -> Target:
     from bench.instant import InstantRunner
     from dinov3_server.api import wire
     from dinov3_server.api.convert import read_request
-    from dinov3_server.config import Settings
+    from dinov3_server.config.settings import Settings
     from dinov3_server.errors import InvalidInput, ModelMismatch
 
     wire.SHORT_BYTES = 0  # every message is walked

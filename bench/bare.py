@@ -33,12 +33,12 @@ from torch import Tensor
 
 from bench.record import table
 from bench.reference import transformers_model, upstream_checkout, upstream_commit, upstream_model
-from dinov3_server.backbone.interface import Batch, FeatureSpec, Output, PixelShape, Row
-from dinov3_server.backbone.linear import linear
-from dinov3_server.backbone.registry import VITS, VitVariant
 from dinov3_server.backbone.runner import build
-from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner
+from dinov3_server.backbone.runners.base import TORCH_DTYPES, TorchRunner
 from dinov3_server.engine.block import Block
+from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
+from dinov3_server.models.interface import Batch, FeatureSpec, Output, PixelShape, Row
+from dinov3_server.nn.linear import linear
 
 MODELS = ("vits16", "vitb16")
 DTYPES = ("float32", "bfloat16")

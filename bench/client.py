@@ -49,7 +49,7 @@ from bench import premade
 from bench.echo import METHOD, OPTIONS
 from bench.record import ROOT, table
 from dinov3_client import AsyncClient, Client, ExtractOptions
-from dinov3_server.backbone.cpu import keep_freed_memory
+from dinov3_server.malloc import keep_freed_memory
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
 

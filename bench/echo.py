@@ -12,7 +12,7 @@ import sys
 
 import grpc
 
-from dinov3_server.backbone.cpu import keep_freed_memory
+from dinov3_server.malloc import keep_freed_memory
 
 METHOD = "/dinov3_serving.v1.FeatureService/Extract"  # ours, so that one load generator calls both
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]

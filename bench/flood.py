@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 
 from bench.echo import METHOD, OPTIONS
-from dinov3_server.backbone.cpu import keep_freed_memory
+from dinov3_server.malloc import keep_freed_memory
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from dinov3_server.backbone.interface import Batch, Finished, ModelInfo
-from dinov3_server.backbone.registry import DATASETS, lookup
 from dinov3_server.cli import main
+from dinov3_server.families.registry import lookup
+from dinov3_server.models.interface import Batch, Finished, ModelInfo
+from dinov3_server.models.variant import DATASETS
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.bare import Work, our_batch
 from bench.record import table
-from dinov3_server.backbone import attention, cpu_runner, vit
-from dinov3_server.backbone.linear import PackedLinear
-from dinov3_server.backbone.registry import VITS, VitVariant
 from dinov3_server.backbone.runner import build
+from dinov3_server.backbone.runners import cpu as cpu_runner
+from dinov3_server.families.dinov3_vit import model as vit
+from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
+from dinov3_server.nn import attention
+from dinov3_server.nn.linear import PackedLinear
 
 CASES = (("vits16", 224), ("vitb16", 224), ("vits16", 512))
 DTYPES = ("float32", "bfloat16")

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from bench.preprocessing import PHOTOS
 from bench.record import table
-from dinov3_server.backbone.interface import Batch, FeatureDtype, FeatureSpec, Output, PixelShape, Pooling, Row
-from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.runner import build
-from dinov3_server.backbone.torch_runner import TorchRunner
-from dinov3_server.backbone.trial import run_image
+from dinov3_server.backbone.runners.base import TorchRunner
+from dinov3_server.backbone.runners.self_test import run_image
 from dinov3_server.engine.block import Block
+from dinov3_server.families.registry import lookup
+from dinov3_server.models.interface import Batch, FeatureDtype, FeatureSpec, Output, PixelShape, Pooling, Row
 
 SHAPE = PixelShape(224, 224, "uint8")
 BOTH = (Output("cls"), Output("patches"))

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.echo import METHOD, OPTIONS
-from dinov3_server.backbone.cpu import keep_freed_memory
-from dinov3_server.backbone.registry import DATASETS, lookup
+from dinov3_server.families.registry import lookup
+from dinov3_server.malloc import keep_freed_memory
+from dinov3_server.models.variant import DATASETS
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 SIDE = 14

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from dinov3_server.backbone.registry import VitVariant
+from dinov3_server.families.dinov3_vit.variants import VitVariant
 
 
 def transformers_config(variant: VitVariant) -> DINOv3ViTConfig:

@@ -47,8 +47,8 @@ from bench.reference import transformers_model
 from bench.rival_servers.call import images
 from bench.rival_servers.environment import PyTritonMissing, pytriton_python
 from bench.server import serving
-from dinov3_server.backbone.cpu import has_native_bf16
-from dinov3_server.backbone.registry import VITS
+from dinov3_server.families.dinov3_vit.variants import VITS
+from dinov3_server.host import has_native_bf16
 
 SECONDS = {1: 8.0, 8: 12.0, 32: 14.0}
 """Of a measurement, by requests in flight."""

@@ -34,8 +34,8 @@ import numpy as np
 
 from bench.record import table
 from bench.server import memory_of
-from dinov3_server.backbone.cpu import worker_environment
-from dinov3_server.backbone.interface import Batch, FeatureDtype, FeatureSpec, Output, PixelShape, Row, Runner
+from dinov3_server.host import worker_environment
+from dinov3_server.models.interface import Batch, FeatureDtype, FeatureSpec, Output, PixelShape, Row, Runner
 
 REQUESTS, PARTS, BLOCK, PAIRED = 10_000, 10, 50, 5
 MOST_IMAGES, MOST_STEPS, STEP = 8, 20, 16
@@ -110,8 +110,8 @@ def request(number: int) -> tuple[int, PixelShape, FeatureDtype]:
 
 def _build(dtype: str, bounded: bool) -> None:
     global _runner
-    from dinov3_server.backbone import cpu_runner
     from dinov3_server.backbone.runner import build
+    from dinov3_server.backbone.runners import cpu as cpu_runner
 
     if not bounded:
         cpu_runner.RETURN_EVERY = 2**63

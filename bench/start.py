@@ -37,7 +37,7 @@ from bench.record import table
 from bench.reference import transformers_model
 from bench.server import serving
 from bench.upstream_repository import served_repository
-from dinov3_server.backbone.registry import VITS
+from dinov3_server.families.dinov3_vit.variants import VITS
 
 MODELS = ("vits16", "vitb16")
 REPEATS = 3

@@ -13,7 +13,7 @@ import torch
 from bench.gpu import models
 from bench.gpu.plan import Config, Plan
 from bench.gpu.timing import seconds_per_call, wait
-from dinov3_server.backbone.vit import VisionTransformer
+from dinov3_server.families.dinov3_vit.model import VisionTransformer
 
 Add = Callable[[dict[str, Any]], None]
 Work = Callable[[], object]

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from bench.gpu.plan import BOTH, WANTED, Config, Plan
-from dinov3_server.backbone import attention, linear, rope
-from dinov3_server.backbone.cuda_graphs import Features, ForwardGraph, compute
-from dinov3_server.backbone.layouts import canonical_shapes
-from dinov3_server.backbone.postprocessing import Postprocessing
-from dinov3_server.backbone.registry import DATASETS, VitVariant
-from dinov3_server.backbone.rope import Rope, default_periods
-from dinov3_server.backbone.torch_runner import finite_rows
-from dinov3_server.backbone.vit import VisionTransformer
+from dinov3_server.backbone.runners.base import finite_rows
+from dinov3_server.backbone.runners.cuda_graphs import Features, ForwardGraph, compute
+from dinov3_server.backbone.runners.postprocessing import Postprocessing
+from dinov3_server.families.dinov3_vit.model import VisionTransformer
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.families.layouts import canonical_shapes
+from dinov3_server.models.variant import DATASETS
+from dinov3_server.nn import attention, linear, rope
+from dinov3_server.nn.rope import Rope, default_periods
 
 Forward = Callable[[Tensor], Features]
 

@@ -12,13 +12,13 @@ import torch
 
 from bench.gpu import models
 from bench.gpu.plan import SPECS, Config, Plan
-from dinov3_server.backbone.cpu_runner import CpuRunner
-from dinov3_server.backbone.cuda_graphs import CAPTURE_AT
-from dinov3_server.backbone.cuda_runner import CudaRunner
-from dinov3_server.backbone.interface import Batch, FeatureSpec, Finished, ModelInfo, PixelShape, Row
-from dinov3_server.backbone.torch_runner import TorchRunner
-from dinov3_server.backbone.vit import VisionTransformer
+from dinov3_server.backbone.runners.base import TorchRunner
+from dinov3_server.backbone.runners.cpu import CpuRunner
+from dinov3_server.backbone.runners.cuda import CudaRunner
+from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT
 from dinov3_server.engine.block import Block
+from dinov3_server.families.dinov3_vit.model import VisionTransformer
+from dinov3_server.models.interface import Batch, FeatureSpec, Finished, ModelInfo, PixelShape, Row
 
 Add = Callable[[dict[str, Any]], None]
 ARENA = 0

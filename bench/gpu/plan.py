@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dinov3_server.backbone.interface import FeatureSpec, Output, Wanted
-from dinov3_server.backbone.registry import VITS, VitVariant
+from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
+from dinov3_server.models.interface import FeatureSpec, Output, Wanted
 
 BOTH = (Output("cls"), Output("patches"))
 WANTED = tuple(Wanted(output, "bfloat16") for output in BOTH)

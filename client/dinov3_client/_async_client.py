@@ -13,11 +13,11 @@ import grpc
 from dinov3_client import _many, _request
 from dinov3_client._errors import ServerError
 from dinov3_client._features import Features
-from dinov3_client._flow import Close, Flow, Pause, Rpc, Step, T, Together, Work
 from dinov3_client._images import ImageLike
 from dinov3_client._model import Model
 from dinov3_client._request import ExtractOptions, Options, TokenKind
 from dinov3_client._session import Connected
+from dinov3_client._transport.flow import Close, Flow, Pause, Rpc, Step, T, Together, Work
 
 
 class AsyncClient(Connected):

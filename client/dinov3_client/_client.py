@@ -13,13 +13,13 @@ from typing import Any, Self, Unpack
 import grpc
 
 from dinov3_client import _many, _request
-from dinov3_client._blocking import Scope, Sleep, run
 from dinov3_client._features import Features
-from dinov3_client._flow import Flow, T
 from dinov3_client._images import ImageLike
 from dinov3_client._model import Model
 from dinov3_client._request import ExtractOptions, Options, TokenKind
 from dinov3_client._session import Connected
+from dinov3_client._transport.blocking import Scope, Sleep, run
+from dinov3_client._transport.flow import Flow, T
 
 
 class Client(Connected):

@@ -17,9 +17,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from dinov3_client import _channel, _features, _images, _response, _split
+from dinov3_client import _features, _images, _response, _split
 from dinov3_client._answer import Answer
-from dinov3_client._channel import PathLike
 from dinov3_client._checks import check_deadline
 from dinov3_client._errors import (
     DeadlineExceeded,
@@ -32,13 +31,15 @@ from dinov3_client._errors import (
     model_mismatch,
 )
 from dinov3_client._features import Features
-from dinov3_client._flow import Close, Flow, Pause, Rpc, Together, Work
 from dinov3_client._images import ImageLike, Source
 from dinov3_client._model import Model, read_model
-from dinov3_client._pool import Connection, Pool, Target
 from dinov3_client._request import Options
-from dinov3_client._retry import Attempts
 from dinov3_client._split import Query
+from dinov3_client._transport import channel as _channel
+from dinov3_client._transport.channel import PathLike
+from dinov3_client._transport.flow import Close, Flow, Pause, Rpc, Together, Work
+from dinov3_client._transport.pool import Connection, Pool, Target
+from dinov3_client._transport.retry import Attempts
 
 EXTRACT = "/dinov3_serving.v1.FeatureService/Extract"
 GET_MODEL = "/dinov3_serving.v1.FeatureService/GetModel"

@@ -11,12 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from dinov3_server import __version__, config, config_load, log
-from dinov3_server.backbone import registry
-from dinov3_server.backbone.registry import ConvNextVariant, Variant, VitVariant
-from dinov3_server.config import Declared, Settings
-from dinov3_server.config_kinds import BOOLEAN
+from dinov3_server import __version__, log
+from dinov3_server.config import load as config_load
+from dinov3_server.config import settings as config
+from dinov3_server.config.kinds import BOOLEAN
+from dinov3_server.config.settings import Declared, Settings
 from dinov3_server.errors import ConfigError, StartupError
+from dinov3_server.families import registry
+from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.models.variant import Variant
 from dinov3_server.signals import unwind_on_sigterm
 
 RUNNER = "dinov3_server.backbone.runner:build"
@@ -76,7 +80,7 @@ def _check_sizes(settings: Settings, variant: Variant) -> None:
 
 
 def _serve(settings: Settings, runner: str) -> int:
-    from dinov3_server import supervisor  # Imported here, so that the other commands start fast.
+    from dinov3_server.processes import supervisor  # Imported here, so that the other commands start fast.
 
     log.configure(settings.log_level, settings.log_format, "supervisor")
     return supervisor.run(settings, runner)

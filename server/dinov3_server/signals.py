@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import socket
 import sys
@@ -13,6 +15,7 @@ from types import FrameType
 
 # What would end a process by itself and means nothing here. (SIGQUIT still ends it, with a core file.)
 UNUSED = (signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -78,3 +81,13 @@ def unwind_on_sigterm() -> None:
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, unwind)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread of process `parent` that started it ends.
+
+    `parent` is the pid that the starter had; if that is dead already, this process ends here.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)  # it died before the line above

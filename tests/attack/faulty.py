@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from bench.instant import InstantRunner, _Launched
-from dinov3_server.backbone.interface import Finished
 from dinov3_server.cli import main
+from dinov3_server.models.interface import Finished
 
 
 class FaultyRunner(InstantRunner):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov3_server.backbone.interface import PixelShape, Row
 from dinov3_server.cli import main
+from dinov3_server.models.interface import PixelShape, Row
 from tests.support.numpy_runner import NumpyRunner
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from dinov3_server import http_endpoints
 from dinov3_server.api import pixels
-from dinov3_server.config import SETTINGS
+from dinov3_server.config.settings import SETTINGS
 from dinov3_server.images import cost
+from dinov3_server.processes import http_endpoints
+from tests.support.paths import ROOT
 
-PAGE = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+PAGE = (ROOT / "docs" / "security.md").read_text()
 
 
 @pytest.mark.parametrize("name", [each.name for each in SETTINGS if each.topic in ("limits", "security")])

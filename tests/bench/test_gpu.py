@@ -16,10 +16,10 @@ from bench.gpu.models import bytes_for, fusible, our_model
 from bench.gpu.pipeline import pipeline
 from bench.gpu.plan import BOTH, Config, dry, full
 from bench.gpu.service import request
-from dinov3_server.backbone.linear import Linear
-from dinov3_server.backbone.vit import VisionTransformer
+from dinov3_server.families.dinov3_vit.model import VisionTransformer
+from dinov3_server.nn.linear import Linear
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.backbone.features import every_output
+from tests.server.backbone.features import every_output
 
 CPU = torch.device("cpu")
 

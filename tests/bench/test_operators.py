@@ -7,9 +7,9 @@ import torch
 
 from bench import operators
 from bench.bare import our_batch
-from dinov3_server.backbone.linear import packs
-from dinov3_server.backbone.registry import lookup
 from dinov3_server.backbone.runner import build
+from dinov3_server.families.registry import lookup
+from dinov3_server.nn.linear import packs
 
 
 @pytest.mark.skipif(not packs(torch.empty(1, 1, dtype=torch.bfloat16)), reason="dense layers are not packed here")

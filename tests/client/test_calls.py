@@ -32,7 +32,7 @@ from dinov3_client import (
     Unavailable,
 )
 from dinov3_client._model import read_model
-from dinov3_client._retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, SHORTEST_ATTEMPT, Attempts
+from dinov3_client._transport.retry import FIRST_PAUSE, HINT_JITTER, LONGEST_PAUSE, SHORTEST_ATTEMPT, Attempts
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_client.testing._model import message_of
 from dinov3_serving.v1 import feature_service_pb2 as pb

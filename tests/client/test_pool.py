@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dinov3_client._pool import FIRST_REST, LONGEST_REST, MOST_CONNECTIONS, REDIALS, Connection, Pool
+from dinov3_client._transport.pool import FIRST_REST, LONGEST_REST, MOST_CONNECTIONS, REDIALS, Connection, Pool
 
 
 class World:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dinov3_server import supervisor
-from dinov3_server.config import SETTINGS, Settings
-from dinov3_server.config_kinds import size
-from dinov3_server.config_load import CONFIG_ENV, load
+from dinov3_server.config.kinds import size
+from dinov3_server.config.load import CONFIG_ENV, load
+from dinov3_server.config.settings import SETTINGS, Settings
+from dinov3_server.processes import supervisor
 from tests.deploy.files import DEPLOY, ROOT, compose, dockerfile, dockerfile_env, kubernetes
 
 DEPLOYMENT = kubernetes("Deployment")

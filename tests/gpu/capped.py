@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dinov3_server.backbone import runner
-from dinov3_server.backbone.torch_runner import TorchRunner
+from dinov3_server.backbone.runners.base import TorchRunner
 
 
 def build(*arguments: Any, **options: Any) -> TorchRunner:

@@ -12,9 +12,11 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from dinov3_server.backbone.cuda_graphs import CAPTURE_AT, ForwardGraph, Key, padded  # noqa: E402
-from dinov3_server.backbone.cuda_runner import CudaRunner  # noqa: E402
-from dinov3_server.backbone.interface import (  # noqa: E402
+from dinov3_server.backbone.runner import build  # noqa: E402
+from dinov3_server.backbone.runners.cuda import CudaRunner  # noqa: E402
+from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT, ForwardGraph, Key, padded  # noqa: E402
+from dinov3_server.backbone.runners.plan import wanted_features  # noqa: E402
+from dinov3_server.models.interface import (  # noqa: E402
     Batch,
     DeviceOutOfMemory,
     FeatureSpec,
@@ -23,10 +25,8 @@ from dinov3_server.backbone.interface import (  # noqa: E402
     PixelShape,
     Row,
 )
-from dinov3_server.backbone.plan import wanted_features  # noqa: E402
-from dinov3_server.backbone.runner import build  # noqa: E402
-from tests.backbone.arenas import Arena, serve  # noqa: E402
-from tests.backbone.features import picture, worst_cosine  # noqa: E402
+from tests.server.backbone.arenas import Arena, serve  # noqa: E402
+from tests.server.backbone.features import picture, worst_cosine  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

@@ -14,10 +14,15 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from dinov3_server.backbone.convnext import ConvNext  # noqa: E402
-from dinov3_server.backbone.cuda_graphs import CAPTURE_AT  # noqa: E402
-from dinov3_server.backbone.cuda_runner import CudaRunner  # noqa: E402
-from dinov3_server.backbone.interface import (  # noqa: E402
+from dinov3_server.backbone.runner import build  # noqa: E402
+from dinov3_server.backbone.runners.cuda import CudaRunner  # noqa: E402
+from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT  # noqa: E402
+from dinov3_server.backbone.weights.random_weights import random_tensors  # noqa: E402
+from dinov3_server.families.dinov3_convnext.model import ConvNext  # noqa: E402
+from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS  # noqa: E402
+from dinov3_server.families.dinov3_vit.variants import VitVariant  # noqa: E402
+from dinov3_server.families.registry import lookup  # noqa: E402
+from dinov3_server.models.interface import (  # noqa: E402
     Batch,
     DeviceOutOfMemory,
     FeatureDtype,
@@ -25,12 +30,9 @@ from dinov3_server.backbone.interface import (  # noqa: E402
     Output,
     PixelShape,
 )
-from dinov3_server.backbone.random_weights import random_tensors  # noqa: E402
-from dinov3_server.backbone.registry import CONVNEXTS, VitVariant, lookup  # noqa: E402
-from dinov3_server.backbone.rope import default_periods  # noqa: E402
-from dinov3_server.backbone.runner import build  # noqa: E402
-from tests.backbone.arenas import Arena, serve  # noqa: E402
-from tests.backbone.features import (  # noqa: E402
+from dinov3_server.nn.rope import default_periods  # noqa: E402
+from tests.server.backbone.arenas import Arena, serve  # noqa: E402
+from tests.server.backbone.features import (  # noqa: E402
     CPU,
     LVD,
     every_output,

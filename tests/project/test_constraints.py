@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-CONSTRAINTS = Path(__file__).parents[2] / "constraints"
+from tests.support.paths import ROOT
+
+CONSTRAINTS = ROOT / "constraints"
 
 
 def pins(name: str) -> dict[str, str]:

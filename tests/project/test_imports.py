@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 SERVER = ROOT / "server" / "dinov3_server"
 CLIENT = ROOT / "client" / "dinov3_client"
 # Lower rooms know nothing of higher ones. A room may import from its own and from lower floors.
 FLOORS = {
-    "errors": 0, "config_kinds": 0, "config": 0, "config_load": 0, "metrics": 0, "log": 0, "storage": 0, "lifeline": 0,
-    "signals": 0,
-    "images": 1, "backbone": 1,
-    "engine": 2, "provision": 2,
-    "api": 3, "process": 3, "child": 3, "topology": 3, "http_endpoints": 3,
-    "supervisor": 4,
-    "cli": 5,
-    "__main__": 6,
+    "errors": 0, "config": 0, "metrics": 0, "log": 0, "storage": 0, "host": 0, "malloc": 0, "signals": 0,
+    "models": 1, "images": 1,
+    "nn": 2, "engine": 2,
+    "families": 3,
+    "backbone": 4, "provision": 4,
+    "api": 5, "processes": 5,
+    "cli": 6,
+    "__main__": 7,
 }  # fmt: skip
 
 
@@ -66,14 +67,15 @@ def test_a_room_knows_only_what_it_may(path: Path) -> None:
             other = name.split(".")[1]
             if other == "__version__":
                 continue
-            # The child's entry point starts both kinds of children; the supervisor only speaks to them.
-            if other != here and not (here == "process" and other == "api"):
-                allowed = FLOORS[other] < FLOORS[here] or (FLOORS[other] == FLOORS[here] == 3) or FLOORS[here] == 0
+            # A child's entry point starts frontends; the supervisor only speaks to them.
+            if other != here and not (path == SERVER / "processes" / "process.py" and other == "api"):
+                allowed = FLOORS[other] < FLOORS[here] or FLOORS[here] == 0
                 assert allowed, f"{here} imports {name}, which stands above it or beside it"
     assert not knows(path, "dinov3_client")
     for package in ("grpc", "grpc_health", "grpc_status", "grpc_reflection", "dinov3_serving"):
         assert here == "api" or not knows(path, package), f"only api/ may import {package}"
-    assert here == "backbone" or not knows(path, "torch"), "only backbone/ may import torch"
+    computes = here in ("nn", "families", "backbone")
+    assert computes or not knows(path, "torch"), "only what computes may import torch: nn/, families/, backbone/"
 
 
 @pytest.mark.parametrize("name", ["scheduler", "pace", "shares", "forecast"])
@@ -93,7 +95,7 @@ def test_the_client_needs_neither_server_nor_torch(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["dinov3_server.api.frontend", "dinov3_server.supervisor", "dinov3_server.cli", "dinov3_client"]
+    "module", ["dinov3_server.api.frontend", "dinov3_server.processes.supervisor", "dinov3_server.cli", "dinov3_client"]
 )
 def test_torch_is_loaded_in_workers_only(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
@@ -101,7 +103,7 @@ def test_torch_is_loaded_in_workers_only(module: str) -> None:
 
 
 def test_the_supervisor_speaks_no_grpc() -> None:
-    code = "import sys, dinov3_server.supervisor; sys.exit('grpc' in sys.modules)"
+    code = "import sys, dinov3_server.processes.supervisor; sys.exit('grpc' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 PROTOC_PYTHON = ROOT / ".venv-protoc" / "bin" / "python"
 FOLDER = Path("dinov3_serving/v1")
 STUBS = ("feature_service_pb2.py", "feature_service_pb2.pyi", "feature_service_pb2_grpc.py")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov3_client import Client, ImageErrors, ImageViews, InvalidRequest, Layer, Pooling, View
-from dinov3_server.backbone.interface import Output
+from dinov3_server.models.interface import Output
 from tests.support.numpy_runner import expected
 from tests.support.server import Server
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from dinov3_client import Client, InvalidRequest
 from dinov3_client.cli import main
-from dinov3_server.backbone.interface import Output
-from dinov3_server.backbone.random_weights import random_tensors
-from dinov3_server.backbone.registry import CONVNEXTS
-from tests.backbone.features import normalised
-from tests.backbone.reference import transformers_convnext, transformers_convnext_features
+from dinov3_server.backbone.weights.random_weights import random_tensors
+from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS
+from dinov3_server.models.interface import Output
+from tests.server.backbone.features import normalised
+from tests.server.backbone.reference import transformers_convnext, transformers_convnext_features
 from tests.support.server import Server
 
 VARIANT = CONVNEXTS["dinov3_convnext_tiny"]

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov3_client import Client, ImageViews, Layer, Pooling, View
-from dinov3_server.backbone.interface import Output
+from dinov3_server.models.interface import Output
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
 from tests.service.test_real_model import PHOTOS, Reference, pixels

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from bench.upstream_repository import served_repository
-from dinov3_server.backbone.random_weights import random_tensors
-from dinov3_server.backbone.registry import VITS
+from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.errors import CertificateError, Unreachable
-from tests.backbone.files import official_state
-from tests.provision.repositories import LICENSE, add_commit, git
+from dinov3_server.families.dinov3_vit.variants import VITS
+from tests.server.backbone.files import official_state
+from tests.server.provision.repositories import LICENSE, add_commit, git
 from tests.support.server import ROOT, Server
 from tests.support.upstream_code import write_checkout
 from tests.support.waiting import until

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinov3_client import Client
-from dinov3_server.backbone.interface import Output
-from dinov3_server.backbone.random_weights import random_tensors
-from dinov3_server.backbone.registry import lookup
-from dinov3_server.backbone.rope import default_periods
+from dinov3_server.backbone.weights.random_weights import random_tensors
+from dinov3_server.families.registry import lookup
+from dinov3_server.models.interface import Output
+from dinov3_server.nn.rope import default_periods
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
-from tests.backbone.features import normalised
-from tests.backbone.reference import transformers_features, transformers_model
+from tests.server.backbone.features import normalised
+from tests.server.backbone.reference import transformers_features, transformers_model
 from tests.support.server import Server
 
 PHOTOS = [Path(skimage.__file__).parent / "data" / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")]

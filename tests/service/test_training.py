@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dinov3_client import Client, Features
 from dinov3_client.torch import with_features
-from dinov3_server.backbone.interface import Output
+from dinov3_server.models.interface import Output
 from tests.support.numpy_runner import BLOCK, expected
 from tests.support.server import Server
 from tests.support.waiting import until

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov3_server.backbone.interface import Wanted
+from dinov3_server.models.interface import Wanted
 
 Floats = NDArray[np.float32]
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov3_server.backbone.interface import (
+from dinov3_server.models.interface import (
     Batch,
     DeviceLost,
     DeviceOutOfMemory,

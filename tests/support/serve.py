@@ -8,8 +8,8 @@ import os
 import resource
 import sys
 
-from dinov3_server import child, supervisor
 from dinov3_server.cli import main
+from dinov3_server.processes import child, supervisor
 
 RUNNER = "tests.support.numpy_runner:build"
 

@@ -10,15 +10,13 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from pathlib import Path
 from types import TracebackType
 
 import psutil
 
 from dinov3_client import Client
+from tests.support.paths import ROOT
 from tests.support.waiting import LIMIT, until
-
-ROOT = Path(__file__).parents[2]
 
 
 class Server:

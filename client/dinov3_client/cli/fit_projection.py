@@ -18,7 +18,7 @@ from dinov3_client._dtypes import Array
 from dinov3_client._errors import Dinov3Error, ModelMismatch
 from dinov3_client._features import Features
 from dinov3_client._model import Model
-from dinov3_client._pca import Components, Moments
+from dinov3_client._pictures.pca import Components, Moments
 from dinov3_client._request import Layer, Preset
 from dinov3_client.bulk.extraction import SLACK_BYTES
 from dinov3_client.bulk.reading import Reader

@@ -14,8 +14,8 @@ from PIL import Image
 
 from dinov3_client._dtypes import Array
 from dinov3_client._errors import Dinov3Error
-from dinov3_client._pca import NOISE, Moments, Palette
-from dinov3_client._picture import Pair
+from dinov3_client._pictures.pca import NOISE, Moments, Palette
+from dinov3_client._pictures.picture import Pair
 from dinov3_client.cli.common import Failures, connect, found_images, known_model, say
 from dinov3_client.cli.pictures import Show, Shown, add_picture_flags, described, save
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dinov3_client import _files, _picture
+from dinov3_client import _files
 from dinov3_client._client import Client
 from dinov3_client._dtypes import Array
 from dinov3_client._errors import InvalidRequest, MessageTooLarge
 from dinov3_client._model import Model
-from dinov3_client._picture import Legend, Pair
+from dinov3_client._pictures import picture as _picture
+from dinov3_client._pictures.picture import Legend, Pair
 from dinov3_client._request import Layer
 from dinov3_client.bulk.sources import Item
 from dinov3_client.cli.common import Failures, UsageError, image_size, layer_numbers

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinov3_client import _picture
-from dinov3_client._colormap import magma, ticks
 from dinov3_client._errors import Dinov3Error
-from dinov3_client._picture import Legend, Pair
-from dinov3_client._similarity import Point, cosines, patch_at, read_point
+from dinov3_client._pictures import picture as _picture
+from dinov3_client._pictures.colormap import magma, ticks
+from dinov3_client._pictures.picture import Legend, Pair
+from dinov3_client._pictures.similarity import Point, cosines, patch_at, read_point
 from dinov3_client.bulk.sources import Item
 from dinov3_client.cli.common import Failures, UsageError, connect, found_images, known_model, say
 from dinov3_client.cli.pictures import Photo, Show, Shown, add_picture_flags, described, save

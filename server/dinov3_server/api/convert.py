@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from dinov3_server.api.outputs import enum_of, read_outputs
 from dinov3_server.api.sources import Source, SourceReader, count_rows
 from dinov3_server.api.wire import Content
-from dinov3_server.backbone import registry
-from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, PixelShape
-from dinov3_server.config import Settings
+from dinov3_server.config.settings import Settings
 from dinov3_server.errors import ConfigError, InvalidInput, ModelMismatch, ServingError
+from dinov3_server.families import registry
+from dinov3_server.models.interface import FeatureSpec, ModelInfo, PixelShape
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _IS_BULK = {pb.PRIORITY_INTERACTIVE: False, pb.PRIORITY_BULK: True}

@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import grpc
 
 from dinov3_server.api.tls import Lifetime, check_files, lifetime
-from dinov3_server.config import Settings
+from dinov3_server.config.settings import Settings
 from dinov3_server.errors import ConfigError
 from dinov3_server.metrics import Metrics
 

@@ -19,15 +19,15 @@ from dinov3_server.api.filling import Filler, Work
 from dinov3_server.api.outputs import check_answer, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
 from dinov3_server.api.wire import Content
-from dinov3_server.backbone.interface import ModelInfo
-from dinov3_server.config import Settings
+from dinov3_server.config.settings import Settings
 from dinov3_server.engine.admission import Lease
 from dinov3_server.engine.block import Block
-from dinov3_server.engine.client import Engine, JobResult
+from dinov3_server.engine.engine import Engine, JobResult
 from dinov3_server.engine.forecast import Demand
 from dinov3_server.engine.shares import Caller
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
+from dinov3_server.models.interface import ModelInfo
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 # `outcome` of dinov3_images_total, by the status that a request failed with. Expired and cancelled ones are counted

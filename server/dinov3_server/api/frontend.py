@@ -9,11 +9,9 @@ import traceback
 from typing import Any
 
 from dinov3_server.api.server import FrontendServer
-from dinov3_server.backbone.cpu import keep_freed_memory
-from dinov3_server.backbone.malloc import allocated_bytes
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.channel import Channel, ChannelClosed
-from dinov3_server.engine.client import Engine
+from dinov3_server.engine.engine import Engine
 from dinov3_server.engine.messages import (
     SNAPSHOT_SECONDS,
     Connected,
@@ -25,6 +23,7 @@ from dinov3_server.engine.messages import (
     StartFrontend,
     WorkerGone,
 )
+from dinov3_server.malloc import allocated_bytes, keep_freed_memory
 from dinov3_server.metrics import Metrics
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import TypeVar
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
 from dinov3_server.api.response import DTYPES, most_nbytes
-from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, Output, Pooling, PoolingMethod, TokenKind
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import InvalidInput
+from dinov3_server.models.interface import FeatureSpec, ModelInfo, Output, Pooling, PoolingMethod, TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _FEATURE_DTYPES = {number: name for name, number in DTYPES.items()}

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov3_server.backbone.interface import PixelFormat, PixelShape
 from dinov3_server.errors import InvalidInput
+from dinov3_server.models.interface import PixelFormat, PixelShape
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _PIXEL_FORMATS: dict[pb.DataType, PixelFormat] = {pb.DATA_TYPE_UINT8: "uint8", pb.DATA_TYPE_FLOAT32: "float32"}

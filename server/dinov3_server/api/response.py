@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from dinov3_server.api.status import status_of
 from dinov3_server.api.wire import varint
-from dinov3_server.backbone.interface import FeatureDtype, FeatureSpec, ModelInfo, PixelShape, Section
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import ServingError
+from dinov3_server.models.interface import FeatureDtype, FeatureSpec, ModelInfo, PixelShape, Section
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 # Pieces of a message, in order; the big ones are views of the arena.

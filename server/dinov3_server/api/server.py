@@ -19,10 +19,10 @@ from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.reflection import Reflection
 from dinov3_server.api.servicer import FeatureService
 from dinov3_server.api.watch import Watch
-from dinov3_server.backbone.cpu import available_threads
-from dinov3_server.config import Settings
-from dinov3_server.engine.client import Engine
+from dinov3_server.config.settings import Settings
+from dinov3_server.engine.engine import Engine
 from dinov3_server.errors import StartupError
+from dinov3_server.host import available_threads
 from dinov3_server.metrics import Metrics
 
 # Pings find a client that vanished without a word (a pulled cable, a dropped NAT entry); its calls are cancelled.

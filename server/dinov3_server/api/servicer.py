@@ -13,11 +13,11 @@ from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.response import DTYPES
 from dinov3_server.api.stream import Stream
 from dinov3_server.api.wire import parse
-from dinov3_server.backbone.interface import Certificate
-from dinov3_server.config import Settings
-from dinov3_server.engine.client import Engine
+from dinov3_server.config.settings import Settings
+from dinov3_server.engine.engine import Engine
 from dinov3_server.errors import Unavailable
 from dinov3_server.metrics import Metrics
+from dinov3_server.models.interface import Certificate
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 

@@ -13,8 +13,7 @@ from dinov3_server.api.outputs import enum_of
 from dinov3_server.api.pixels import Pixels, copy_floats, read_pixels
 from dinov3_server.api.status import kept
 from dinov3_server.api.wire import Content
-from dinov3_server.backbone.interface import ModelInfo, PixelFormat, PixelShape
-from dinov3_server.config import Settings
+from dinov3_server.config.settings import Settings
 from dinov3_server.errors import InvalidInput, ServingError
 from dinov3_server.images.cost import Cost, resizing
 from dinov3_server.images.file import File
@@ -28,6 +27,7 @@ from dinov3_server.images.preprocess import (
     transform_into,
     transform_pixels_into,
 )
+from dinov3_server.models.interface import ModelInfo, PixelFormat, PixelShape
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _PRESETS = {pb.PRESET_DINOV3: "dinov3", pb.PRESET_HF: "hf", pb.PRESET_NONE: "none"}

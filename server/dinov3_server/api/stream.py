@@ -16,7 +16,7 @@ from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, Measured
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.status import kept, serving_error, status_of
 from dinov3_server.api.wire import Content, Incoming, TooMany, message_id, parse
-from dinov3_server.config import Settings
+from dinov3_server.config.settings import Settings
 from dinov3_server.engine.shares import Caller
 from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.connections import hang_up
 from dinov3_server.api.receiving import Receiver
-from dinov3_server.backbone.malloc import Trimmer, anonymous_bytes
+from dinov3_server.malloc import Trimmer, anonymous_bytes
 from dinov3_server.metrics import Metrics
 
 LOOK_SECONDS = 0.025

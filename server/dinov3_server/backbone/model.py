@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.checkpoint import Checkpoint
-from dinov3_server.backbone.convnext import ConvNext
-from dinov3_server.backbone.interface import Output
-from dinov3_server.backbone.registry import ConvNextVariant, VitVariant
-from dinov3_server.backbone.vit import VisionTransformer
+from dinov3_server.backbone.weights.checkpoint import Checkpoint
+from dinov3_server.families.dinov3_convnext.model import ConvNext
+from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
+from dinov3_server.families.dinov3_vit.model import VisionTransformer
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.models.interface import Output
 
 
 class Model(Protocol):

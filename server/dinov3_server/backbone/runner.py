@@ -11,13 +11,23 @@ from pathlib import Path
 
 import torch
 
-from dinov3_server.backbone import cpu
-from dinov3_server.backbone.certificate import Claim, certified
-from dinov3_server.backbone.checkpoint import Checkpoint, load_checkpoint
-from dinov3_server.backbone.cpu_runner import CpuRunner
-from dinov3_server.backbone.cuda_runner import CudaRunner
-from dinov3_server.backbone.fingerprint import BACKBONE, fingerprint
-from dinov3_server.backbone.interface import (
+from dinov3_server import host, malloc
+from dinov3_server.backbone.model import Model, our_model
+from dinov3_server.backbone.parity.check import Claim, certified
+from dinov3_server.backbone.parity.upstream import UpstreamModel
+from dinov3_server.backbone.runners.base import TORCH_DTYPES, TorchRunner
+from dinov3_server.backbone.runners.cpu import CpuRunner
+from dinov3_server.backbone.runners.cuda import CudaRunner
+from dinov3_server.backbone.runners.projections import read_projections
+from dinov3_server.backbone.runners.self_test import run_image
+from dinov3_server.backbone.weights.checkpoint import Checkpoint, load_checkpoint
+from dinov3_server.backbone.weights.fingerprint import BACKBONE, fingerprint
+from dinov3_server.backbone.weights.random_weights import random_tensors
+from dinov3_server.config.kinds import without_secrets
+from dinov3_server.errors import CheckpointError, ConfigError, UpstreamCodeError
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.families.registry import lookup
+from dinov3_server.models.interface import (
     FeatureDtype,
     FeatureSpec,
     ModelInfo,
@@ -26,16 +36,8 @@ from dinov3_server.backbone.interface import (
     Provisioned,
     TokenKind,
 )
-from dinov3_server.backbone.model import Model, our_model
-from dinov3_server.backbone.projections import read_projections
-from dinov3_server.backbone.random_weights import random_tensors
-from dinov3_server.backbone.registry import DATASETS, Variant, VitVariant, lookup
-from dinov3_server.backbone.rope import default_periods
-from dinov3_server.backbone.torch_runner import TORCH_DTYPES, TorchRunner
-from dinov3_server.backbone.trial import run_image
-from dinov3_server.backbone.upstream import UpstreamModel
-from dinov3_server.config_kinds import without_secrets
-from dinov3_server.errors import CheckpointError, ConfigError, UpstreamCodeError
+from dinov3_server.models.variant import DATASETS, Variant
+from dinov3_server.nn.rope import default_periods
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def build(
     compute_dtype = _dtype(dtype, torch_device)
     if threads < 0:
         raise ConfigError(f"threads is {threads}; it must be at least 1, or 0 for all that there are")
-    threads = threads or cpu.available_threads()
+    threads = threads or host.available_threads()
     if torch_device.type == "cpu":
         torch.set_num_threads(threads)
     checkout = None if backbone == "ours" else _checkout(provisioned)
@@ -123,7 +125,7 @@ def build(
     )
     runner = certified(claim, load, step)
     if torch_device.type == "cpu":
-        cpu.keep_freed_memory()
+        malloc.keep_freed_memory()
     with step("warm_up", ", ".join(f"{shape.height}x{shape.width} {shape.format}" for shape in warm_up)):
         for shape in warm_up:
             _run_once(runner, shape)
@@ -155,14 +157,14 @@ def _device(device: str) -> torch.device:
 
 def _dtype(dtype: str, device: torch.device) -> FeatureDtype:
     if dtype == "auto":
-        return "bfloat16" if device.type == "cuda" or cpu.has_native_bf16() else "float32"
+        return "bfloat16" if device.type == "cuda" or host.has_native_bf16() else "float32"
     if dtype == "float16":
         raise ConfigError("dtype 'float16': DINOv3 overflows in it (NaN features); use 'bfloat16' or 'float32'")
     if dtype == "float32":
         return "float32"
     if dtype != "bfloat16":
         raise ConfigError(f"dtype {dtype!r} is not one of 'auto', 'float32', 'bfloat16'")
-    if device.type == "cpu" and not cpu.has_native_bf16():
+    if device.type == "cpu" and not host.has_native_bf16():
         logger.warning("this CPU has no native bfloat16: it is emulated, and slower than float32")
     return "bfloat16"
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dinov3_server.config import BULK_PART
+from dinov3_server.config.settings import BULK_PART
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.forecast import Demand, Forecast, Waiting
 from dinov3_server.errors import InvalidInput, Overloaded

@@ -13,12 +13,11 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
-from pathlib import Path
 
 from dinov3_server.errors import StartupError
+from dinov3_server.host import available_memory
 
 PAGE = mmap.PAGESIZE
-CGROUP = "/sys/fs/cgroup"
 
 
 class ArenaMapping:
@@ -94,29 +93,6 @@ class Arena(ArenaMapping):
     def close(self) -> None:
         super().close()
         os.close(self.fd)
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken: the machine's, or what the control group (v2) leaves of its limit.
-
-    The group's use counts the files that it has read. The kernel gives those pages up for others, so they count as
-    free; a worker that reads its weights would otherwise seem to leave nothing.
-    """
-    available = _table("/proc/meminfo")["MemAvailable:"] * 1024
-    try:
-        limit, used = (Path(f"{CGROUP}/memory.{name}").read_text().strip() for name in ("max", "current"))
-        if limit != "max":
-            stat = _table(f"{CGROUP}/memory.stat")
-            left = int(limit) - int(used) + stat["active_file"] + stat["inactive_file"]
-            available = min(available, left)
-    except OSError:  # no such control group
-        pass
-    return available
-
-
-def _table(path: str) -> dict[str, int]:
-    """The numbers of a file of lines `name value [unit]`."""
-    return {name: int(value) for name, value, *_ in map(str.split, Path(path).read_text().splitlines())}
 
 
 def _pages(nbytes: int) -> int:

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from dinov3_server.backbone.interface import Runner
 from dinov3_server.engine.arena import ArenaMapping
 from dinov3_server.engine.peer import Frontend
+from dinov3_server.models.interface import Runner
 
 log = logging.getLogger(__name__)
 

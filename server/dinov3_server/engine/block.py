@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dinov3_server.backbone.interface import FeatureSpec, ModelInfo, PixelShape
+from dinov3_server.models.interface import FeatureSpec, ModelInfo, PixelShape
 
 ALIGNMENT = 64
 

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dinov3_server.backbone.interface import Batch, Finished, Launched, Row, Runner
 from dinov3_server.engine.scheduler import BatchRow
+from dinov3_server.models.interface import Batch, Finished, Launched, Row, Runner
 
 
 @dataclass(eq=False)

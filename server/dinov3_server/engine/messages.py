@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from dinov3_server.backbone.interface import ModelInfo, Provisioned
-from dinov3_server.config import Settings
+from dinov3_server.config.settings import Settings
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.pace import BatchTime
 from dinov3_server.engine.shares import NOBODY, Caller
 from dinov3_server.errors import StartupError
+from dinov3_server.models.interface import ModelInfo, Provisioned
 
 SNAPSHOT_SECONDS = 1.0
 

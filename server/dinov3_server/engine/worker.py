@@ -16,8 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Literal
 
-from dinov3_server.backbone.interface import DeviceLost, DeviceOutOfMemory, Finished, PixelShape, Row, Runner
-from dinov3_server.config import Settings
+from dinov3_server.config.settings import Settings
 from dinov3_server.engine.attacher import Attacher
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.device import Device, Running
@@ -46,6 +45,7 @@ from dinov3_server.engine.peer import Frontend
 from dinov3_server.engine.scheduler import BatchRow, Limits, Scheduler
 from dinov3_server.images.preprocess import PREPROCESSING_ID
 from dinov3_server.metrics import Metrics
+from dinov3_server.models.interface import DeviceLost, DeviceOutOfMemory, Finished, PixelShape, Row, Runner
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from typing import Any
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images.decode import decode, describe, probe
 from dinov3_server.images.preprocess import Box, Transform, check_box, transform_into
-from dinov3_server.lifeline import die_with
+from dinov3_server.signals import die_with
 
 
 def pack(message: dict[str, Any]) -> bytes:

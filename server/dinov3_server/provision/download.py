@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from dinov3_server.config_kinds import without_secrets
+from dinov3_server.config.kinds import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError, Unreachable
 from dinov3_server.provision.http import HttpBody
 from dinov3_server.provision.part import Part

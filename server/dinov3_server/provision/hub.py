@@ -21,9 +21,9 @@ from types import MappingProxyType
 from typing import TypeVar
 from urllib.parse import quote
 
-from dinov3_server.backbone.registry import DatasetName
-from dinov3_server.config_kinds import without_secrets
+from dinov3_server.config.kinds import without_secrets
 from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StartupError, Unreachable
+from dinov3_server.models.variant import DatasetName
 from dinov3_server.provision import manifest
 from dinov3_server.provision.download import Expected, download
 from dinov3_server.provision.manifest import Authority, Care, Promise

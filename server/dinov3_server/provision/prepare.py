@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dinov3_server.backbone import registry
-from dinov3_server.backbone.interface import Provisioned
-from dinov3_server.config import Settings
+from dinov3_server.config.settings import Settings
 from dinov3_server.errors import Unreachable
+from dinov3_server.families import registry
+from dinov3_server.models.interface import Provisioned
 
 log = logging.getLogger(__name__)
 

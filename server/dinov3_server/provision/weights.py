@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from dinov3_server.backbone.registry import DatasetName, Variant
-from dinov3_server.config import Settings
-from dinov3_server.config_kinds import without_secrets
+from dinov3_server.config.kinds import without_secrets
+from dinov3_server.config.settings import Settings
 from dinov3_server.errors import AccessRefused, ConfigError, StorageError, Unreachable
+from dinov3_server.models.variant import DatasetName, Variant
 from dinov3_server.provision import hub, manifest
 from dinov3_server.provision.download import Expected, download
 from dinov3_server.provision.http import META_ASKS

@@ -1,0 +1,75 @@
+"""Projections from files: linear maps of the channels of patches, by name (the setting `projections`).
+
+A file is `.npy` with the matrix [K, D] (as torch.nn.Linear.weight and scikit-learn's components_ have it), or
+`.safetensors` with `weight` [K, D] and, optionally, `bias` [K]: D channels in, K channels out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov3_server.backbone.runners.postprocessing import LinearMap
+from dinov3_server.backbone.weights.fingerprint import digest
+from dinov3_server.backbone.weights.safetensors_file import read_safetensors
+from dinov3_server.errors import CheckpointError
+from dinov3_server.models.interface import Projection
+
+
+def read_projections(files: Iterable[tuple[str, str]], widths: Sequence[int]) -> dict[Projection, LinearMap]:
+    """The maps of the named `files`, in float32 on the CPU; `widths` are the channels of the model's layers.
+
+    Raises CheckpointError, naming the file, for what cannot be applied to any layer.
+    """
+    return dict(_read(name, Path(path), sorted(set(widths))) for name, path in files)
+
+
+def _read(name: str, path: Path, widths: Sequence[int]) -> tuple[Projection, LinearMap]:
+    what = f"the projection {name!r} in {path}"
+    tensors = _safetensors(what, path) if path.suffix == ".safetensors" else {"weight": _npy(what, path)}
+    weight = tensors["weight"].to(torch.float32)
+    if weight.dim() != 2 or not weight.numel():
+        raise CheckpointError(f"{what} has the shape {[*weight.shape]}; a matrix [K, D] is wanted, K channels of D")
+    outputs, inputs = weight.shape
+    if inputs not in widths:
+        fits = " or ".join(map(str, widths))
+        turned = (
+            f": it is transposed, [D, K]. Save its transpose (`.T`), [{inputs}, {outputs}]" if outputs in widths else ""
+        )
+        raise CheckpointError(
+            f"{what} is a matrix {[outputs, inputs]}, [K, D], and no layer of the model has {inputs} channels; "
+            f"D may be {fits}{turned}"
+        )
+    bias = tensors["bias"].to(torch.float32) if "bias" in tensors else torch.zeros(outputs)
+    if bias.shape != (outputs,):
+        raise CheckpointError(
+            f"{what} has a bias of shape {[*bias.shape]}; its weight {[outputs, inputs]} wants [{outputs}]"
+        )
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise CheckpointError(f"{what} holds NaN or infinity, or what is infinite in float32")
+    identity = hashlib.sha256(f"projection {digest(weight)} {digest(bias)}".encode()).hexdigest()[:32]
+    return Projection(name, inputs, outputs, identity), LinearMap(weight.contiguous(), bias.contiguous())
+
+
+def _npy(what: str, path: Path) -> Tensor:
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{what} is not a readable .npy file: {error}") from None
+    if array.dtype.kind != "f":
+        raise CheckpointError(f"{what} holds {array.dtype}; floats are wanted")
+    with np.errstate(over="ignore"):  # told as infinite
+        return torch.from_numpy(np.array(array, np.float32, order="C"))
+
+
+def _safetensors(what: str, path: Path) -> dict[str, Tensor]:
+    tensors = read_safetensors(path)
+    if not {"weight"} <= set(tensors) <= {"weight", "bias"}:
+        found = ", ".join(sorted(tensors)[:5]) or "nothing"
+        raise CheckpointError(f"{what} holds {found}; weight [K, D] is wanted and, optionally, bias [K], nothing else")
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # not mapped from the file any more

@@ -1,0 +1,345 @@
+"""Every setting of the server, declared once; config_load.py reads them.
+
+A setting `max_batch_images` is the flag `--max-batch-images`, the environment variable
+`DINOV3_MAX_BATCH_IMAGES` and the YAML key `max_batch_images`. A flag wins over the environment, the
+environment over the YAML file (`--config FILE` or `DINOV3_CONFIG`), the file over the default.
+
+All three sources give text (a YAML list is its items joined by commas), so a value means the same
+wherever it was written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from dinov3_server.config.kinds import (
+    BOOLEAN,
+    COMMIT,
+    DEVICES,
+    FILE,
+    IMAGE_SIZES,
+    PORT,
+    PROJECTIONS,
+    SOURCE,
+    TEXT,
+    Kind,
+    choice,
+    integer,
+    seconds,
+    size,
+)
+from dinov3_server.errors import ConfigError
+
+ENV_PREFIX = "DINOV3_"
+# The part of a frontend's queue and arena that bulk requests may hold; the rest is kept for interactive ones.
+BULK_PART = 0.75
+
+_ADDRESS = TEXT._replace(metavar="ADDRESS")
+
+T = TypeVar("T")
+
+
+class Declared(NamedTuple):
+    """One setting: its field of `Settings`, and its three names."""
+
+    name: str
+    default: Any
+    kind: Kind
+    topic: str
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    def show(self, value: Any) -> str:
+        """`value` as a person would write it; empty where the setting is not set."""
+        return "" if value in (None, "") else self.kind.show(value)
+
+
+def _setting(default: T, kind: Kind, topic: str, help: str) -> T:
+    return field(default=default, metadata={"kind": kind, "topic": topic, "help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The effective settings. Times are seconds, sizes bytes. Raises ConfigError where two contradict each other."""
+
+    host: str = _setting(
+        "127.0.0.1",
+        _ADDRESS,
+        "network",
+        "Address that gRPC listens on. The default is reachable from this machine only; 0.0.0.0 is every IPv4 "
+        "interface. Think of TLS and a token first.",
+    )
+    port: int = _setting(50051, PORT, "network", "Port of gRPC; 0 takes a free one.")
+    http_host: str = _setting(
+        "",
+        _ADDRESS,
+        "network",
+        "Address of /metrics, /healthz and /readyz, which ask for no credentials; as host if unset.",
+    )
+    http_port: int = _setting(8080, PORT, "network", "Port of /metrics, /healthz and /readyz; 0 takes a free one.")
+    max_connection_age_seconds: float = _setting(
+        0.0,
+        seconds(0, 86400),
+        "network",
+        "Connections older than this are asked to reconnect, so that they spread anew over frontends and replicas; "
+        "calls in flight finish. 0: never.",
+    )
+
+    model: str = _setting(
+        "vits16", TEXT._replace(metavar="NAME"), "model", "Variant to serve; `dinov3-server models` lists them."
+    )
+    weights: str = _setting(
+        "auto",
+        SOURCE._replace(metavar="auto|FILE|URL|hf://OWNER/REPO[@REVISION]|random:SEED"),
+        "model",
+        "Where the weights come from. auto: a verified file under home, else weights_url, else Hugging Face. Or a file "
+        "or folder, an https:// or file:// URL, a repository of Hugging Face, or random:SEED for features without "
+        "meaning.",
+    )
+    dataset: str | None = _setting(
+        None,
+        choice("lvd1689m", "sat493m"),
+        "model",
+        "What the weights were trained on, which sets the mean and std of their input. Unset: as the name of the file "
+        "or repository says, else lvd1689m.",
+    )
+    backbone: str = _setting(
+        "ours",
+        choice("ours", "upstream"),
+        "model",
+        "Whose code computes: ours (the fast one), or upstream, Meta's own modules.",
+    )
+    dtype: str = _setting(
+        "auto",
+        choice("auto", "float32", "bfloat16"),
+        "model",
+        "What the model computes in; auto: bfloat16 where the device has it, else float32.",
+    )
+    devices: tuple[str, ...] = _setting(
+        ("auto",),
+        DEVICES,
+        "model",
+        "One worker process each; auto: every CUDA device, or the CPU where there is none.",
+    )
+    warm_up_sizes: tuple[tuple[int, int], ...] = _setting(
+        ((256, 256), (224, 224)),
+        IMAGE_SIZES,
+        "model",
+        "Input sizes that run once before the server is ready, so that no request pays for first use.",
+    )
+    projections: tuple[tuple[str, str], ...] = _setting(
+        (),
+        PROJECTIONS,
+        "model",
+        "Linear maps that requests can have patches' channels go through: a name and a file each. A .npy file holds a "
+        "float matrix [K, D], D the channels of a layer; a .safetensors file weight [K, D] and, optionally, bias [K].",
+    )
+
+    home: str = _setting(
+        "~/.cache/dinov3-serving",
+        TEXT._replace(metavar="FOLDER"),
+        "provisioning",
+        "Where weights, Meta's code and certificates are kept. Several servers may share it.",
+    )
+    offline: bool = _setting(
+        False,
+        BOOLEAN,
+        "provisioning",
+        "Never open a connection to fetch anything: use what is there, or say what is not.",
+    )
+    weights_url: str | None = _setting(
+        None,
+        SOURCE._replace(metavar="URL"),
+        "provisioning",
+        "Where `weights: auto` fetches the official file: the signed URL that Meta sends by e-mail, or a mirror's.",
+    )
+    verify: str = _setting(
+        "manifest",
+        choice("manifest", "full"),
+        "provisioning",
+        "How weights under home are checked at start: against size and time in their manifest, or hashed in full.",
+    )
+    repo_url: str = _setting(
+        "https://github.com/facebookresearch/dinov3.git",
+        SOURCE._replace(metavar="URL"),
+        "provisioning",
+        "Git repository of Meta's code: theirs, a mirror, or a local path.",
+    )
+    revision: str = _setting(
+        "6876159a11b4df116f30f667f8c9888617df0751",
+        COMMIT,
+        "provisioning",
+        "Commit of Meta's code that is used.",
+    )
+    target_dir: str | None = _setting(
+        None,
+        TEXT._replace(metavar="FOLDER"),
+        "provisioning",
+        "Checkout of Meta's code. Unset: a folder under home, named after the revision.",
+    )
+    certificate: bool = _setting(
+        True,
+        BOOLEAN,
+        "provisioning",
+        "Compare the served features with those of Meta's code before the server is ready. It wants that code, and "
+        "the memory of one more model for a while.",
+    )
+
+    max_batch_images: int = _setting(32, integer(1, 65536), "batching", "Most images in one batch.")
+    max_batch_tokens: int = _setting(
+        16384,
+        integer(1, 2**31 - 1),
+        "batching",
+        "Most tokens (CLS, registers and patches of all images) in one batch. An image of more is refused.",
+    )
+    max_queue_delay: float = _setting(
+        0.0,
+        seconds(0, 10),
+        "batching",
+        "How long an idle device waits for a fuller batch. 0: it takes what is there; batches grow while it is busy.",
+    )
+
+    max_queue_images: int = _setting(
+        4096,
+        integer(1, 2**31 - 1),
+        "limits",
+        "Images a frontend holds at once, waiting or running; more are told to retry.",
+    )
+    max_wait_seconds: float = _setting(
+        60.0,
+        seconds(0.1, 86400),
+        "limits",
+        "Expected wait over which a request without a deadline is told to retry. One with a deadline is told so where "
+        "the wait would pass it.",
+    )
+    max_images_per_request: int = _setting(
+        512, integer(1, 65536), "limits", "Most images in one request; each view of an image counts as one."
+    )
+    max_message_bytes: int = _setting(
+        2**27, size(2**20, 2**31 - 1), "limits", "Largest gRPC message, in either direction."
+    )
+    max_image_pixels: int = _setting(
+        100_000_000, integer(1, 2**31 - 1), "limits", "Largest decoded image, width times height."
+    )
+    arena_bytes: int = _setting(
+        2**29,
+        size(2**20, 2**40),
+        "limits",
+        "Shared memory of each frontend for pixels and features. It is taken whole at start; when it is full, requests "
+        "are told to retry.",
+    )
+    frontend_bytes: int = _setting(
+        2**30,
+        size(2**22, 2**40),
+        "limits",
+        "Memory of each frontend, beside its arena, for messages that were received, pictures being decoded and "
+        "answers that are not read yet; requests wait for room, and are told to retry. max_message_bytes each are "
+        "kept for messages and for answers (each of which counts twice). At least 4 x max_message_bytes.",
+    )
+    stream_window: int = _setting(
+        32, integer(1, 65536), "limits", "Unanswered requests of one stream after which the server reads no further."
+    )
+
+    frontends: int = _setting(
+        0,
+        integer(0, 256),
+        "processes",
+        "Processes that speak gRPC and decode images; 0 chooses by the number of CPUs.",
+    )
+    decode_threads: int = _setting(
+        0,
+        integer(0, 256),
+        "processes",
+        "Threads of each frontend that decode and resize, and the most decode processes beside them; 0 chooses by the "
+        "number of CPUs.",
+    )
+    threads: int = _setting(
+        0, integer(0, 1024), "processes", "Threads of a CPU worker's model; 0 chooses by the number of CPUs."
+    )
+    drain_seconds: float = _setting(
+        30.0,
+        seconds(0, 3600),
+        "processes",
+        "After SIGTERM, how long requests in flight may still take. Kubernetes' "
+        "terminationGracePeriodSeconds must be longer.",
+    )
+    batch_timeout_seconds: float = _setting(
+        120.0, seconds(1, 3600), "processes", "A batch that runs longer means a hung device: its worker is replaced."
+    )
+    worker_restart_limit: int = _setting(
+        5,
+        integer(1, 1000),
+        "processes",
+        "Failed starts of one process in a row after which it has failed; when all of its kind have, the server exits.",
+    )
+
+    token_file: str | None = _setting(
+        None,
+        FILE,
+        "security",
+        "File whose content is the bearer token that every call must bring, or several, one a line; unset: calls need "
+        "none. Read again when it changes.",
+    )
+    tls_cert_file: str | None = _setting(
+        None, FILE, "security", "PEM certificate chain of the gRPC port; with tls_key_file. Read again when it changes."
+    )
+    tls_key_file: str | None = _setting(None, FILE, "security", "PEM private key of tls_cert_file.")
+    tls_client_ca_file: str | None = _setting(
+        None, FILE, "security", "PEM authorities; when set, clients must show a certificate that one of them signed."
+    )
+
+    log_level: str = _setting(
+        "info", choice("debug", "info", "warning", "error"), "logging", "Least severity that is logged."
+    )
+    log_format: str = _setting("text", choice("text", "json"), "logging", "text for people, json: one object a line.")
+
+    def __post_init__(self) -> None:
+        if not self.http_host:
+            object.__setattr__(self, "http_host", self.host)
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            given, missing = ("cert", "key") if self.tls_cert_file else ("key", "cert")
+            raise ConfigError(f"tls_{given}_file is set and tls_{missing}_file is not: TLS needs both")
+        if self.tls_client_ca_file and not self.tls_cert_file:
+            raise ConfigError(
+                "tls_client_ca_file is set without tls_cert_file and tls_key_file: it needs TLS on the port"
+            )
+        if self.port and (self.host, self.port) == (self.http_host, self.http_port):
+            raise ConfigError(f"port and http_port are both {self.port}: gRPC and HTTP need a port each")
+        if self.max_images_per_request > BULK_PART * self.max_queue_images:
+            raise ConfigError(
+                f"max_images_per_request ({self.max_images_per_request}) is over {BULK_PART:.0%} of max_queue_images "
+                f"({self.max_queue_images}), the part that bulk may hold: the largest requests could never be admitted"
+            )
+        if self.frontend_bytes < 4 * self.max_message_bytes:
+            raise ConfigError(
+                f"frontend_bytes ({self.frontend_bytes}) is less than 4 x max_message_bytes "
+                f"({self.max_message_bytes}): a frontend needs room for a message, its pictures and its answer"
+            )
+        for name in ("home", "target_dir", "weights"):
+            path = getattr(self, name) or ""
+            try:
+                Path(path).expanduser()
+            except RuntimeError:
+                declared = BY_NAME[name]
+                raise ConfigError(
+                    f"{name} is {declared.show(path)!r} and no such home directory is known; set {declared.flag} "
+                    f"({declared.env}) to a full path"
+                ) from None
+
+    @property
+    def home_folder(self) -> Path:
+        return Path(self.home).expanduser()
+
+
+SETTINGS: tuple[Declared, ...] = tuple(Declared(f.name, f.default, **f.metadata) for f in fields(Settings))
+BY_NAME = {declared.name: declared for declared in SETTINGS}
+TOPICS: tuple[str, ...] = tuple(dict.fromkeys(declared.topic for declared in SETTINGS))

@@ -1,0 +1,180 @@
+"""The DINOv3 ConvNeXt, for inference only.
+
+Written from the papers (arXiv:2201.03545, arXiv:2508.10104) and the layout of the published checkpoints. Exact algebra
+done once, at load: LayerScale is folded into the layer before it, the scale and shift of every norm but the stem's and
+the last into the layer behind it; mean, std and the division by 255 into the stem of bytes. Maps stay [B, h, w, C] all
+the way (channels last), so that a dense layer is a matrix product, and so are the convolutions between stages, whose
+patches do not overlap. Stages that no requested output needs are not computed.
+
+The residual stream and the norms are fp32 in any dtype; the convolutions and matrix products are in the model's.
+
+Shapes: B images, H x W pixels; stage i has a map of h x w = H / s x W / s cells of C channels, s = 4 * 2^i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
+from dinov3_server.models.interface import Output
+from dinov3_server.models.variant import Dataset
+from dinov3_server.nn.linear import Linear, linear
+from dinov3_server.nn.norm import Norm
+from dinov3_server.nn.patch_embedding import PatchEmbedding
+
+_KERNEL = 7  # of the depthwise convolutions
+
+
+class ConvNext:
+    """`model(pixels, outputs)` gives the features of a batch.
+
+    `tensors` are canonical (see convnext_layouts.py), in any floating dtype and on any device; the model keeps none of
+    them. On the meta device it is built, and runs, without memory.
+    """
+
+    def __init__(
+        self,
+        variant: ConvNextVariant,
+        tensors: Mapping[str, Tensor],
+        dataset: Dataset,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.variant = variant
+        self.dtype = dtype
+        self.device = device
+        if device.type == "cuda" and dtype == torch.float32:
+            # Or cuDNN's convolutions round to TF32. It is set for the whole process.
+            torch.backends.cudnn.allow_tf32 = False
+
+        def exact(name: str) -> Tensor:
+            return tensors[name].to(device, torch.float32)
+
+        def norm(name: str) -> Norm:
+            return Norm(exact(f"{name}.weight"), exact(f"{name}.bias"), variant.norm_eps)
+
+        stem = exact("downsample_layers.0.0.weight"), exact("downsample_layers.0.0.bias")
+        self._stem = PatchEmbedding(*stem, dataset, multiple=variant.patch_size, dtype=dtype)
+        self._stem_norm = norm("downsample_layers.0.1")
+        self._downsamples = [_downsample(variant, dtype, i, exact) for i in range(1, variant.depth)]
+        self._stages = [
+            [_block(variant, dtype, f"stages.{i}.{j}.", exact) for j in range(depth)]
+            for i, depth in enumerate(variant.depths)
+        ]
+        self._norm = norm("norm")
+
+    def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
+        """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of 32.
+
+        Gives for each output a [B, C] (cls, the mean of the map) or [B, h w, C] (patches, row-major) fp32 tensor; they
+        may be views of one another's memory. The layers are the stages; the final norm comes after the last only, so
+        that the others' features are the same with and without it. Raises ValueError for what the model does not have.
+        Nothing here waits for the device, and nothing depends on the values of the pixels.
+        """
+        wanted: dict[int, list[Output]] = {}
+        for output in outputs:
+            wanted.setdefault(self._source(output), []).append(output)
+        if not wanted:
+            return {}
+        features: dict[Output, Tensor] = {}
+        x = self._stem_norm(self._stem(pixels).float())
+        for layer in range(max(wanted) + 1):
+            if layer:
+                x = self._downsamples[layer - 1](x)
+            for block in self._stages[layer]:
+                x = block(x)
+            if group := wanted.get(layer):
+                features |= self._pick(x, group)
+        return features
+
+    def tables(self, height: int, width: int) -> tuple[Tensor, ...]:
+        """None: a forward pass reads weights only."""
+        return ()
+
+    def _source(self, output: Output) -> int:
+        """The stage whose map it is of."""
+        if output.kind not in ("cls", "patches"):
+            raise ValueError(f"no output kind {output.kind!r} in {self.variant.name}: its kinds are cls and patches")
+        last = self.variant.depth - 1
+        if output.layer is not None and not 0 <= output.layer <= last:
+            raise ValueError(f"no layer {output.layer} in {self.variant.name}: its layers are 0 to {last}")
+        return last if output.layer is None else output.layer
+
+    def _pick(self, x: Tensor, group: list[Output]) -> dict[Output, Tensor]:
+        """The outputs of one stage, from its map."""
+        picked = {}
+        for output in group:
+            tokens = x.mean((1, 2)) if output.kind == "cls" else x.flatten(1, 2)
+            is_last = output.layer is None or output.layer == self.variant.depth - 1
+            picked[output] = self._norm(tokens) if is_last and output.norm else tokens
+        return picked
+
+
+class _Downsample:
+    """Norm, then the 2 x 2 convolution of stride 2: [B, h, w, C] to [B, h / 2, w / 2, C']."""
+
+    def __init__(self, dtype: torch.dtype, eps: float, reduction: Linear) -> None:
+        self.dtype = dtype
+        self.eps = eps
+        self.reduction = reduction
+
+    def __call__(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        x = F.layer_norm(x, (channels,), eps=self.eps).to(self.dtype)
+        cells = x.view(batch, height // 2, 2, width // 2, 2, channels).transpose(2, 3)
+        return self.reduction(cells.reshape(batch, height // 2, width // 2, 4 * channels)).float()
+
+
+class _Block:
+    """x + pwconv2(gelu(pwconv1(norm(dwconv x)))), the norm's scale and shift in pwconv1 and LayerScale in pwconv2.
+
+    x, [B, h, w, C] fp32, may be written over.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, eps: float, dwconv: tuple[Tensor, Tensor], pwconv1: Linear, pwconv2: Linear
+    ) -> None:
+        self.dtype = dtype
+        self.eps = eps
+        self.weight, self.bias = dwconv
+        self.pwconv1 = pwconv1
+        self.pwconv2 = pwconv2
+
+    def __call__(self, x: Tensor) -> Tensor:
+        channels = x.shape[-1]
+        planes = x.to(self.dtype).permute(0, 3, 1, 2)
+        mixed = F.conv2d(planes, self.weight, self.bias, padding=_KERNEL // 2, groups=channels).permute(0, 2, 3, 1)
+        normed = F.layer_norm(mixed, (channels,), eps=self.eps)
+        hidden = self.pwconv1.gelu(normed)
+        # In another dtype the addition is an operator of its own: in its place, which takes half the memory.
+        return self.pwconv2.add(hidden, x) if self.dtype == x.dtype else x.add_(self.pwconv2(hidden))
+
+
+def _downsample(
+    variant: ConvNextVariant, dtype: torch.dtype, stage: int, exact: Callable[[str], Tensor]
+) -> _Downsample:
+    """What stands before a stage but the first."""
+    prefix = f"downsample_layers.{stage}."
+    weight = exact(f"{prefix}1.weight").permute(0, 2, 3, 1)  # [C', 2, 2, C]
+    scale, shift = exact(f"{prefix}0.weight"), exact(f"{prefix}0.bias")
+    bias = exact(f"{prefix}1.bias") + weight.sum((1, 2)) @ shift
+    return _Downsample(dtype, variant.norm_eps, _dense((weight * scale).flatten(1), bias, dtype))
+
+
+def _block(variant: ConvNextVariant, dtype: torch.dtype, prefix: str, exact: Callable[[str], Tensor]) -> _Block:
+    """One block of canonical tensors."""
+    scale, shift, gamma = exact(f"{prefix}norm.weight"), exact(f"{prefix}norm.bias"), exact(f"{prefix}gamma")
+    weight1, weight2 = exact(f"{prefix}pwconv1.weight"), exact(f"{prefix}pwconv2.weight")
+    pwconv1 = _dense(weight1 * scale, exact(f"{prefix}pwconv1.bias") + weight1 @ shift, dtype)
+    pwconv2 = _dense(gamma[:, None] * weight2, gamma * exact(f"{prefix}pwconv2.bias"), dtype)
+    kernels = exact(f"{prefix}dwconv.weight").to(dtype).contiguous(memory_format=torch.channels_last)
+    return _Block(dtype, variant.norm_eps, (kernels, exact(f"{prefix}dwconv.bias").to(dtype)), pwconv1, pwconv2)
+
+
+def _dense(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Linear:
+    return linear(weight.to(dtype).contiguous(), bias.to(dtype))

@@ -1,0 +1,153 @@
+"""The names and shapes of a DINOv3 ViT's tensors: canonical, and in each layout that files have.
+
+Canonical names are the official repository's, except that queries, keys and values are apart
+(`blocks.0.attn.q.weight`; a file's fused `qkv` is split without a copy) and that what inference does not use is left
+out: the key bias (masked to zero by every layout), `mask_token`, `local_cls_norm`. So the same model from any layout
+gives the same tensors.
+"""
+
+from __future__ import annotations
+
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.models.layout import Entry, Layout, Shape
+
+PERIODS = "rope_embed.periods"
+
+
+def canonical_shapes(variant: VitVariant) -> dict[str, Shape]:
+    """Name and shape of every canonical tensor, in a fixed order."""
+    width, hidden, patch = variant.embed_dim, variant.ffn_dim, variant.patch_size
+    shapes: dict[str, Shape] = {
+        "cls_token": (1, 1, width),
+        "storage_tokens": (1, variant.registers, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+    }
+    for i in range(variant.depth):
+        block: dict[str, Shape] = {"norm1.weight": (width,), "norm1.bias": (width,)}
+        for part in "qkv":
+            block[f"attn.{part}.weight"] = (width, width)
+            if variant.qkv_bias and part != "k":
+                block[f"attn.{part}.bias"] = (width,)
+        block |= {"attn.proj.weight": (width, width), "attn.proj.bias": (width,), "ls1.gamma": (width,)}
+        block |= {"norm2.weight": (width,), "norm2.bias": (width,)}
+        into, out = (("fc1",), "fc2") if variant.ffn == "mlp" else (("w1", "w2"), "w3")
+        for name in into:
+            block |= {f"mlp.{name}.weight": (hidden, width), f"mlp.{name}.bias": (hidden,)}
+        block |= {f"mlp.{out}.weight": (width, hidden), f"mlp.{out}.bias": (width,), "ls2.gamma": (width,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
+def layouts(variant: VitVariant) -> tuple[Layout, ...]:
+    """Every layout that a file of `variant` may have."""
+    timm = _timm(variant)
+    query_value_biases = {f"blocks.{i}.attn.{part}_bias" for i in range(variant.depth) for part in "qv"}
+    without_biases = {key: entry for key, entry in timm.items() if key not in query_value_biases}
+    return (
+        Layout("official", _official(variant)),
+        Layout("transformers", _transformers(variant), _transformers_spelling),
+        # Of `vit_*_patch16_dinov3`: timm's makers found these biases to be zeros, and store none. It is before the one
+        # that has them, whose names are all of these and more, so that a file without them is taken for the former.
+        Layout("timm", without_biases),
+        Layout("timm (qkvb)", timm),
+    )
+
+
+def _official(variant: VitVariant) -> dict[str, Entry]:
+    width = variant.embed_dim
+    entries: dict[str, Entry] = {
+        "mask_token": Entry((1, width), required=False),
+        # Of the models trained with a separate norm for local crops (7B, and ViT-L on SAT-493M).
+        "local_cls_norm.weight": Entry((width,), required=False),
+        "local_cls_norm.bias": Entry((width,), required=False),
+        PERIODS: Entry((variant.head_dim // 4,), (PERIODS,)),
+    }
+    for name, shape in canonical_shapes(variant).items():
+        prefix, attn, rest = name.partition("attn.")
+        if not attn or rest.startswith("proj"):
+            entries[name] = Entry(shape, (name,))
+        elif rest == "q.weight":
+            entries[f"{prefix}attn.qkv.weight"] = Entry((3 * width, width), _fused(prefix))
+        elif rest == "q.bias":
+            parts_of_bias = (f"{prefix}attn.q.bias", None, f"{prefix}attn.v.bias")
+            entries[f"{prefix}attn.qkv.bias"] = Entry((3 * width,), parts_of_bias)
+            entries[f"{prefix}attn.qkv.bias_mask"] = Entry((3 * width,), is_bias_mask=True)
+    return entries
+
+
+def _fused(prefix: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}attn.{part}.weight" for part in "qkv")
+
+
+_TRANSFORMERS_OUTER = {
+    "cls_token": "embeddings.cls_token",
+    "storage_tokens": "embeddings.register_tokens",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
+    "norm.weight": "norm.weight",
+    "norm.bias": "norm.bias",
+}
+_TRANSFORMERS_BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.q": "attention.q_proj",
+    "attn.k": "attention.k_proj",
+    "attn.v": "attention.v_proj",
+    "attn.proj": "attention.o_proj",
+    "ls1": "layer_scale1",
+    "ls2": "layer_scale2",
+    "mlp.fc1": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.up_proj",
+    "mlp.w3": "mlp.down_proj",
+}
+
+
+def _transformers(variant: VitVariant) -> dict[str, Entry]:
+    entries = {"embeddings.mask_token": Entry((1, 1, variant.embed_dim), required=False)}
+    for name, shape in canonical_shapes(variant).items():
+        if name in _TRANSFORMERS_OUTER:
+            key = _TRANSFORMERS_OUTER[name]
+        else:
+            _, index, inner = name.split(".", 2)
+            module, _, leaf = inner.rpartition(".")
+            key = f"layer.{index}.{_TRANSFORMERS_BLOCK[module]}.{'lambda1' if leaf == 'gamma' else leaf}"
+        entries[key] = Entry(shape, (name,))
+    return entries
+
+
+def _transformers_spelling(key: str) -> str:
+    """Files on the hub say `layer.0`, newer classes save `model.layer.0`."""
+    return key.removeprefix("model.") if key.startswith("model.layer.") else key
+
+
+_TIMM_NAMES = {
+    "storage_tokens": "reg_token",
+    "ls1.gamma": "gamma_1",
+    "ls2.gamma": "gamma_2",
+    "attn.q.bias": "attn.q_bias",
+    "attn.v.bias": "attn.v_bias",
+    "mlp.w1.weight": "mlp.fc1_g.weight",
+    "mlp.w1.bias": "mlp.fc1_g.bias",
+    "mlp.w2.weight": "mlp.fc1_x.weight",
+    "mlp.w2.bias": "mlp.fc1_x.bias",
+    "mlp.w3.weight": "mlp.fc2.weight",
+    "mlp.w3.bias": "mlp.fc2.bias",
+}
+
+
+def _timm(variant: VitVariant) -> dict[str, Entry]:
+    """Of `vit_*_patch16_dinov3_qkvb` (timm's `models/eva.py`), which has biases of queries and values; and of
+    `vit_7b_patch16_dinov3`, as that variant has none."""
+    width = variant.embed_dim
+    entries = {}
+    for name, shape in canonical_shapes(variant).items():
+        inner = name.split(".", 2)[2] if name.startswith("blocks.") else name
+        prefix = name.removesuffix(inner)
+        if inner == "attn.q.weight":
+            entries[f"{prefix}attn.qkv.weight"] = Entry((3 * width, width), _fused(prefix))
+        elif inner not in ("attn.k.weight", "attn.v.weight"):
+            entries[prefix + _TIMM_NAMES.get(inner, inner)] = Entry(shape, (name,))
+    return entries

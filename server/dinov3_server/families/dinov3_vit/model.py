@@ -1,0 +1,232 @@
+"""The DINOv3 vision transformer, for inference only.
+
+Written from the paper (arXiv:2508.10104) and the layout of the published checkpoints. Exact algebra done once, at
+load, in fp32: LayerScale is folded into the projection before it, the attention scale into the queries, mean, std
+and the division by 255 into the patch embedding of bytes; keys have no bias; query and key channels are interleaved
+for RoPE (see rope.py). What no requested output needs is not computed.
+
+The residual stream and the norms are fp32 in any dtype; the matrix products are in the model's. In bfloat16 that
+nearly halves the angle between the patch features and the fp32 ones: the stream's rounding is otherwise the largest.
+
+Shapes: B images, H x W pixels, T = 1 + G + P tokens (CLS, registers, patches), D channels, h heads of d channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.models.interface import Output
+from dinov3_server.models.variant import Dataset
+from dinov3_server.nn.attention import attention
+from dinov3_server.nn.linear import Linear, linear
+from dinov3_server.nn.norm import Norm
+from dinov3_server.nn.patch_embedding import PatchEmbedding
+from dinov3_server.nn.rope import Rope, interleave
+
+
+class VisionTransformer:
+    """`model(pixels, outputs)` gives the features of a batch.
+
+    `tensors` are canonical (see layouts.py), in any floating dtype and on any device; the model keeps none of them.
+    On the meta device it is built, and runs, without memory.
+    """
+
+    def __init__(
+        self,
+        variant: VitVariant,
+        tensors: Mapping[str, Tensor],
+        periods: Tensor,
+        dataset: Dataset,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.variant = variant
+        self.dtype = dtype
+        self.device = device
+
+        def exact(name: str) -> Tensor:
+            return tensors[name].to(device, torch.float32)
+
+        def dense(weight: Tensor, bias: Tensor | None) -> Linear:
+            return linear(weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype))
+
+        projection = exact("patch_embed.proj.weight"), exact("patch_embed.proj.bias")
+        self._patch_embedding = PatchEmbedding(*projection, dataset, multiple=variant.patch_size, dtype=dtype)
+        self._prefix = torch.cat((exact("cls_token"), exact("storage_tokens")), dim=1)  # [1, 1 + G, D]
+        self._norm = Norm(exact("norm.weight"), exact("norm.bias"), variant.norm_eps)
+        self._rope = Rope(periods.to(device, torch.float32))
+        self._blocks = [_block(variant, dtype, f"blocks.{i}.", exact, dense) for i in range(variant.depth)]
+        self._ranges = {
+            "cls": slice(0, 1),
+            "registers": slice(1, 1 + variant.registers),
+            "patches": slice(1 + variant.registers, None),
+        }
+
+    def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
+        """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of 16.
+
+        Gives for each output a [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major) fp32 tensor; they
+        may be views of one another's memory. Raises ValueError for what the model does not have.
+        Nothing here waits for the device, and nothing depends on the values of the pixels.
+        """
+        wanted: dict[tuple[int, bool], list[Output]] = {}
+        for output in outputs:
+            wanted.setdefault(self._source(output), []).append(output)
+        if not wanted:
+            return {}
+        last = max(layer for layer, _ in wanted)
+        # The last block need not compute tokens that nobody wants of it; those of the earlier ones feed the next.
+        kept = {o.kind for (layer, _), group in wanted.items() if layer == last for o in group}
+        keep = None if "patches" in kept else max(self._ranges[kind].stop for kind in kept)
+
+        x, rows, columns = self._embed(pixels)
+        rotations = self._rope.rotations(rows, columns)
+        features: dict[Output, Tensor] = {}
+        for layer, block in enumerate(self._blocks[: last + 1]):
+            x = block(x, rotations, keep if layer == last else None)
+            for norm in (False, True):
+                if group := wanted.get((layer, norm)):
+                    features |= self._pick(x, group, norm)
+        return features
+
+    def tables(self, height: int, width: int) -> tuple[Tensor, ...]:
+        """The RoPE table for pixels of this size, which is cached for a while only."""
+        return (self._rope.rotations(height // self.variant.patch_size, width // self.variant.patch_size),)
+
+    def _source(self, output: Output) -> tuple[int, bool]:
+        """The block whose output it is, and whether the final norm comes after it."""
+        depth = self.variant.depth
+        if output.kind not in self._ranges:
+            raise ValueError(f"no output kind {output.kind!r}; the kinds are {', '.join(self._ranges)}")
+        if output.layer is None:
+            return depth - 1, True
+        if not 0 <= output.layer < depth:
+            raise ValueError(f"no layer {output.layer} in {self.variant.name}: its layers are 0 to {depth - 1}")
+        return output.layer, output.norm
+
+    def _embed(self, pixels: Tensor) -> tuple[Tensor, int, int]:
+        """The [B, T, D] tokens that enter the first block, and the patch grid."""
+        patches = self._patch_embedding(pixels)
+        batch, rows, columns, _ = patches.shape
+        stream = torch.cat((self._prefix.expand(batch, -1, -1), patches.flatten(1, 2).float()), dim=1)
+        return stream, rows, columns
+
+    def _pick(self, x: Tensor, group: list[Output], norm: bool) -> dict[Output, Tensor]:
+        """The outputs of one layer, from its [B, T, D] tokens (fewer T where the rest was not computed)."""
+        start = min(self._ranges[output.kind].start for output in group)
+        if norm:
+            # Of one range of tokens that holds all that is wanted: one pass, and none over what is not.
+            stops = [self._ranges[output.kind].stop for output in group]
+            x = self._norm(x[:, start : None if None in stops else max(stops)])
+        else:
+            start = 0
+        picked = {}
+        for output in group:
+            tokens = self._ranges[output.kind]
+            part = x[:, tokens.start - start : None if tokens.stop is None else tokens.stop - start]
+            picked[output] = part[:, 0] if output.kind == "cls" else part
+        return picked
+
+
+class _FeedForward(Protocol):
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + f(x)."""
+        ...
+
+
+class _Mlp:
+    """residual + fc2(gelu(fc1 x))."""
+
+    def __init__(self, fc1: Linear, fc2: Linear) -> None:
+        self.fc1 = fc1
+        self.fc2 = fc2
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fc2.add(self.fc1.gelu(x), residual)
+
+
+class _SwiGlu:
+    """residual + w3(silu(w1 x) * w2 x)."""
+
+    def __init__(self, w1: Linear, w2: Linear, w3: Linear) -> None:
+        self.w1 = w1
+        self.w2 = w2
+        self.w3 = w3
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.w3.add(self.w2.mul(x, self.w1.silu(x)), residual)
+
+
+class _Block:
+    """Pre-norm attention and feed-forward, LayerScale already in the projections."""
+
+    def __init__(
+        self,
+        heads: int,
+        dtype: torch.dtype,
+        norm1: Norm,
+        qkv: Linear,
+        proj: Linear,
+        norm2: Norm,
+        ffn: _FeedForward,
+    ) -> None:
+        self.heads = heads
+        self.dtype = dtype
+        self.norm1 = norm1
+        self.qkv = qkv
+        self.proj = proj
+        self.norm2 = norm2
+        self.ffn = ffn
+
+    def __call__(self, x: Tensor, rotations: Tensor, keep: int | None) -> Tensor:
+        """[B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` are for the last P of the T."""
+        qkv = self.qkv(self.norm1(x).to(self.dtype)).view(*x.shape[:2], 3, self.heads, -1)
+        if keep is not None:
+            x = x[:, :keep].contiguous()
+        x = self.proj.add(attention(qkv, rotations, keep), x)
+        return self.ffn(self.norm2(x).to(self.dtype), x)
+
+
+def _block(
+    variant: VitVariant,
+    dtype: torch.dtype,
+    prefix: str,
+    exact: Callable[[str], Tensor],
+    dense: Callable[[Tensor, Tensor | None], Linear],
+) -> _Block:
+    """One block of canonical tensors: `exact` reads one in fp32, `dense` makes a layer in the model's dtype."""
+
+    def norm(name: str) -> Norm:
+        return Norm(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"), variant.norm_eps)
+
+    def plain(name: str) -> Linear:
+        return dense(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"))
+
+    def scaled(name: str, gamma: str) -> Linear:
+        scale = exact(f"{prefix}{gamma}.gamma")
+        return dense(
+            scale[:, None] * exact(f"{prefix}{name}.weight"),
+            scale * exact(f"{prefix}{name}.bias"),
+        )
+
+    def qkv() -> Linear:
+        heads, scale = variant.heads, variant.head_dim**-0.5
+        q, k, v = (exact(f"{prefix}attn.{part}.weight") for part in "qkv")
+        weight = torch.cat((interleave(q, heads) * scale, interleave(k, heads), v))
+        if not variant.qkv_bias:
+            return dense(weight, None)
+        q, v = (exact(f"{prefix}attn.{part}.bias") for part in "qv")
+        return dense(weight, torch.cat((interleave(q, heads) * scale, torch.zeros_like(q), v)))
+
+    ffn: _FeedForward
+    if variant.ffn == "mlp":
+        ffn = _Mlp(plain("mlp.fc1"), scaled("mlp.fc2", "ls2"))
+    else:
+        ffn = _SwiGlu(plain("mlp.w1"), plain("mlp.w2"), scaled("mlp.w3", "ls2"))
+    return _Block(variant.heads, dtype, norm("norm1"), qkv(), scaled("attn.proj", "ls1"), norm("norm2"), ffn)

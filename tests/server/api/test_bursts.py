@@ -1,0 +1,94 @@
+"""Many calls at one moment, and calls that are ended as soon as they begin."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+from collections import Counter
+
+import grpc
+import pytest
+
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from tests.server.api.rig import Rig, serving
+from tests.server.api.test_server import REQUEST
+from tests.support.waiting import until_async
+
+# Frames of HTTP/2 and their flags, RFC 9113 section 6.
+DATA, HEADERS, RST_STREAM, SETTINGS = 0, 1, 3, 4
+END_STREAM, END_HEADERS = 1, 4
+CANCEL = 8
+
+
+async def test_a_burst_is_answered_by_the_service_and_not_by_grpc() -> None:
+    """gRPC's own limits on calls that no handler has taken yet would end many of them as CANCELLED."""
+    async with serving() as rig:
+        calls = [rig.stub.GetModel(pb.GetModelRequest()) for _ in range(4000)]
+        assert Counter([await call.code() for call in calls]) == {grpc.StatusCode.OK: 4000}
+
+
+@pytest.mark.parametrize("sent", ["headers", "half a message", "a message"])
+@pytest.mark.parametrize(
+    "method",
+    ["dinov3_serving.v1.FeatureService/Extract", "dinov3_serving.v1.FeatureService/ExtractStream",
+     "dinov3_serving.v1.FeatureService/GetModel", "grpc.health.v1.Health/Watch"],
+)  # fmt: skip
+async def test_calls_that_are_reset_at_once_leave_nothing(method: str, sent: str) -> None:
+    async with serving() as rig:
+        await rig.stub.Extract(REQUEST)
+        before = held(rig)
+        for _ in range(2):
+            await reset(rig.port, method, sent, count=500)
+        # Fewer where the task of the first call had not ended yet.
+        await until_async(lambda: all(held(rig)[kind] <= count for kind, count in before.items()))
+        await rig.stub.Extract(REQUEST)
+
+
+def held(rig: Rig) -> dict[str, int]:
+    return {
+        "tasks": len(asyncio.all_tasks()),
+        "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+        "bytes": sum(
+            share.used for share in (rig.server.budget.messages, rig.server.budget.pictures, rig.server.budget.answers)
+        ),
+        "leases": len(rig.engine.leases),
+        "calls": len(rig.server._calls._active),
+        "streams": len(rig.server._service._streams),
+    }
+
+
+async def reset(port: int, method: str, sent: str, count: int) -> None:
+    """Open `count` streams of one connection and reset each of them at once, without waiting for a word."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = REQUEST.SerializeToString()
+    message = struct.pack(">?I", False, len(body)) + body
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0))
+    for stream in range(1, 2 * count, 2):
+        writer.write(frame(HEADERS, END_HEADERS, stream, headers(method)))
+        if sent == "half a message":
+            writer.write(frame(DATA, 0, stream, message[: len(message) // 2]))
+        elif sent == "a message":
+            writer.write(frame(DATA, END_STREAM, stream, message))
+        writer.write(frame(RST_STREAM, 0, stream, struct.pack(">I", CANCEL)))
+    await writer.drain()
+    writer.write_eof()
+    await reader.read()  # until the server has read all of it, and closes
+    writer.close()
+    await writer.wait_closed()
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def headers(method: str) -> bytes:
+    """HPACK, each a literal without index (RFC 7541, section 6.2.2)."""
+    fields = {
+        ":method": "POST", ":scheme": "http", ":path": f"/{method}", ":authority": "test", "te": "trailers",
+        "content-type": "application/grpc",
+    }  # fmt: skip
+    return b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in fields.items()
+    )

@@ -1,0 +1,187 @@
+"""Callers that leave: everything they held is let go, but never while a thread still writes into it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov3_server.engine.shares import NOBODY
+from dinov3_server.errors import DeadlineExceeded
+from dinov3_server.metrics import Metrics
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from tests.server.api.rig import AS_IS, FakeEngine, encoded, extraction, failure_of, holding, picture, serving, tensor
+from tests.support.waiting import LIMIT, until_async
+
+TWO = pb.ExtractRequest(images=[encoded(picture(16, 16, 1)), encoded(picture(16, 16, 2))])
+
+
+class Gate:
+    """In place of `decode`: tells that a thread is inside, and keeps it there."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.entered = asyncio.Event()
+        self.open = threading.Event()
+        self.calls = 0
+
+    def __call__(self, data: bytes, **_: object) -> Image.Image:
+        self.calls += 1
+        self._loop.call_soon_threadsafe(self.entered.set)
+        assert self.open.wait(LIMIT)
+        return Image.new("RGB", (256, 256), (1, 2, 3))
+
+
+@pytest.fixture
+async def gate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gate]:
+    gate = Gate()
+    monkeypatch.setattr("dinov3_server.images.decode.decode", gate)
+    yield gate
+    gate.open.set()
+
+
+async def turn_the_loop() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_the_lease_stays_while_threads_write(gate: Gate, threads: int) -> None:
+    engine, metrics = FakeEngine(), Metrics()
+    service = extraction(engine, metrics, threads)
+    task = asyncio.create_task(service.extract(TWO, None, NOBODY, holding()))
+    await gate.entered.wait()
+    for _ in range(3):  # whoever cancels may do so again
+        task.cancel()
+        await turn_the_loop()
+        assert not task.done()
+        assert len(engine.leases) == 1
+    gate.open.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert gate.calls == threads  # an image that was not begun is not decoded for nobody
+    assert engine.untouched()  # nothing was written after the release
+    assert not engine.done_runs
+    assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (2.0,)}
+    service.close()
+
+
+async def test_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels that are only copied take no thread; a request of many gives way to the loop, and may end there."""
+    monkeypatch.setattr("dinov3_server.api.filling.COPY_SECONDS", 0.0)  # no time at all: one image a turn
+    engine, metrics = FakeEngine(), Metrics()
+    service = extraction(engine, metrics)
+    images = np.stack([picture(16, 16, seed) for seed in range(5)])
+    request = pb.ExtractRequest(pixels=tensor(images), preprocessing=AS_IS)
+    task = asyncio.create_task(service.extract(request, None, NOBODY, holding()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    [lease] = engine.leases
+    size = images[0].nbytes
+    copied = [bytes(lease.memory[lease.offset + row * size :][:size]) == images[row].tobytes() for row in range(5)]
+    assert copied == [True, True, False, False, False]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert engine.untouched()
+    assert not engine.done_runs
+    assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (5.0,)}
+    service.close()
+
+
+async def test_pixels_are_copied_without_a_thread() -> None:
+    engine = FakeEngine()
+    service = extraction(engine, Metrics())
+    service.close()  # no thread is left that could do it
+    floats = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    for pixels in (picture(32, 32)[None], floats):
+        await service.extract(pb.ExtractRequest(pixels=tensor(pixels), preprocessing=AS_IS), None, NOBODY, holding())
+    resized = pb.ExtractRequest(pixels=tensor(picture(32, 32)[None]))  # to the preset's 256x256
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        await service.extract(resized, None, NOBODY, holding())
+
+
+async def test_cancelled_by_the_client_while_decoding(gate: Gate) -> None:
+    async with serving(decode_threads=1) as rig:
+        call = rig.stub.Extract(TWO)
+        await gate.entered.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        # A second request while the first one's thread is in its range.
+        second = asyncio.create_task(rig.error(pb.ExtractRequest(pixels=tensor(np.zeros((1, 16, 16, 4), np.uint8)))))
+        assert (await second).code == grpc.StatusCode.INVALID_ARGUMENT
+        assert len(rig.engine.leases) == 1
+        gate.open.set()
+        await rig.engine.idle.wait()
+        await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "CANCELLED") == 1)
+        assert rig.engine.untouched()
+        assert not rig.engine.done_runs
+
+
+async def test_cancelled_by_the_client_while_it_waits_for_the_device() -> None:
+    async with serving() as rig:
+        rig.engine.hold = True
+        images = [encoded(picture(16, 16)), encoded(picture(16, 32))]
+        call = rig.stub.Extract(pb.ExtractRequest(images=images, preprocessing=AS_IS))
+        for _ in images:
+            await rig.engine.runs.get()
+        call.cancel()
+        await rig.engine.idle.wait()
+        assert rig.engine.cancelled_runs == 2
+        await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "CANCELLED") == 1)
+
+
+async def test_the_deadline_of_a_call_that_waits() -> None:
+    async with serving() as rig:
+        rig.engine.hold = True
+        error = await failure_of(rig.stub.Extract(TWO, timeout=0.2))
+        assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        await rig.engine.idle.wait()
+        await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "DEADLINE_EXCEEDED") == 1)
+        assert rig.engine.cancelled_runs == 1
+
+
+async def test_a_deadline_that_passes_while_decoding(gate: Gate) -> None:
+    engine, metrics = FakeEngine(), Metrics()
+    service = extraction(engine, metrics)
+    deadline = time.monotonic() + 0.05
+    task = asyncio.create_task(service.extract(TWO, deadline, NOBODY, holding()))
+    await gate.entered.wait()
+    await until_async(lambda: time.monotonic() >= deadline)
+    gate.open.set()
+    with pytest.raises(DeadlineExceeded, match="while the images of the request were being decoded"):
+        await task
+    assert gate.calls == 1
+    assert engine.untouched()
+    assert not engine.done_runs
+    assert metrics.snapshot().series["dinov3_images_total"] == {("expired",): (2.0,)}
+    service.close()
+
+
+async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn of a thread is a slice; the small request's turn comes after one of them."""
+    monkeypatch.setattr("dinov3_server.api.filling.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
+    order: list[bytes] = []
+    monkeypatch.setattr("dinov3_server.images.decode.decode", lambda data, **_: recorded(data))
+
+    def recorded(data: bytes) -> Any:
+        order.append(data)
+        return Image.new("RGB", (256, 256))
+
+    engine = FakeEngine()
+    service = extraction(engine, Metrics())
+    large = pb.ExtractRequest(images=[encoded(picture(16, 16, 1))] * 20, outputs=pb.Outputs(cls=True))
+    small = pb.ExtractRequest(images=[encoded(picture(16, 16, 2))], outputs=pb.Outputs(cls=True))
+    await asyncio.gather(
+        service.extract(large, None, NOBODY, holding()), service.extract(small, None, NOBODY, holding())
+    )
+    assert order.index(small.images[0].encoded) <= 2
+    service.close()

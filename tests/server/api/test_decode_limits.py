@@ -1,0 +1,145 @@
+"""What files may ask of a frontend: decodes that end with their call, and pictures within the budget."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from dinov3_server.api.budget import ByteBudget
+from dinov3_server.engine.shares import NOBODY
+from dinov3_server.errors import DeadlineExceeded, Overloaded
+from dinov3_server.images import decode_process
+from dinov3_server.metrics import Metrics
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from tests.server.api.rig import AS_IS, FakeEngine, encoded, extraction, holding, picture, serving
+from tests.server.images.files import encode, photo
+from tests.server.images.hostile import jpeg_scans, one_bit_png
+from tests.support.processes import children, resident_bytes
+from tests.support.waiting import LIMIT, until_async
+
+CLS = pb.Outputs(cls=True)
+SCANS = jpeg_scans(190, 5000)
+# Decoded once and then resized 400 times: more than half a minute, in a process or in none.
+LONG = pb.ExtractRequest(
+    images=[
+        pb.Image(encoded=SCANS, views=[pb.View(horizontal_flip=bool(view % 2)) for view in range(400)]),
+        encoded(picture(16, 16)),
+    ],
+    preprocessing=pb.Preprocessing(size=pb.Size(height=16, width=16), interpolation=pb.INTERPOLATION_LANCZOS),
+    outputs=CLS,
+)
+
+
+def running() -> set[int]:
+    return children(decode_process.__name__)
+
+
+async def test_a_deadline_ends_a_decode() -> None:
+    engine, metrics = FakeEngine(), Metrics()
+    service = extraction(engine, metrics)
+    task = asyncio.create_task(service.extract(LONG, time.monotonic() + 1.0, NOBODY, holding()))
+    with pytest.raises(DeadlineExceeded, match="while the images of the request were being decoded"):
+        await asyncio.wait_for(task, LIMIT)
+    assert engine.untouched()
+    assert not running()
+    assert metrics.snapshot().series["dinov3_images_total"] == {("expired",): (401.0,)}
+    service.close()
+
+
+async def test_a_caller_that_leaves_ends_a_decode() -> None:
+    engine, metrics = FakeEngine(), Metrics()
+    service = extraction(engine, metrics)
+    task = asyncio.create_task(service.extract(LONG, None, NOBODY, holding()))
+    await until_async(running)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, LIMIT)
+    assert engine.untouched()
+    assert not running()
+    assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (401.0,)}
+    service.close()
+
+
+async def test_a_server_that_drains_does_not_wait_for_a_decode() -> None:
+    async with serving() as rig:
+        call = rig.stub.Extract(LONG)
+        await until_async(running)
+        await asyncio.wait_for(rig.server.drain(0), LIMIT)
+        assert rig.engine.untouched()
+        assert not running()
+        call.cancel()
+
+
+async def test_files_of_all_kinds_in_one_request() -> None:
+    """Some by threads, some by processes; each row where it belongs, and one that is wrong fails alone."""
+    pixels = [picture(32, 32, seed) for seed in range(6)]
+    formats = ("PNG", "TIFF", "BMP", "TIFF", "PNG", "WEBP")
+    files = [encode(*pair, lossless=True) for pair in zip(pixels, formats, strict=True)]
+    images = [pb.Image(encoded=file) for file in files]
+    broken = pb.Image(encoded=b"II*\0" + bytes(20))
+    refused = pb.Image(encoded=jpeg_scans(500, 100))
+    async with serving() as rig:
+        for preprocessing in (AS_IS, pb.Preprocessing(size=pb.Size(height=32, width=32))):
+            request = pb.ExtractRequest(images=[*images, broken, refused], preprocessing=preprocessing, outputs=CLS)
+            mixed = await rig.stub.Extract(request)
+            raw = pb.ExtractRequest(images=[encoded(p) for p in pixels], preprocessing=preprocessing, outputs=CLS)
+            plain = await rig.stub.Extract(raw)
+            unreadable, too_much = mixed.errors
+            assert (unreadable.image_index, too_much.image_index) == (6, 7)
+            assert "the TIFF file of 24 bytes has no readable header" in unreadable.status.message
+            assert "asks for too much work: it has more than 200 scans" in too_much.status.message
+            size = len(plain.blocks[0].cls.data)
+            assert mixed.blocks[0].cls.data[:size] == plain.blocks[0].cls.data
+        assert rig.server.budget.pictures.used == 0
+
+
+async def test_a_picture_that_could_never_fit_fails_alone() -> None:
+    engine, budget = FakeEngine(), ByteBudget(200 << 20, 8 << 20)
+    service = extraction(engine, Metrics(), budget=budget)
+    images = [pb.Image(encoded=one_bit_png(10_000)), encoded(picture(16, 16))]
+    answer = pb.ExtractResponse.FromString(
+        await service.extract(pb.ExtractRequest(images=images, outputs=CLS), None, NOBODY, holding())
+    )
+    [error] = answer.errors
+    assert error.image_index == 0
+    assert "bytes for its pictures; a server that is idle has" in error.status.message
+    assert not running()
+    service.close()
+
+
+async def test_no_room_in_time_is_refused_with_a_word_when_to_come_again() -> None:
+    engine, budget = FakeEngine(), ByteBudget(200 << 20, 8 << 20)
+    service = extraction(engine, Metrics(), budget=budget)
+    held = budget.pictures.try_take(budget.pictures.most)
+    assert held
+    for image in (encoded(picture(16, 16)), pb.Image(encoded=encode(photo(), "TIFF"))):
+        request = pb.ExtractRequest(images=[image, image], outputs=CLS)
+        with pytest.raises(Overloaded, match=r"no memory for .* bytes of pictures came free"):
+            await service.extract(request, time.monotonic() + 0.2, NOBODY, holding())
+        assert engine.untouched()
+        assert not budget.pictures.waits
+    held.release()
+    await service.extract(request, None, NOBODY, holding())
+    service.close()
+
+
+async def test_many_large_pictures_stay_within_the_budget() -> None:
+    """By the budget's count, and by what the processes have in memory."""
+    engine, budget = FakeEngine(), ByteBudget(700 << 20, 8 << 20)
+    service = extraction(engine, Metrics(), threads=4, budget=budget)
+    bomb = one_bit_png(7000)  # 49 million pixels: 245 MB
+    request = pb.ExtractRequest(images=[pb.Image(encoded=bomb)] * 2, outputs=CLS)
+    tasks = [asyncio.create_task(service.extract(request, None, NOBODY, holding())) for _ in range(4)]
+    most_counted = most_resident = 0
+    while not all(task.done() for task in tasks):
+        most_counted = max(most_counted, budget.pictures.used)
+        most_resident = max(most_resident, sum(map(resident_bytes, running())))
+        await asyncio.sleep(0.005)
+    for task in tasks:
+        assert not pb.ExtractResponse.FromString(task.result()).errors
+    assert 500 << 20 < most_counted <= budget.pictures.most
+    assert 200 << 20 < most_resident < budget.pictures.most + 4 * (48 << 20)  # and an interpreter each
+    assert budget.pictures.used == 0
+    service.close()

@@ -1,0 +1,120 @@
+"""Messages that are held open are ended when gRPC holds too much of them, and those of slow senders first."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import pytest
+
+from dinov3_server.api import receiving
+from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.receiving import Receiver
+from dinov3_server.api.watch import OWN_BYTES, Watch
+from dinov3_server.errors import Overloaded
+from dinov3_server.metrics import Metrics
+from tests.server.api.rig import serving
+from tests.server.api.test_server import REQUEST
+from tests.support.waiting import until_async
+
+SERVICE = "dinov3_serving.v1.FeatureService"
+
+
+class Context:
+    """A call whose message never comes."""
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+
+    def peer(self) -> str:
+        return self._peer
+
+    async def read(self) -> bytes:
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+
+async def reading(receiver: Receiver, peer: str, rank: int) -> asyncio.Task[Any]:
+    task = asyncio.create_task(receiver.read(Context(peer), None, rank))
+    await asyncio.sleep(0)
+    return task
+
+
+def make() -> Receiver:
+    return Receiver(ByteBudget(64 << 20, 16 << 20), most=1000)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("stream_unary", f"/{SERVICE}/Extract"),
+        ("stream_unary", f"/{SERVICE}/GetModel"),
+        ("stream_stream", f"/{SERVICE}/ExtractStream"),
+        ("stream_unary", "/grpc.health.v1.Health/Check"),
+        ("stream_stream", "/grpc.health.v1.Health/Watch"),
+        ("stream_stream", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"),
+    ],
+)
+async def test_a_message_that_is_held_open_is_ended_over_the_limit(call: str, name: str) -> None:
+    async with serving() as rig:
+        receiver = rig.server.receiver
+        held_open = getattr(rig.channel, call)(name)()
+        await until_async(lambda: receiver._reads)
+        receiver.look(receiver.most)
+        await rig.stub.Extract(REQUEST)
+        assert receiver._reads  # at the limit nothing is ended
+        receiver.look(receiver.most + 1)
+        assert await held_open.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "came slowly" in await held_open.details()
+        assert not receiver._reads
+        await rig.stub.Extract(REQUEST)
+
+
+async def test_slow_senders_go_first_then_those_without_a_token_then_who_has_most(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    receiver = make()
+    slow = await reading(receiver, "ipv4:10.0.0.1:1", 0)
+    [first] = receiver._reads
+    first.since -= 100
+    monkeypatch.setattr(receiving, "_SLOW_SECONDS", 50.0)
+    one = await reading(receiver, "ipv4:10.0.0.2:1", 0)
+    several = [await reading(receiver, f"ipv4:10.0.0.3:{port}", 0) for port in (1, 2, 3)]
+    stream = await reading(receiver, "ipv4:10.0.0.2:1", 1)
+    health = await reading(receiver, "ipv4:10.0.0.4:1", 2)
+    order = [read.task for read in receiver._worst()]
+    assert order == [slow, health, stream, *several, one]
+
+    for expected in (1, 3, 7):  # twice as many each time that it was not enough
+        receiver.look(1001)
+        await asyncio.wait(order[:expected])
+        assert [task.done() for task in order] == [True] * expected + [False] * (len(order) - expected)
+    for task in order:
+        with pytest.raises(Overloaded, match="came slowly"):
+            await task
+
+
+async def test_a_caller_that_leaves_is_no_slow_sender() -> None:
+    receiver = make()
+    task = await reading(receiver, "ipv4:10.0.0.1:1", 0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not receiver._reads
+
+
+async def test_what_is_allocated_beyond_what_is_known_is_what_grpc_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = 1 << 40  # at the start
+    budget = ByteBudget(64 << 20, 16 << 20)
+    receiver, looks = Receiver(budget, most=1000), list[int]()
+    monkeypatch.setattr(receiver, "look", looks.append)
+    watch = Watch(receiver, budget, Metrics(), lambda: allocated)
+    message, answer = budget.messages.try_take(100), budget.answers.try_take(10)
+    assert message is not None
+    assert answer is not None
+    allocated += OWN_BYTES + 5110
+    running = asyncio.create_task(watch.run())
+    await until_async(lambda: looks)
+    running.cancel()
+    assert looks[0] == 5000

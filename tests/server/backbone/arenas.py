@@ -1,0 +1,61 @@
+"""Arenas as a frontend would fill them. Needs nothing but torch."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+from dinov3_server.backbone.runners.base import TORCH_DTYPES
+from dinov3_server.models.interface import Batch, FeatureSpec, Finished, ModelInfo, PixelShape, Row, Runner
+
+
+class Arena:
+    """Memory that hands out ranges one after the other, and reads them back."""
+
+    def __init__(self, number: int, size: int = 1 << 20) -> None:
+        self.number = number
+        self.memory = mmap.mmap(-1, size)
+        self.memory[:] = b"\xee" * size
+        self.end = 0
+
+    def take(self, nbytes: int) -> int:
+        start = self.end
+        self.end += -(-nbytes // 64) * 64
+        return start
+
+    def request(self, info: ModelInfo, shape: PixelShape, pixels: Tensor, spec: FeatureSpec) -> list[Row]:
+        """Rows for [n, ...] pixels, each section's rows side by side."""
+        count = pixels.shape[0]
+        start = self.take(count * shape.nbytes)
+        self.memory[start : start + count * shape.nbytes] = pixels.contiguous().numpy().tobytes()
+        sizes = [section.nbytes for section in info.sections(spec, shape)]
+        places = [self.take(count * size) for size in sizes]
+        return [
+            Row(
+                self.number,
+                start + i * shape.nbytes,
+                tuple(place + i * size for place, size in zip(places, sizes, strict=True)),
+                spec,
+            )
+            for i in range(count)
+        ]
+
+    def features(self, info: ModelInfo, shape: PixelShape, row: Row) -> list[Tensor]:
+        """A copy of a row's outputs, each [tokens, D] fp32 (or [D rows, columns]), dequantised."""
+        found: list[Tensor] = []
+        for section, offset in zip(info.sections(row.spec, shape), row.sections, strict=True):
+            dtype = TORCH_DTYPES[section.dtype]
+            values = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(section.shape), offset=offset)
+            if row.spec.dtype == "int8" and section.dtype == "float32":  # the scales of the values before them
+                first = row.spec.wanted(section.output).channels_first
+                found[-1] *= values.view(found[-1].shape[1:]) if first else values.view(section.shape).unsqueeze(-1)
+            else:
+                found.append(values.view(section.shape).float())
+        return [values.reshape(-1, values.shape[-1]).clone() for values in found]
+
+
+def serve(served: Runner, shape: PixelShape, rows: list[Row]) -> Finished:
+    return served.finish(served.launch(Batch(shape, tuple(rows))))

@@ -1,0 +1,80 @@
+"""Our model, pictures to show it, and the comparison that decides. Needs nothing but torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dinov3_server.backbone.model import Model
+from dinov3_server.families.dinov3_vit.model import VisionTransformer
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.models.interface import Output
+from dinov3_server.models.variant import DATASETS, Dataset
+
+LVD = DATASETS["lvd1689m"]
+CPU = torch.device("cpu")
+
+
+def ours(
+    variant: VitVariant,
+    tensors: dict[str, Tensor],
+    periods: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    dataset: Dataset = LVD,
+    device: torch.device = CPU,
+) -> VisionTransformer:
+    return VisionTransformer(variant, tensors, periods, dataset, dtype=dtype, device=device)
+
+
+def picture(height: int, width: int, count: int = 1, seed: int = 0) -> Tensor:
+    """[count, height, width, 3] uint8: smooth shades with some noise, as photos have."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.linspace(0, 1, height)[:, None, None]
+    x = torch.linspace(0, 1, width)[None, :, None]
+    images = []
+    for _ in range(count):
+        frequency, phase = 1 + 5 * torch.rand(2, 3, generator=generator), torch.rand(2, 3, generator=generator)
+        waves = torch.sin(2 * math.pi * (frequency[0] * y + phase[0])) * torch.cos(
+            2 * math.pi * (frequency[1] * x + phase[1])
+        )
+        noise = torch.randn(height, width, 3, generator=generator)
+        images.append((128 + 90 * waves + 12 * noise).clamp(0, 255).to(torch.uint8))
+    return torch.stack(images)
+
+
+def normalised(images: Tensor, dataset: Dataset = LVD) -> Tensor:
+    """[B, H, W, 3] bytes as the [B, 3, H, W] floats that other implementations take."""
+    scaled = (images.float() / 255 - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)
+    return scaled.permute(0, 3, 1, 2).contiguous()
+
+
+def every_output(depth: int) -> list[Output]:
+    """The final features, and each layer's with and without the final norm."""
+    final = [Output("cls"), Output("registers"), Output("patches")]
+    return final + [
+        Output(kind, layer, norm)
+        for layer in range(depth)
+        for norm in (False, True)
+        for kind in ("cls", "registers", "patches")
+    ]
+
+
+@torch.inference_mode()
+def worst_error(model: Model, pixels: Tensor, expected: dict[Output, Tensor]) -> float:
+    """The largest relative error, norm(a - b) / norm(b), of any output."""
+    actual = model(pixels, list(expected))
+    assert {output: tensor.shape for output, tensor in actual.items()} == {
+        output: tensor.shape for output, tensor in expected.items()
+    }
+    return max(
+        float((actual[output].double() - tensor.double()).norm() / tensor.double().norm())
+        for output, tensor in expected.items()
+    )
+
+
+def worst_cosine(actual: Tensor, expected: Tensor) -> float:
+    """The smallest cosine of any token."""
+    return float(torch.cosine_similarity(actual.double(), expected.double(), dim=-1).min())

@@ -1,0 +1,54 @@
+"""The probe's images are what their formula says, for ever."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from dinov3_server.backbone.parity import reference_images as probe
+from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS
+from dinov3_server.families.registry import VARIANTS
+
+HASHES = (
+    "07d8cb20822f215a3f04aeb231b31230873dd1742c4623a1a5a921d1690e4dee",
+    "73ed9211b9ecf1e132d60abbfe3447017934f90aa0ae5eb3cf7796ae45c38cad",
+    "e3346468ff6e8c9a2352e79ba7abfdb33bdfb697c4bed0b49846ece10d375936",
+)
+
+
+def test_the_bytes_are_the_same_everywhere() -> None:
+    """Where this fails the images have changed: they need a new VERSION, and new hashes here."""
+    assert probe.VERSION == 1
+    assert tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in probe.probes()) == HASHES
+
+
+def test_the_formula() -> None:
+    """Written out from the docstring, in Python's own integers."""
+    for k, ((height, width), image) in enumerate(zip(probe.SIZES, probe.probes(), strict=True)):
+        assert image.shape == (height, width, 3)
+        assert image.dtype == np.uint8
+        for y, x, c in ((0, 0, 0), (height // 2, width // 3, 1), (17, width - 1, 2), (height - 1, 40, 0)):
+            period = 181 + 50 * k
+            m = (2 * x + y + 60 * c + k * x * y // 64) % period
+            wave = 255 - abs(510 * m // period - 255)
+            if (2 * y - height) ** 2 + (3 * x - width) ** 2 < (height // 2) ** 2:
+                wave = 255 - wave
+            board = 48 * ((x // 20 + y // 28) % 2)
+            grain = (7919 * x + 104729 * y + 1299709 * c + 15485863 * k) ** 2 // 1024 % 32
+            assert image[y, x, c] == 5 * wave // 8 + board + grain
+
+
+def test_every_variant_takes_every_probe() -> None:
+    strides = {variant.patch_size for variant in (*VARIANTS.values(), *CONVNEXTS.values())}
+    assert not any(side % stride for size in probe.SIZES for side in size for stride in strides)
+    assert len(set(probe.SIZES)) == len(probe.SIZES)
+
+
+def test_they_are_no_plain_pictures() -> None:
+    """Every patch has structure: a patch of one colour would not tell one pixel of it from another."""
+    for image in probe.probes():
+        cells = image.reshape(image.shape[0] // 16, 16, image.shape[1] // 16, 16, 3)
+        assert cells.std(axis=(1, 3)).min() > 5
+        assert image.min() < 16
+        assert image.max() > 224

@@ -1,0 +1,65 @@
+"""Our features against Meta's own code, through a file that it wrote, for every variant."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.reference import upstream_checkout
+from dinov3_server.backbone.model import our_model
+from dinov3_server.backbone.weights.checkpoint import load_checkpoint
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.families.registry import lookup
+from dinov3_server.models.interface import Output
+from tests.server.backbone import upstream_export
+from tests.server.backbone.features import CPU, worst_error
+
+pytestmark = [
+    pytest.mark.upstream,
+    pytest.mark.skipif(
+        "DINOV3_UPSTREAM" not in os.environ, reason="DINOV3_UPSTREAM names no copy of Meta's repository"
+    ),
+]
+
+# Of the large ones two blocks are made, which are all alike: their names, widths and heads are what differs.
+DEPTHS = {"vits16": 12, "vits16plus": 12, "vitb16": 12, "vitl16": 2, "vitl16plus": 2, "vith16plus": 2, "vit7b16": 2}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return upstream_checkout(tmp_path_factory.mktemp("upstream"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [
+        *((name, "lvd1689m") for name in DEPTHS),
+        ("vitl16", "sat493m"),
+        *((f"convnext_{size}", "lvd1689m") for size in ("tiny", "small", "base", "large")),
+    ],
+)
+def test_features_equal_upstreams(checkout: Path, tmp_path: Path, name: str, dataset: str) -> None:
+    variant = lookup(name)
+    if isinstance(variant, VitVariant):
+        variant = dataclasses.replace(variant, depth=DEPTHS[name])
+    command = [sys.executable, upstream_export.__file__, checkout, variant.name, dataset, str(variant.depth), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "weights.pth"
+    checkpoint = load_checkpoint(path, variant)
+    assert checkpoint.dataset.name == dataset
+    model = our_model(checkpoint, dtype=torch.float32, device=CPU)
+    path.unlink()  # up to 2 GB that pytest would keep
+    kinds = 3 if variant.registers else 2
+    for stored in torch.load(tmp_path / "features.pth", weights_only=True).values():
+        expected = {Output(kind): tokens for kind, tokens in stored["final"].items()}
+        for layer, parts in enumerate(stored["layers"]):
+            expected |= {Output(kind, layer, norm=False): tokens for kind, tokens in parts.items()}
+        assert len(expected) == kinds * (1 + variant.depth)
+        assert worst_error(model, stored["pixels"], expected) <= 1e-5

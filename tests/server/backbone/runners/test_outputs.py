@@ -1,0 +1,303 @@
+"""Pooled, projected, laid out and quantised features, against transformers' features and torch's own functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov3_server.backbone import runner
+from dinov3_server.backbone.runners import postprocessing
+from dinov3_server.backbone.runners.cpu import CpuRunner
+from dinov3_server.backbone.runners.cuda_graphs import compute
+from dinov3_server.backbone.runners.postprocessing import LinearMap, Postprocessing, pooled, quantised
+from dinov3_server.backbone.weights.random_weights import random_tensors
+from dinov3_server.families.dinov3_convnext.model import ConvNext
+from dinov3_server.families.registry import lookup
+from dinov3_server.models.interface import (
+    FeatureDtype,
+    FeatureSpec,
+    ModelInfo,
+    Output,
+    PixelShape,
+    Pooling,
+    Projection,
+    Wanted,
+)
+from dinov3_server.nn.rope import default_periods
+from tests.server.backbone.arenas import Arena, serve
+from tests.server.backbone.convnext_files import NARROW
+from tests.server.backbone.features import CPU, LVD, normalised, ours, picture
+from tests.server.backbone.reference import (
+    photographs,
+    transformers_convnext,
+    transformers_convnext_features,
+    transformers_features,
+    transformers_model,
+)
+from tests.support import numpy_postprocessing
+
+VIT = dataclasses.replace(lookup("vits16"), depth=3)
+SHAPE = PixelShape(96, 160, "uint8")
+CLS, PATCHES, REGISTERS = Output("cls"), Output("patches"), Output("registers")
+POOLINGS = (None, Pooling("area", 3, 5), Pooling("area", 4, 7), Pooling("bilinear", 4, 7), Pooling("bilinear", 9, 2))
+DTYPES: tuple[FeatureDtype, ...] = ("float32", "float16", "bfloat16", "int8")
+# Of norm(a - b) / norm(b); int8's of the largest value of a token.
+TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 2**-8}
+
+
+@dataclasses.dataclass
+class Case:
+    runner: CpuRunner
+    arena: Arena
+    expected: dict[Output, Tensor]  # of `photographs`, by transformers
+    maps: dict[str, LinearMap]
+
+
+def linear_map(inputs: int, outputs: int) -> LinearMap:
+    generator = torch.Generator().manual_seed(inputs)
+    return LinearMap(torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator))
+
+
+def info_of(variant: Any, maps: dict[str, LinearMap]) -> ModelInfo:
+    return ModelInfo(
+        name=variant.name,
+        weights="random:7",
+        random_weights=True,
+        fingerprint="",
+        dtype="float32",
+        device="cpu",
+        layer_dims=variant.layer_dims,
+        layer_strides=variant.layer_strides,
+        registers=variant.registers,
+        mean=LVD.mean,
+        std=LVD.std,
+        parameters=0,
+        projections=tuple(Projection(name, *reversed(each.weight.shape), "") for name, each in maps.items()),
+    )
+
+
+@pytest.fixture(scope="module", params=["vit", "convnext"])
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    pixels = normalised(photographs(*SHAPE[:2]))
+    model: Any
+    if request.param == "vit":
+        tensors, periods = random_tensors(VIT, 7), default_periods(VIT.head_dim, VIT.rope_base)
+        model, variant = ours(VIT, tensors, periods), VIT
+        expected = transformers_features(transformers_model(VIT, tensors, periods), pixels)
+    else:
+        tensors, variant = random_tensors(NARROW, 7), NARROW  # type: ignore[assignment]
+        model = ConvNext(NARROW, tensors, LVD, dtype=torch.float32, device=CPU)
+        expected = transformers_convnext_features(transformers_convnext(NARROW, tensors), pixels)
+    maps = {f"p{width}": linear_map(width, 6) for width in set(variant.layer_dims)}
+    served = CpuRunner(model, info_of(variant, maps), maps)
+    arena = Arena(0, size=32 << 20)
+    served.attach(0, memoryview(arena.memory))
+    yield Case(served, arena, expected, maps)
+    served.close()
+
+
+@torch.inference_mode()
+def by_torch(tokens: Tensor, wanted: Wanted, grid: tuple[int, int], maps: dict[str, LinearMap]) -> Tensor:
+    """[D] or [tokens, D] to what should come back, in float32."""
+    if wanted.pooling:
+        method, *grid_wanted = wanted.pooling
+        cells = tokens.T.reshape(1, -1, *grid)
+        if method == "area":
+            cells = F.interpolate(cells, grid_wanted, mode="area")
+        else:
+            cells = F.interpolate(cells, grid_wanted, mode="bilinear", align_corners=False, antialias=False)
+        tokens, grid = cells[0].flatten(1).T, (grid_wanted[0], grid_wanted[1])
+    if wanted.projection:
+        weight, bias = maps[wanted.projection].weight, maps[wanted.projection].bias
+        tokens = tokens @ weight.T + bias
+    return tokens.T.reshape(-1, *grid) if wanted.channels_first else tokens
+
+
+def sections(case: Case, row: Any) -> Iterator[tuple[Output, list[Tensor]]]:
+    """Of each output of a row what lies in the arena."""
+    info = case.runner.info
+    found: dict[Output, list[Tensor]] = {}
+    for section, start in zip(info.sections(row.spec, SHAPE), row.sections, strict=True):
+        dtype = numpy_postprocessing.DTYPES.get(section.dtype, np.dtype("int8"))
+        raw = np.frombuffer(case.arena.memory[start : start + section.nbytes], dtype).reshape(section.shape)
+        found.setdefault(section.output, []).append(torch.from_numpy(raw.astype(np.float32)))
+    yield from found.items()
+
+
+def check(case: Case, specs: list[FeatureSpec]) -> None:
+    """One batch, a photograph for each spec."""
+    case.arena.end = 0
+    images = photographs(*SHAPE[:2])
+    rows = []
+    for i, spec in enumerate(specs):
+        rows += case.arena.request(case.runner.info, SHAPE, images[i % 2 : i % 2 + 1], spec)
+    assert serve(case.runner, SHAPE, rows).finite == (True,) * len(rows)
+    for i, row in enumerate(rows):
+        for output, (values, *scales) in sections(case, row):
+            wanted = row.spec.wanted(output)
+            grid = case.runner.info.grid(SHAPE, output.layer)
+            expected = by_torch(case.expected[output][i % 2], wanted, grid, case.maps)
+            assert values.shape == expected.shape, wanted
+            if scales:
+                channels = 0 if wanted.channels_first else -1
+                scale = scales[0].reshape(values.shape[1:]) if wanted.channels_first else scales[0]
+                largest = expected.abs().amax(channels)
+                torch.testing.assert_close(scale, largest / 127, rtol=1e-4, atol=1e-7)
+                assert values.abs().amax(channels).eq(127).all(), wanted
+                step, values = scale.unsqueeze(channels), values * scale.unsqueeze(channels)
+                assert ((values - expected).abs() <= 0.501 * step + 1e-4 * largest.max()).all(), wanted
+            else:
+                error = (values - expected).norm() / expected.norm()
+                assert error <= TOLERANCE[row.spec.dtype], (wanted, float(error))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_final_features_equal_transformers(case: Case, dtype: FeatureDtype, channels_first: bool) -> None:
+    kinds = (CLS, PATCHES, REGISTERS) if case.runner.info.registers else (CLS, PATCHES)
+    name = f"p{case.runner.info.embed_dim}"
+    # All poolings in one batch: none of them is mistaken for another.
+    combinations = itertools.product(POOLINGS, (None, name))
+    check(case, [FeatureSpec(kinds, dtype, pooling, name, channels_first) for pooling, name in combinations])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_equal_transformers_with_and_without_norm(case: Case, dtype: FeatureDtype) -> None:
+    specs = []
+    for layer, norm in itertools.product(range(case.runner.info.depth), (False, True)):
+        outputs = (Output("patches", layer, norm), Output("cls", layer, norm))
+        name = f"p{case.runner.info.width(layer)}"
+        specs += [FeatureSpec(outputs, dtype, pooling, name, layer % 2 == 0) for pooling in POOLINGS[1:4]]
+    check(case, specs)
+
+
+def test_every_step_is_done_once_for_all_that_share_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"pooled": 0, "quantised": 0, "projected": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(postprocessing, "pooled", counted("pooled", pooled))
+    monkeypatch.setattr(postprocessing, "quantised", counted("quantised", quantised))
+    monkeypatch.setattr(LinearMap, "__call__", counted("projected", LinearMap.__call__))
+    name, pooling = f"p{case.runner.info.embed_dim}", POOLINGS[1]
+    specs = [
+        FeatureSpec((PATCHES,), dtype, pooling, projection, channels_first)
+        for dtype, projection, channels_first in itertools.product(DTYPES, (None, name), (False, True))
+    ]
+    check(case, specs * 2)
+    assert counts == {"pooled": 1, "quantised": 2, "projected": 1}
+
+
+# --- what is not finite --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pooling", [*POOLINGS, Pooling("bilinear", 2, 2)])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_seen_through_every_step(
+    dtype: FeatureDtype, pooling: Pooling | None, bad: float
+) -> None:
+    """One value of the first patch, which a bilinear pooling to few cells passes over."""
+    maps = {"p": linear_map(8, 3)}
+    info = dataclasses.replace(info_of(VIT, maps), layer_dims=(8,), layer_strides=(16,))
+    features = torch.randn(3, math.prod(info.grid(SHAPE)), 8)
+    features[1, 0, 5] = bad
+    model: Any = lambda pixels, outputs: {PATCHES: features}  # noqa: E731
+    for projection in (None, "p"):
+        served, arena = CpuRunner(model, info, maps), Arena(0)
+        served.attach(0, memoryview(arena.memory))
+        spec = FeatureSpec((PATCHES,), dtype, pooling, projection)
+        requests = arena.request(info, SHAPE, picture(96, 160, count=3), spec)
+        assert serve(served, SHAPE, requests).finite == (True, False, True)
+        on_device = compute(
+            model, features, [spec.wanted(PATCHES)], lambda made: Postprocessing(made, partial(info.grid, SHAPE), maps)
+        )
+        assert on_device.finite.tolist() == [[True], [False], [True]], "on CUDA"
+        served.close()
+
+
+def test_a_projection_beyond_the_range_of_the_dtype_is_an_error() -> None:
+    maps = {"p": LinearMap(torch.full((1, 8), 1e4), torch.zeros(1))}
+    info = dataclasses.replace(info_of(VIT, maps), layer_dims=(8,), layer_strides=(16,))
+    model: Any = lambda pixels, outputs: {PATCHES: torch.ones(1, 60, 8)}  # noqa: E731
+    for dtype, finite in (("float16", False), ("bfloat16", True), ("int8", True)):
+        served, arena = CpuRunner(model, info, maps), Arena(0)
+        served.attach(0, memoryview(arena.memory))
+        requests = arena.request(info, SHAPE, picture(96, 160), FeatureSpec((PATCHES,), dtype, None, "p"))  # type: ignore[arg-type]
+        assert serve(served, SHAPE, requests).finite == (finite,)
+        served.close()
+
+
+# --- the definitions -----------------------------------------------------------------------------------------------
+
+
+def test_quantisation_rounds_half_to_even_and_knows_zero() -> None:
+    tokens = torch.tensor(
+        [
+            [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0],
+            [0.0, -0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+            [-254.0, 1.0, 3.0, 5.0, 0.0, 253.0, 7.0],
+            [1e-44, -1e-44, 0.0, 5e-45, 0.0, 0.0, 0.0],  # its scale would be nothing
+            [3.4e38, -3.4e38, 1.7e38, 0.0, 1.0, 0.0, 0.0],
+        ]
+    )
+    values, scales = quantised(tokens)
+    assert (values.dtype, scales.dtype) == (torch.int8, torch.float32)
+    assert values[0].tolist() == [127, 0, 2, 2, 0, -2, -127]
+    assert values[1].tolist() == [0] * 7
+    assert values[2].tolist() == [-127, 0, 2, 2, 0, 126, 4]
+    assert values[4].tolist() == [127, -127, 64, 0, 0, 0, 0]
+    assert scales[:3].tolist() == [1.0, 0.0, 2.0]
+    restored = values * scales[:, None]
+    assert (restored - tokens).abs().amax(1).le(0.5 * scales + 1e-43).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_token_that_is_not_finite_has_no_finite_scale(bad: float) -> None:
+    tokens = torch.ones(3, 4)
+    tokens[1, 2] = bad
+    assert quantised(tokens)[1].isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("pooling", [p for p in POOLINGS if p] + [Pooling("area", 1, 1), Pooling("bilinear", 12, 20)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numpy_by_the_definitions_agrees(pooling: Pooling, dtype: FeatureDtype) -> None:
+    """What the tests' runner without a model computes is what this one does."""
+    patches = torch.randn(1, 60, 8)
+    maps = {"p": linear_map(8, 3)}
+    bare = {name: each.weight.numpy() for name, each in maps.items()}
+    maps["p"].bias.zero_()
+    for projection, channels_first in itertools.product((None, "p"), (False, True)):
+        wanted = Wanted(PATCHES, dtype, pooling, projection, channels_first)
+        made = Postprocessing({PATCHES: patches}, lambda layer: (6, 10), maps).sections(wanted)
+        expected = numpy_postprocessing.sent(patches[0].numpy(), wanted, (6, 10), bare)
+        for section, other in zip(made, expected, strict=True):
+            atol = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1}[other.dtype.name]
+            np.testing.assert_allclose(section[0].float().numpy(), other.astype(np.float32), rtol=0, atol=atol)
+
+
+def test_build_reads_projections_and_says_what_they_are(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "lookup", lambda name: VIT)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    np.save(tmp_path / "p.npy", np.ones((2, 384), np.float32))
+    built = runner.build("vits16", "random:0", dtype="float32", warm_up=(), projections=[("p", f"{tmp_path}/p.npy")])
+    [projection] = built.info.projections
+    assert projection[:3] == ("p", 384, 2)
+    plain = runner.build("vits16", "random:0", dtype="float32", warm_up=())
+    assert built.info.fingerprint == plain.info.fingerprint, "whoever pins the model is not troubled"
+    assert built.info.answer_fingerprint("p") == f"{plain.info.fingerprint}+{projection.fingerprint}"

@@ -1,0 +1,111 @@
+"""The worker's loop when somebody else is slow, late or gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+from dinov3_server.engine import worker as worker_module
+from dinov3_server.engine.messages import Results
+from dinov3_server.models.interface import DeviceLost, PixelShape
+from tests.support.waiting import LIMIT, until
+
+OTHER_SHAPE = PixelShape(32, 32, "uint8")
+
+
+def test_a_frontend_that_does_not_read_holds_nobody_up_and_loses_nothing(start):
+    running = start(max_batch_images=1)
+    frozen, other = running.frontend(buffer=4096), running.frontend()
+    unread = [frozen.submit(1) for _ in range(30)]
+    for _ in range(5):
+        assert set(other.answers(other.submit(1)).values()) == {"ok"}
+    until(lambda: len(running.runner.batches) == 35)
+    assert set(frozen.answers(*unread).values()) == {"ok"}
+
+
+def test_rows_that_expire_while_a_batch_is_launched_are_told_at_once(start, monkeypatch):
+    monkeypatch.setattr(worker_module, "SNAPSHOT_SECONDS", 3600.0)  # nothing else wakes the loop
+    running = start()
+    running.runner.stepping = True
+    frontend = running.frontend()
+    busy = frontend.submit(1)
+    until(lambda: running.runner.batches)
+    deadline = time.monotonic() + 0.3
+    expiring = frontend.submit(2, deadline=deadline, shape=OTHER_SHAPE)
+    following = frontend.submit(1)  # goes first: it is the shorter one
+    running.runner.launching = lambda batch: until(lambda: time.monotonic() > deadline)
+    running.runner.steps.put(None)
+    assert set(frontend.answers(busy).values()) == {"ok"}
+    assert set(frontend.answers(expiring).values()) == {"dropped: expired"}
+    running.runner.steps.put(None)
+    frontend.answers(following)
+
+
+def test_a_batch_behind_a_long_one_is_not_taken_for_hung(start, monkeypatch):
+    offset = [0.0]
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + offset[0]))
+    exits: list[int] = []
+    monkeypatch.setattr(worker_module.os, "_exit", exits.append)
+    running = start(depth=2, batch_timeout_seconds=60.0)
+    running.runner.stepping = True
+    frontend = running.frontend()
+    first = frontend.submit(1)
+    until(lambda: len(running.runner.batches) == 1)
+    second = frontend.submit(1)
+    until(lambda: len(running.runner.batches) == 2)
+    offset[0] += 50.0
+    running.runner.steps.put(None)
+    frontend.answers(first)
+    offset[0] += 50.0  # it waited for 50 seconds and has run for 50
+    frontend.answers(frontend.submit(1, deadline=time.monotonic()))  # dropped: the loop has turned
+    assert exits == []
+    running.runner.steps.put(None)
+    assert set(frontend.answers(second).values()) == {"ok"}
+
+
+def test_what_was_finished_is_told_before_a_lost_device_ends_the_process(start, monkeypatch):
+    told: list[object] = []
+    exited = threading.Event()
+
+    def fake_exit(status: int) -> None:
+        frontend.listen()
+        told.extend(frontend.heard)
+        exited.set()
+
+    monkeypatch.setattr(worker_module.os, "_exit", fake_exit)
+    running = start(depth=3, max_batch_images=1)
+    running.runner.stepping = True
+    frontend = running.frontend()
+    good = frontend.submit(1)
+    frontend.submit(1)
+    until(lambda: len(running.runner.batches) == 2)
+
+    def both_leave_the_device(_: object) -> None:
+        running.runner.launching = lambda batch: None
+        running.runner.steps.put(None)
+        running.runner.steps.put(DeviceLost("scripted"))
+        until(lambda: not running.runner.in_flight)
+
+    running.runner.launching = both_leave_the_device  # so that the loop finds both at once
+    frontend.submit(1)
+    assert exited.wait(LIMIT)
+    finished = [part.part for message in told if isinstance(message, Results) for part in message.parts]
+    assert finished == [good.part]
+
+
+def test_every_frontend_hears_what_the_others_have_here(start, monkeypatch):
+    monkeypatch.setattr(worker_module, "SNAPSHOT_SECONDS", 0.01)
+    running = start()
+    running.runner.stepping = True
+    busy, idle = running.frontend(), running.frontend()
+
+    def heard(tokens: int) -> bool:
+        idle.listen()
+        return idle.backlog == tokens
+
+    submit = busy.submit(3)
+    until(lambda: heard(3 * (1 + 4 + 6)))
+    running.runner.steps.put(None)
+    busy.answers(submit)
+    until(lambda: heard(0))

@@ -1,0 +1,229 @@
+"""Files that cannot be used: each is InvalidInput, says what was given, and nothing worse happens."""
+
+from __future__ import annotations
+
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov3_server.errors import InvalidInput
+from dinov3_server.images.decode import decode, probe
+from tests.server.images.files import PNG_RGB, encode, exif, photo, png, png16, png_chunk, tiff
+
+MAX_PIXELS = 10_000
+
+# What importing decode.py sets for the process, which pytest replaces for every test.
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
+
+
+def refused(data: bytes, *, by_probe: bool = True) -> str:
+    with pytest.raises(InvalidInput) as error:
+        decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    if by_probe:
+        with pytest.raises(InvalidInput) as same:
+            probe(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+        assert str(same.value) == str(error.value)
+    else:
+        probe(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "the file is empty (0 bytes)"),
+        (b"no image", "the file of 8 bytes is no image of a known format (it begins with 6e 6f 20 69 6d 61 67 65)"),
+        (b"\x00", "the file of 1 bytes is no image of a known format (it begins with 00)"),
+        (encode(photo(), "GIF"), "looks like GIF"),
+        (encode(photo(), "AVIF"), "looks like AVIF"),
+        (encode(photo(), "JPEG2000"), "looks like JPEG 2000"),
+        (encode(photo(), "PPM"), "looks like PPM"),
+        (encode(photo(), "ICO"), "looks like ICO"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "looks like HEIC"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "looks like SVG"),
+        (b"<!DOCTYPE html><title>404</title>", "looks like HTML"),
+        (b"%PDF-1.7", "looks like PDF"),
+        (b"\x93NUMPY\x01\x00", "looks like npy"),
+    ],
+)
+def test_what_is_no_image_of_an_allowed_format(data: bytes, told: str) -> None:
+    message = refused(data)
+    assert told in message
+    assert "allowed are JPEG, PNG, WebP, BMP and TIFF files" in message
+
+
+WHOLE = {
+    "JPEG": encode(photo(40, 56), "JPEG"),
+    "PNG": encode(photo(40, 56), "PNG"),
+    "WebP": encode(photo(40, 56), "WEBP"),
+    "BMP": encode(photo(40, 56), "BMP"),
+    "TIFF": encode(photo(40, 56), "TIFF", compression="tiff_lzw"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_only_a_signature(name: str) -> None:
+    message = refused(WHOLE[name][:12])
+    assert f"the {name} file of 12 bytes" in message
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "BMP"])
+def test_truncated(name: str) -> None:
+    data = WHOLE[name][: len(WHOLE[name]) * 2 // 3]
+    message = refused(data, by_probe=False)
+    assert message.startswith(f"the {name} file of {len(data)} bytes cannot be decoded: ")
+    assert "truncated" in message.lower()
+
+
+@pytest.mark.parametrize("name", ["WebP", "TIFF"])
+def test_truncated_where_the_header_tells_it(name: str) -> None:
+    data = WHOLE[name][: len(WHOLE[name]) * 2 // 3]
+    assert f"the {name} file of {len(data)} bytes" in refused(data)
+
+
+def test_corrupt_body() -> None:
+    data = bytearray(WHOLE["PNG"])
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(64)
+    assert "cannot be decoded" in refused(bytes(data), by_probe=False)
+
+
+def with_size(data: bytes, height: int, width: int) -> bytes:
+    """A JPEG whose frame header tells another size (ITU-T T.81, B.2.2)."""
+    frame = data.index(b"\xff\xc0")
+    return data[: frame + 5] + struct.pack(">HH", height, width) + data[frame + 9 :]
+
+
+def webp_canvas(height: int, width: int) -> bytes:
+    """An animation of one small frame on a canvas of this size (WebP container specification)."""
+    frame = encode(photo(16, 16), "WEBP")[12:]
+    placed = bytes(6) + (15).to_bytes(3, "little") * 2 + (10).to_bytes(3, "little") + b"\0" + frame
+    canvas = b"\x02\0\0\0" + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    body = b"WEBPVP8X" + struct.pack("<I", len(canvas)) + canvas + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    body += b"ANMF" + struct.pack("<I", len(placed)) + placed
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (with_size(WHOLE["JPEG"], 65000, 64000), "65000x64000 (height x width) = 4160000000 pixels"),
+        (png(90000, 80000, 8, PNG_RGB, b""), "80000x90000 (height x width) = 7200000000 pixels"),
+        (webp_canvas(16000, 15000), "16000x15000 (height x width) = 240000000 pixels"),
+        (WHOLE["BMP"][:18] + struct.pack("<ii", 10**6, 10**6) + WHOLE["BMP"][26:], "= 1000000000000 pixels"),
+        (tiff(10**9, 10**9, 2, [8, 8, 8], b"\0" * 3), "= 1000000000000000000 pixels"),
+        (encode(photo(100, 101), "PNG"), "100x101 (height x width) = 10100 pixels"),
+    ],
+)
+def test_more_pixels_than_allowed_is_seen_in_the_header(data: bytes, told: str) -> None:
+    message = refused(data)
+    assert told in message
+    assert "allowed are 10000" in message
+
+
+def test_as_many_pixels_as_allowed() -> None:
+    assert probe(encode(photo(100, 100), "PNG"), max_pixels=MAX_PIXELS, apply_exif_orientation=False) == (100, 100)
+
+
+def test_pillows_own_limit_is_out_of_the_way() -> None:
+    """Ours alone counts: Pillow would warn from 90 million pixels on."""
+    data = encode(Image.new("1", (10_000, 10_000)), "PNG")
+    assert probe(data, max_pixels=100_000_000, apply_exif_orientation=False) == (10_000, 10_000)
+
+
+def test_a_small_tiff_in_one_huge_tile() -> None:
+    """libtiff would take the memory of the whole tile, and the time to inflate it."""
+    tile = {322: [30_000], 323: [20_000], 259: [8]}
+    data = tiff(16, 16, 2, [8, 8, 8], zlib.compress(bytes(1000)), tags=tile)
+    message = refused(data)
+    assert "a tile has 20000x30000 (height x width) = 600000000 pixels, allowed are 10000" in message
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
+def test_a_png_with_text_that_inflates(kind: bytes) -> None:
+    text = zlib.compress(bytes(8 << 20))
+    head = b"Comment\0\0" if kind == b"zTXt" else b"Comment\0\1\0\0\0"
+    message = refused(png(7, 5, 8, PNG_RGB, photo().tobytes(), png_chunk(kind, head + text)))
+    assert "Decompressed data too large" in message
+
+
+def test_pillow_does_not_log_one_clients_file(caplog: pytest.LogCaptureFixture) -> None:
+    refused(tiff(7, 5, 2, [8, 8, 8], photo().tobytes(), tags={277: [100]}))  # samples per pixel
+    assert not caplog.records
+
+
+def seeds() -> dict[str, bytes]:
+    """One file of every decoder and container that a byte can damage."""
+    colour = Image.fromarray(photo(24, 32))
+    turned = colour.rotate(180)
+    samples = np.random.default_rng(3).integers(0, 1 << 16, (24, 32), dtype=np.uint16)
+    return {
+        "jpeg": encode(colour, "JPEG", exif=exif(6)),
+        "jpeg progressive": encode(colour, "JPEG", progressive=True),
+        "jpeg cmyk": encode(colour.convert("CMYK"), "JPEG"),
+        "jpeg mpo": encode(colour, "MPO", save_all=True, append_images=[turned]),
+        "png": encode(colour, "PNG", exif=exif(6)),
+        "png palette": encode(colour.convert("P"), "PNG", transparency=bytes(range(256))),
+        "png animated": encode(colour, "PNG", save_all=True, append_images=[turned]),
+        "png 16-bit": png16(samples),
+        "webp": encode(colour, "WEBP", exif=exif(6)),
+        "webp lossless": encode(colour, "WEBP", lossless=True),
+        "webp animated": encode(colour, "WEBP", save_all=True, append_images=[turned]),
+        "bmp": encode(colour, "BMP"),
+        "bmp palette": encode(colour.convert("P"), "BMP"),
+        "tiff": encode(colour, "TIFF", exif=exif(6)),
+        "tiff lzw": encode(colour, "TIFF", compression="tiff_lzw"),
+        "tiff deflate": encode(colour, "TIFF", compression="tiff_adobe_deflate"),
+        "tiff jpeg": encode(colour, "TIFF", compression="jpeg"),
+        "tiff group 4": encode(colour.convert("1"), "TIFF", compression="group4"),
+        "tiff 16-bit": encode(samples, "TIFF"),
+        "tiff float": encode((samples / 65535).astype(np.float32), "TIFF"),
+    }
+
+
+SEEDS = seeds()
+
+
+def damaged(data: bytes, chance: random.Random) -> bytes:
+    if chance.random() < 0.3:
+        return data[: chance.randrange(len(data))]
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 2, 4, 16))):
+        reach = min(len(data), 200) if chance.random() < 0.5 else len(data)  # headers are at the front
+        changed[chance.randrange(reach)] = chance.choice((0, 1, 255, chance.randrange(256)))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_damaged_files_are_rgb_or_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    data = SEEDS[name]
+    chance = random.Random(name)
+    assert decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False).mode == "RGB"
+    refused = 0
+    for _ in range(150):
+        file = damaged(data, chance)
+        for upright in (False, True):
+            try:
+                image = decode(file, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
+            except InvalidInput:
+                refused += 1
+                continue
+            assert image.mode == "RGB"
+            size = probe(file, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
+            assert size == (image.height, image.width)
+            assert len(image.tobytes()) == size[0] * size[1] * 3
+    assert refused
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_of_any_type_is_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(Image, "open", explode)
+    message = refused(encode(photo(), "BMP"))
+    assert message.endswith("cannot be decoded: ZeroDivisionError('division by zero')")

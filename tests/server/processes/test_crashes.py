@@ -1,0 +1,223 @@
+"""Real processes killed under load: nothing is lost, nobody gets another's features, nothing is left behind."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+
+from dinov3_client import Client, DeadlineExceeded
+from dinov3_server.models.interface import Output
+from dinov3_serving.v1 import feature_service_pb2 as pb
+from tests.support.numpy_runner import BLOCK, KILL, expected
+from tests.support.server import Server
+from tests.support.waiting import LIMIT, until
+
+SIZES = ((32, 32), (32, 48), (64, 32))
+
+
+def photo(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 250, (height, width, 3), np.uint8)
+
+
+def check(features: Any, images: list[NDArray[np.uint8]], layers: Sequence[int] = ()) -> None:
+    """Every image has the features of its own pixels; of these `layers`, too."""
+    assert len(features) == len(images)
+    for one, image in zip(features, images, strict=True):
+        np.testing.assert_array_equal(one.cls, expected(image, Output("cls")))
+        np.testing.assert_array_equal(one.patches, expected(image, Output("patches")))
+        assert list(one.layers) == list(layers)
+        for layer in layers:
+            np.testing.assert_array_equal(one.layers[layer].patches, expected(image, Output("patches", layer)))
+
+
+def ask(client: Client, seed: int) -> None:
+    """One request of one to four images of one size, its answer checked."""
+    height, width = SIZES[seed % len(SIZES)]
+    images = [photo(seed * 10 + i, height, width) for i in range(1 + seed % 4)]
+    check(client.extract(images, preset="none", dtype="float32", layers=0), images, layers=[0])
+
+
+class Load:
+    """Threads that ask until told to stop; `asked` counts the answers, all of them checked."""
+
+    def __init__(self, server: Server, threads: int = 4, ask: Callable[[Client, int], None] = ask) -> None:
+        self.asked = 0
+        self._server, self._ask, self._threads = server, ask, threads
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Load:
+        self._pool = ThreadPoolExecutor(self._threads)
+        self._done = [self._pool.submit(self._run, first) for first in range(self._threads)]
+        return self
+
+    def _run(self, seed: int) -> None:
+        with self._server.client() as client:
+            while not self._stop.is_set():
+                self._ask(client, seed)
+                seed += self._threads
+                with self._lock:
+                    self.asked += 1
+
+    def more(self, count: int = 20) -> None:
+        """Wait until `count` further requests are answered."""
+        goal = self.asked + count
+        until(lambda: self.asked >= goal or any(one.done() for one in self._done))
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+        for one in self._done:
+            one.result()
+
+
+def descriptors(process: psutil.Process) -> int:
+    return process.num_fds()
+
+
+def test_a_worker_killed_again_and_again_under_load_loses_no_request() -> None:
+    with Server("--frontends", "2") as server:
+        supervisor = psutil.Process(server.process.pid)
+        with Load(server) as load:
+            load.more()
+            before = descriptors(supervisor), [descriptors(frontend) for frontend in server.children("frontend")]
+            for _ in range(3):
+                (worker,) = server.children("worker")
+                worker.kill()
+                until(lambda dead=worker.pid: [w for w in server.children("worker") if w.pid != dead])
+                load.more()
+        until(lambda: server.metric("dinov3_worker_restarts_total", device="cpu") == 3)
+        # The successor's channels took the place of the dead one's: nothing has piled up.
+        until(lambda: descriptors(supervisor) <= before[0] + 1, "descriptors of the supervisor")
+        after = [descriptors(frontend) for frontend in server.children("frontend")]
+        assert all(now <= then + 2 for now, then in zip(after, before[1], strict=True))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0, "memory of the arenas")
+
+
+def ask_for_many(client: Client, seed: int) -> None:
+    """A request that is spread over workers."""
+    images = [photo(seed * 100 + i, 32, 32) for i in range(80)]
+    check(client.extract(images, preset="none", dtype="float32", layers=0), images, layers=[0])
+
+
+def test_of_two_workers_one_is_killed_and_the_other_serves_on() -> None:
+    with Server("--frontends", "2", "--devices", "cpu,cpu") as server:
+        with Load(server, threads=2), Load(server, threads=2, ask=ask_for_many) as load:
+            for turn in range(3):
+                load.more(4)
+                workers = server.children("worker")
+                workers[turn % len(workers)].kill()
+            load.more(4)
+            until(lambda: len(server.children("worker")) == 2)
+        until(lambda: server.metric("dinov3_worker_restarts_total", device="cpu") == 3)
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0, "memory of the arenas")
+
+
+@pytest.mark.parametrize("role", ["worker", "frontend"])
+def test_a_process_that_is_stuck_is_killed_and_replaced(role: str) -> None:
+    """Stopped, it can do nothing by itself: neither end a hung batch nor close its connections."""
+    with Server(TEST_SILENT_SECONDS="2.5") as server, server.client() as client:
+        stuck = server.children(role)[0]
+        stuck.suspend()
+        ask(client, 1)  # bridged: by resubmission where it was a worker, by the client's retries where a frontend
+        assert not stuck.is_running()
+        assert [line for line in server.log if f"{role}-0 has said nothing" in line]
+
+
+def test_a_request_that_kills_its_worker_fails_alone() -> None:
+    with Server() as server, server.client() as client:
+        poison = photo(1, 32, 32)
+        poison[0, 0] = KILL
+        with Load(server) as load:
+            load.more(4)
+            images = [photo(2, 32, 32), poison, photo(3, 32, 32)]
+            features = client.extract(images, preset="none", dtype="float32", on_error="return")
+            load.more(4)
+        assert list(features.errors) == [1]
+        assert "died" in str(features.errors[1])
+        assert not features.cls[1].any(), "a failed image has zeros, not what lay in the arena before"
+        for i in (0, 2):
+            np.testing.assert_array_equal(features.cls[i], expected(images[i], Output("cls")))
+        assert server.metric("dinov3_worker_restarts_total", device="cpu") == 2
+
+
+def test_cancels_under_load_never_reach_a_neighbours_answer() -> None:
+    """Calls are given up at random moments while others, checked bit by bit, share batches and arenas with them."""
+    with Server("--frontends", "2") as server:
+        channel = grpc.insecure_channel(server.grpc)
+        call = channel.unary_unary(
+            "/dinov3_serving.v1.FeatureService/Extract",
+            request_serializer=pb.ExtractRequest.SerializeToString,
+            response_deserializer=pb.ExtractResponse.FromString,
+        )
+        cancelled = 0
+
+        def give_up(seed: int) -> bool:
+            image = photo(seed, 32, 32)
+            tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=[1, 32, 32, 3], data=image.tobytes())
+            pending = call.future(
+                pb.ExtractRequest(pixels=tensor, preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE)), timeout=LIMIT
+            )
+            for _ in range(seed % 50):
+                if pending.done():
+                    break
+            return bool(pending.cancel())
+
+        with Load(server) as load:
+            for seed in range(400):
+                cancelled += give_up(seed)
+            load.more()
+        channel.close()
+        assert cancelled > 50
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0, "ranges of cancelled calls come back")
+
+
+def test_a_cancelled_call_on_the_device_keeps_its_memory(tmp_path: Path) -> None:
+    """The batch of a cancelled call still runs: the arena's range is not given to the next request."""
+    gate = tmp_path / "gate"
+    with Server("--arena-bytes", "1MiB", TEST_GATE_FILE=str(gate)) as server, server.client() as client:
+        held = photo(1, 32, 32)
+        held[0, 0] = BLOCK
+        with pytest.raises(DeadlineExceeded):
+            client.extract(held, preset="none", deadline=0.2)
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        with ThreadPoolExecutor() as pool:
+            neighbours = [pool.submit(ask, client, seed) for seed in range(1, 5)]  # into the rest of a small arena
+            gate.touch()
+            for neighbour in neighbours:
+                neighbour.result()
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0)
+        ask(client, 1)
+
+
+def test_a_frontend_killed_the_others_serve_on_and_it_comes_back() -> None:
+    with Server("--frontends", "2") as server:
+        with Load(server) as load:  # the client's own retries bridge the connections that died
+            load.more()
+            before = descriptors(server.children("worker")[0])
+            victim = server.children("frontend")[0]
+            victim.kill()
+            load.more()
+            until(lambda: len([f for f in server.children("frontend") if f.pid != victim.pid]) == 2)
+            load.more()
+        (worker,) = server.children("worker")
+        maps = Path(f"/proc/{worker.pid}/maps")
+        # memfds have no name: mapped nowhere, their memory is gone.
+        until(lambda: maps.read_text().count("dinov3-arena") == 2, "unmap the dead one's arena, map its successor's")
+        assert descriptors(worker) <= before
+
+
+def test_the_supervisor_killed_takes_its_children_with_it() -> None:
+    server = Server()
+    server.signal(signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL

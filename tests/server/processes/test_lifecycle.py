@@ -1,0 +1,229 @@
+"""Starting and ending: clear words when it cannot start, drain on the first signal, out on the second."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from dinov3_client import Client, Dinov3Error, Unauthenticated
+from dinov3_server.errors import CheckpointError
+from tests.server.processes.test_crashes import ask, photo
+from tests.support.numpy_runner import BLOCK
+from tests.support.serve import RUNNER
+from tests.support.server import ROOT, Server
+from tests.support.waiting import LIMIT, until
+
+
+def blocking(seed: int) -> np.ndarray:
+    image = photo(seed, 32, 32)
+    image[0, 0] = BLOCK
+    return image
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_what_is_in_flight_and_refuses_what_is_new(tmp_path: Path, number: int) -> None:
+    gate = tmp_path / "gate"
+    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(number)
+        until(lambda: server.get("/readyz") == (503, "draining\n"))
+        assert server.get("/healthz")[0] == 200
+        with pytest.raises(Dinov3Error):
+            server.client().extract(photo(2, 32, 32), preset="none", deadline=0.3)
+        assert not in_flight.done()
+        gate.touch()
+        assert in_flight.result().cls.shape == (1, 64)
+        assert server.wait() == 0
+
+
+def test_what_is_not_through_within_the_grace_is_cut_and_the_exit_is_still_clean(tmp_path: Path) -> None:
+    with (
+        Server("--drain-seconds", "0.2", TEST_GATE_FILE=str(tmp_path / "never")) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        in_flight = pool.submit(lambda: server.client(deadline=2).extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        with pytest.raises(Dinov3Error):
+            in_flight.result()
+
+
+def test_sighup_has_tokens_read_again_and_no_other_signal_ends_a_server(tmp_path: Path) -> None:
+    """`systemctl reload`, for one, sends it to every process of a service."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("old")
+    with Server("--token-file", str(tokens), "--frontends", "2") as server:
+        with Client(server.grpc, token="old") as client:
+            assert client.model().frontends == 2
+        tokens.write_text("new")
+        processes = [psutil.Process(server.process.pid), *server.family()]
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE):
+            for process in processes:
+                process.send_signal(number)
+        until(lambda: sum("read again: " in line for line in server.log) == 2)  # each frontend says so
+        until(lambda: any("SIGUSR2 means nothing" in line for line in server.log))
+        with Client(server.grpc, token="old") as client, pytest.raises(Unauthenticated):
+            client.model()
+        with Client(server.grpc, token="new") as client:
+            assert client.model().frontends == 2
+        assert {process.pid for process in server.family()} == {process.pid for process in processes[1:]}
+
+
+def test_sighup_does_not_cut_a_drain_short(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz")[0] == 503)
+        server.signal(signal.SIGHUP)
+        until(lambda: any("SIGHUP" in line for line in server.log))
+        gate.touch()
+        assert in_flight.result().cls.shape == (1, 64)
+        assert server.wait() == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    with Server(TEST_GATE_FILE=str(tmp_path / "never")) as server, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(lambda: server.client(deadline=2).extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz")[0] == 503)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 128 + signal.SIGTERM
+        with pytest.raises(Dinov3Error):
+            in_flight.result()
+
+
+def test_the_worker_is_restarted_while_draining_if_somebody_waits_for_it(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
+        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        server.signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz")[0] == 503)
+        server.children("worker")[0].kill()
+        gate.touch()
+        assert in_flight.result().cls.shape == (1, 64)
+        assert server.wait() == 0
+
+
+COMMAND = (sys.executable, "-m", "tests.support.serve", "serve", "--port", "0", "--http-port", "0")
+SCRIPTED = "tests.server.processes.scripted_runners"
+
+
+def environment(runner: str) -> dict[str, str]:
+    return {**os.environ, "DINOV3_WEIGHTS": "random:0", "TEST_RUNNER": runner}
+
+
+def start(*flags: str, runner: str = RUNNER) -> subprocess.CompletedProcess[str]:
+    """A server that is expected not to start."""
+    return subprocess.run(
+        [*COMMAND, *flags],
+        cwd=ROOT,
+        env=environment(runner),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+
+
+def test_a_taken_port_is_told_with_the_way_out_also_when_it_could_be_shared() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        ended = start("--port", str(port))
+        assert ended.returncode == 2
+        assert ended.stdout == ""
+        assert str(port) in ended.stderr
+        assert "--port 0" in ended.stderr
+        assert "Traceback" not in ended.stderr
+    with Server() as server:  # another one of ours would share it silently
+        port = int(server.grpc.rpartition(":")[2])
+        assert start("--port", str(port)).returncode == 2
+        with server.client() as client:
+            ask(client, 1)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason() -> None:
+    ended = start(runner=f"{SCRIPTED}:bad_weights")
+    assert ended.returncode == CheckpointError.exit_code
+    assert "scripted: no such key" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("runner", ["dies", "fails_beside_a_thread", "leaves_a_child"])
+def test_a_worker_that_never_starts_makes_the_supervisor_give_up(
+    runner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_GATE_FILE", str(tmp_path / "gate"))
+    try:
+        ended = start("--worker-restart-limit", "2", runner=f"{SCRIPTED}:{runner}")
+    finally:
+        (tmp_path / "gate").touch()
+    assert ended.returncode == 1
+    assert "failed to start 2 times in a row" in ended.stderr
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_it_cleanly_without_waiting_for_the_model(number: int) -> None:
+    with subprocess.Popen(
+        COMMAND,
+        cwd=ROOT,
+        env=environment(f"{SCRIPTED}:hangs"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert "probes on" in process.stderr.readline()
+        process.send_signal(number)
+        ready, log = process.communicate(timeout=LIMIT)
+    assert (process.returncode, ready) == (0, "")
+    assert "drained" in log
+    assert "killed" not in log, "it waited for what never comes"
+
+
+def test_a_worker_that_fails_at_its_end_is_not_started_again() -> None:
+    with Server(TEST_RUNNER=f"{SCRIPTED}:closes_badly") as server:
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert not [line for line in server.log if "successor" in line]
+
+
+def test_too_little_memory_for_an_arena_is_told() -> None:
+    ended = start("--arena-bytes", "900GiB")
+    assert ended.returncode == 2
+    assert "--arena-bytes" in ended.stderr
+
+
+def test_endpoints_while_serving() -> None:
+    with Server("--log-format", "json") as server:
+        assert server.get("/readyz") == (200, "serving\n")
+        assert server.get("/healthz")[0] == 200
+        with server.client() as client:
+            ask(client, 3)
+            assert client.model().frontends == 1
+        until(lambda: server.metric("dinov3_images_total", outcome="ok") == 4)
+        until(lambda: server.metric("dinov3_stage_seconds_count", stage="forward") == 1)
+        assert server.metric("dinov3_requests_total", method="Extract", code="OK") == 1
+        assert server.metric("dinov3_model_info", model="numpy") == 1
+        assert server.metric("dinov3_batch_images_sum") == 4
+        assert server.get("/nothing")[0] == 404
+    assert all(re.match(r'\{"ts": ', line) for line in server.log)

@@ -1,0 +1,104 @@
+"""What start-up has ready for workers, and what it says where several things are missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dinov3_server.config.settings import Settings
+from dinov3_server.errors import Unreachable, UpstreamCodeError
+from dinov3_server.models.interface import Provisioned
+from dinov3_server.provision import vendor
+from dinov3_server.provision.prepare import checkout_folder, prepare
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.safetensors"
+    path.write_bytes(b"not looked into")
+    return path
+
+
+@pytest.fixture
+def vendored(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that code was vendored to, all of it at once."""
+    folders: list[Path] = []
+    monkeypatch.setattr(vendor, "vendor", lambda url, revision, target, *, offline: folders.append(target))
+    return folders
+
+
+def settings(tmp_path: Path, **others: object) -> Settings:
+    return Settings(home=str(tmp_path / "home"), **others)  # type: ignore[arg-type]
+
+
+def test_code_and_weights(tmp_path: Path, weights: Path, vendored: list[Path]) -> None:
+    given = settings(tmp_path, weights=str(weights))
+    found, seconds = prepare(given)
+    checkout = tmp_path / "home" / "upstream" / given.revision
+    assert found == Provisioned(str(weights), "mine.safetensors", given.revision, str(checkout))
+    assert vendored == [checkout]
+    assert list(seconds) == ["vendor", "weights"]
+
+
+def test_the_checkout_may_lie_elsewhere(tmp_path: Path) -> None:
+    assert checkout_folder(settings(tmp_path, target_dir="/srv/code")) == Path("/srv/code")
+
+
+@pytest.mark.parametrize(
+    ("others", "absent"),
+    [
+        ({"weights": "random:0"}, "the weights are random"),
+        ({"certificate": False}, "the setting `certificate` is false"),
+    ],
+)
+def test_code_that_nobody_needs_is_not_fetched(
+    tmp_path: Path, weights: Path, vendored: list[Path], others: dict[str, object], absent: str
+) -> None:
+    found, _ = prepare(settings(tmp_path, **{"weights": str(weights), **others}))
+    assert (found.checkout, found.absent) == (None, absent)
+    assert vendored == []
+
+
+@pytest.mark.parametrize("others", [{"weights": "random:0"}, {"certificate": False}])
+def test_metas_modules_need_their_code(
+    tmp_path: Path, weights: Path, vendored: list[Path], others: dict[str, object]
+) -> None:
+    found, _ = prepare(settings(tmp_path, **{"weights": str(weights), "backbone": "upstream", **others}))
+    assert found.checkout == str(vendored[0])
+
+
+def test_without_a_network_features_are_served_unproven(tmp_path: Path, weights: Path) -> None:
+    found, _ = prepare(settings(tmp_path, weights=str(weights), offline=True))
+    assert found.checkout is None
+    assert "`offline` forbids fetching it" in found.absent
+    with pytest.raises(Unreachable, match="wanted is commit 6876159"):
+        prepare(settings(tmp_path, weights=str(weights), offline=True, backbone="upstream"))
+
+
+def test_code_that_cannot_be_fetched_ends_the_start_with_the_ways_out(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise Unreachable("no route to the code")
+
+    monkeypatch.setattr(vendor, "vendor", fail)
+    with pytest.raises(Unreachable) as one:
+        prepare(settings(tmp_path, weights=str(weights)))
+    assert str(one.value).startswith("no route to the code\nOr serve without the proof")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # and the weights cannot be had either: one error says both
+    with pytest.raises(Unreachable) as both:
+        prepare(settings(tmp_path, model="vitb16"))
+    assert "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth" in str(both.value)
+    assert "no route to the code" in str(both.value)
+    assert "dinov3-server prepare --model vitb16 --home FOLDER" in str(both.value)
+
+
+def test_code_that_is_wrong_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise UpstreamCodeError("it is modified")
+
+    monkeypatch.setattr(vendor, "vendor", fail)
+    with pytest.raises(UpstreamCodeError, match="it is modified"):
+        prepare(settings(tmp_path, model="vitb16", offline=True))

@@ -1,0 +1,82 @@
+"""What tests of weights share: a clean environment of the hub's library, a guard on sockets, a small variant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.families.registry import VARIANTS
+from dinov3_server.models.variant import DatasetName
+from tests.support.fake_hub import FakeHub
+
+DATA = bytes(range(256)) * 40
+SAT = DATA[::-1]
+TOKEN = "hf_aSecretThatNobodyMaySee"
+
+FACEBOOK = "facebook/dinov3-vitl16-pretrain-lvd1689m"
+TIMM = "timm/vit_large_patch16_dinov3.lvd1689m"
+
+SHARDS = {f"model-0000{i}-of-00003.safetensors": bytes([i]) * 50_000 * i for i in (1, 2, 3)}
+INDEX = {"model.safetensors.index.json": json.dumps({"weight_map": {f"t{n}": n for n in SHARDS}}).encode()}
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def variant(name: str = "dinov3_vitl16", **files: bytes) -> VitVariant:
+    """A variant for whose official files DATA and SAT (or `files`) are taken."""
+    held: dict[DatasetName, str] = {"lvd1689m": sha(files.get("lvd1689m", DATA))[:8]}
+    if "sat493m" in VARIANTS[name].hashes:
+        held["sat493m"] = sha(SAT)[:8]
+    return replace(VARIANTS[name], hashes=held)
+
+
+def clean(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """No token, no endpoint and no switch of whoever runs the tests reaches the library."""
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    # The library reads these when it is imported.
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(folder / "stored_tokens"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    from huggingface_hub.utils import close_session
+
+    with FakeHub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        yield hub
+        close_session()
+
+
+def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes a socket or looks up a name fails the test."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refused)
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+
+
+def everything_written(folder: Path) -> str:
+    """The text of all manifests and refs under `folder`, and every name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    texts = [path.read_text() for path in files if path.suffix in (".json", "") or path.parent.name == "refs"]
+    return "\n".join([*map(str, files), *texts])

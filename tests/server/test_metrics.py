@@ -1,0 +1,349 @@
+"""The instruments, what the supervisor makes of their snapshots, and the page that Prometheus reads."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from dinov3_server.metrics import SECONDS_BUCKETS, SPECS, Aggregate, Metrics, Snapshot
+from tests.server.config.generated import ROOT
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def parsed(page: bytes) -> Samples:
+    """Every sample of a page, by name and sorted labels; a sample that is there twice fails."""
+    samples: Samples = {}
+    for family in text_string_to_metric_families(page.decode()):
+        for sample in family.samples:
+            key = sample.name, tuple(sorted(sample.labels.items()))
+            assert key not in samples
+            samples[key] = sample.value
+    return samples
+
+
+def page_of(**children: Metrics) -> Samples:
+    aggregate = Aggregate()
+    for name, metrics in children.items():
+        aggregate.update(name, metrics.snapshot())
+    return parsed(aggregate.render())
+
+
+def everything() -> Metrics:
+    """Metrics with a series of each."""
+    metrics = Metrics()
+    metrics.requests.inc("Extract", "OK")
+    metrics.request_seconds.observe(0.2, "Extract")
+    metrics.images.inc("ok", value=3)
+    metrics.stage_seconds.observe(0.01, "decode")
+    metrics.batch_images.observe(8)
+    metrics.batch_tokens.observe(1608)
+    metrics.queue_images.set(3)
+    metrics.queue_seconds.observe(0.004)
+    metrics.rejected.inc("queue")
+    metrics.refused_images.inc("queue", value=2)
+    metrics.refusal_seconds.observe(0.001)
+    metrics.expected_wait_seconds.set(0.5)
+    metrics.late_images.inc()
+    metrics.late_device_seconds.inc("cpu", value=0.1)
+    metrics.arena_bytes.set(2**20, "used")
+    metrics.frontend_bytes.set(2**19, "messages")
+    metrics.device_memory_bytes.set(2**30, "cuda:0", "allocated")
+    metrics.device_busy_seconds.inc("cuda:0", value=0.5)
+    metrics.workers.set(1, "cuda:0", "serving")
+    metrics.worker_restarts.inc("cuda:0")
+    metrics.model_info.set(1, "dinov3_vits16", "random:0", "abc", "bfloat16", "cuda:0")
+    metrics.model_load_seconds.set(1.5, "read")
+    metrics.certificate_cosine.set(0.9999, "cls")
+    metrics.loop_lag_seconds.observe(0.003)
+    metrics.tls_expiry_seconds.set(86400)
+    metrics.reload_failed.set(0, "tls")
+    return metrics
+
+
+def test_names_and_labels_are_those_of_the_design() -> None:
+    assert {spec.name: spec.labels for spec in SPECS} == {
+        "dinov3_requests_total": ("method", "code"),
+        "dinov3_loop_lag_seconds": (),
+        "dinov3_request_seconds": ("method",),
+        "dinov3_images_total": ("outcome",),
+        "dinov3_stage_seconds": ("stage",),
+        "dinov3_batch_images": (),
+        "dinov3_batch_tokens": (),
+        "dinov3_queue_images": (),
+        "dinov3_queue_seconds": (),
+        "dinov3_rejected_total": ("reason",),
+        "dinov3_refused_images_total": ("reason",),
+        "dinov3_refusal_seconds": (),
+        "dinov3_expected_wait_seconds": (),
+        "dinov3_late_images_total": (),
+        "dinov3_late_device_seconds_total": ("device",),
+        "dinov3_arena_bytes": ("state",),
+        "dinov3_frontend_bytes": ("use",),
+        "dinov3_device_memory_bytes": ("device", "kind"),
+        "dinov3_device_busy_seconds_total": ("device",),
+        "dinov3_workers": ("device", "state"),
+        "dinov3_worker_restarts_total": ("device",),
+        "dinov3_model_info": ("model", "weights", "fingerprint", "dtype", "device"),
+        "dinov3_model_load_seconds": ("step",),
+        "dinov3_certificate_cosine": ("output",),
+        "dinov3_tls_expiry_seconds": (),
+        "dinov3_reload_failed": ("kind",),
+    }
+
+
+def test_every_metric_reaches_the_page_with_its_type_and_help() -> None:
+    aggregate = Aggregate()
+    aggregate.update("worker-0", everything().snapshot())
+    families = {family.name: family for family in text_string_to_metric_families(aggregate.render().decode())}
+    for spec in SPECS:
+        family = families.pop(spec.name.removesuffix("_total"))
+        assert (family.type, family.documentation) == (spec.kind, spec.help)
+        assert family.samples
+        assert all(set(sample.labels) - {"le"} == set(spec.labels) for sample in family.samples)
+    assert not families
+
+
+def test_counters_gauges_and_info() -> None:
+    metrics = everything()
+    metrics.requests.inc("Extract", "OK")
+    metrics.queue_images.set(1)
+    page = page_of(only=metrics)
+    assert page["dinov3_requests_total", (("code", "OK"), ("method", "Extract"))] == 2
+    assert page["dinov3_images_total", (("outcome", "ok"),)] == 3
+    assert page["dinov3_device_busy_seconds_total", (("device", "cuda:0"),)] == 0.5
+    assert page["dinov3_queue_images", ()] == 1
+    info = {
+        "model": "dinov3_vits16",
+        "weights": "random:0",
+        "fingerprint": "abc",
+        "dtype": "bfloat16",
+        "device": "cuda:0",
+    }
+    assert page["dinov3_model_info", tuple(sorted(info.items()))] == 1
+
+
+def test_histogram_buckets_are_cumulative_and_include_their_bound() -> None:
+    metrics = Metrics()
+    for value in (0.0, 0.0005, 0.00051, 0.001, 60.0, 60.1, 1e9):
+        metrics.request_seconds.observe(value, "Extract")
+    page = page_of(only=metrics)
+    counts = [
+        page["dinov3_request_seconds_bucket", (("le", f"{bound:g}"), ("method", "Extract"))]
+        for bound in SECONDS_BUCKETS
+    ]
+    assert counts == [2, *[4] * (len(counts) - 2), 5]
+    assert page["dinov3_request_seconds_bucket", (("le", "+Inf"), ("method", "Extract"))] == 7
+    assert page["dinov3_request_seconds_count", (("method", "Extract"),)] == 7
+    assert page["dinov3_request_seconds_sum", (("method", "Extract"),)] == pytest.approx(1e9 + 120.10201)
+
+
+def test_buckets_reach_from_half_a_millisecond_to_a_minute_and_to_the_largest_batches() -> None:
+    buckets = {spec.name: spec.buckets for spec in SPECS if spec.kind == "histogram"}
+    assert all(list(bounds) == sorted(set(bounds)) for bounds in buckets.values())
+    assert (SECONDS_BUCKETS[0], SECONDS_BUCKETS[-1]) == (0.0005, 60.0)
+    assert buckets["dinov3_batch_images"] == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    assert buckets["dinov3_batch_tokens"] == tuple(2**power for power in range(8, 18))
+
+
+def test_metrics_without_labels_are_there_before_anything_happened() -> None:
+    page = page_of(only=Metrics())
+    assert page["dinov3_batch_images_count", ()] == 0
+    assert page["dinov3_queue_seconds_count", ()] == 0
+
+
+def test_labels_are_escaped() -> None:
+    metrics = Metrics()
+    metrics.model_info.set(1, "m", 'a "quoted"\\\n name', "f", "float32", "cpu")
+    (key,) = [key for key in page_of(only=metrics) if key[0] == "dinov3_model_info"]
+    assert ("weights", 'a "quoted"\\\n name') in key[1]
+
+
+def test_wrong_number_of_labels() -> None:
+    metrics = Metrics()
+    with pytest.raises(
+        TypeError, match=r"dinov3_requests_total has the labels \('method', 'code'\), got \('Extract',\)"
+    ):
+        metrics.requests.inc("Extract")
+    with pytest.raises(TypeError, match="dinov3_queue_images"):
+        metrics.queue_images.set(1, "cpu")
+    with pytest.raises(TypeError, match="dinov3_stage_seconds"):
+        metrics.stage_seconds.observe(1.0)
+    assert "dinov3_requests_total" not in {name for name, _ in page_of(only=metrics)}
+
+
+def test_a_snapshot_is_picklable_small_and_not_changed_later() -> None:
+    metrics = everything()
+    snapshot = metrics.snapshot()
+    data = pickle.dumps(snapshot)
+    assert len(data) < 4096
+    metrics.batch_images.observe(1)
+    metrics.images.inc("ok")
+    copy = pickle.loads(data)
+    assert isinstance(copy, Snapshot)
+    assert copy == snapshot != metrics.snapshot()
+
+
+class Interrupted(float):
+    """A number: while it is added, another thread counts 10, unless a lock keeps that waiting."""
+
+    thread: threading.Thread
+
+    def __radd__(self, other: float) -> float:
+        self.thread.start()
+        self.thread.join(0.05)  # Waits in vain where there is a lock: the thread ends after us.
+        return float(self) + other
+
+
+def test_threads_lose_no_count() -> None:
+    metrics = Metrics()
+    metrics.images.inc("ok")
+    count, observation = Interrupted(100), Interrupted(100)
+    count.thread = threading.Thread(target=lambda: metrics.images.inc("ok", value=10))
+    observation.thread = threading.Thread(target=lambda: metrics.batch_images.observe(10))
+    metrics.images.inc("ok", value=count)
+    metrics.batch_images.observe(observation)
+    count.thread.join()
+    observation.thread.join()
+    page = page_of(only=metrics)
+    assert page["dinov3_images_total", (("outcome", "ok"),)] == 111
+    assert page["dinov3_batch_images_sum", ()] == 110
+    assert page["dinov3_batch_images_count", ()] == 2
+
+
+def test_instruments_do_without_prometheus_client() -> None:
+    code = (
+        "import sys, dinov3_server.metrics as m; m.Metrics().snapshot(); sys.exit('prometheus_client' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+def test_living_processes_are_merged() -> None:
+    first, second = everything(), everything()
+    second.model_load_seconds.set(9.0, "read")
+    second.certificate_cosine.set(0.5, "cls")
+    second.device_busy_seconds.inc("cuda:1", value=0.25)
+    page = page_of(first=first, second=second)
+    assert page["dinov3_images_total", (("outcome", "ok"),)] == 6
+    assert page["dinov3_batch_images_bucket", (("le", "8"),)] == 2
+    assert page["dinov3_batch_images_bucket", (("le", "4"),)] == 0
+    assert page["dinov3_batch_images_sum", ()] == 16
+    assert page["dinov3_queue_images", ()] == 6
+    assert page["dinov3_arena_bytes", (("state", "used"),)] == 2 * 2**20
+    assert page["dinov3_device_busy_seconds_total", (("device", "cuda:0"),)] == 1.0
+    assert page["dinov3_device_busy_seconds_total", (("device", "cuda:1"),)] == 0.25
+    assert page["dinov3_model_load_seconds", (("step", "read"),)] == 9.0
+    assert page["dinov3_certificate_cosine", (("output", "cls"),)] == 0.5
+    assert [value for (name, _), value in page.items() if name == "dinov3_model_info"] == [1]
+
+
+def cumulative(page: Samples) -> Samples:
+    """What may never go down."""
+    return {key: value for key, value in page.items() if re.search("_(total|bucket|count|sum)$", key[0])}
+
+
+def test_a_dead_process_leaves_its_counters_and_takes_its_gauges() -> None:
+    aggregate = Aggregate()
+    aggregate.update("worker-0", everything().snapshot())
+    before = parsed(aggregate.render())
+    aggregate.retire("worker-0")
+    after = parsed(aggregate.render())
+    assert after == cumulative(before)
+    assert len(after) < len(before)
+    aggregate.retire("worker-0")  # Of one that is already dead, or never was.
+    aggregate.retire("worker-7")
+    assert parsed(aggregate.render()) == after
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["retired", "not retired"])
+def test_a_restarted_process_adds_to_its_predecessor(told: bool) -> None:
+    aggregate = Aggregate()
+    key = "dinov3_images_total", (("outcome", "ok"),)
+    expected = 0
+    for _ in range(3):
+        metrics = Metrics()
+        for _ in range(2):
+            metrics.images.inc("ok", value=5)
+            metrics.queue_images.set(2)
+            aggregate.update("worker-0", metrics.snapshot())
+            expected += 5
+            page = parsed(aggregate.render())
+            assert page[key] == expected
+            assert page["dinov3_queue_images", ()] == 2
+        if told:
+            aggregate.retire("worker-0")
+            assert parsed(aggregate.render())[key] == expected
+
+
+@pytest.mark.parametrize("successor", [True, False])
+def test_late_words_of_a_dead_process_are_not_counted_twice(successor: bool) -> None:
+    aggregate = Aggregate()
+    dead = everything()
+    aggregate.update("worker-0", dead.snapshot())
+    aggregate.retire("worker-0")
+    if successor:
+        aggregate.update("worker-0", everything().snapshot())
+    before = parsed(aggregate.render())
+    dead.images.inc("ok")
+    aggregate.update("worker-0", dead.snapshot())
+    assert parsed(aggregate.render()) == before
+
+
+def test_nothing_known_yet() -> None:
+    assert parsed(Aggregate().render()) == {}
+
+
+# --- judged by Prometheus' own tool ------------------------------------------------------------------------------
+
+promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+
+
+def run_promtool(*arguments: str, page: bytes = b"") -> None:
+    done = subprocess.run(["promtool", *arguments], input=page, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b""), done.stdout + done.stderr
+
+
+@promtool
+def test_promtool_finds_no_fault_with_the_page() -> None:
+    aggregate = Aggregate()
+    aggregate.update("worker-0", everything().snapshot())
+    run_promtool("check", "metrics", page=aggregate.render())
+
+
+@promtool
+def test_promtool_finds_no_fault_with_the_scrape_configuration() -> None:
+    run_promtool("check", "config", str(ROOT / "deploy/prometheus.yml"))
+
+
+def documented_queries() -> list[str]:
+    blocks = re.findall(r"```promql\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_documented_queries_name_metrics_that_exist() -> None:
+    page = {name for name, _ in page_of(only=everything())}
+    queries = documented_queries()
+    assert len(queries) > 5
+    for query in queries:
+        names = set(re.findall(r"\bdinov3_\w+", query))
+        assert names
+        assert names <= page
+
+
+@promtool
+def test_promtool_reads_the_documented_queries(tmp_path: Path) -> None:
+    rules = "".join(f"  - record: q:{n}\n    expr: '{query}'\n" for n, query in enumerate(documented_queries()))
+    path = tmp_path / "rules.yml"
+    path.write_text("groups:\n- name: documented\n  rules:\n" + rules)
+    run_promtool("check", "rules", str(path))
