@@ -43,7 +43,7 @@ LABEL org.opencontainers.image.title="dinov3-serving" \
 RUN command -v git || { apt-get update && \
     apt-get install --yes --no-install-recommends git ca-certificates && apt-get clean && rm -rf /var/lib/apt/lists/*; }
 
-# /dinov3 is the home: what is fetched, and certificates; mount a volume there to keep it. Weights that you have may be
+# /dinov3 is the cache folder: what is fetched, and parity checks; mount a volume there to keep it. Weights that you have may be
 # mounted at /weights, read-only; a relative --weights is found there. The directories are made here because not every
 # builder's WORKDIR makes one, and a new volume takes the owner of what it covers.
 RUN groupadd --gid 10001 dinov3 && \
@@ -55,7 +55,7 @@ COPY --from=build /opt/dinov3 /opt/dinov3
 # A container's loopback is its own: bound to it, the server could be reached by nobody. In here "every interface"
 # is the container's network, and what of it the world sees is decided outside: by -p, a Service, a NetworkPolicy.
 ENV DINOV3_HOST=0.0.0.0 \
-    DINOV3_HOME=/dinov3 \
+    DINOV3_CACHE_DIR=/dinov3 \
     PATH=/opt/dinov3/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1
 

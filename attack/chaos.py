@@ -182,8 +182,9 @@ def _storm(server: Server, result: Result, seconds: float, seed: int, rhythm: Rh
         result.faults += [why for question, truth in known[:5] if (why := differs(truth, question.ask(client)))]
     if not watch.settled(lambda: not watch.busy_gauges(server)):
         result.faults.append(f"not zero though nothing is asked: {watch.busy_gauges(server)}")
-    rejected = {name[1]: int(count) for name, count in server.metrics().items() if name[0] == "dinov3_rejected_total"}
-    result.refused_by_server = rejected
+    result.refused_by_server = {
+        name[1]: int(count) for name, count in server.metrics().items() if name[0] == "dinov3_refused_requests_total"
+    }
 
 
 def _noting(call: Callable[[], None], faults: list[str]) -> None:

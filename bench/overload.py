@@ -305,12 +305,12 @@ def _hog(bulk: bool) -> dict[str, Any]:
         def small(seconds: float) -> list[float]:
             nonlocal refused
             latencies, end = [], time.perf_counter() + seconds
-            before = _rejected(server)
+            before = _refused(server)
             while (since := time.perf_counter()) < end:
                 other.extract(pixels[:1], ("cls",), preset="none")
                 latencies.append(time.perf_counter() - since)
             time.sleep(2.0)  # /metrics is up to a second old
-            refused = int(_rejected(server) - before)
+            refused = int(_refused(server) - before)
             return latencies
 
         def beside(seconds: float, with_small: bool) -> tuple[float, list[float]]:
@@ -350,8 +350,8 @@ def _p99(latencies: list[float]) -> float:
     return round(sorted(latencies)[int(len(latencies) * 0.99)] * 1e3, 1)
 
 
-def _rejected(server: Server) -> float:
-    return sum(value for (name, *_), value in server.metrics().items() if name == "dinov3_rejected_total")
+def _refused(server: Server) -> float:
+    return sum(value for (name, *_), value in server.metrics().items() if name == "dinov3_refused_requests_total")
 
 
 def _client() -> dict[str, Any]:

@@ -91,7 +91,7 @@ def measure() -> dict[str, Any]:
         reference = transformers_model(VITS["dinov3_vits16"], torch.float32)
         reference.save_pretrained(folder)
         flags = ("--model", "vits16", "--weights", str(folder / "model.safetensors"), "--dtype", dtype)
-        server = stack.enter_context(serving(*flags, "--certificate", "false"))
+        server = stack.enter_context(serving(*flags, "--parity-check", "false"))
         contestants = [
             Contestant("ours", server.grpc, server.process, sys.executable),
             stack.enter_context(rival("naive", sys.executable, folder, dtype)),

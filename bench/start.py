@@ -2,7 +2,7 @@
 auto`, on the CPU, seeded random weights in a float32 safetensors file of transformers' layout, given by its path;
 Meta's code in the home, where DINOV3_UPSTREAM names a copy of its repository.
 
-`fresh`: no certificate is kept, so the features are compared with Meta's code. `warm`: the certificate is kept
+`fresh`: no parity check is kept, so the features are compared with Meta's code. `warm`: the parity check is kept
 (without DINOV3_UPSTREAM there is none, and no `fresh`), the file is in the page cache and every module is compiled
 (.pyc). `cold`: likewise, but the file's pages are dropped (posix_fadvise) and PYTHONPYCACHEPREFIX names an empty
 folder, so that every module is compiled anew; shared libraries (torch's, gRPC's) stay in the page cache, as the bench
@@ -13,7 +13,7 @@ checkout is compared with its commit) and `weights` (found). `imports`: the inte
 provisioner and the worker (torch, the backbone), until that begins to load; the frontend starts meanwhile, on the
 same cores. `read` (the file is checked and mapped), `fingerprint` (every tensor hashed, the first to touch the file's
 pages), `upstream` (Meta's code computes the probes, in a process of its own, in float32 and the serving dtype),
-`certificate` (ours does, in both), `build` and `warm_up` (256x256 and 224x224): dinov3_model_load_seconds of
+`parity_check` (ours does, in both), `build` and `warm_up` (256x256 and 224x224): dinov3_model_load_seconds of
 /metrics. `connect`: until the frontend knows the worker, which is when the line comes. `ready`: all of it.
 """
 
@@ -42,15 +42,15 @@ from dinov3_server.families.dinov3_vit.variants import VITS
 MODELS = ("vits16", "vitb16")
 REPEATS = 3
 PROVISION_STEPS = ("vendor", "weights")
-LOAD_STEPS = ("read", "fingerprint", "upstream", "certificate", "build", "warm_up")
+LOAD_STEPS = ("read", "fingerprint", "upstream", "parity_check", "build", "warm_up")
 
 
 def measure() -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch, "home")
-        flags = ["--home", str(home), *_code(Path(scratch))]
-        certified = "--certificate" not in flags
+        flags = ["--cache-dir", str(home), *_code(Path(scratch))]
+        certified = "--parity-check" not in flags
         for model in MODELS:
             weights = Path(scratch, f"{model}.safetensors")
             save_file(transformers_model(VITS[f"dinov3_{model}"], torch.float32).state_dict(), weights)
@@ -61,7 +61,7 @@ def measure() -> dict[str, Any]:
                 drop_from_page_cache(weights)
                 started["cold"].append(start(given, PYTHONPYCACHEPREFIX=str(Path(scratch, f"{model}-{repeat}"))))
                 if certified:
-                    shutil.rmtree(home / "certificates")
+                    shutil.rmtree(home / "parity")
                     started["fresh"].append(start(given))
                 started["warm"].append(start(given))
             for state, runs in started.items():
@@ -69,7 +69,7 @@ def measure() -> dict[str, Any]:
                     steps = {step: round(statistics.median(run[step] for run in runs), 3) for step in runs[0]}
                     rows.append({"model": model, "state": state, "file_bytes": weights.stat().st_size, **steps})
                     print(rows[-1], flush=True)
-    return {"certificate": certified, "rows": rows}
+    return {"parity_check": certified, "rows": rows}
 
 
 def show(result: dict[str, Any]) -> str:
@@ -80,10 +80,10 @@ def show(result: dict[str, Any]) -> str:
 def _code(scratch: Path) -> list[str]:
     """The flags for Meta's code."""
     if "DINOV3_UPSTREAM" not in os.environ:
-        print("DINOV3_UPSTREAM names no copy of Meta's repository: starts are without a certificate", flush=True)
-        return ["--certificate", "false"]
+        print("DINOV3_UPSTREAM names no copy of Meta's repository: starts are without a parity_check", flush=True)
+        return ["--parity-check", "false"]
     url, commit = served_repository(scratch)
-    return ["--repo-url", url, "--revision", commit]
+    return ["--upstream-repo", url, "--upstream-revision", commit]
 
 
 def start(flags: Sequence[str], **environ: str) -> dict[str, float]:

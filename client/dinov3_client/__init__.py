@@ -29,14 +29,13 @@ from dinov3_client._errors import (
     Unavailable,
 )
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures
-from dinov3_client._model import Certificate, Limits, Model, OutputProof, Projection
+from dinov3_client._model import Limits, Model, OutputParity, ParityCheck, Projection
 from dinov3_client._request import ExtractOptions, Layer, Pooling
 from dinov3_client._views import ImageViews, View
 from dinov3_client.bulk.dataset import FeatureDataset
 
 __all__ = [
     "AsyncClient",
-    "Certificate",
     "Client",
     "DeadlineExceeded",
     "Dinov3Error",
@@ -56,8 +55,9 @@ __all__ = [
     "MixedSizes",
     "Model",
     "ModelMismatch",
-    "OutputProof",
+    "OutputParity",
     "Overloaded",
+    "ParityCheck",
     "Pooling",
     "Projection",
     "ServerError",

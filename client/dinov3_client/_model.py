@@ -31,7 +31,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class OutputProof:
+class OutputParity:
     """How near one output is to that of Meta's code in float32, at worst."""
 
     output: str
@@ -45,7 +45,7 @@ class OutputProof:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class ParityCheck:
     """Whether the server showed, at its start, that its features are those of Meta's own code on the same weights."""
 
     verified: bool
@@ -53,7 +53,7 @@ class Certificate:
     """Why not; empty where verified."""
     upstream_revision: str
     """Commit of Meta's code."""
-    outputs: tuple[OutputProof, ...]
+    outputs: tuple[OutputParity, ...]
     time: str
     """RFC 3339, UTC."""
     not_covered: str
@@ -109,7 +109,7 @@ class Model:
     frontend: int
     """The one that answered."""
     server_version: str
-    certificate: Certificate
+    parity_check: ParityCheck
     projections: tuple[Projection, ...]
 
 
@@ -151,7 +151,7 @@ def read_model(data: bytes) -> Model:
         frontends=response.frontends,
         frontend=response.frontend,
         server_version=printable(response.server_version),
-        certificate=_certificate(response),
+        parity_check=_parity_check(response),
         projections=tuple(
             Projection(printable(each.name), each.input_channels, each.output_channels, printable(each.fingerprint))
             for each in response.projections
@@ -193,16 +193,16 @@ def _check(model: Model) -> None:
         raise InvalidResponse(f"the server tells of a model that cannot be: {'; '.join(wrong[:_SHOWN])}")
 
 
-def _certificate(response: pb.GetModelResponse) -> Certificate:
-    if not response.HasField("certificate"):
-        return Certificate(False, "the server tells of no proof", "", (), "", "")
-    told = response.certificate
-    return Certificate(
+def _parity_check(response: pb.GetModelResponse) -> ParityCheck:
+    if not response.HasField("parity_check"):
+        return ParityCheck(False, "the server tells of no proof", "", (), "", "")
+    told = response.parity_check
+    return ParityCheck(
         verified=told.verified,
         reason=printable(told.reason),
         upstream_revision=printable(told.upstream_revision),
         outputs=tuple(
-            OutputProof(printable(proof.output), name_of(proof.dtype), proof.least_cosine, proof.relative_error)
+            OutputParity(printable(proof.output), name_of(proof.dtype), proof.least_cosine, proof.relative_error)
             for proof in told.outputs
         ),
         time=printable(told.time),

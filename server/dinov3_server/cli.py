@@ -101,7 +101,7 @@ def _vendor(settings: Settings, force: bool) -> None:
 
     _log_here(settings, "vendor")
     target = checkout_folder(settings)
-    vendor(settings.repo_url, settings.revision, target, force=force, offline=settings.offline)
+    vendor(settings.upstream_repo, settings.upstream_revision, target, force=force, offline=settings.offline)
     sys.stdout.write(f"code {target}\n")
 
 
@@ -200,8 +200,8 @@ def _parse(argv: Sequence[str]) -> dict[str, str]:
 
 
 # What beside --config and the flags of logging each of the commands listens to.
-_VENDOR = ("repo_url", "revision", "target_dir", "home", "offline")
-_WEIGHTS = ("model", "weights", "dataset", "weights_url", "home", "offline", "verify")
+_VENDOR = ("upstream_repo", "upstream_revision", "upstream_dir", "cache_dir", "offline")
+_WEIGHTS = ("model", "weights", "dataset", "weights_url", "cache_dir", "offline", "verify_weights")
 
 
 def _parser() -> tuple[_Parser, dict[str, list[str]]]:

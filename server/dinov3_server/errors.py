@@ -15,7 +15,7 @@
       CheckpointError        5   weights that cannot be used: damaged, of another model, not what was promised
       StorageError           6   a folder or disk: read-only, full, no permission
       UpstreamCodeError      7   Meta's code cannot be vendored, or is not what it should be
-      CertificateError       8   the served features are not those of Meta's code
+      ParityError       8   the served features are not those of Meta's code
 
 Only `api/status.py` turns the first kind into statuses; only `cli.py` turns the second into exit codes
 (docs/provisioning.md lists them).
@@ -49,7 +49,7 @@ class InvalidInput(ServingError):
 
 
 class Overloaded(ServingError):
-    """There is no room, or no time before the deadline. `reason` is the label of `dinov3_rejected_total`."""
+    """There is no room, or no time before the deadline. `reason` is the label of `dinov3_refused_requests_total`."""
 
     status = "RESOURCE_EXHAUSTED"
 
@@ -138,7 +138,7 @@ class UpstreamCodeError(StartupError):
     exit_code = 7
 
 
-class CertificateError(StartupError):
+class ParityError(StartupError):
     """The served features are not those of Meta's code on the same weights, or that could not be found out."""
 
     exit_code = 8

@@ -131,7 +131,9 @@ class Metrics:
         self.queue_seconds = Histogram(
             "dinov3_queue_seconds", "Time from an image's admission to its batch's start.", buckets=SECONDS_BUCKETS
         )
-        self.rejected = Counter("dinov3_rejected_total", "Requests refused at admission, by reason.", "reason")
+        self.refused_requests = Counter(
+            "dinov3_refused_requests_total", "Requests refused at admission, by reason.", "reason"
+        )
         self.refused_images = Counter(
             "dinov3_refused_images_total", "Images of requests refused because of load, by reason.", "reason"
         )
@@ -156,8 +158,8 @@ class Metrics:
         self.frontend_bytes = Gauge(
             "dinov3_frontend_bytes", "Memory of the frontends that requests hold beside the arena, by use.", "use"
         )
-        self.loop_lag_seconds = Histogram(
-            "dinov3_loop_lag_seconds",
+        self.event_loop_lag_seconds = Histogram(
+            "dinov3_event_loop_lag_seconds",
             "How late a frontend's event loop is, looked at 40 times a second: what holds up all its requests.",
             buckets=LAG_BUCKETS,
         )
@@ -190,8 +192,8 @@ class Metrics:
         self.model_load_seconds = Gauge(
             "dinov3_model_load_seconds", "Time that each step of the last model load took.", "step", merge=max
         )
-        self.certificate_cosine = Gauge(
-            "dinov3_certificate_cosine",
+        self.parity_cosine = Gauge(
+            "dinov3_parity_cosine",
             "Least cosine between served features and the reference's, by output.",
             "output",
             merge=min,

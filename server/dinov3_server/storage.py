@@ -66,7 +66,7 @@ def check_space(folder: Path, nbytes: int, what: str) -> None:
     if nbytes > free:
         raise StorageError(
             f"{folder}: {what} takes {nbytes:,} bytes and {free:,} are free on that disk; make room there, or choose "
-            "another disk with --home (DINOV3_HOME)"
+            "another disk with --cache-dir (DINOV3_CACHE_DIR)"
         )
 
 
@@ -80,7 +80,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _advice(error: OSError) -> str:
-    elsewhere = "choose another folder with --home (DINOV3_HOME)"
+    elsewhere = "choose another folder with --cache-dir (DINOV3_CACHE_DIR)"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"the disk is full; make room, or {elsewhere}"

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from dinov3_client import (
-    Certificate,
     Client,
     DeadlineExceeded,
     FieldViolation,
@@ -25,8 +24,9 @@ from dinov3_client import (
     InvalidRequest,
     Limits,
     MessageTooLarge,
-    OutputProof,
+    OutputParity,
     Overloaded,
+    ParityCheck,
     ServerError,
     StatusError,
     Unavailable,
@@ -57,23 +57,23 @@ def test_model(client: Client, server: FakeServer) -> None:
 
 
 def test_the_proof_that_a_server_tells_of() -> None:
-    told = pb.Certificate(
+    told = pb.ParityCheck(
         verified=True,
         upstream_revision="6876159a",
         outputs=[
-            pb.OutputProof(output="cls", dtype=pb.DATA_TYPE_BFLOAT16, least_cosine=0.5, relative_error=0.25),
-            pb.OutputProof(output="patches", dtype=77, least_cosine=0.75, relative_error=0.125),
+            pb.OutputParity(output="cls", dtype=pb.DATA_TYPE_BFLOAT16, least_cosine=0.5, relative_error=0.25),
+            pb.OutputParity(output="patches", dtype=77, least_cosine=0.75, relative_error=0.125),
         ],
         time="2026-01-02T03:04:05Z",
         not_covered="The size of the moon.",
     )
     message = message_of(MODEL, 0)
-    message.certificate.CopyFrom(told)
-    assert read_model(message.SerializeToString()).certificate == Certificate(
+    message.parity_check.CopyFrom(told)
+    assert read_model(message.SerializeToString()).parity_check == ParityCheck(
         verified=True,
         reason="",
         upstream_revision="6876159a",
-        outputs=(OutputProof("cls", "bfloat16", 0.5, 0.25), OutputProof("patches", "unknown (77)", 0.75, 0.125)),
+        outputs=(OutputParity("cls", "bfloat16", 0.5, 0.25), OutputParity("patches", "unknown (77)", 0.75, 0.125)),
         time="2026-01-02T03:04:05Z",
         not_covered="The size of the moon.",
     )
@@ -81,9 +81,9 @@ def test_the_proof_that_a_server_tells_of() -> None:
 
 def test_an_older_server_tells_of_no_proof() -> None:
     message = message_of(MODEL, 0)
-    message.ClearField("certificate")
-    certificate = read_model(message.SerializeToString()).certificate
-    assert (certificate.verified, certificate.reason) == (False, "the server tells of no proof")
+    message.ClearField("parity_check")
+    parity_check = read_model(message.SerializeToString()).parity_check
+    assert (parity_check.verified, parity_check.reason) == (False, "the server tells of no proof")
 
 
 def test_violations_are_told(client: Client, server: FakeServer) -> None:
@@ -354,7 +354,6 @@ def test_public_names() -> None:
 
     assert sorted(dinov3_client.__all__) == [
         "AsyncClient",
-        "Certificate",
         "Client",
         "DeadlineExceeded",
         "Dinov3Error",
@@ -374,8 +373,9 @@ def test_public_names() -> None:
         "MixedSizes",
         "Model",
         "ModelMismatch",
-        "OutputProof",
+        "OutputParity",
         "Overloaded",
+        "ParityCheck",
         "Pooling",
         "Projection",
         "ServerError",

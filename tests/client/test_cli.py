@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3_client import Certificate, OutputProof
+from dinov3_client import OutputParity, ParityCheck
 from dinov3_client.cli import main
 from dinov3_client.testing import MODEL, Failure, FakeServer
 
@@ -53,21 +53,21 @@ def test_info(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_tells_whether_the_features_are_proven(capsys: pytest.CaptureFixture[str]) -> None:
     proofs = [
-        OutputProof(output, dtype, cosine, 0.01)
+        OutputParity(output, dtype, cosine, 0.01)
         for dtype, cosine in (("float32", 0.999999), ("bfloat16", 0.998))
         for output in ("cls", "patches")
     ]
-    proven = Certificate(True, "", "6876159a11b4df11", tuple(proofs), "2026-01-02T03:04:05Z", "")
-    for certificate, line in (
+    proven = ParityCheck(True, "", "6876159a11b4df11", tuple(proofs), "2026-01-02T03:04:05Z", "")
+    for check, line in (
         (
             proven,
             "verified against Meta's code at 6876159a11b4: cls cosine 0.998000, patches cosine 0.998000 in bfloat16",
         ),
-        (Certificate(False, "offline", "", (), "", ""), "not verified: offline"),
+        (ParityCheck(False, "offline", "", (), "", ""), "not verified: offline"),
     ):
-        with FakeServer(replace(MODEL, certificate=certificate)) as server:
+        with FakeServer(replace(MODEL, parity_check=check)) as server:
             assert run(server, "info") == 0
-        assert f"certificate  {line}\n" in capsys.readouterr().out
+        assert f"parity check {line}\n" in capsys.readouterr().out
 
 
 def test_random_weights_are_said(capsys: pytest.CaptureFixture[str], photos: list[Path], tmp_path: Path) -> None:

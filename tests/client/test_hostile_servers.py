@@ -175,7 +175,7 @@ def test_texts_of_a_server_do_not_reach_the_terminal(
     server: FakeServer, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     told = message_of(MODEL, 0)
-    told.model = told.weights = told.server_version = told.certificate.reason = told.fingerprint = ESCAPES
+    told.model = told.weights = told.server_version = told.parity_check.reason = told.fingerprint = ESCAPES
     told.devices[:] = [ESCAPES]
     told.projections.add(name=ESCAPES, input_channels=24, output_channels=1, fingerprint=ESCAPES)
     model = read_model(told.SerializeToString())

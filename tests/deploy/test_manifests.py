@@ -59,7 +59,7 @@ def test_environments_are_settings() -> None:
     assert settings_of({}).host == "0.0.0.0"
     assert kubernetes_settings().weights == "auto"
     assert compose_settings(SERVER).weights == "auto"
-    assert compose_settings(SERVER).home == kubernetes_settings().home == dockerfile_env()["DINOV3_HOME"]
+    assert compose_settings(SERVER).cache_dir == kubernetes_settings().cache_dir == dockerfile_env()["DINOV3_CACHE_DIR"]
     assert compose_settings(SERVER, DINOV3_MODEL="vitb16", DINOV3_WEIGHTS="b.pth").weights == "b.pth"
 
 
@@ -157,14 +157,14 @@ def test_files_that_settings_name_are_mounted() -> None:
     assert set(mounts) == {each["name"] for each in POD["volumes"]}
     assert mounts["token"]["readOnly"]
     assert kubernetes_environment()["DINOV3_TOKEN_FILE"].startswith(mounts["token"]["mountPath"] + "/")
-    assert mounts["home"]["mountPath"] == dockerfile_env()["DINOV3_HOME"]
+    assert mounts["cache"]["mountPath"] == dockerfile_env()["DINOV3_CACHE_DIR"]
     assert SERVER["volumes"] == [
-        f"home:{dockerfile_env()['DINOV3_HOME']}",
+        f"cache:{dockerfile_env()['DINOV3_CACHE_DIR']}",
         f"${{WEIGHTS_DIR:-./weights}}:{dict(dockerfile())['WORKDIR']}:ro",
     ]
-    assert "home" in compose()["volumes"]
+    assert "cache" in compose()["volumes"]
 
-    (volume,) = (each for each in POD["volumes"] if each["name"] == "home")
+    (volume,) = (each for each in POD["volumes"] if each["name"] == "cache")
     claim = kubernetes("PersistentVolumeClaim")["metadata"]["name"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim
 
@@ -173,7 +173,7 @@ def test_the_init_container_fetches_what_the_server_then_finds() -> None:
     assert PREPARE["args"] == ["prepare"]
     assert PREPARE["image"] == CONTAINER["image"]
     assert PREPARE["envFrom"][0] == CONTAINER["envFrom"][0]
-    assert PREPARE["volumeMounts"] == [each for each in CONTAINER["volumeMounts"] if each["name"] == "home"]
+    assert PREPARE["volumeMounts"] == [each for each in CONTAINER["volumeMounts"] if each["name"] == "cache"]
     assert kubernetes_settings().offline
     # The secret that pays for the download is not the server's.
     assert [each["secretRef"]["optional"] for each in PREPARE["envFrom"] if "secretRef" in each] == [True]

@@ -48,7 +48,7 @@ def everything() -> Metrics:
     metrics.batch_tokens.observe(1608)
     metrics.queue_images.set(3)
     metrics.queue_seconds.observe(0.004)
-    metrics.rejected.inc("queue")
+    metrics.refused_requests.inc("queue")
     metrics.refused_images.inc("queue", value=2)
     metrics.refusal_seconds.observe(0.001)
     metrics.expected_wait_seconds.set(0.5)
@@ -62,8 +62,8 @@ def everything() -> Metrics:
     metrics.worker_restarts.inc("cuda:0")
     metrics.model_info.set(1, "dinov3_vits16", "random:0", "abc", "bfloat16", "cuda:0")
     metrics.model_load_seconds.set(1.5, "read")
-    metrics.certificate_cosine.set(0.9999, "cls")
-    metrics.loop_lag_seconds.observe(0.003)
+    metrics.parity_cosine.set(0.9999, "cls")
+    metrics.event_loop_lag_seconds.observe(0.003)
     metrics.tls_expiry_seconds.set(86400)
     metrics.reload_failed.set(0, "tls")
     return metrics
@@ -72,7 +72,7 @@ def everything() -> Metrics:
 def test_names_and_labels_are_those_of_the_design() -> None:
     assert {spec.name: spec.labels for spec in SPECS} == {
         "dinov3_requests_total": ("method", "code"),
-        "dinov3_loop_lag_seconds": (),
+        "dinov3_event_loop_lag_seconds": (),
         "dinov3_request_seconds": ("method",),
         "dinov3_images_total": ("outcome",),
         "dinov3_stage_seconds": ("stage",),
@@ -80,7 +80,7 @@ def test_names_and_labels_are_those_of_the_design() -> None:
         "dinov3_batch_tokens": (),
         "dinov3_queue_images": (),
         "dinov3_queue_seconds": (),
-        "dinov3_rejected_total": ("reason",),
+        "dinov3_refused_requests_total": ("reason",),
         "dinov3_refused_images_total": ("reason",),
         "dinov3_refusal_seconds": (),
         "dinov3_expected_wait_seconds": (),
@@ -94,7 +94,7 @@ def test_names_and_labels_are_those_of_the_design() -> None:
         "dinov3_worker_restarts_total": ("device",),
         "dinov3_model_info": ("model", "weights", "fingerprint", "dtype", "device"),
         "dinov3_model_load_seconds": ("step",),
-        "dinov3_certificate_cosine": ("output",),
+        "dinov3_parity_cosine": ("output",),
         "dinov3_tls_expiry_seconds": (),
         "dinov3_reload_failed": ("kind",),
     }
@@ -232,7 +232,7 @@ def test_instruments_do_without_prometheus_client() -> None:
 def test_living_processes_are_merged() -> None:
     first, second = everything(), everything()
     second.model_load_seconds.set(9.0, "read")
-    second.certificate_cosine.set(0.5, "cls")
+    second.parity_cosine.set(0.5, "cls")
     second.device_busy_seconds.inc("cuda:1", value=0.25)
     page = page_of(first=first, second=second)
     assert page["dinov3_images_total", (("outcome", "ok"),)] == 6
@@ -244,7 +244,7 @@ def test_living_processes_are_merged() -> None:
     assert page["dinov3_device_busy_seconds_total", (("device", "cuda:0"),)] == 1.0
     assert page["dinov3_device_busy_seconds_total", (("device", "cuda:1"),)] == 0.25
     assert page["dinov3_model_load_seconds", (("step", "read"),)] == 9.0
-    assert page["dinov3_certificate_cosine", (("output", "cls"),)] == 0.5
+    assert page["dinov3_parity_cosine", (("output", "cls"),)] == 0.5
     assert [value for (name, _), value in page.items() if name == "dinov3_model_info"] == [1]
 
 

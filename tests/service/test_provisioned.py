@@ -1,5 +1,5 @@
 """From an empty home to a verified, serving model, by `dinov3-server serve` alone: code from a git repository, weights
-from a URL, the certificate, and a restart that finds everything.
+from a URL, the parity check, and a restart that finds everything.
 
 With a stand-in for Meta's code everywhere, and with Meta's own where DINOV3_UPSTREAM names a copy of it.
 """
@@ -18,7 +18,7 @@ import torch
 
 from bench.upstream_repository import served_repository
 from dinov3_server.backbone.weights.random_weights import random_tensors
-from dinov3_server.errors import CertificateError, Unreachable
+from dinov3_server.errors import ParityError, Unreachable
 from dinov3_server.families.dinov3_vit.variants import VITS
 from tests.server.backbone.files import official_state
 from tests.server.provision.repositories import LICENSE, add_commit, git
@@ -47,7 +47,7 @@ class Outside(NamedTuple):
 
     def flags(self, home: Path) -> tuple[str, ...]:
         return (
-            *("--home", str(home), "--repo-url", self.repository, "--revision", self.revision),
+            *("--cache-dir", str(home), "--upstream-repo", self.repository, "--upstream-revision", self.revision),
             *("--weights", self.weights, "--dtype", "float32", "--warm-up-sizes", "none"),
         )
 
@@ -80,17 +80,17 @@ def test_an_empty_home_ends_in_a_verified_model_and_a_restart_needs_nothing(outs
         with server.client() as client:
             model = client.model()
             assert client.extract(torch.zeros(224, 224, 3, dtype=torch.uint8).numpy()).cls.shape == (1, 384)
-        assert model.certificate.verified
-        assert model.certificate.upstream_revision == outside.revision
-        assert {proof.output for proof in model.certificate.outputs} == {"cls", "patches"}
-        for proof in model.certificate.outputs:
+        assert model.parity_check.verified
+        assert model.parity_check.upstream_revision == outside.revision
+        assert {proof.output for proof in model.parity_check.outputs} == {"cls", "patches"}
+        for proof in model.parity_check.outputs:
             assert proof.relative_error < 1e-5
         # Gauges of the worker's, up to a second behind.
         for output in ("cls", "patches"):
-            until(lambda output=output: server.metric("dinov3_certificate_cosine", output=output) > 0.999999)
+            until(lambda output=output: server.metric("dinov3_parity_cosine", output=output) > 0.999999)
         log = "".join(server.log)
         assert log.count("DINOv3 License") == 1
-        assert f"certificate: verified against Meta's code at {outside.revision}" in log
+        assert f"parity check: verified against Meta's code at {outside.revision}" in log
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.suffix != ".lock"}
 
     shutil.rmtree(outside.folder)
@@ -114,14 +114,14 @@ def start(flags: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
 def test_features_that_are_not_metas_are_not_served(tmp_path: Path, weights: Path) -> None:
     repository, revision = stand_in(tmp_path, "SCALE = 1.01")
     ended = start(Outside(tmp_path, repository, revision, str(weights)).flags(tmp_path / "home"))
-    assert ended.returncode == CertificateError.exit_code
+    assert ended.returncode == ParityError.exit_code
     assert ended.stdout == ""
     assert "are not those of Meta's code" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
 def test_a_machine_without_a_network_is_told_everything_at_once(tmp_path: Path) -> None:
-    ended = start(("--home", str(tmp_path / "home"), "--offline", "--backbone", "upstream", "--model", "vitb16"))
+    ended = start(("--cache-dir", str(tmp_path / "home"), "--offline", "--backbone", "reference", "--model", "vitb16"))
     assert ended.returncode == Unreachable.exit_code
     assert "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth" in ended.stderr
     assert "git clone" in ended.stderr

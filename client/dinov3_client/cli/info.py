@@ -30,7 +30,7 @@ def _info(args: argparse.Namespace) -> int:
         "mean, std": f"{_rounded(model.mean)}, {_rounded(model.std)}",
         "limits": f"{limits.max_images_per_request} images and {limits.max_message_bytes:,} bytes a request; "
         f"{limits.max_image_pixels:,} pixels and {limits.max_image_tokens:,} tokens an image",
-        "certificate": _certified(model),
+        "parity check": _parity(model),
         "server": f"{model.server_version}, {model.frontends} frontend{'s' if model.frontends != 1 else ''}",
     }
     for name, value in rows.items():
@@ -38,14 +38,14 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _certified(model: Model) -> str:
-    certificate = model.certificate
-    if not certificate.verified:
-        return f"not verified: {certificate.reason}"
+def _parity(model: Model) -> str:
+    check = model.parity_check
+    if not check.verified:
+        return f"not verified: {check.reason}"
     cosines = ", ".join(
-        f"{proof.output} cosine {proof.least_cosine:.6f}" for proof in certificate.outputs if proof.dtype == model.dtype
+        f"{proof.output} cosine {proof.least_cosine:.6f}" for proof in check.outputs if proof.dtype == model.dtype
     )
-    return f"verified against Meta's code at {certificate.upstream_revision[:12]}: {cosines} in {model.dtype}"
+    return f"verified against Meta's code at {check.upstream_revision[:12]}: {cosines} in {model.dtype}"
 
 
 def _each(values: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dinov3_client._dtypes import wire_of
-from dinov3_client._model import Certificate, Limits, Model
+from dinov3_client._model import Limits, Model, ParityCheck
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 MODEL = Model(
@@ -32,7 +32,7 @@ MODEL = Model(
     frontends=1,
     frontend=0,
     server_version="0.1.0",
-    certificate=Certificate(False, "a fake server proves nothing", "", (), "", ""),
+    parity_check=ParityCheck(False, "a fake server proves nothing", "", (), "", ""),
     projections=(),
 )
 """What a `FakeServer` serves by default: a ViT of 24 channels, so that features are small. `dataclasses.replace` makes
@@ -41,7 +41,7 @@ others of it; `embed_dim` and `patch_size` are the last of `layer_dims` and `lay
 
 def message_of(model: Model, frontend: int) -> pb.GetModelResponse:
     """What the frontend of that number tells of `model`."""
-    limits, proof = model.limits, model.certificate
+    limits, proof = model.limits, model.parity_check
     return pb.GetModelResponse(
         model=model.name,
         weights=model.weights,
@@ -68,12 +68,12 @@ def message_of(model: Model, frontend: int) -> pb.GetModelResponse:
         frontends=model.frontends,
         frontend=frontend,
         server_version=model.server_version,
-        certificate=pb.Certificate(
+        parity_check=pb.ParityCheck(
             verified=proof.verified,
             reason=proof.reason,
             upstream_revision=proof.upstream_revision,
             outputs=[
-                pb.OutputProof(
+                pb.OutputParity(
                     output=each.output,
                     dtype=wire_of(each.dtype),
                     least_cosine=each.least_cosine,

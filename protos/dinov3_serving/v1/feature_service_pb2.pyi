@@ -324,7 +324,7 @@ class ServerLimits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_image_tokens: _Optional[int] = ..., stream_window: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "certificate", "projections", "layer_dims", "layer_strides")
+    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "parity_check", "projections", "layer_dims", "layer_strides")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -342,7 +342,7 @@ class GetModelResponse(_message.Message):
     FRONTENDS_FIELD_NUMBER: _ClassVar[int]
     FRONTEND_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
-    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    PARITY_CHECK_FIELD_NUMBER: _ClassVar[int]
     PROJECTIONS_FIELD_NUMBER: _ClassVar[int]
     LAYER_DIMS_FIELD_NUMBER: _ClassVar[int]
     LAYER_STRIDES_FIELD_NUMBER: _ClassVar[int]
@@ -363,11 +363,11 @@ class GetModelResponse(_message.Message):
     frontends: int
     frontend: int
     server_version: str
-    certificate: Certificate
+    parity_check: ParityCheck
     projections: _containers.RepeatedCompositeFieldContainer[Projection]
     layer_dims: _containers.RepeatedScalarFieldContainer[int]
     layer_strides: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., projections: _Optional[_Iterable[_Union[Projection, _Mapping]]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., parity_check: _Optional[_Union[ParityCheck, _Mapping]] = ..., projections: _Optional[_Iterable[_Union[Projection, _Mapping]]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Projection(_message.Message):
     __slots__ = ("name", "input_channels", "output_channels", "fingerprint")
@@ -381,7 +381,7 @@ class Projection(_message.Message):
     fingerprint: str
     def __init__(self, name: _Optional[str] = ..., input_channels: _Optional[int] = ..., output_channels: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
-class Certificate(_message.Message):
+class ParityCheck(_message.Message):
     __slots__ = ("verified", "reason", "upstream_revision", "outputs", "time", "not_covered")
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -392,12 +392,12 @@ class Certificate(_message.Message):
     verified: bool
     reason: str
     upstream_revision: str
-    outputs: _containers.RepeatedCompositeFieldContainer[OutputProof]
+    outputs: _containers.RepeatedCompositeFieldContainer[OutputParity]
     time: str
     not_covered: str
-    def __init__(self, verified: bool = ..., reason: _Optional[str] = ..., upstream_revision: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[OutputProof, _Mapping]]] = ..., time: _Optional[str] = ..., not_covered: _Optional[str] = ...) -> None: ...
+    def __init__(self, verified: bool = ..., reason: _Optional[str] = ..., upstream_revision: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[OutputParity, _Mapping]]] = ..., time: _Optional[str] = ..., not_covered: _Optional[str] = ...) -> None: ...
 
-class OutputProof(_message.Message):
+class OutputParity(_message.Message):
     __slots__ = ("output", "dtype", "least_cosine", "relative_error")
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]

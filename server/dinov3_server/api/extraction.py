@@ -35,8 +35,8 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 _OUTCOMES = {
     "INVALID_ARGUMENT": "invalid",
     "FAILED_PRECONDITION": "invalid",
-    "RESOURCE_EXHAUSTED": "rejected",
-    "UNAVAILABLE": "rejected",
+    "RESOURCE_EXHAUSTED": "refused",
+    "UNAVAILABLE": "refused",
     "INTERNAL": "failed",
 }
 

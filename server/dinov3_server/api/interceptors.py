@@ -58,7 +58,7 @@ class Measured:
         if isinstance(error, ServingError):
             code = error.status
             if isinstance(error, Overloaded | Unavailable):
-                self._metrics.rejected.inc(error.reason)
+                self._metrics.refused_requests.inc(error.reason)
             if isinstance(error, Overloaded) and error.reason != "late":
                 self._metrics.refusal_seconds.observe(seconds)
         elif isinstance(error, asyncio.CancelledError):

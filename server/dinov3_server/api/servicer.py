@@ -17,7 +17,7 @@ from dinov3_server.config.settings import Settings
 from dinov3_server.engine.engine import Engine
 from dinov3_server.errors import Unavailable
 from dinov3_server.metrics import Metrics
-from dinov3_server.models.interface import Certificate
+from dinov3_server.models.interface import ParityCheck
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 
@@ -112,7 +112,7 @@ class FeatureService:
             frontends=self._frontends,
             frontend=self._index,
             server_version=self._version,
-            certificate=_certificate(model.certificate),
+            parity_check=_parity_check(model.parity_check),
             projections=[pb.Projection(**projection._asdict()) for projection in model.projections],
         ).SerializeToString()
 
@@ -123,20 +123,20 @@ class FeatureService:
             )
 
 
-def _certificate(certificate: Certificate) -> pb.Certificate:
-    return pb.Certificate(
-        verified=certificate.verified,
-        reason=certificate.reason,
-        upstream_revision=certificate.revision,
+def _parity_check(parity_check: ParityCheck) -> pb.ParityCheck:
+    return pb.ParityCheck(
+        verified=parity_check.verified,
+        reason=parity_check.reason,
+        upstream_revision=parity_check.revision,
         outputs=[
-            pb.OutputProof(
+            pb.OutputParity(
                 output=proof.output,
                 dtype=DTYPES[proof.dtype],
                 least_cosine=proof.least_cosine,
                 relative_error=proof.relative_error,
             )
-            for proof in certificate.outputs
+            for proof in parity_check.outputs
         ],
-        time=certificate.time,
-        not_covered=certificate.not_covered,
+        time=parity_check.time,
+        not_covered=parity_check.not_covered,
     )

@@ -41,7 +41,7 @@ class Watch:
         while True:
             due = loop.time() + LOOK_SECONDS
             await asyncio.sleep(LOOK_SECONDS)
-            self._metrics.loop_lag_seconds.observe(max(0.0, loop.time() - due))
+            self._metrics.event_loop_lag_seconds.observe(max(0.0, loop.time() - due))
             looks += 1
             each_second = looks % _LOOKS_A_SECOND == 0
             if self._allocated:

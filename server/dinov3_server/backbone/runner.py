@@ -54,9 +54,9 @@ def build(
     preprocessing: str = "",
     warm_up: Sequence[PixelShape] = WARM_UP,
     dataset: str | None = None,
-    backbone: str = "ours",
+    backbone: str = "native",
     provisioned: Provisioned | None = None,
-    certificates: str | None = None,
+    parity_folder: str | None = None,
     projections: Iterable[tuple[str, str]] = (),
 ) -> TorchRunner:
     """Load a model, compare it with Meta's code, and run it once at each shape of `warm_up`.
@@ -64,13 +64,13 @@ def build(
     `model` is a name of registry.py; `weights` the path of a file, or `random:SEED`; `dtype` "auto", "float32" or
     "bfloat16"; `device` "cpu" or "cuda:N"; `threads` the CPU threads of one forward pass, 0 for as many as there are;
     `preprocessing` the identity of what makes pixels of images, for the fingerprint; `dataset` what the weights were
-    trained on, where it is known; `backbone` "ours", or "upstream" for Meta's own modules.
+    trained on, where it is known; `backbone` "native", or "reference" for Meta's own modules.
 
-    `provisioned` tells where Meta's code is, and what people call the weights. `certificates` is the folder in which
-    proofs are kept; where it or Meta's code is missing, nothing is compared, and the certificate says why.
+    `provisioned` tells where Meta's code is, and what people call the weights. `parity checks` is the folder in which
+    proofs are kept; where it or Meta's code is missing, nothing is compared, and the parity check says why.
     `projections` are names and files (projections.py).
 
-    Raises ConfigError, CheckpointError, UpstreamCodeError or CertificateError.
+    Raises ConfigError, CheckpointError, UpstreamCodeError or ParityError.
     """
     variant = lookup(model)
     torch_device = _device(device)
@@ -80,7 +80,7 @@ def build(
     threads = threads or host.available_threads()
     if torch_device.type == "cpu":
         torch.set_num_threads(threads)
-    checkout = None if backbone == "ours" else _checkout(provisioned)
+    checkout = None if backbone == "native" else _checkout(provisioned)
     maps = read_projections(projections, variant.layer_dims)  # before all that takes long
     for projection in maps:
         logger.info("projection %s: %d channels to %d, fingerprint %s", *projection)
@@ -121,7 +121,7 @@ def build(
         torch_device,
         threads,
         provisioned,
-        None if certificates is None else Path(certificates),
+        None if parity_folder is None else Path(parity_folder),
     )
     runner = certified(claim, load, step)
     if torch_device.type == "cpu":
@@ -189,8 +189,8 @@ def _checkout(provisioned: Provisioned | None) -> Path:
     if provisioned is None or provisioned.checkout is None:
         reason = provisioned.absent if provisioned else "nothing was provisioned"
         raise UpstreamCodeError(
-            f"--backbone upstream serves Meta's code, and that is not here: {reason}. `dinov3-server vendor` fetches "
-            "it; --backbone ours does without"
+            f"--backbone reference serves Meta's code, and that is not here: {reason}. `dinov3-server vendor` fetches "
+            "it; --backbone native does without"
         )
     return Path(provisioned.checkout)
 

@@ -101,8 +101,8 @@ class Settings:
         "auto",
         SOURCE._replace(metavar="auto|FILE|URL|hf://OWNER/REPO[@REVISION]|random:SEED"),
         "model",
-        "Where the weights come from. auto: a verified file under home, else weights_url, else Hugging Face. Or a file "
-        "or folder, an https:// or file:// URL, a repository of Hugging Face, or random:SEED for features without "
+        "Where the weights come from. auto: a verified file under cache_dir, else weights_url, else Hugging Face. Or a "
+        "file or folder, an https:// or file:// URL, a repository of Hugging Face, or random:SEED for features without "
         "meaning.",
     )
     dataset: str | None = _setting(
@@ -113,10 +113,10 @@ class Settings:
         "or repository says, else lvd1689m.",
     )
     backbone: str = _setting(
-        "ours",
-        choice("ours", "upstream"),
+        "native",
+        choice("native", "reference"),
         "model",
-        "Whose code computes: ours (the fast one), or upstream, Meta's own modules.",
+        "The implementation of the model: native, the fast one, or reference, Meta's own modules.",
     )
     dtype: str = _setting(
         "auto",
@@ -144,11 +144,11 @@ class Settings:
         "float matrix [K, D], D the channels of a layer; a .safetensors file weight [K, D] and, optionally, bias [K].",
     )
 
-    home: str = _setting(
+    cache_dir: str = _setting(
         "~/.cache/dinov3-serving",
         TEXT._replace(metavar="FOLDER"),
         "provisioning",
-        "Where weights, Meta's code and certificates are kept. Several servers may share it.",
+        "Folder of weights, Meta's code and the results of parity checks. Several servers may share it.",
     )
     offline: bool = _setting(
         False,
@@ -162,31 +162,31 @@ class Settings:
         "provisioning",
         "Where `weights: auto` fetches the official file: the signed URL that Meta sends by e-mail, or a mirror's.",
     )
-    verify: str = _setting(
+    verify_weights: str = _setting(
         "manifest",
         choice("manifest", "full"),
         "provisioning",
-        "How weights under home are checked at start: against size and time in their manifest, or hashed in full.",
+        "How weights under cache_dir are checked at start: against size and time in their manifest, or hashed in full.",
     )
-    repo_url: str = _setting(
+    upstream_repo: str = _setting(
         "https://github.com/facebookresearch/dinov3.git",
         SOURCE._replace(metavar="URL"),
         "provisioning",
         "Git repository of Meta's code: theirs, a mirror, or a local path.",
     )
-    revision: str = _setting(
+    upstream_revision: str = _setting(
         "6876159a11b4df116f30f667f8c9888617df0751",
         COMMIT,
         "provisioning",
         "Commit of Meta's code that is used.",
     )
-    target_dir: str | None = _setting(
+    upstream_dir: str | None = _setting(
         None,
         TEXT._replace(metavar="FOLDER"),
         "provisioning",
-        "Checkout of Meta's code. Unset: a folder under home, named after the revision.",
+        "Checkout of Meta's code. Unset: a folder under cache_dir, named after the revision.",
     )
-    certificate: bool = _setting(
+    parity_check: bool = _setting(
         True,
         BOOLEAN,
         "provisioning",
@@ -201,7 +201,7 @@ class Settings:
         "batching",
         "Most tokens (CLS, registers and patches of all images) in one batch. An image of more is refused.",
     )
-    max_queue_delay: float = _setting(
+    max_queue_delay_seconds: float = _setting(
         0.0,
         seconds(0, 10),
         "batching",
@@ -324,7 +324,7 @@ class Settings:
                 f"frontend_bytes ({self.frontend_bytes}) is less than 4 x max_message_bytes "
                 f"({self.max_message_bytes}): a frontend needs room for a message, its pictures and its answer"
             )
-        for name in ("home", "target_dir", "weights"):
+        for name in ("cache_dir", "upstream_dir", "weights"):
             path = getattr(self, name) or ""
             try:
                 Path(path).expanduser()
@@ -336,8 +336,8 @@ class Settings:
                 ) from None
 
     @property
-    def home_folder(self) -> Path:
-        return Path(self.home).expanduser()
+    def cache_folder(self) -> Path:
+        return Path(self.cache_dir).expanduser()
 
 
 SETTINGS: tuple[Declared, ...] = tuple(Declared(f.name, f.default, **f.metadata) for f in fields(Settings))

@@ -20,7 +20,7 @@ A row never starts that is not predicted to end before its deadline (`pace.py`):
 expired, and its room is free. So that a batch does not hold up rows with short deadlines that arrive while it runs,
 none takes longer than a quarter of the shortest deadline seen lately, as far as the device stays efficient.
 
-A shape that only trickles leads batches that are far from full; `max_queue_delay` is the remedy where that costs more
+A shape that only trickles leads batches that are far from full; `max_queue_delay_seconds` helps where that costs more
 than the wait. Adding costs O(log jobs); a batch O(lanes * callers + its jobs * log jobs).
 """
 
@@ -50,11 +50,11 @@ SLACK = 16
 
 
 class Limits(NamedTuple):
-    """Of one batch. `max_queue_delay` is how long, in seconds, a batch that is not full is held back for more rows."""
+    """Limits of one batch. A batch that is not full is held back for more rows for up to `max_queue_delay_seconds`."""
 
     max_batch_images: int
     max_batch_tokens: int
-    max_queue_delay: float
+    max_queue_delay_seconds: float
 
 
 @dataclass(slots=True)
@@ -344,9 +344,9 @@ class Scheduler:
 
     def _ready_at(self, lane: _Lane) -> float:
         """Return when the lane may lead a batch: at once where it fills one, else when its oldest row waited enough."""
-        if not self._limits.max_queue_delay or lane.images >= self._capacity(lane):
+        if not self._limits.max_queue_delay_seconds or lane.images >= self._capacity(lane):
             return -math.inf
-        return lane.oldest + self._limits.max_queue_delay
+        return lane.oldest + self._limits.max_queue_delay_seconds
 
     def _latest_start(self, job: Job, now: float) -> float:
         """Return when a row of a job with a deadline must start to end in time; the deadline where that is unknown."""

@@ -71,7 +71,7 @@ class Worker:
         self._pace = Pace()
         self._last_batch: BatchTime | None = None
         self._scheduler = Scheduler(
-            Limits(settings.max_batch_images, settings.max_batch_tokens, settings.max_queue_delay), self._pace
+            Limits(settings.max_batch_images, settings.max_batch_tokens, settings.max_queue_delay_seconds), self._pace
         )
         self._device = Device(runner, self._arena_row)
         self._retry: deque[list[BatchRow]] = deque()  # what is left of failed batches, before anything new
@@ -428,7 +428,7 @@ def serve(start: StartWorker, control: Channel) -> None:
         dataset=settings.dataset,
         backbone=settings.backbone,
         provisioned=start.provisioned,
-        certificates=str(settings.home_folder / "certificates") if settings.certificate else None,
+        parity_folder=str(settings.cache_folder / "parity") if settings.parity_check else None,
         projections=settings.projections,
     )
     metrics = Metrics()
@@ -436,10 +436,10 @@ def serve(start: StartWorker, control: Channel) -> None:
     metrics.model_info.set(1, info.name, info.weights, info.fingerprint, info.dtype, info.device)
     for step, seconds in runner.load_seconds.items():
         metrics.model_load_seconds.set(seconds, step)
-    for proof in info.certificate.outputs:
+    for proof in info.parity_check.outputs:
         if proof.dtype == info.dtype:
-            metrics.certificate_cosine.set(proof.least_cosine, proof.output)
-    log.log(logging.INFO if info.certificate.verified else logging.WARNING, "certificate: %s", info.certificate)
+            metrics.parity_cosine.set(proof.least_cosine, proof.output)
+    log.log(logging.INFO if info.parity_check.verified else logging.WARNING, "parity check: %s", info.parity_check)
     control.send(Ready(info))
     control.flush()
     Worker(runner, settings, control, metrics).run()

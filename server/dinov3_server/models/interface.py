@@ -119,7 +119,7 @@ class Provisioned:
 
 
 @dataclass(frozen=True)
-class OutputProof:
+class OutputParity:
     """How near one output of ours is to that of Meta's code: over all probes and tokens."""
 
     output: TokenKind
@@ -129,13 +129,13 @@ class OutputProof:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class ParityCheck:
     """Whether the served features were shown to be those of Meta's code on the same weights."""
 
     verified: bool
     reason: str  # why not; "" where verified
     revision: str  # commit of Meta's code; "" where there was none
-    outputs: tuple[OutputProof, ...]
+    outputs: tuple[OutputParity, ...]
     time: str  # when it was shown: RFC 3339, UTC; "" where it was not
     not_covered: str  # what the proof says nothing about
 
@@ -150,7 +150,7 @@ class Certificate:
         return f"verified against Meta's code at {self.revision} on {self.time}: {figures}"
 
 
-NO_PROOF = Certificate(verified=False, reason="no proof was tried", revision="", outputs=(), time="", not_covered="")
+NO_PROOF = ParityCheck(verified=False, reason="no proof was tried", revision="", outputs=(), time="", not_covered="")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class ModelInfo:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     parameters: int
-    certificate: Certificate = NO_PROOF
+    parity_check: ParityCheck = NO_PROOF
     projections: tuple[Projection, ...] = ()
 
     @property

@@ -36,12 +36,12 @@ def prepare(settings: Settings, report: Callable[[str], None] | None = None) -> 
         missing.insert(0, error)
     if missing:
         at_once = (
-            f"Or both at once: on a machine with a network `dinov3-server prepare --model {settings.model} --home "
-            f"FOLDER`, then copy all that is in FOLDER into {settings.home_folder}"
+            f"Or both at once: on a machine with a network `dinov3-server prepare --model {settings.model} --cache-dir "
+            f"FOLDER`, then copy all that is in FOLDER into {settings.cache_folder}"
         )
         raise Unreachable("\nAnd ".join(map(str, missing)) + (f"\n{at_once}" if len(missing) > 1 else ""))
     seconds = {"vendor": vendored - began, "weights": time.monotonic() - vendored}
-    return Provisioned(weights, label, settings.revision, checkout, absent), seconds
+    return Provisioned(weights, label, settings.upstream_revision, checkout, absent), seconds
 
 
 def is_random(weights: str) -> bool:
@@ -50,9 +50,9 @@ def is_random(weights: str) -> bool:
 
 def checkout_folder(settings: Settings) -> Path:
     """Where Meta's code lies, or is to lie."""
-    if settings.target_dir is not None:
-        return Path(settings.target_dir).expanduser()
-    return settings.home_folder / "upstream" / settings.revision
+    if settings.upstream_dir is not None:
+        return Path(settings.upstream_dir).expanduser()
+    return settings.cache_folder / "upstream" / settings.upstream_revision
 
 
 def _weights(settings: Settings, report: Callable[[str], None] | None) -> tuple[str, str]:
@@ -67,23 +67,23 @@ def _weights(settings: Settings, report: Callable[[str], None] | None) -> tuple[
 
 def _code(settings: Settings) -> tuple[str | None, str]:
     """The folder of Meta's verified code, or None and why it is not there."""
-    if settings.backbone != "upstream":
+    if settings.backbone != "reference":
         if is_random(settings.weights):
             return None, "the weights are random"
-        if not settings.certificate:
-            return None, "the setting `certificate` is false"
+        if not settings.parity_check:
+            return None, "the setting `parity_check` is false"
     from dinov3_server.provision.vendor import vendor
 
     target = checkout_folder(settings)
     try:
-        vendor(settings.repo_url, settings.revision, target, offline=settings.offline)
+        vendor(settings.upstream_repo, settings.upstream_revision, target, offline=settings.offline)
     except Unreachable as error:
         # Without a network the features can be served, if not proven. With one, what is wrong can be mended.
-        if settings.backbone == "upstream":
+        if settings.backbone == "reference":
             raise
         if not settings.offline:
             raise Unreachable(
-                f"{error}\nOr serve without the proof that it is for: --certificate false (DINOV3_CERTIFICATE=false)"
+                f"{error}\nOr serve without the proof that it is for: --parity-check false (DINOV3_PARITY_CHECK=false)"
             ) from None
         log.warning("Meta's code is not there, so the features cannot be verified: %s", error)
         return None, f"Meta's code is not in {target}, and `offline` forbids fetching it"

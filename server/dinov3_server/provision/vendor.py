@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def vendor(
-    repo_url: str,
+    upstream_repo: str,
     revision: str,
     target: Path,
     *,
@@ -48,12 +48,12 @@ def vendor(
     """
     target = target.resolve()
     try:
-        fetched = _have(_Vendoring(repo_url, revision, target), force, offline, sleep)
+        fetched = _have(_Vendoring(upstream_repo, revision, target), force, offline, sleep)
     except GitMissing:
         raise UpstreamCodeError(
             f"git is not installed, and Meta's code (in {target}) is fetched and checked with it: "
-            "`apt-get install git`; or serve without the proof that it is for: --certificate false "
-            "(DINOV3_CERTIFICATE=false)"
+            "`apt-get install git`; or serve without the proof that it is for: --parity-check false "
+            "(DINOV3_PARITY_CHECK=false)"
         ) from None
     if fetched:
         log.info(
@@ -117,12 +117,12 @@ class _Vendoring:
         """Raise where what was found must be left alone, or nothing may be fetched."""
         target = shlex.quote(str(self.target))
         # With its repository: where there is a mirror, Meta's own is mostly out of reach.
-        source = f"--repo-url {shlex.quote(without_secrets(self._url))} --revision {self.revision}"
-        again = f"`dinov3-server vendor --force {source} --target-dir {target}`"
+        source = f"--upstream-repo {shlex.quote(without_secrets(self._url))} --upstream-revision {self.revision}"
+        again = f"`dinov3-server vendor --force {source} --upstream-dir {target}`"
         if found.state is State.FOREIGN:
             raise UpstreamCodeError(
                 f"{self.target} {found.detail}. It is left alone: name another folder for Meta's code with "
-                f"--target-dir (DINOV3_TARGET_DIR), or remove this one: `rm -r {target}`"
+                f"--upstream-dir (DINOV3_UPSTREAM_DIR), or remove this one: `rm -r {target}`"
             )
         if found.state is State.MODIFIED and not force:
             raise UpstreamCodeError(
@@ -146,7 +146,7 @@ class _Vendoring:
         if self.target.is_mount():
             raise StorageError(
                 f"{self.target} is a mount point, so that nothing can be renamed to it: name a folder in it, as "
-                f"--target-dir {self.target / 'dinov3'} (DINOV3_TARGET_DIR)"
+                f"--upstream-dir {self.target / 'dinov3'} (DINOV3_UPSTREAM_DIR)"
             )
         log.info("fetching Meta's code, commit %s of %s", self.revision, without_secrets(self._url))
         staging = self._unfinished()
@@ -159,8 +159,8 @@ class _Vendoring:
             found = look(staging, self.revision)
             if found.state is not State.GOOD:
                 raise UpstreamCodeError(
-                    f"{without_secrets(self._url)}: what was fetched {found.detail}; it is not used. Check --repo-url "
-                    "(DINOV3_REPO_URL) and --revision (DINOV3_REVISION)"
+                    f"{without_secrets(self._url)}: what was fetched {found.detail}; it is not used. Check "
+                    "--upstream-repo (DINOV3_UPSTREAM_REPO) and --upstream-revision (DINOV3_UPSTREAM_REVISION)"
                 )
             if self.target.exists():
                 self.target.rename(self._old)
@@ -171,7 +171,7 @@ class _Vendoring:
 
     def _error(self, failed: FetchFailed) -> StartupError | OSError:
         url, words = without_secrets(self._url), failed.words
-        check = f"Check --repo-url (DINOV3_REPO_URL) with `git ls-remote {shlex.quote(url)}`"
+        check = f"Check --upstream-repo (DINOV3_UPSTREAM_REPO) with `git ls-remote {shlex.quote(url)}`"
         match failed.reason:
             case Reason.NO_SPACE:
                 return OSError(errno.ENOSPC, words, str(self.target.parent))
@@ -179,8 +179,9 @@ class _Vendoring:
                 return OSError(errno.EROFS, words, str(self.target.parent))
             case Reason.NO_COMMIT:
                 return UpstreamCodeError(
-                    f"{url} has no commit {self.revision} ({words}). Check --revision (DINOV3_REVISION), and that "
-                    "--repo-url (DINOV3_REPO_URL) is Meta's repository or a mirror that is up to date"
+                    f"{url} has no commit {self.revision} ({words}). Check --upstream-revision "
+                    "(DINOV3_UPSTREAM_REVISION), and that --upstream-repo (DINOV3_UPSTREAM_REPO) is "
+                    " Meta's repository or a mirror that is up to date"
                 )
             case Reason.REFUSED:
                 return AccessRefused(
@@ -197,7 +198,7 @@ class _Vendoring:
             case Reason.UNREACHABLE:
                 return Unreachable(
                     f"{url} cannot be reached, in {len(BACKOFF) + 1} attempts: {words}. A proxy is named by "
-                    f"`export HTTPS_PROXY=http://HOST:PORT`, a mirror by --repo-url (DINOV3_REPO_URL). "
+                    f"`export HTTPS_PROXY=http://HOST:PORT`, a mirror by --upstream-repo (DINOV3_UPSTREAM_REPO). "
                     f"{self._by_hand()}"
                 )
             case Reason.OTHER:

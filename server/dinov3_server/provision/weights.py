@@ -47,7 +47,7 @@ def find_or_fetch(settings: Settings, variant: Variant, *, report: Callable[[str
     """
     search = _Search(settings, variant, report)
     given = settings.weights
-    with storage_errors(settings.home_folder / "weights"):
+    with storage_errors(settings.cache_folder / "weights"):
         if given == "auto":
             return search.auto()
         if given.startswith("hf://"):
@@ -88,9 +88,9 @@ class _Search:
         self._settings = settings
         self._variant = variant
         self._dataset(settings.dataset)
-        self._home = settings.home_folder
+        self._home = settings.cache_folder
         self._folder = self._home / "weights"
-        self._care = Care(self._command(), full=settings.verify == "full", report=report)
+        self._care = Care(self._command(), full=settings.verify_weights == "full", report=report)
 
     def auto(self) -> Weights:
         """In this order: home under an official name; `weights_url`; Hugging Face, from home or from the hub."""
@@ -273,7 +273,7 @@ class _Search:
             words += ["--source", without_secrets(settings.weights)]
         if settings.dataset:
             words += ["--dataset", settings.dataset]
-        return " ".join([*map(shlex.quote, words), "--home", shlex.quote(home or str(self._home))])
+        return " ".join([*map(shlex.quote, words), "--cache-dir", shlex.quote(home or str(self._home))])
 
 
 class _Forbidden(Unreachable):

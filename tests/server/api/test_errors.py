@@ -172,9 +172,9 @@ async def test_refused_by_the_engine(error: Exception, code: str, retry: float |
         told = await rig.error(pb.ExtractRequest(images=[PHOTO, PHOTO]))
         assert (told.code.name, told.message, told.retry_seconds) == (code, str(error), retry)
         assert rig.count("dinov3_requests_total", "Extract", code) == 1
-        assert rig.count("dinov3_images_total", "rejected" if retry else "invalid") == 2
+        assert rig.count("dinov3_images_total", "refused" if retry else "invalid") == 2
         if retry:
-            assert rig.count("dinov3_rejected_total", error.reason) == 1  # type: ignore[attr-defined]
+            assert rig.count("dinov3_refused_requests_total", error.reason) == 1  # type: ignore[attr-defined]
 
 
 async def test_while_requests_are_refused_others_are_refused_unread() -> None:
@@ -268,7 +268,7 @@ async def test_starting() -> None:
             assert error.code == grpc.StatusCode.UNAVAILABLE
             assert "starting" in error.message
             assert error.retry_seconds == 1.0
-        assert rig.count("dinov3_rejected_total", "starting") == 2
+        assert rig.count("dinov3_refused_requests_total", "starting") == 2
 
 
 async def test_bytes_that_are_no_message() -> None:

@@ -119,7 +119,7 @@ async def test_an_answer_that_finds_no_room_in_time_is_told_to_retry(monkeypatch
             error = await rig.error(LARGE)
             assert error.code == grpc.StatusCode.RESOURCE_EXHAUSTED
             assert error.retry_seconds == 1.0
-            assert rig.count("dinov3_rejected_total", "answers_bytes") == 1
+            assert rig.count("dinov3_refused_requests_total", "answers_bytes") == 1
             call = rig.stub.ExtractStream(iter([pb.ExtractStreamRequest(id=1, request=LARGE)]))
             told = failure_of_status((await call.read()).error)
             assert (told.code, told.retry_seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1.0)
@@ -202,11 +202,11 @@ async def test_a_caller_that_leaves_at_once_gives_the_room_of_its_messages_back(
 
 async def test_a_loop_that_is_held_up_is_seen() -> None:
     async with serving() as rig:
-        await until_async(lambda: rig.count("dinov3_loop_lag_seconds"))  # it looks
+        await until_async(lambda: rig.count("dinov3_event_loop_lag_seconds"))  # it looks
 
         def held() -> float:
             """How often it was late by more than 0.1 s."""
-            return sum(rig.metrics.snapshot().series["dinov3_loop_lag_seconds"][()][-5:])
+            return sum(rig.metrics.snapshot().series["dinov3_event_loop_lag_seconds"][()][-5:])
 
         before = held()
         time.sleep(0.2)  # noqa: ASYNC251 - that is what is to be seen

@@ -19,7 +19,7 @@ from dinov3_server.api.server import FrontendServer
 from dinov3_server.config.settings import Settings
 from dinov3_server.errors import ConfigError, StartupError
 from dinov3_server.metrics import Metrics
-from dinov3_server.models.interface import Certificate, OutputProof
+from dinov3_server.models.interface import OutputParity, ParityCheck
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1 import feature_service_pb2_grpc as pb_grpc
 from tests.server.api.rig import AS_IS, MODEL, FakeEngine, failure_of, open_channel, picture, serving, tensor
@@ -363,7 +363,7 @@ async def test_a_call_that_arrives_while_draining_is_told_to_go_elsewhere() -> N
         assert error.code == grpc.StatusCode.UNAVAILABLE
         assert error.retry_seconds == 1.0
         assert "shutting down" in error.message
-        assert rig.count("dinov3_rejected_total", "draining") == 1
+        assert rig.count("dinov3_refused_requests_total", "draining") == 1
 
 
 async def test_when_the_grace_is_over_the_rest_is_cancelled() -> None:
@@ -379,8 +379,8 @@ async def test_when_the_grace_is_over_the_rest_is_cancelled() -> None:
 
 
 async def test_a_server_tells_whether_its_features_are_proven() -> None:
-    proofs = (OutputProof("cls", "float32", 0.999999, 2e-6), OutputProof("cls", "bfloat16", 0.9995, 0.0125))
-    certificate = Certificate(
+    proofs = (OutputParity("cls", "float32", 0.999999, 2e-6), OutputParity("cls", "bfloat16", 0.9995, 0.0125))
+    parity_check = ParityCheck(
         verified=True,
         reason="",
         revision="6876159a",
@@ -389,10 +389,10 @@ async def test_a_server_tells_whether_its_features_are_proven() -> None:
         not_covered="The size of the moon.",
     )
     async with serving() as rig:
-        unproven = (await rig.stub.GetModel(pb.GetModelRequest())).certificate
+        unproven = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
         assert (unproven.verified, unproven.reason) == (False, "no proof was tried")
-        rig.engine.model = replace(MODEL, certificate=certificate)
-        told = (await rig.stub.GetModel(pb.GetModelRequest())).certificate
+        rig.engine.model = replace(MODEL, parity_check=parity_check)
+        told = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
     assert told.verified
     assert (told.upstream_revision, told.time) == ("6876159a", "2026-01-02T03:04:05Z")
     assert told.not_covered == "The size of the moon."

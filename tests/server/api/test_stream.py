@@ -179,7 +179,7 @@ async def test_an_error_of_one_message_leaves_the_stream_open() -> None:
         assert await call.code() == grpc.StatusCode.OK
         for code, count in (("INVALID_ARGUMENT", 2), ("RESOURCE_EXHAUSTED", 1), ("INTERNAL", 1), ("OK", 1)):
             assert rig.count("dinov3_requests_total", "ExtractStream", code) == count
-        assert rig.count("dinov3_rejected_total", "queue") == 1
+        assert rig.count("dinov3_refused_requests_total", "queue") == 1
 
 
 async def test_an_unexpected_error_is_one_message_s_too(caplog: pytest.LogCaptureFixture) -> None:

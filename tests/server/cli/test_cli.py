@@ -85,7 +85,10 @@ def test_serve_uses_the_real_runner_unless_told(supervisor: FakeSupervisor, monk
         (["weights", "--model", "vitb"], "model 'vitb' is not known; did you mean 'vitb16'?"),
         (["weights", "--source", "random:0"], "random weights are made at start: there is nothing to fetch"),
         (["weights", "--model", "all", "--source", "hf://a/b"], "--model all fetches from Hugging Face"),
-        (["vendor", "--revision", "main"], "revision is 'main' (flag --revision); allowed: the 40 hex digits"),
+        (
+            ["vendor", "--upstream-revision", "main"],
+            "upstream_revision is 'main' (flag --upstream-revision); allowed: the 40 hex digits",
+        ),
         (["vendor", "--model", "vits16"], "unknown argument --model"),
         (["weights", "--weights", "auto"], "unknown argument --weights"),
         (["serve", "--model", "vit_giant2", "--weights", "random:0"], "model 'vit_giant2' is DINOv2's"),
@@ -144,8 +147,8 @@ def test_config_shows_values_and_sources(
     assert shown["http_host"] == ["0.0.0.0", "default"]
     assert shown["weights"] == ["auto", "default"]
     assert shown["dataset"] == ["(unset)", "default"]
-    assert shown["certificate"] == ["true", "default"]
-    assert shown["max_queue_delay"] == ["0", "default"]
+    assert shown["parity_check"] == ["true", "default"]
+    assert shown["max_queue_delay_seconds"] == ["0", "default"]
     assert err == ""
 
 

@@ -24,22 +24,22 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "model": ("vitb16", "vitb16"),
     "weights": ("random:7", "random:7"),
     "dataset": ("sat493m", "sat493m"),
-    "backbone": ("upstream", "upstream"),
+    "backbone": ("reference", "reference"),
     "dtype": ("bfloat16", "bfloat16"),
     "devices": ("cpu,cuda:0,cuda:11", ("cpu", "cuda:0", "cuda:11")),
     "warm_up_sizes": ("384x512,16x16", ((384, 512), (16, 16))),
     "projections": ("p64=FILE,P_2-b=FILE", (("p64", "FILE"), ("P_2-b", "FILE"))),
-    "home": ("/srv/dinov3", "/srv/dinov3"),
+    "cache_dir": ("/srv/dinov3", "/srv/dinov3"),
     "offline": ("yes", True),
     "weights_url": ("https://example.org/w.pth", "https://example.org/w.pth"),
-    "verify": ("full", "full"),
-    "repo_url": ("https://example.org/dinov3.git", "https://example.org/dinov3.git"),
-    "revision": ("0123456789ABCDEF0123456789abcdef01234567", "0123456789abcdef0123456789abcdef01234567"),
-    "target_dir": ("/srv/code", "/srv/code"),
-    "certificate": ("off", False),
+    "verify_weights": ("full", "full"),
+    "upstream_repo": ("https://example.org/dinov3.git", "https://example.org/dinov3.git"),
+    "upstream_revision": ("0123456789ABCDEF0123456789abcdef01234567", "0123456789abcdef0123456789abcdef01234567"),
+    "upstream_dir": ("/srv/code", "/srv/code"),
+    "parity_check": ("off", False),
     "max_batch_images": ("8", 8),
     "max_batch_tokens": ("1_000", 1000),
-    "max_queue_delay": ("0.005", 0.005),
+    "max_queue_delay_seconds": ("0.005", 0.005),
     "max_queue_images": ("700", 700),
     "max_wait_seconds": ("12.5", 12.5),
     "max_images_per_request": ("64", 64),
@@ -179,7 +179,7 @@ def test_kinds_show_what_they_parse(existing: str) -> None:
         ("offline", "False", False),
         ("projections", "none", ()),
         ("port", "65535", 65535),
-        ("max_queue_delay", "10", 10.0),
+        ("max_queue_delay_seconds", "10", 10.0),
     ],
 )
 def test_values_that_are_allowed(name: str, text: str, value: object) -> None:
@@ -198,8 +198,8 @@ BAD_VALUES = [
     ("log_level", "INFO"),
     ("log_format", "xml"),
     ("max_batch_images", "0"),
-    ("max_queue_delay", "-0.1"),
-    ("max_queue_delay", "nan"),
+    ("max_queue_delay_seconds", "-0.1"),
+    ("max_queue_delay_seconds", "nan"),
     ("drain_seconds", "inf"),
     ("drain_seconds", "30s"),
     ("arena_bytes", "512 mb"),
@@ -403,17 +403,17 @@ def test_nearest() -> None:
 def test_a_url_is_shown_without_its_secrets(given: str, shown: str) -> None:
     assert without_secrets(given) == shown
     for declared in SETTINGS:
-        if declared.name in ("weights", "weights_url", "repo_url"):
+        if declared.name in ("weights", "weights_url", "upstream_repo"):
             assert declared.show(given) == shown
 
 
 def test_home_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert Settings().home_folder == Path("/home/somebody/.cache/dinov3-serving")
-    assert Settings(home="/srv").home_folder == Path("/srv")
+    assert Settings().cache_folder == Path("/home/somebody/.cache/dinov3-serving")
+    assert Settings(cache_dir="/srv").cache_folder == Path("/srv")
 
 
-@pytest.mark.parametrize("name", ["home", "target_dir", "weights"])
+@pytest.mark.parametrize("name", ["cache_dir", "upstream_dir", "weights"])
 def test_a_home_directory_that_nobody_has(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is '~nobody-of-this-name/x.*' and no such home directory is known"):
         Settings(**{name: "~nobody-of-this-name/x"})  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 
 from dinov3_server.engine.scheduler import SHARE_TURN, SLACK, BatchRow, Job, Limits, Scheduler
 
-LIMITS = Limits(max_batch_images=4, max_batch_tokens=100, max_queue_delay=0.0)
+LIMITS = Limits(max_batch_images=4, max_batch_tokens=100, max_queue_delay_seconds=0.0)
 NOW = 1000.0
 
 
@@ -213,7 +213,7 @@ def test_a_shape_that_ran_out_of_memory_is_held_to_what_fits() -> None:
 
 
 def test_a_shape_is_held_for_more_rows_only_while_it_fills_no_batch() -> None:
-    scheduler = filled(job(1, 3, enqueued=NOW - 1), limits=LIMITS._replace(max_queue_delay=5.0))
+    scheduler = filled(job(1, 3, enqueued=NOW - 1), limits=LIMITS._replace(max_queue_delay_seconds=5.0))
     assert scheduler.next_batch(NOW) is None
     assert scheduler.wakeup(NOW) == NOW + 4
     scheduler.add(job(2), NOW + 1)
@@ -225,7 +225,7 @@ def test_a_shape_is_held_for_more_rows_only_while_it_fills_no_batch() -> None:
 
 def test_a_held_shape_does_not_hold_another() -> None:
     scheduler = filled(
-        job(1, 2, shape="held"), job(2, 4, shape="full", bulk=True), limits=LIMITS._replace(max_queue_delay=5.0)
+        job(1, 2, shape="held"), job(2, 4, shape="full", bulk=True), limits=LIMITS._replace(max_queue_delay_seconds=5.0)
     )
     assert drained(scheduler, NOW) == [[2] * 4]
     assert scheduler.wakeup(NOW) == NOW + 5
@@ -234,12 +234,14 @@ def test_a_held_shape_does_not_hold_another() -> None:
 
 
 def test_the_oldest_row_ends_the_hold_though_a_more_urgent_one_is_young() -> None:
-    scheduler = filled(job(1, 2, bulk=True, enqueued=NOW - 5), job(2), limits=LIMITS._replace(max_queue_delay=5.0))
+    scheduler = filled(
+        job(1, 2, bulk=True, enqueued=NOW - 5), job(2), limits=LIMITS._replace(max_queue_delay_seconds=5.0)
+    )
     assert numbers(scheduler.next_batch(NOW)) == [(2, 0), (1, 0), (1, 1)]
 
 
 def test_solo_rows_and_those_at_the_token_budget_are_full_batches_and_not_held() -> None:
-    limits = LIMITS._replace(max_queue_delay=5.0)
+    limits = LIMITS._replace(max_queue_delay_seconds=5.0)
     assert drained(filled(job(1, solo=True), limits=limits)) == [[1]]
     assert drained(filled(job(1, tokens=60), limits=limits)) == [[1]]
 

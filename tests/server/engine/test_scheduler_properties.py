@@ -88,7 +88,7 @@ class Lifecycle(RuleBasedStateMachine):
     def ready_at(self, jobs: list[Job]) -> float:
         if self.rows(jobs) >= self.capacity(jobs[0]):
             return 0.0
-        return min(job.enqueued for job in jobs) + self.limits.max_queue_delay
+        return min(job.enqueued for job in jobs) + self.limits.max_queue_delay_seconds
 
     def pass_deadlines(self) -> None:
         """Every call that is given the time notices the deadlines that passed."""
@@ -239,7 +239,7 @@ class Lifecycle(RuleBasedStateMachine):
         """In the end every row that came in has ended, once."""
         if not hasattr(self, "scheduler"):
             return
-        self.now += self.limits.max_queue_delay
+        self.now += self.limits.max_queue_delay_seconds
         self.expire()
         while self.jobs:
             assert self.take_batch()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dinov3_server.errors import CheckpointError
-from dinov3_server.models.interface import Certificate, OutputProof
+from dinov3_server.models.interface import OutputParity, ParityCheck
 from tests.support.numpy_runner import NumpyRunner
 
 
@@ -55,19 +55,19 @@ def closes_badly(model: str, weights: str, *, device: str, **_: object) -> Numpy
 
 def proven(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
     runner = NumpyRunner(device)
-    shown = Certificate(
+    shown = ParityCheck(
         verified=True,
         reason="",
         revision="6876159a",
         outputs=(
-            OutputProof("cls", "bfloat16", 0.25, 0.5),  # not what this runner serves
-            OutputProof("cls", "float32", 0.999, 1e-3),
-            OutputProof("patches", "float32", 0.998, 2e-3),
+            OutputParity("cls", "bfloat16", 0.25, 0.5),  # not what this runner serves
+            OutputParity("cls", "float32", 0.999, 1e-3),
+            OutputParity("patches", "float32", 0.998, 2e-3),
         ),
         time="2026-01-02T03:04:05Z",
         not_covered="",
     )
-    runner.info = replace(runner.info, certificate=shown)
+    runner.info = replace(runner.info, parity_check=shown)
     return runner
 
 

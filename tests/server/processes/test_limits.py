@@ -53,9 +53,9 @@ class Full:
     def open_again(self, images: list[np.ndarray]) -> None:
         """Let go; what was held and a further request of `images` get their features."""
         client = self.server.client()
-        before = self.server.metric("dinov3_rejected_total")
+        before = self.server.metric("dinov3_refused_requests_total")
         waiting = self._pool.submit(lambda: client.extract(images, preset="none", dtype="float32"))
-        until(lambda: self.server.metric("dinov3_rejected_total") > before + 1)  # the client is refused, tries again
+        until(lambda: self.server.metric("dinov3_refused_requests_total") > before + 1)
         self.gate.touch()
         check(self._held.result(LIMIT), self._images)
         check(waiting.result(LIMIT), images)

@@ -34,7 +34,7 @@ class Starting:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.serve", "serve", "--port", "0", "--http-port", "0",
-                 "--arena-bytes", "16MiB", "--home", str(home), "--certificate", "false", *flags],
+                 "--arena-bytes", "16MiB", "--cache-dir", str(home), "--parity-check", "false", *flags],
                 cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
 
@@ -155,7 +155,7 @@ def test_a_signal_ends_git_too_and_removes_what_is_half_done(
     """git has a session of its own: a provisioner that was killed would leave it behind."""
     with git_server(tmp_path) as git:
         git.answers = [STALL]
-        server = start("--certificate", "true", "--weights", "w.pth", "--repo-url", git.url("dinov3.git"))
+        server = start("--parity-check", "true", "--weights", "w.pth", "--upstream-repo", git.url("dinov3.git"))
         until(lambda: git.paths)
         family = psutil.Process(server.process.pid).children(recursive=True)
         assert any(child.name() == "git" for child in family)

@@ -29,27 +29,27 @@ def vendored(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def settings(tmp_path: Path, **others: object) -> Settings:
-    return Settings(home=str(tmp_path / "home"), **others)  # type: ignore[arg-type]
+    return Settings(cache_dir=str(tmp_path / "home"), **others)  # type: ignore[arg-type]
 
 
 def test_code_and_weights(tmp_path: Path, weights: Path, vendored: list[Path]) -> None:
     given = settings(tmp_path, weights=str(weights))
     found, seconds = prepare(given)
-    checkout = tmp_path / "home" / "upstream" / given.revision
-    assert found == Provisioned(str(weights), "mine.safetensors", given.revision, str(checkout))
+    checkout = tmp_path / "home" / "upstream" / given.upstream_revision
+    assert found == Provisioned(str(weights), "mine.safetensors", given.upstream_revision, str(checkout))
     assert vendored == [checkout]
     assert list(seconds) == ["vendor", "weights"]
 
 
 def test_the_checkout_may_lie_elsewhere(tmp_path: Path) -> None:
-    assert checkout_folder(settings(tmp_path, target_dir="/srv/code")) == Path("/srv/code")
+    assert checkout_folder(settings(tmp_path, upstream_dir="/srv/code")) == Path("/srv/code")
 
 
 @pytest.mark.parametrize(
     ("others", "absent"),
     [
         ({"weights": "random:0"}, "the weights are random"),
-        ({"certificate": False}, "the setting `certificate` is false"),
+        ({"parity_check": False}, "the setting `parity_check` is false"),
     ],
 )
 def test_code_that_nobody_needs_is_not_fetched(
@@ -60,11 +60,11 @@ def test_code_that_nobody_needs_is_not_fetched(
     assert vendored == []
 
 
-@pytest.mark.parametrize("others", [{"weights": "random:0"}, {"certificate": False}])
+@pytest.mark.parametrize("others", [{"weights": "random:0"}, {"parity_check": False}])
 def test_metas_modules_need_their_code(
     tmp_path: Path, weights: Path, vendored: list[Path], others: dict[str, object]
 ) -> None:
-    found, _ = prepare(settings(tmp_path, **{"weights": str(weights), "backbone": "upstream", **others}))
+    found, _ = prepare(settings(tmp_path, **{"weights": str(weights), "backbone": "reference", **others}))
     assert found.checkout == str(vendored[0])
 
 
@@ -73,7 +73,7 @@ def test_without_a_network_features_are_served_unproven(tmp_path: Path, weights:
     assert found.checkout is None
     assert "`offline` forbids fetching it" in found.absent
     with pytest.raises(Unreachable, match="wanted is commit 6876159"):
-        prepare(settings(tmp_path, weights=str(weights), offline=True, backbone="upstream"))
+        prepare(settings(tmp_path, weights=str(weights), offline=True, backbone="reference"))
 
 
 def test_code_that_cannot_be_fetched_ends_the_start_with_the_ways_out(
@@ -92,7 +92,7 @@ def test_code_that_cannot_be_fetched_ends_the_start_with_the_ways_out(
         prepare(settings(tmp_path, model="vitb16"))
     assert "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth" in str(both.value)
     assert "no route to the code" in str(both.value)
-    assert "dinov3-server prepare --model vitb16 --home FOLDER" in str(both.value)
+    assert "dinov3-server prepare --model vitb16 --cache-dir FOLDER" in str(both.value)
 
 
 def test_code_that_is_wrong_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,8 +190,8 @@ def test_a_modified_tree_is_an_error_until_it_is_forced(rig: Rig, case: str) -> 
         with pytest.raises(UpstreamCodeError) as raised:
             rig.vendor(revision)
         assert shown in str(raised.value)
-        source = f"--repo-url {rig.repository} --revision {revision}"
-        assert f"`dinov3-server vendor --force {source} --target-dir {rig.target}`" in str(raised.value)
+        source = f"--upstream-repo {rig.repository} --upstream-revision {revision}"
+        assert f"`dinov3-server vendor --force {source} --upstream-dir {rig.target}`" in str(raised.value)
         assert str(rig.target) in str(raised.value)
     with pytest.raises(Unreachable):
         rig.vendor(force=True, offline=True)
@@ -253,7 +253,7 @@ def test_what_is_not_ours_is_never_deleted(rig: Rig, kind: str, force: bool) -> 
         (rig.target / "dinov3" / "hub").mkdir(parents=True)
         (rig.target / BACKBONES).write_text("")
     before = rig.content()
-    with pytest.raises(UpstreamCodeError, match="--target-dir") as raised:
+    with pytest.raises(UpstreamCodeError, match="--upstream-dir") as raised:
         rig.vendor(force=force)
     assert str(rig.target) in str(raised.value)
     assert rig.content() == before
@@ -417,7 +417,7 @@ def test_on_a_read_only_volume_what_is_wrong_with_the_code_says_more(rig: Rig, m
 def test_a_mount_point_is_said_to_be_one(rig: Rig, monkeypatch: Any) -> None:
     rig.target.mkdir(parents=True)
     monkeypatch.setattr(Path, "is_mount", lambda path: path == rig.target)
-    with pytest.raises(StorageError, match=f"--target-dir {rig.target}/dinov3"):
+    with pytest.raises(StorageError, match=f"--upstream-dir {rig.target}/dinov3"):
         rig.vendor()
 
 

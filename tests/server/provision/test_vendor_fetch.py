@@ -96,7 +96,7 @@ def test_an_unknown_commit_is_said_to_be_one(rig: Rig, modern: bool) -> None:
     error = rig.fails(revision="0123456789" * 4)
     assert isinstance(error, UpstreamCodeError)
     assert "has no commit " + "0123456789" * 4 in str(error)
-    assert "--revision" in str(error)
+    assert "--upstream-revision" in str(error)
     assert rig.waits == []
 
 
@@ -242,7 +242,7 @@ def test_without_git_it_says_how_to_get_it_or_do_without(
     with pytest.raises(UpstreamCodeError) as error:
         rig.vendor()
     assert "apt-get install git" in str(error.value)
-    assert "--certificate false" in str(error.value)
+    assert "--parity-check false" in str(error.value)
 
 
 def test_ssh_does_not_ask(rig: Rig, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def put(home: Path, name: str, data: bytes = DATA) -> Path:
 
 
 def find(home: Path, weights: str = "auto", **settings: object) -> Weights:
-    return find_or_fetch(Settings(home=str(home), weights=weights, **settings), VITL)  # type: ignore[arg-type]
+    return find_or_fetch(Settings(cache_dir=str(home), weights=weights, **settings), VITL)  # type: ignore[arg-type]
 
 
 def refused(kind: type[StartupError], home: Path, weights: str = "auto", **settings: object) -> str:
@@ -105,7 +105,7 @@ def test_a_path_that_cannot_be_looked_at(home: Path) -> None:
 
 @pytest.mark.parametrize("source", ["auto", "https://host.invalid/x.pth", "hf://me/tuned"])
 def test_a_home_that_cannot_be_looked_at(tmp_path: Path, source: str, no_sockets: None) -> None:
-    with pytest.raises(StorageError, match=r"File name too long; choose another folder with --home"):
+    with pytest.raises(StorageError, match=r"File name too long; choose another folder with --cache-dir"):
         find(tmp_path / ("x" * 300), weights=source)
 
 
@@ -279,7 +279,7 @@ def test_a_file_that_a_person_put_under_home_is_hashed_once(
     known = manifest.read(path)
     assert known is not None
     assert (known.source, known.checked_against) == ("put there by hand", "registry")
-    find(home, verify="full")
+    find(home, verify_weights="full")
     assert reads == [path, path]
 
 
@@ -291,7 +291,7 @@ def test_a_wrong_file_under_home_is_neither_used_nor_deleted(home: Path, hub: Fa
     assert sha(b"an error page") in message
     assert sha(DATA)[:8] in message
     assert f"`mv {path} {path}.bad`" in message
-    assert f"`dinov3-server weights --model vitl16 --home {home}`" in message
+    assert f"`dinov3-server weights --model vitl16 --cache-dir {home}`" in message
     assert path.read_bytes() == b"an error page"
     assert not hub.asked()
 
@@ -397,14 +397,14 @@ def test_the_satellite_weights(home: Path, hub: FakeHub) -> None:
 
 @pytest.mark.parametrize("source", ["auto", "https://host.invalid/x.pth", "hf://me/tuned", "/x.pth"])
 def test_a_dataset_that_the_variant_was_not_trained_on(home: Path, source: str, no_sockets: None) -> None:
-    settings = Settings(home=str(home), weights=source, dataset="sat493m")
+    settings = Settings(cache_dir=str(home), weights=source, dataset="sat493m")
     with pytest.raises(ConfigError, match="dinov3_vitb16 was not trained on sat493m; it was on lvd1689m"):
         find_or_fetch(settings, VARIANTS["dinov3_vitb16"])
 
 
 def test_a_variant_that_the_hub_does_not_have(home: Path, hub: FakeHub) -> None:
     with pytest.raises(ConfigError, match="is not on Hugging Face") as caught:
-        find_or_fetch(Settings(home=str(home)), VARIANTS["dinov3_vitl16plus"])
+        find_or_fetch(Settings(cache_dir=str(home)), VARIANTS["dinov3_vitl16plus"])
     assert "DINOV3_WEIGHTS_URL" in str(caught.value)
     assert not hub.asked()
 
@@ -422,7 +422,7 @@ def test_offline_says_what_is_wanted_where_and_how_to_bring_it(
     target = home / "weights" / LVD_NAME
     assert f"{switch} forbids" in message.replace("`", "")
     assert f"Wanted is\n    {target}\n" in message
-    assert "dinov3-server weights --model vitl16 --home FOLDER" in message
+    assert "dinov3-server weights --model vitl16 --cache-dir FOLDER" in message
     assert f"curl -fL -o {target} 'URL'" in message
     assert f"hf download {TIMM} --local-dir FOLDER" in message
     assert not home.exists()
@@ -434,12 +434,12 @@ def test_offline_no_source_opens_a_socket(home: Path, no_sockets: None) -> None:
     assert "curl -fL" in refused(Unreachable, home, f"https://host.invalid/mirror.pth{SECRET}", offline=True)
     message = refused(Unreachable, home, "hf://me/tuned@v1", offline=True)
     assert "hf download me/tuned --revision v1 --local-dir FOLDER" in message
-    assert "dinov3-server weights --model vitl16 --source hf://me/tuned@v1 --home FOLDER" in message
+    assert "dinov3-server weights --model vitl16 --source hf://me/tuned@v1 --cache-dir FOLDER" in message
 
 
 def test_offline_names_nothing_of_the_hub_that_the_hub_does_not_have(home: Path, no_sockets: None) -> None:
     with pytest.raises(Unreachable) as caught:
-        find_or_fetch(Settings(home=str(home), offline=True), VARIANTS["dinov3_vitl16plus"])
+        find_or_fetch(Settings(cache_dir=str(home), offline=True), VARIANTS["dinov3_vitl16plus"])
     assert VARIANTS["dinov3_vitl16plus"].official_file("lvd1689m") in str(caught.value)
     assert "hf download" not in str(caught.value)
 

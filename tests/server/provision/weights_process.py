@@ -12,6 +12,6 @@ from tests.server.provision.weights_rig import variant
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    found = find_or_fetch(Settings(home=sys.argv[1], weights=sys.argv[2], offline=len(sys.argv) > 3), variant())
+    found = find_or_fetch(Settings(cache_dir=sys.argv[1], weights=sys.argv[2], offline=len(sys.argv) > 3), variant())
     assert "torch" not in sys.modules
     print(found.path, "huggingface_hub" in sys.modules)  # noqa: T201

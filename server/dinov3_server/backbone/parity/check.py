@@ -24,19 +24,19 @@ import torch.nn.functional as F
 import dinov3_server
 from dinov3_server import host
 from dinov3_server.backbone.parity import reference_images as probe
-from dinov3_server.backbone.parity.store import CertificateFolder, Kept
+from dinov3_server.backbone.parity.store import Kept, ParityStore
 from dinov3_server.backbone.parity.upstream_process import PROVEN, Features, NotRun, upstream_features
 from dinov3_server.backbone.runners.base import TorchRunner
 from dinov3_server.backbone.runners.self_test import run_image
 from dinov3_server.backbone.weights.checkpoint import Checkpoint
-from dinov3_server.errors import CertificateError, CheckpointError
+from dinov3_server.errors import CheckpointError, ParityError
 from dinov3_server.models.interface import (
     NO_PROOF,
-    Certificate,
     FeatureDtype,
     FeatureSpec,
     Output,
-    OutputProof,
+    OutputParity,
+    ParityCheck,
     Provisioned,
 )
 
@@ -62,7 +62,7 @@ EXACT = Bound(0.9999, 1e-3)
 MARGIN = Bound(4.0, 2.0)
 NEAR = Bound(0.999, 0.05)
 
-# The code that computes features, by which a certificate is kept: a version may be several while it is worked on.
+# The code that computes features, by which a parity check is kept: a version may be several while it is worked on.
 PACKAGE = Path(dinov3_server.__file__).parent
 CODE = ("backbone", "families", "models", "nn", "host.py")
 
@@ -86,7 +86,7 @@ class Claim:
     device: torch.device
     threads: int
     provisioned: Provisioned | None
-    folder: Path | None  # of certificates
+    folder: Path | None  # of parity checks
 
     def about(self, revision: str) -> dict[str, str | int]:
         """Everything that the figures depend on."""
@@ -114,26 +114,26 @@ class _Theirs:
 
 
 def certified(claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: Step) -> TorchRunner:
-    """The runner that serves, with its certificate: one that is kept, or a new one, or one that says why there is none.
+    """The runner that serves, with a parity check: a kept one, a new one, or one with the reason why there is none.
 
-    `load` builds the model in a dtype; `step` times and logs what takes long. Raises CertificateError where the
+    `load` builds the model in a dtype; `step` times and logs what takes long. Raises ParityError where the
     features are not Meta's, or where that cannot be found out; CheckpointError where Meta's are no numbers.
     """
     theirs = _theirs(claim)
     if isinstance(theirs, str):
         return _build(claim, load, step, replace(NO_PROOF, reason=theirs))
     assert claim.folder is not None
-    folder = CertificateFolder(claim.folder, claim.about(theirs.revision))
-    certificate = _holding(folder.read(), claim)
-    if certificate is None:
+    folder = ParityStore(claim.folder, claim.about(theirs.revision))
+    parity_check = _holding(folder.read(), claim)
+    if parity_check is None:
         with folder.locked():
             # Another process may have proven the same while this one waited.
-            certificate = _holding(folder.read(), claim)
-            if certificate is None:
+            parity_check = _holding(folder.read(), claim)
+            if parity_check is None:
                 runner, rounding = _prove(claim, theirs, load, step)
-                folder.write(Kept(runner.info.certificate, rounding))
+                folder.write(Kept(runner.info.parity_check, rounding))
                 return runner
-    return _build(claim, load, step, certificate)
+    return _build(claim, load, step, parity_check)
 
 
 def _theirs(claim: Claim) -> _Theirs | str:
@@ -143,25 +143,25 @@ def _theirs(claim: Claim) -> _Theirs | str:
     if claim.provisioned is None:
         return NO_PROOF.reason
     if claim.folder is None:
-        return "the setting `certificate` is false"
+        return "the setting `parity_check` is false"
     if claim.provisioned.checkout is None:
         return claim.provisioned.absent
     return _Theirs(claim.weights, Path(claim.provisioned.checkout), claim.provisioned.revision)
 
 
 def _build(
-    claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: Step, certificate: Certificate
+    claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: Step, parity_check: ParityCheck
 ) -> TorchRunner:
     with step("build", f"{claim.dtype} on {claim.device}"):
         runner = load(claim.dtype)
-    runner.info = replace(runner.info, certificate=certificate)
+    runner.info = replace(runner.info, parity_check=parity_check)
     return runner
 
 
 def _prove(
     claim: Claim, theirs: _Theirs, load: Callable[[FeatureDtype], TorchRunner], step: Step
-) -> tuple[TorchRunner, tuple[OutputProof, ...]]:
-    """The runner with a new certificate, and what Meta's own rounding is (see Kept)."""
+) -> tuple[TorchRunner, tuple[OutputParity, ...]]:
+    """The runner with a new parity check, and what Meta's own rounding is (see Kept)."""
     checkpoint = claim.checkpoint
     dtypes: tuple[FeatureDtype, ...] = ("float32",) if claim.dtype == "float32" else ("float32", claim.dtype)
     try:
@@ -178,10 +178,10 @@ def _prove(
                 threads=claim.threads,
             )
     except NotRun as error:
-        raise CertificateError(
+        raise ParityError(
             f"Meta's code could not be run, so nobody knows whether the features of {checkpoint.variant.name} would be "
-            f"the right ones: {error}\nMend that, or serve them unproven: --certificate false "
-            "(DINOV3_CERTIFICATE=false)"
+            f"the right ones: {error}\nMend that, or serve them unproven: --parity-check false "
+            "(DINOV3_PARITY_CHECK=false)"
         ) from None
     expected = computed["float32"]
     if not all(bool(tokens.isfinite().all()) for features in expected for tokens in features.values()):
@@ -189,14 +189,14 @@ def _prove(
             f"{theirs.weights}: Meta's own code gives NaN or infinite features with these weights: the file is "
             f"damaged, or does not belong to {checkpoint.variant.name}"
         )
-    proofs: list[OutputProof] = []
-    rounding: tuple[OutputProof, ...] = ()
+    proofs: list[OutputParity] = []
+    rounding: tuple[OutputParity, ...] = ()
     if claim.dtype != "float32":
         rounding = tuple(compare(computed[claim.dtype], expected, claim.dtype))
-        with step("certificate", "ours in float32"):
+        with step("parity_check", "ours in float32"):
             proofs += compare(_of_float32(claim, load), expected, "float32")
         _check(claim, theirs, proofs, rounding)
-    certificate = Certificate(
+    parity_check = ParityCheck(
         verified=True,
         reason="",
         revision=theirs.revision,
@@ -204,11 +204,11 @@ def _prove(
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         not_covered=claim.not_covered(),
     )
-    runner = _build(claim, load, step, certificate)
-    with step("certificate", f"ours in {claim.dtype}, as it will serve"):
+    runner = _build(claim, load, step, parity_check)
+    with step("parity_check", f"ours in {claim.dtype}, as it will serve"):
         proofs += compare(_features(runner), expected, claim.dtype)
     _check(claim, theirs, proofs, rounding)
-    runner.info = replace(runner.info, certificate=replace(certificate, outputs=tuple(proofs)))
+    runner.info = replace(runner.info, parity_check=replace(parity_check, outputs=tuple(proofs)))
     return runner, rounding
 
 
@@ -223,18 +223,18 @@ def _of_float32(claim: Claim, load: Callable[[FeatureDtype], TorchRunner]) -> Fe
     return features
 
 
-def compare(ours: Features, theirs: Features, dtype: FeatureDtype) -> list[OutputProof]:
+def compare(ours: Features, theirs: Features, dtype: FeatureDtype) -> list[OutputParity]:
     """How near each output is, at worst, over all probes and tokens. `dtype` is that of ours."""
     proofs = []
     for kind in PROVEN:
         pairs = [(a[kind].double(), b[kind].double()) for a, b in zip(ours, theirs, strict=True)]
         cosines = [float(F.cosine_similarity(a, b, dim=-1).min()) for a, b in pairs]
         errors = [float((a - b).norm() / b.norm()) for a, b in pairs]
-        proofs.append(OutputProof(kind, dtype, least_cosine=min(cosines), relative_error=max(errors)))
+        proofs.append(OutputParity(kind, dtype, least_cosine=min(cosines), relative_error=max(errors)))
     return proofs
 
 
-def bound(proof: OutputProof, rounding: Iterable[OutputProof]) -> Bound:
+def bound(proof: OutputParity, rounding: Iterable[OutputParity]) -> Bound:
     """What `proof` must reach, where Meta's own code in the serving dtype reaches `rounding`."""
     for theirs in rounding:
         if (theirs.output, theirs.dtype) == (proof.output, proof.dtype):
@@ -245,7 +245,7 @@ def bound(proof: OutputProof, rounding: Iterable[OutputProof]) -> Bound:
     return EXACT
 
 
-def holds(proof: OutputProof, rounding: Iterable[OutputProof]) -> bool:
+def holds(proof: OutputParity, rounding: Iterable[OutputParity]) -> bool:
     """Whether it reaches its bound; what is not a number does not."""
     least = bound(proof, rounding)
     return proof.least_cosine >= least.cosine and proof.relative_error <= least.relative_error
@@ -259,7 +259,7 @@ def _features(runner: TorchRunner) -> Features:
     ]
 
 
-def _check(claim: Claim, theirs: _Theirs, proofs: Sequence[OutputProof], rounding: Sequence[OutputProof]) -> None:
+def _check(claim: Claim, theirs: _Theirs, proofs: Sequence[OutputParity], rounding: Sequence[OutputParity]) -> None:
     failed = [proof for proof in proofs if not holds(proof, rounding)]
     if not failed:
         return
@@ -273,37 +273,37 @@ def _check(claim: Claim, theirs: _Theirs, proofs: Sequence[OutputProof], roundin
         )
     # Where float32 passes, the model is the right one.
     exact = "" if failed[0].dtype == "float32" else "--dtype float32 serves features that pass; "
-    raise CertificateError(
+    raise ParityError(
         "\n".join(
             (
                 f"the features of {claim.checkpoint.variant.name} on {_name(claim.device)} are not those of Meta's "
                 f"code at {theirs.revision}:",
                 *lines,
                 "They are not served. Please report it, with these figures. Until it is mended: "
-                f"{exact}--backbone upstream serves Meta's own modules; --certificate false serves these, unproven.",
+                f"{exact}--backbone reference serves Meta's own modules; --parity-check false serves these, unproven.",
             )
         )
     )
 
 
-def _holding(kept: Kept | None, claim: Claim) -> Certificate | None:
-    """A kept certificate if it shows what is claimed, by the bounds of today."""
+def _holding(kept: Kept | None, claim: Claim) -> ParityCheck | None:
+    """A kept parity check if it shows what is claimed, by the bounds of today."""
     if kept is None:
         return None
-    certificate, rounding = kept
+    parity_check, rounding = kept
     serving = {(kind, claim.dtype) for kind in PROVEN}
     wanted = serving | {(kind, "float32") for kind in PROVEN}
-    shown = {(proof.output, proof.dtype) for proof in certificate.outputs}
+    shown = {(proof.output, proof.dtype) for proof in parity_check.outputs}
     judged = {(proof.output, proof.dtype) for proof in rounding}
     if (
-        not certificate.verified
+        not parity_check.verified
         or shown != wanted
         or judged != (set() if claim.dtype == "float32" else serving)
-        or not all(holds(proof, rounding) for proof in certificate.outputs)
+        or not all(holds(proof, rounding) for proof in parity_check.outputs)
     ):
-        log.warning("a kept certificate does not reach the bounds of today: the features are compared again")
+        log.warning("a kept parity check does not reach the bounds of today: the features are compared again")
         return None
-    return certificate
+    return parity_check
 
 
 def _code_digest() -> str:

@@ -2,7 +2,7 @@
 
 Their code is reached through `dinov3.hub.backbones` alone, whose functions make a model by its name, and their loaders
 of weights are never used. Importing it changes settings of torch for the whole process: it is imported in a process
-that does nothing else (`upstream_process.py`), or in a worker that serves it (`--backbone upstream`).
+that does nothing else (`upstream_process.py`), or in a worker that serves it (`--backbone reference`).
 """
 
 from __future__ import annotations

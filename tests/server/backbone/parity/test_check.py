@@ -16,22 +16,22 @@ import torch
 
 from dinov3_server.backbone import runner
 from dinov3_server.backbone.model import our_model
-from dinov3_server.backbone.parity import check as certificate
+from dinov3_server.backbone.parity import check
 from dinov3_server.backbone.parity.check import EXACT, NEAR, bound, compare, holds
 from dinov3_server.backbone.parity.upstream_process import Features, NotRun, upstream_features
 from dinov3_server.backbone.runner import build
 from dinov3_server.backbone.runners.base import TorchRunner
 from dinov3_server.backbone.weights.random_weights import random_tensors
-from dinov3_server.errors import CertificateError, CheckpointError, UpstreamCodeError
+from dinov3_server.errors import CheckpointError, ParityError, UpstreamCodeError
 from dinov3_server.families.registry import lookup
-from dinov3_server.models.interface import OutputProof, Provisioned
+from dinov3_server.models.interface import OutputParity, Provisioned
 from tests.server.backbone.features import CPU
 from tests.server.backbone.files import official_state, transformers_state
 from tests.support.upstream_code import write_checkout
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=2, heads=2, ffn_dim=128)
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-WAY_OUT = "--certificate false"
+WAY_OUT = "--parity-check false"
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +49,11 @@ class Start:
         self.weights = folder / "tiny_pretrain_lvd1689m.pth"
         torch.save(official_state(TINY, random_tensors(TINY, 5)), self.weights)
         self.checkout = write_checkout(folder / "code", changes)
-        self.home = folder / "certificates"
+        self.home = folder / "parity"
         self.provisioned = Provisioned(str(self.weights), "the label", REVISION, str(self.checkout))
 
     def __call__(self, dtype: str = "float32", **changes: Any) -> TorchRunner:
-        arguments = {"provisioned": self.provisioned, "certificates": str(self.home), "warm_up": (), "threads": 1}
+        arguments = {"provisioned": self.provisioned, "parity_folder": str(self.home), "warm_up": (), "threads": 1}
         return build("tiny", str(self.weights), dtype=dtype, **{**arguments, **changes})
 
     def kept(self) -> list[Path]:
@@ -66,7 +66,7 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, features: dict[Any, Features]) -> None:
         self.features, self.calls = features, 0
         self.failure: Exception | None = None
-        monkeypatch.setattr(certificate, "upstream_features", self)
+        monkeypatch.setattr(check, "upstream_features", self)
 
     def __call__(self, *_: object, **__: object) -> dict[Any, Features]:
         self.calls += 1
@@ -100,7 +100,7 @@ def start(tmp_path: Path) -> Start:
 def test_right_features_are_proven_and_the_checkout_is_not_written_to(start: Start) -> None:
     before = {path: path.stat().st_mtime_ns for path in start.checkout.rglob("*")}
     served = start("bfloat16")
-    shown = served.info.certificate
+    shown = served.info.parity_check
     assert shown.verified
     assert shown.reason == ""
     assert shown.revision == REVISION
@@ -116,7 +116,7 @@ def test_right_features_are_proven_and_the_checkout_is_not_written_to(start: Sta
     assert "layout" not in shown.not_covered
     assert served.info.weights == "the label"
     assert {path: path.stat().st_mtime_ns for path in start.checkout.rglob("*")} == before
-    assert list(served.load_seconds) == ["read", "fingerprint", "upstream", "certificate", "build", "warm_up"]
+    assert list(served.load_seconds) == ["read", "fingerprint", "upstream", "parity_check", "build", "warm_up"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_right_features_are_proven_and_the_checkout_is_not_written_to(start: Sta
 )
 def test_what_is_wrong_or_cannot_be_run_is_not_served(tmp_path: Path, changes: str, words: tuple[str, ...]) -> None:
     start = Start(tmp_path, changes)
-    with pytest.raises(CertificateError) as refused:
+    with pytest.raises(ParityError) as refused:
         start()
     assert all(word in str(refused.value) for word in (*words, "dinov3_vits16"))
     assert len(str(refused.value)) < 2000
@@ -147,13 +147,13 @@ def test_one_wrong_token_of_one_image_is_seen(start: Start, counted: Counted) ->
     patches[7] = patches[8]
     right = counted.features["float32"]
     counted.features = {"float32": [right[0], {**right[1], "patches": patches}, right[2]]}
-    with pytest.raises(CertificateError, match=r"patches in float32: .*FAILS"):
+    with pytest.raises(ParityError, match=r"patches in float32: .*FAILS"):
         start()
 
 
 def test_another_files_weights_are_seen(start: Start, counted: Counted) -> None:
     torch.save(official_state(TINY, random_tensors(TINY, 6)), start.weights)
-    with pytest.raises(CertificateError, match=r"cls in float32: .*FAILS"):
+    with pytest.raises(ParityError, match=r"cls in float32: .*FAILS"):
         start()
 
 
@@ -189,19 +189,19 @@ def test_a_dtype_that_serves_worse_than_metas_own_code(
         return model
 
     monkeypatch.setattr(runner, "_model", broken)
-    with pytest.raises(CertificateError) as refused:
+    with pytest.raises(ParityError) as refused:
         start("bfloat16")
     assert "cls in bfloat16" in str(refused.value)
     assert "--dtype float32 serves features that pass" in str(refused.value)
-    assert start("float32").info.certificate.verified
+    assert start("float32").info.parity_check.verified
 
 
 def test_compare() -> None:
     theirs: Features = [{"cls": torch.tensor([3.0, 4.0]), "patches": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}]
     ours: Features = [{"cls": torch.tensor([4.0, 3.0]), "patches": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}]
     cls, patches = compare(ours + theirs, theirs + theirs, "bfloat16")
-    assert cls == OutputProof("cls", "bfloat16", pytest.approx(24 / 25), pytest.approx(2**0.5 / 5))  # type: ignore[arg-type]
-    assert patches == OutputProof("patches", "bfloat16", pytest.approx(1.0), pytest.approx(5**-0.5))  # type: ignore[arg-type]
+    assert cls == OutputParity("cls", "bfloat16", pytest.approx(24 / 25), pytest.approx(2**0.5 / 5))  # type: ignore[arg-type]
+    assert patches == OutputParity("patches", "bfloat16", pytest.approx(1.0), pytest.approx(5**-0.5))  # type: ignore[arg-type]
 
 
 def test_what_is_not_finite_does_not_hold() -> None:
@@ -212,7 +212,7 @@ def test_what_is_not_finite_does_not_hold() -> None:
 
 
 def test_bounds() -> None:
-    proof = OutputProof("cls", "bfloat16", 0.99, 0.1)
+    proof = OutputParity("cls", "bfloat16", 0.99, 0.1)
     assert bound(dataclasses.replace(proof, dtype="float32"), [proof]) == EXACT
     assert bound(proof, [proof]) == (pytest.approx(0.96), pytest.approx(0.2))
     assert bound(proof, [dataclasses.replace(proof, least_cosine=0.99999, relative_error=0.001)]) == NEAR
@@ -229,12 +229,12 @@ def test_what_is_not_verified_says_why(start: Start, counted: Counted) -> None:
     for changes, reason in (
         ({"provisioned": absent}, "the moon is full"),
         ({"provisioned": None}, "no proof was tried"),
-        ({"certificates": None}, "the setting `certificate` is false"),
+        ({"parity_folder": None}, "the setting `parity_check` is false"),
     ):
-        shown = start(**changes).info.certificate
+        shown = start(**changes).info.parity_check
         assert (shown.verified, shown.reason, shown.outputs) == (False, reason, ())
-    served = build("tiny", "random:1", dtype="float32", warm_up=(), provisioned=start.provisioned, certificates="/x")
-    assert served.info.certificate.reason == "random weights: nothing to verify"
+    served = build("tiny", "random:1", dtype="float32", warm_up=(), provisioned=start.provisioned, parity_folder="/x")
+    assert served.info.parity_check.reason == "random weights: nothing to verify"
     assert counted.calls == 0
     assert not start.home.exists()
 
@@ -242,7 +242,7 @@ def test_what_is_not_verified_says_why(start: Start, counted: Counted) -> None:
 def test_translated_names_are_said_not_to_be_covered(start: Start, counted: Counted, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    assert start().info.certificate.verified
+    assert start().info.parity_check.verified
     path = tmp_path / "model.safetensors"
     save_file(transformers_state(TINY, random_tensors(TINY, 5), older=True), path)
     served = build(
@@ -251,10 +251,10 @@ def test_translated_names_are_said_not_to_be_covered(start: Start, counted: Coun
         dtype="float32",
         warm_up=(),
         provisioned=dataclasses.replace(start.provisioned, weights=str(path)),
-        certificates=str(start.home),
+        parity_folder=str(start.home),
     )
-    assert served.info.certificate.verified
-    assert "not in Meta's own layout" in served.info.certificate.not_covered
+    assert served.info.parity_check.verified
+    assert "not in Meta's own layout" in served.info.parity_check.not_covered
     # The same model; yet what was shown of the official file says more.
     assert (counted.calls, len(start.kept())) == (2, 2)
 
@@ -265,7 +265,7 @@ def test_translated_names_are_said_not_to_be_covered(start: Start, counted: Coun
 def test_a_restart_does_not_prove_again(start: Start, counted: Counted) -> None:
     for dtype in ("float32", "bfloat16"):
         first, second = start(dtype), start(dtype)
-        assert second.info.certificate == first.info.certificate
+        assert second.info.parity_check == first.info.parity_check
         assert list(second.load_seconds) == ["read", "fingerprint", "build", "warm_up"]
     assert counted.calls == 2
     assert len(start.kept()) == 2
@@ -276,30 +276,30 @@ def test_a_proof_is_of_one_revision_and_of_one_code(
 ) -> None:
     def with_a_line_more(module: str) -> Path:
         changed = tmp_path / module.replace("/", "-")
-        shutil.copytree(certificate.PACKAGE, changed, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(check.PACKAGE, changed, ignore=shutil.ignore_patterns("__pycache__"))
         with (changed / module).open("a") as file:
             file.write("# One line more.\n")
         return changed
 
     start()
     other = dataclasses.replace(start.provisioned, revision="f" * 40)
-    assert start(provisioned=other).info.certificate.revision == "f" * 40
+    assert start(provisioned=other).info.parity_check.revision == "f" * 40
     assert counted.calls == 2
     for module, name, value in (
-        (certificate, "PACKAGE", with_a_line_more("nn/linear.py")),
-        (certificate, "PACKAGE", with_a_line_more("backbone/runners/cpu.py")),
-        (certificate, "PACKAGE", with_a_line_more("backbone/weights/checkpoint.py")),
-        (certificate, "PACKAGE", with_a_line_more("families/dinov3_vit/model.py")),
-        (certificate, "PACKAGE", with_a_line_more("models/variant.py")),
-        (certificate.probe, "VERSION", 0),
+        (check, "PACKAGE", with_a_line_more("nn/linear.py")),
+        (check, "PACKAGE", with_a_line_more("backbone/runners/cpu.py")),
+        (check, "PACKAGE", with_a_line_more("backbone/weights/checkpoint.py")),
+        (check, "PACKAGE", with_a_line_more("families/dinov3_vit/model.py")),
+        (check, "PACKAGE", with_a_line_more("models/variant.py")),
+        (check.probe, "VERSION", 0),
         (torch, "__version__", "0"),
-        (certificate.host, "has_native_bf16", lambda: "of another machine"),
+        (check.host, "has_native_bf16", lambda: "of another machine"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, value)
             calls = counted.calls
             start()
-            assert counted.calls == calls + (name != "has_native_bf16" or not certificate.host.has_native_bf16())
+            assert counted.calls == calls + (name != "has_native_bf16" or not check.host.has_native_bf16())
     start()
     assert len(start.kept()) == counted.calls
 
@@ -316,26 +316,26 @@ def test_a_proof_is_of_one_revision_and_of_one_code(
         lambda text: json.dumps({**json.loads(text), "rounding": []}),
     ],
 )
-def test_a_kept_certificate_that_says_something_else_is_proven_anew(
+def test_a_kept_parity_check_that_says_something_else_is_proven_anew(
     start: Start, counted: Counted, damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shown = start("bfloat16").info.certificate
+    shown = start("bfloat16").info.parity_check
     [path] = start.kept()
     whole = path.read_text()
     path.write_text(damage(whole))
-    again = start("bfloat16").info.certificate
+    again = start("bfloat16").info.parity_check
     assert dataclasses.replace(again, time=shown.time) == shown
     assert counted.calls == 2
     assert "the features are compared again" in caplog.text
     assert json.loads(path.read_text()).keys() == json.loads(whole).keys()
 
 
-def test_a_kept_certificate_is_held_against_the_bounds_of_today(
+def test_a_kept_parity_check_is_held_against_the_bounds_of_today(
     start: Start, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()
-    monkeypatch.setattr(certificate, "EXACT", certificate.Bound(1.0, 0.0))
-    with pytest.raises(CertificateError):
+    monkeypatch.setattr(check, "EXACT", check.Bound(1.0, 0.0))
+    with pytest.raises(ParityError):
         start()
     assert counted.calls == 2
 
@@ -355,12 +355,12 @@ def test_of_several_at_once_one_proves(
         assert waiting.wait(30)
         return counted(*arguments, **named)
 
-    monkeypatch.setattr(certificate, "upstream_features", slowly)
+    monkeypatch.setattr(check, "upstream_features", slowly)
     listener, logger = Listener(), logging.getLogger("dinov3_server.storage")
     logger.addHandler(listener)
     try:
         with caplog.at_level(logging.INFO), ThreadPoolExecutor(2) as pool:
-            first, second = pool.map(lambda _: start().info.certificate, range(2))
+            first, second = pool.map(lambda _: start().info.parity_check, range(2))
     finally:
         logger.removeHandler(listener)
     assert first == second
@@ -372,36 +372,36 @@ def test_a_folder_that_cannot_be_written_costs_a_proof_each_time(
 ) -> None:
     start.home.write_text("a file where a folder is wanted")
     for calls in (1, 2):
-        assert start().info.certificate.verified
+        assert start().info.parity_check.verified
         assert counted.calls == calls
-    assert "the certificate is not kept" in caplog.text
+    assert "the parity check is not kept" in caplog.text
 
 
-def test_a_kept_certificate_needs_no_lock(start: Start, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_parity_check_needs_no_lock(start: Start, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a volume that is mounted read-only after the first start."""
     start()
     monkeypatch.setattr("dinov3_server.backbone.parity.store.locked", None)
-    assert start().info.certificate.verified
+    assert start().info.parity_check.verified
     assert counted.calls == 1
 
 
 def test_nothing_is_kept_of_what_could_not_be_run(start: Start, counted: Counted) -> None:
     counted.failure = NotRun("exit status 3")
-    with pytest.raises(CertificateError, match=r"could not be run.*exit status 3"):
+    with pytest.raises(ParityError, match=r"could not be run.*exit status 3"):
         start()
     assert not start.kept()
     counted.failure = None
-    assert start().info.certificate.verified
+    assert start().info.parity_check.verified
 
 
-# --- --backbone upstream -----------------------------------------------------------------------------
+# --- --backbone reference -----------------------------------------------------------------------------
 
 
 def test_metas_modules_are_not_served_where_they_are_not(start: Start) -> None:
     absent = dataclasses.replace(start.provisioned, checkout=None, absent="the moon is full")
     for provisioned, reason in ((absent, "the moon is full"), (None, "nothing was provisioned")):
         with pytest.raises(UpstreamCodeError, match=f"{reason}.*dinov3-server vendor"):
-            start(backbone="upstream", provisioned=provisioned)
+            start(backbone="reference", provisioned=provisioned)
 
 
 def test_metas_modules_have_a_fingerprint_of_their_own(
@@ -409,7 +409,7 @@ def test_metas_modules_have_a_fingerprint_of_their_own(
 ) -> None:
     monkeypatch.setattr(runner, "UpstreamModel", lambda checkout, *arguments, **named: our_model(*arguments, **named))
     mine = start().info.fingerprint
-    theirs = start(backbone="upstream").info
+    theirs = start(backbone="reference").info
     other = dataclasses.replace(start.provisioned, revision="f" * 40)
-    assert theirs.certificate.verified
-    assert len({mine, theirs.fingerprint, start(backbone="upstream", provisioned=other).info.fingerprint}) == 3
+    assert theirs.parity_check.verified
+    assert len({mine, theirs.fingerprint, start(backbone="reference", provisioned=other).info.fingerprint}) == 3

@@ -1,4 +1,4 @@
-"""The certificate against Meta's own code, and that code served, with seeded weights in Meta's layout."""
+"""The parity check against Meta's own code, and that code served, with seeded weights in Meta's layout."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def test_ours_is_proven(export: Export, tmp_path: Path, dtype: str) -> None:
             threads=1,
             warm_up=(),
             provisioned=export.provisioned,
-            certificates=str(tmp_path),
+            parity_folder=str(tmp_path),
         )
-        shown = served.info.certificate
+        shown = served.info.parity_check
         assert shown.verified
         assert shown.revision == REVISION
         assert all(proof.relative_error < 1e-5 for proof in shown.outputs if proof.dtype == "float32")
         return served.load_seconds
 
-    assert {"upstream", "certificate"} <= start().keys()
-    assert not {"upstream", "certificate"} & start().keys()
+    assert {"upstream", "parity_check"} <= start().keys()
+    assert not {"upstream", "parity_check"} & start().keys()
 
 
 def test_metas_modules_are_served_as_they_are(export: Export) -> None:

@@ -97,7 +97,7 @@ def test_another_for_whatever_else_changes_a_feature() -> None:
         identity(base),
         identity(base, dtype="bfloat16"),
         identity(base, preprocessing="pillow 13"),
-        fingerprint(base, dtype="float32", preprocessing="pillow 12", backbone="upstream"),
+        fingerprint(base, dtype="float32", preprocessing="pillow 12", backbone="reference"),
         identity(dataclasses.replace(base, periods=base.periods * 1.01)),
         identity(dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, mean=(0.5, 0.5, 0.5)))),
         identity(dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, std=(0.5, 0.5, 0.5)))),

@@ -1,4 +1,4 @@
-"""What a server shows of its certificate: on /metrics, in GetModel and in its log."""
+"""What a server shows of its parity_check: on /metrics, in GetModel and in its log."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.support.waiting import until
 
 def test_a_proof_is_shown_to_everybody() -> None:
     with Server(TEST_RUNNER="tests.server.processes.scripted_runners:proven") as server, server.client() as client:
-        until(lambda: server.metric("dinov3_certificate_cosine", output="cls"))
-        assert server.metric("dinov3_certificate_cosine", output="cls") == 0.999
-        assert server.metric("dinov3_certificate_cosine", output="patches") == 0.998
-        certificate = client.model().certificate
-        assert certificate.verified
-        assert [proof.output for proof in certificate.outputs] == ["cls", "cls", "patches"]
-    [line] = [line for line in server.log if "certificate: " in line]
+        until(lambda: server.metric("dinov3_parity_cosine", output="cls"))
+        assert server.metric("dinov3_parity_cosine", output="cls") == 0.999
+        assert server.metric("dinov3_parity_cosine", output="patches") == 0.998
+        parity_check = client.model().parity_check
+        assert parity_check.verified
+        assert [proof.output for proof in parity_check.outputs] == ["cls", "cls", "patches"]
+    [line] = [line for line in server.log if "parity check: " in line]
     assert "INFO" in line
     assert "verified against Meta's code at 6876159a on " in line
     assert "cls in float32: cosine 0.999000, relative error 1.0e-03" in line
@@ -26,18 +26,18 @@ def test_a_proof_is_shown_to_everybody() -> None:
 
 def test_what_is_not_proven_is_a_warning() -> None:
     with Server() as server, server.client() as client:
-        assert not client.model().certificate.verified
-        assert "dinov3_certificate_cosine{" not in server.get("/metrics")[1]
-    [line] = [line for line in server.log if "certificate: " in line]
+        assert not client.model().parity_check.verified
+        assert "dinov3_parity_cosine{" not in server.get("/metrics")[1]
+    [line] = [line for line in server.log if "parity check: " in line]
     assert "WARNING" in line
     assert "NOT VERIFIED: no proof was tried" in line
 
 
-@pytest.mark.parametrize(("flags", "kept"), [((), True), (("--certificate", "false"), False)])
+@pytest.mark.parametrize(("flags", "kept"), [((), True), (("--parity-check", "false"), False)])
 def test_what_the_worker_gives_its_runner(tmp_path: Path, flags: tuple[str, ...], kept: bool) -> None:
     report = tmp_path / "arguments"
     with Server(
-        "--home",
+        "--cache-dir",
         str(tmp_path),
         "--dataset",
         "lvd1689m",
@@ -47,6 +47,6 @@ def test_what_the_worker_gives_its_runner(tmp_path: Path, flags: tuple[str, ...]
     ):
         pass
     told = dict(line.split(" = ") for line in report.read_text().splitlines())
-    assert told["certificates"] == repr(str(tmp_path / "certificates") if kept else None)
-    assert (told["dataset"], told["backbone"], told["weights"]) == ("'lvd1689m'", "'ours'", "'random:0'")
+    assert told["parity_folder"] == repr(str(tmp_path / "parity") if kept else None)
+    assert (told["dataset"], told["backbone"], told["weights"]) == ("'lvd1689m'", "'native'", "'random:0'")
     assert told["provisioned"].startswith("Provisioned(weights='random:0'")
