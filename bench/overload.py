@@ -1,49 +1,48 @@
-"""The service beyond its capacity: goodput, time to refuse, a small caller beside a hog, our client.
+"""The service beyond its capacity: goodput, time to refuse, a small caller beside a large one, our client's retries.
 
-`open`: an open loop of requests of one JPEG, at Poisson times drawn from a fixed seed, each with a deadline; the load
-generator (raw gRPC calls of one asyncio process, over CONNECTIONS connections, no retries) runs on the same cores.
-`capacity` is the rate of a closed loop of IN_FLIGHT such requests without deadlines, the better of one before and one
-after the open loops of that server. Figures are of what was sent in the measured time, after a warm-up that is as long
-as the deadline. Of each row:
+`open`: an open loop (bench/open_loop.py) of requests of one JPEG, at Poisson times drawn from a fixed seed, each with a
+deadline; the load generator runs on the server's cores. `capacity` is the rate of a closed loop of such requests
+without deadlines, the better of one before and one after the open loops of that server. Requests are counted that were
+sent in the measured time, after a warm-up that is as long as the deadline. Columns:
 
-- `load`: what is offered, over the capacity. `of_capacity`: images answered before their deadline over the capacity;
-  `of_offered`: over what was offered. `of_left`: over what the capacity is without the CPU time that the generator and
-  the frontends took beyond what they take for as many answers in the closed loop.
-- `refused_ms`: 50th and 99th percentile of the time from a request's arrival at its handler to its refusal
-  (dinov3_refusal_seconds: the upper bound of its bucket). `late`: device time of images that ended after their
-  deadline, over all device time. `expired`: requests of which the caller saw its own deadline instead of an answer.
-- `generator`: CPU time of the generator over the time of all cores.
+- `load`: the offered rate over the capacity. `of_capacity`: images answered before their deadline, over the capacity;
+  `of_offered`: over the offered ones. `of_left`: over what the capacity is without the CPU time that the generator and
+  the frontends used in the measured time beyond what they use for as many answers in the closed loop.
+- `generator`: CPU time of the generator in the measured time, over the time of all cores.
+- From the server's metrics, from the first request to the last answer: `refused_ms`, the 50th and 99th percentile of
+  the time from a request's arrival at its handler to its refusal (dinov3_refusal_seconds: the upper bound of its
+  bucket); `late`, device time of images that ended after their deadline, over all device time; `busy`, device time
+  over wall time; `mean_batch`.
+- `expired`: requests whose caller saw its own deadline instead of an answer.
 
 `mixed` sizes are 224, 256 and 512 px in turn. `frontends` is how many share the one worker.
 
-`hog`: closed loops at a ViT-S server: `hog` keeps four requests of 256 images of 224x224 under way, another caller one
-request of one image. `p99_ms` of that caller beside the hog, `idle_p99_ms` alone; `full_batch_ms` is the time of 32
-images at the hog's rate; `bound_ms` is idle_p99_ms and three full batches. `hog_of_alone`: the rate of the hog over its
-rate without the small caller. `refused`: requests of either in that time.
+`hog`: closed loops at a ViT-S server: `hog` keeps four requests of 256 images of 224x224 in flight, another caller one
+request of one image. `p99_ms` is that caller's latency beside the hog, `idle_p99_ms` alone; `full_batch_ms` is the time
+of 32 images at the hog's rate; `bound_ms` is idle_p99_ms and three full batches. `hog_of_alone`: the rate of the hog
+over its rate without the small caller. `refused`: requests of either in that time.
 
 `client`: our own client, whose threads ask for one image at a time with a deadline of 2 s: as many as would keep five
-times the capacity waiting, 512 at most. `attempts`: calls that the server has seen, over those that threads made.
+times the capacity waiting, 512 at most. `attempts`: calls that the server has seen, over calls that threads made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
-import random
 import statistics
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import numpy as np
 import psutil
 
-from bench.load import whole_batches
+from bench.open_loop import Generator, Usage
 from bench.preprocessing import MAX_PIXELS, photos
 from bench.record import table
 from bench.server import Server, serving
@@ -52,96 +51,19 @@ from dinov3_client import DeadlineExceeded as ClientDeadline
 from dinov3_server.images.decode import decode
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-METHOD = "/dinov3_serving.v1.FeatureService/Extract"
 MODELS = {"vitb16": "float32", "vits16": "bfloat16"}
 LOADS = (0.5, 1.0, 2.0, 5.0)
 DEADLINES = (2.0, 10.0)
 SIZES = {"224": (224,), "mixed": (224, 256, 512)}
 SECONDS = {"vitb16": 20.0, "vits16": 12.0}
-CONNECTIONS = 4
-IN_FLIGHT = 64
 HOG_REQUESTS, HOG_IMAGES = 4, 256
 HOG_SECONDS = 20.0
 CLIENT_SECONDS = 10.0
 CORES = psutil.cpu_count() or 1
+METRICS_AGE = 2.0  # seconds to wait before /metrics is read, which is up to a second old
+REFUSED, REQUESTS = "dinov3_refused_requests_total", "dinov3_requests_total"
 
-Codes = Counter[grpc.StatusCode]
-
-
-@dataclass
-class Sent:
-    """An open loop's requests of the measured time, by status."""
-
-    seconds: float
-    codes: Codes = field(default_factory=Counter)
-
-    @property
-    def offered(self) -> int:
-        return self.codes.total()
-
-
-class Generator:
-    """Raw calls on several connections. Requests go out in turn."""
-
-    def __init__(self, address: str, requests: Sequence[bytes]) -> None:
-        options = (("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1))
-        self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(CONNECTIONS)]
-        self._calls: list[Any] = [channel.unary_unary(METHOD) for channel in self._channels]
-        self._requests = requests
-        self._sent = 0
-
-    async def call(self, deadline: float | None) -> grpc.StatusCode:
-        self._sent += 1
-        call = self._calls[self._sent % CONNECTIONS](self._requests[self._sent % len(self._requests)], timeout=deadline)
-        try:
-            await call
-        except grpc.aio.AioRpcError as error:
-            return error.code()
-        return grpc.StatusCode.OK
-
-    async def closed(self, seconds: float, warm_up: float) -> float:
-        """Return the images a second of IN_FLIGHT requests, each followed by the next one."""
-        ends: list[float] = []
-        over = False
-
-        async def caller() -> None:
-            while not over:
-                code = await self.call(None)
-                assert code is grpc.StatusCode.OK, code
-                ends.append(time.perf_counter())
-
-        callers = [asyncio.create_task(caller()) for _ in range(IN_FLIGHT)]
-        await asyncio.sleep(warm_up)
-        ends.clear()
-        await asyncio.sleep(seconds)
-        measured = list(ends)
-        over = True
-        await asyncio.gather(*callers)
-        first, last = whole_batches(measured)
-        return (last - first) / (measured[last] - measured[first])
-
-    async def open(self, rate: float, deadline: float, seconds: float, seed: int) -> Sent:
-        """Send `rate` requests a second, of which those count that are sent after the first `deadline` seconds."""
-        chance, sent, running = random.Random(seed), Sent(seconds), set[asyncio.Task[None]]()
-
-        async def one(counts: bool) -> None:
-            code = await self.call(deadline)
-            if counts:
-                sent.codes[code] += 1
-
-        since, at = time.perf_counter(), 0.0
-        while (at := at + chance.expovariate(rate)) < deadline + seconds:
-            ahead = since + at - time.perf_counter()
-            await asyncio.sleep(max(0.0, ahead))
-            task = asyncio.create_task(one(at >= deadline))
-            running.add(task)
-            task.add_done_callback(running.discard)
-        await asyncio.gather(*running)
-        return sent
-
-    async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close()
+Metrics = dict[tuple[str, ...], float]
 
 
 def measure() -> dict[str, Any]:
@@ -198,88 +120,66 @@ def _open_loops(model: str, sizes: str, deadlines: Sequence[float], frontends: i
 async def _open_loops_at(
     server: Server, model: str, sizes: str, deadlines: Sequence[float], frontends: int
 ) -> list[dict[str, Any]]:
-    generator = Generator(server.grpc, _requests(SIZES[sizes]))
+    generator = Generator(server.grpc, _requests(SIZES[sizes]), lambda: server.cpu_seconds()["frontend"])
     seconds = SECONDS[model]
-    rows: list[dict[str, Any]] = []
-    before = _Use(server)
-    rate = await generator.closed(seconds, warm_up=3.0)
-    closed = before.until_now()
+    loops: list[dict[str, Any]] = []
+    rate, closed = await generator.closed(seconds, warm_up=3.0)
+    await asyncio.sleep(METRICS_AGE)
     for deadline in deadlines:
         for load in LOADS:
-            use = _Use(server)
-            sent = await generator.open(load * rate, deadline, seconds, seed=len(rows))
-            await asyncio.sleep(2.0)  # /metrics is up to a second old
-            rows.append({"model": model, "load": load, "deadline": deadline, "sent": sent, "use": use.until_now()})
-    capacity = max(rate, await generator.closed(seconds, warm_up=3.0))
+            metrics, begun = server.metrics(), time.perf_counter()
+            sent = await generator.open(load * rate, deadline, seconds, seed=len(loops))
+            elapsed = time.perf_counter() - begun
+            await asyncio.sleep(METRICS_AGE)
+            counted = _counted(metrics, server.metrics(), elapsed)
+            loops.append({"model": model, "deadline": deadline, "sent": sent, "counted": counted})
+    again, _ = await generator.closed(seconds, warm_up=3.0)
     await generator.close()
-    return [_row(row, closed, capacity, sizes, frontends) for row in rows]
+    return [_row(loop, closed, max(rate, again), sizes, frontends) for loop in loops]
 
 
-def _row(row: dict[str, Any], closed: dict[str, Any], capacity: float, sizes: str, frontends: int) -> dict[str, Any]:
-    sent, use = row["sent"], row["use"]
+def _row(loop: dict[str, Any], closed: Usage, capacity: float, sizes: str, frontends: int) -> dict[str, Any]:
+    sent, counted = loop["sent"], loop["counted"]
     good = sent.codes[grpc.StatusCode.OK] / sent.seconds
-    # CPU of generator and frontends beyond what they take for the same answers in the closed loop, of all cores.
-    beside = use["beside"] - closed["beside"] * use["images"] / closed["images"]
-    left = capacity * (1 - max(0.0, beside) / (use["seconds"] * CORES))
-    shown = {
-        "case": f"{row['model']}, {sizes} px, {row['deadline']:g} s, {frontends} frontend{'s' * (frontends > 1)}",
+    usage = sent.usage
+    cores = usage.seconds * CORES  # CPU seconds of all cores in the measured time
+    for_answers = (closed.generator + closed.frontends) * usage.answered / closed.answered
+    extra = max(0.0, usage.generator + usage.frontends - for_answers)
+    row = {
+        "case": f"{loop['model']}, {sizes} px, {loop['deadline']:g} s, {frontends} frontend{'s' * (frontends > 1)}",
         "load": round(sent.offered / sent.seconds / capacity, 2),
         "capacity": round(capacity, 2),
         "of_capacity": round(good / capacity, 3),
         "of_offered": round(good * sent.seconds / sent.offered, 3),
-        "of_left": round(good / left, 3),
-        "refused_ms": use["refused_ms"],
-        "late": round(use["late"] / max(use["busy"], 1e-9), 4),
-        "busy": round(use["busy"] / use["seconds"], 3),
-        "mean_batch": round(use["computed"] / max(use["batches"], 1), 1),
+        "of_left": round(good / (capacity * (1 - extra / cores)), 3),
+        **counted,
         "expired": sent.codes[grpc.StatusCode.DEADLINE_EXCEEDED],
-        "generator": round(use["generator"] / (use["seconds"] * CORES), 3),
+        "generator": round(usage.generator / cores, 3),
         "codes": {code.name: count for code, count in sent.codes.items()},
     }
-    print(shown, flush=True)
-    return shown
+    print(row, flush=True)
+    return row
 
 
-class _Use:
-    """What the server and this process took from the construction on."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._before = self._now()
-
-    def _now(self) -> dict[str, Any]:
-        generator = sum(psutil.Process().cpu_times()[:2])
-        return {
-            "metrics": self._server.metrics(),
-            "time": time.perf_counter(),
-            "generator": generator,
-            "beside": generator + self._server.cpu_seconds()["frontend"],
-        }
-
-    def until_now(self) -> dict[str, Any]:
-        before, now = self._before, self._now()
-        grown = {key: value - before["metrics"].get(key, 0.0) for key, value in now["metrics"].items()}
-
-        def total(name: str) -> float:
-            amount: float = sum(value for (found, *_), value in grown.items() if found == name)
-            return amount
-
-        return {
-            "seconds": now["time"] - before["time"],
-            "generator": now["generator"] - before["generator"],
-            "beside": now["beside"] - before["beside"],
-            "images": grown.get(("dinov3_images_total", "ok"), 0.0),
-            "late": total("dinov3_late_device_seconds_total"),
-            "busy": total("dinov3_device_busy_seconds_total"),
-            "computed": total("dinov3_batch_images_sum"),
-            "batches": total("dinov3_batch_images_count"),
-            "requests": total("dinov3_requests_total"),
-            "refused_ms": [_quantile(grown, part) for part in (0.5, 0.99)],
-        }
+def _counted(before: Metrics, after: Metrics, seconds: float) -> dict[str, Any]:
+    """Return what the server's metrics counted in an open loop that took `seconds` to its last answer."""
+    grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
+    busy = _total(grown, "dinov3_device_busy_seconds_total")
+    batches = _total(grown, "dinov3_batch_images_count")
+    return {
+        "refused_ms": [_quantile(grown, part) for part in (0.5, 0.99)],
+        "late": round(_total(grown, "dinov3_late_device_seconds_total") / max(busy, 1e-9), 4),
+        "busy": round(busy / seconds, 3),
+        "mean_batch": round(_total(grown, "dinov3_batch_images_sum") / max(batches, 1), 1),
+    }
 
 
-def _quantile(grown: dict[tuple[str, ...], float], part: float) -> float | None:
-    """In ms; None where nothing was refused."""
+def _total(metrics: Metrics, name: str) -> float:
+    return sum(value for (found, *_), value in metrics.items() if found == name)
+
+
+def _quantile(grown: Metrics, part: float) -> float | None:
+    """Return a quantile of the time to refuse, in ms; None if nothing was refused."""
     buckets = sorted(
         (float(key[1]), value) for key, value in grown.items() if key[0] == "dinov3_refusal_seconds_bucket"
     )
@@ -305,12 +205,12 @@ def _hog(bulk: bool) -> dict[str, Any]:
         def small(seconds: float) -> list[float]:
             nonlocal refused
             latencies, end = [], time.perf_counter() + seconds
-            before = _refused(server)
+            before = _total(server.metrics(), REFUSED)
             while (since := time.perf_counter()) < end:
                 other.extract(pixels[:1], ("cls",), preset="none")
                 latencies.append(time.perf_counter() - since)
-            time.sleep(2.0)  # /metrics is up to a second old
-            refused = int(_refused(server) - before)
+            time.sleep(METRICS_AGE)
+            refused = int(_total(server.metrics(), REFUSED) - before)
             return latencies
 
         def beside(seconds: float, with_small: bool) -> tuple[float, list[float]]:
@@ -350,10 +250,6 @@ def _p99(latencies: list[float]) -> float:
     return round(sorted(latencies)[int(len(latencies) * 0.99)] * 1e3, 1)
 
 
-def _refused(server: Server) -> float:
-    return sum(value for (name, *_), value in server.metrics().items() if name == "dinov3_refused_requests_total")
-
-
 def _client() -> dict[str, Any]:
     (request,) = _requests((224,))
     image = bytes(pb.ExtractRequest.FromString(request).images[0].encoded)
@@ -363,27 +259,27 @@ def _client() -> dict[str, Any]:
         threads = min(threads, 512)
         over = threading.Event()
         answers: Counter[str] = Counter()
-        told = ""
+        last_error = ""
 
         def caller() -> None:
-            nonlocal told
+            nonlocal last_error
             while not over.is_set():
                 try:
                     client.extract(image, ("cls",), preset="none")
                     answers["answered"] += 1
                 except (Overloaded, ClientDeadline) as error:
                     answers[type(error).__name__] += 1
-                    told = str(error)
+                    last_error = str(error)
 
-        use = _Use(server)
+        before = _total(server.metrics(), REQUESTS)
         with ThreadPoolExecutor(threads) as pool:
             running = [pool.submit(caller) for _ in range(threads)]
             time.sleep(CLIENT_SECONDS)
             over.set()
             for one in running:
                 one.result()
-        time.sleep(2.0)
-        calls = use.until_now()["requests"]
+        time.sleep(METRICS_AGE)
+        calls = _total(server.metrics(), REQUESTS) - before
     row: dict[str, Any] = {
         "threads": threads,
         "capacity": round(capacity, 2),
@@ -392,14 +288,14 @@ def _client() -> dict[str, Any]:
         "answered_per_second": round(answers["answered"] / CLIENT_SECONDS, 2),
         "outcomes": dict(answers),
         "attempts": round(calls / answers.total(), 3),
-        "error": told,
+        "error": last_error,
     }
     print(row, flush=True)
     return row
 
 
 async def _capacity(server: Server, request: bytes) -> float:
-    generator = Generator(server.grpc, [request])
-    rate = await generator.closed(5.0, warm_up=2.0)
+    generator = Generator(server.grpc, [request], lambda: 0.0)
+    rate, _ = await generator.closed(5.0, warm_up=2.0)
     await generator.close()
     return rate
