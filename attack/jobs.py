@@ -19,6 +19,7 @@ from attack.images import photo
 from attack.questions import TOLERANCE, Answer, Question, differs, from_features, relative_error
 from attack.traffic import DEADLINE, Traffic
 from dinov3_client import Client, Dinov3Error, FeatureDataset
+from dinov3_client.bulk import ExtractionError
 from dinov3_client.torch import with_features
 
 SIZE = 48, 64
@@ -54,7 +55,7 @@ def draw_photos(rng: random.Random, client: Client, count: int = FILES) -> Photo
 def extract_in_bulk(traffic: Traffic, photos: Photos) -> None:
     """Run `dinov3-client extract` over all files, again and again, and compare what it wrote.
 
-    A run that stops, since the server was away or busy for DEADLINE, is started again, and goes on: RUNS times.
+    If a run ends early because the server was away or busy for DEADLINE, the same command goes on: at most RUNS runs.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "photos")
@@ -68,41 +69,51 @@ def extract_in_bulk(traffic: Traffic, photos: Photos) -> None:
             size = "x".join(map(str, SIZE))
             flags = ("--out", str(out), "--target", traffic.target, "--dtype", "float32", "--size", size)
             command = [*_COMMAND, str(source), *flags, "--deadline", str(DEADLINE), "--shard-rows", "200"]
-            for run in range(RUNS):
+            for run in range(1, RUNS + 1):
                 done = subprocess.run(command, capture_output=True, text=True)
-                if run == RUNS - 1 or not (reason := stopped(done.stderr)):
+                if finished(out) or run == RUNS or not (reason := refusal(done.stderr)):
                     break
                 traffic.book.note("bulk", "refused", f"a run stopped: {reason}")
             judge_bulk(traffic, photos, out, done.returncode, done.stderr)
 
 
-def stopped(said: str) -> str:
-    """Why a run stopped that is to be started again; empty for one that came to its end, or met a fault of the server
-    (whose errors have an id)."""
-    lines = said.splitlines()
-    at = next((number for number, line in enumerate(lines) if "stopped; what was committed" in line), 0)
-    return lines[at - 1].removeprefix("dinov3-client: ") if at and "error id" not in lines[at - 1] else ""
+def finished(out: Path) -> bool:
+    """Return whether the extraction in this folder is complete."""
+    try:
+        FeatureDataset(out)
+    except ExtractionError:
+        return False
+    return True
 
 
-def judge_bulk(traffic: Traffic, photos: Photos, out: Path, code: int, said: str) -> None:
-    """Note what became of each file. A run ends with code 1, as it has broken files."""
+def refusal(stderr: str) -> str:
+    """Return why a run ended early, if the same command may succeed later. Return "" for a fault of the server (its
+    errors have an id) or of the client (a traceback)."""
+    lines = [line for line in stderr.splitlines() if "stopped; what was committed" not in line]
+    last = lines[-1] if lines else ""
+    prefix = "dinov3-client: "
+    return last.removeprefix(prefix) if last.startswith(prefix) and "error id" not in last else ""
+
+
+def judge_bulk(traffic: Traffic, photos: Photos, out: Path, code: int, stderr: str) -> None:
+    """Note the outcome of each file. A complete run has exit code 1 if some files are broken."""
     book, count = traffic.book, len(photos.files)
     broken = sorted(photos.files.keys() - photos.truth.keys())
-    if code != (1 if broken else 0) or not (out / "manifest.jsonl").exists() or "stopped;" in said:
-        book.note("bulk", "lost", f"a run ended with code {code}: {said[-300:]}", count)
+    if code != (1 if broken else 0) or not finished(out):
+        book.note("bulk", "lost", f"a run ended with code {code}: {stderr[-300:]}", count)
         return
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()] if broken else []
-    dataset = FeatureDataset(out, unfinished=True)
+    reasons = {line["id"]: line["reason"] for line in failed}
+    dataset = FeatureDataset(out)
     written = {name: dataset[name] for name in dataset.ids()}
     for name in photos.files:
-        reason = next((line["reason"] for line in failed if line["id"] == name), None)
         if name in written:
             wrong = _wrong(photos.truth.get(name), written[name])
             book.note("bulk", "wrong" if wrong else "answered", f"{name}: {wrong}")
-        elif name in broken and reason:
+        elif name in broken and reasons.get(name):
             book.note("bulk", "answered")
         else:
-            book.note("bulk", "lost", f"{name}: {reason or 'no features, and no reason'}")
+            book.note("bulk", "lost", f"{name}: {reasons.get(name) or 'no features, and no reason'}")
 
 
 def _wrong(truth: dict[str, NDArray[np.float32]] | None, given: dict[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -208,11 +209,42 @@ def test_a_bulk_run_that_stops_is_started_again_and_then_lost(
     assert "full" in traffic.book.notes["lost"][0]
 
 
-def test_a_bulk_run_that_meets_a_fault_of_the_server_is_not_started_again() -> None:
+def test_a_bulk_run_that_does_not_reach_the_server_is_started_again(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traffic = Traffic(server.target, [], Book(), threading.Event())
+    with Client(server.target) as client:
+        photos = jobs.draw_photos(random.Random(0), client, 100)
+    unreachable = subprocess.CompletedProcess([], 1, "", "dinov3-client: no server answers\n")
+    run, outcomes = subprocess.run, iter([unreachable, None])
+    judge = jobs.judge_bulk
+
+    def judged(traffic: Traffic, *rest: Any) -> None:
+        traffic.stop.set()
+        judge(traffic, *rest)
+
+    monkeypatch.setattr(jobs, "judge_bulk", judged)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: next(outcomes) or run(*args, **options))
+    jobs.extract_in_bulk(traffic, photos)
+    assert [traffic.book.count(outcome) for outcome in ("answered", "refused", "lost")] == [100, 1, 0]
+    assert traffic.book.reasons == {"a run stopped: no server answers": 1}
+
+
+def test_a_bulk_run_is_lost_if_no_run_reaches_the_server(tmp_path: Path) -> None:
+    traffic = Traffic("", [], Book(), threading.Event())
+    photos = jobs.Photos({"broken.jpg": b""}, {})
+    jobs.judge_bulk(traffic, photos, tmp_path / "never-made", 1, "dinov3-client: no server answers\n")
+    assert traffic.book.count("lost") == 1
+    assert "no server answers" in traffic.book.notes["lost"][0]
+
+
+def test_a_bulk_run_is_not_started_again_after_a_fault() -> None:
     end = "\ndinov3-client: stopped; what was committed to x stays, and the same command goes on from there\n"
-    assert jobs.stopped(f"dinov3-client: 1 of 2\ndinov3-client: no worker lives{end}") == "no worker lives"
-    assert not jobs.stopped(f"dinov3-client: the server failed (error id 00, the server's log has the cause){end}")
-    assert not jobs.stopped("dinov3-client: 1 of 100 images have no features")
+    assert jobs.refusal(f"dinov3-client: 1 of 2\ndinov3-client: no worker lives{end}") == "no worker lives"
+    assert jobs.refusal("dinov3-client: no server answers\n") == "no server answers"
+    assert not jobs.refusal(f"dinov3-client: the server failed (error id 00, the server's log has the cause){end}")
+    assert not jobs.refusal("Traceback (most recent call last):\nKeyError: 1\n")
+    assert not jobs.refusal("")
 
 
 @pytest.mark.usefixtures("few_questions")
