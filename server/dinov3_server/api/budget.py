@@ -61,13 +61,15 @@ class ByteBudget:
             metrics.frontend_bytes.set(share.used, share.use)
 
     def _fits(self, share: Share, nbytes: int) -> bool:
-        beyond = share.beyond(nbytes) - share.beyond(0)
-        return not beyond or beyond <= self._free
+        after = share.used + nbytes
+        return after <= share.floor or after - max(share.used, share.floor) <= self._free
 
     def _add(self, share: Share, nbytes: int) -> None:
         """Count `nbytes` more, or fewer, whether they fit or not."""
-        self._free -= share.beyond(nbytes) - share.beyond(0)
-        share.used += nbytes
+        before, floor = share.used, share.floor
+        share.used = after = before + nbytes
+        if before > floor or after > floor:
+            self._free -= max(after, floor) - max(before, floor)
 
     def _give_back(self) -> None:
         """From any thread: let those go on that wait for room that there now is."""
@@ -90,18 +92,14 @@ class Share:
     def __init__(self, budget: ByteBudget, use: str, floor: int, most: int) -> None:
         self.use = use
         self.used = 0
+        self.floor = floor
         self.most = most
         self._budget = budget
-        self._floor = floor
         self._waiters: deque[_Waiter] = deque()
 
     @property
     def waits(self) -> bool:
         return bool(self._waiters)
-
-    def beyond(self, more: int) -> int:
-        """How far `more` bytes would take this use beyond its floor."""
-        return max(0, self.used + more - self._floor)
 
     def try_take(self, nbytes: int, overtake: bool = False) -> Permit | None:
         """A permit, or None where it does not fit now or others wait, unless it may overtake them. From any thread."""
@@ -247,7 +245,8 @@ class Permit:
 
     def release(self) -> None:
         """Hold nothing more. May be called again."""
-        self._share._resize(self, 0)
+        if self.nbytes:
+            self._share._resize(self, 0)
 
     def __enter__(self) -> Permit:
         return self

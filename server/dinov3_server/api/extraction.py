@@ -199,6 +199,9 @@ class Extraction:
         return answer
 
     def _count(self, query: Query) -> None:
+        if not query.failures:
+            self._metrics.images.inc("ok", value=sum(query.counts))
+            return
         outcomes = Counter[str]()
         for image, rows in enumerate(query.counts):
             error = query.failures.get(image)

@@ -85,7 +85,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
         while True:
             if control.flush():  # to a peer that does not read nothing is piled up
                 server.show()
-                engine.show_wait()
+                engine.show()
                 say(MetricsSnapshot(metrics.snapshot()))
             await asyncio.sleep(SNAPSHOT_SECONDS)
 

@@ -80,6 +80,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._receiver = receiver
         self._active: set[asyncio.Task[Any]] = set()
+        self._handlers: dict[str, Handler] = {}  # by method
 
     async def idle(self) -> None:
         """Return when no call is left, including what cancelled ones have to clean up."""
@@ -89,11 +90,17 @@ class Calls(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None:
-            self._metrics.requests.inc(_OTHER, "UNIMPLEMENTED")
-            return None
+        ours = self._handlers.get(method)
+        if ours is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                self._metrics.requests.inc(_OTHER, "UNIMPLEMENTED")
+                return None
+            ours = self._handlers[method] = self._wrapped(handler, method)
+        return ours
+
+    def _wrapped(self, handler: Handler, method: str) -> Handler:
         if method not in _LABELS:
             return self._reading(handler)
         if method == STREAM:

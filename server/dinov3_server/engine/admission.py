@@ -94,7 +94,7 @@ class Admission:
         self._bulk = _Room()
         self._groups: dict[str, _Room] = {}
         self._metrics = metrics
-        self._show()
+        self.show()
 
     def reserve(self, demand: Demand, deadline: float | None, forecast: Callable[[Demand, bool], Forecast]) -> Lease:
         """Take slots for the images of `demand` and a range of the arena, or say at once why it cannot be.
@@ -120,14 +120,12 @@ class Admission:
             )
         self._hold(demand, 1)
         self.waiting.add(demand, demand.tokens)
-        self._show()
         return Lease(self, demand, offset)
 
     def end(self, lease: Lease) -> None:
         """Called by the lease, once nobody holds it."""
         self.arena.free(lease.offset)
         self._hold(lease.demand, -1)
-        self._show()
 
     def _hold(self, demand: Demand, sign: int) -> None:
         """Count the room of a request as taken (1) or as free again (-1)."""
@@ -226,7 +224,8 @@ class Admission:
                         retry_after=retry_after,
                     )
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Set the gauges of the arena."""
         used = self.arena.used_bytes
         self._metrics.arena_bytes.set(used, "used")
         self._metrics.arena_bytes.set(self.arena.nbytes - used, "free")

@@ -55,7 +55,7 @@ class Block:
     def __reduce__(self) -> tuple[Callable[..., Block], tuple[object, ...]]:
         """For pickle. Shapes and specs are few, and take longest, as nests of small objects: their pickles are kept."""
         packed = _packed(self.shape, self.spec)
-        return _unpickled, (packed, self.count, self.pixels, self.sections, self.strides, self.end)
+        return unpickled, (packed, self.count, self.pixels, self.sections, self.strides, self.end)
 
     def row_pixels(self, row: int) -> int:
         return self.pixels + row * self.shape.nbytes
@@ -75,8 +75,9 @@ def _unpacked(packed: bytes) -> tuple[PixelShape, FeatureSpec]:
     return shape, spec
 
 
-def _unpickled(
+def unpickled(
     packed: bytes, count: int, pixels: int, sections: tuple[int, ...], strides: tuple[int, ...], end: int
 ) -> Block:
+    """Return the block that `Block.__reduce__` took apart."""
     shape, spec = _unpacked(packed)
     return Block(shape, count, spec, pixels, sections, strides, end)

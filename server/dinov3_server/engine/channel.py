@@ -26,6 +26,8 @@ from typing import Any
 _HEADER = struct.Struct("<IH")
 _READ = 1 << 18
 _MAX_FDS = 16
+# As a number: `&` on the enumeration costs more than the system call's own answer.
+_TRUNCATED = int(socket.MSG_CTRUNC)
 # What may pass by itself when sending: no room, no memory, too many descriptors on their way.
 _TRY_LATER = {errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS}
 
@@ -126,11 +128,12 @@ class Channel:
                     received = array.array("i")
                     received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
                     self._in_fds.extend(received)
-            if flags & socket.MSG_CTRUNC:  # one frame with descriptors is read at a time, and each has one
+            truncated = flags & _TRUNCATED
+            if truncated:  # one frame with descriptors is read at a time, and each has one
                 self._in_fds.append(-1)
             closed = not data
             self._in += data
-            if len(data) < _READ and not rights and not flags & socket.MSG_CTRUNC:
+            if len(data) < _READ and not rights and not truncated:
                 break
         messages = self._parse()
         if closed and not messages:

@@ -136,6 +136,7 @@ class Engine:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._channels: dict[int, Channel] = {}  # by worker index, from the connection on
+        self._blocked: set[Channel] = set()  # with bytes that their socket has not taken yet
         self._workers: dict[int, _Worker] = {}  # by worker index, from Hello on
         self._paces: dict[int, Pace] = {}  # by worker index; a successor has the same device
         self._parts_made = 0
@@ -181,8 +182,9 @@ class Engine:
         full = min(settings.max_batch_images * demand.tokens // demand.images, settings.max_batch_tokens)
         return predict(demand, ahead, paces, full, self._back_in(now), now)
 
-    def show_wait(self) -> None:
-        """Set the metric of the expected wait."""
+    def show(self) -> None:
+        """Set the gauges of the arena and of the expected wait."""
+        self.admission.show()
         if self.model is not None:
             size = self._settings.warm_up_sizes[0] if self._settings.warm_up_sizes else (224, 224)
             tokens = self.model.tokens(PixelShape(*size, "uint8"))
@@ -326,7 +328,7 @@ class Engine:
             return  # it died before it was ready, or before it was connected with this frontend
         self._read(index, channel)  # what it had said before it died
         self._loop.remove_reader(channel.fileno())
-        self._loop.remove_writer(channel.fileno())
+        self._stop_writing(channel)
         channel.close()
         worker = self._workers.pop(index, None)
         if worker is None:
@@ -377,7 +379,7 @@ class Engine:
         except ChannelClosed:
             # The process is dying; only once it is reaped is the arena out of its reach.
             self._loop.remove_reader(channel.fileno())
-            self._loop.remove_writer(channel.fileno())
+            self._stop_writing(channel)
 
     def _hello(self, index: int, channel: Channel, info: ModelInfo) -> None:
         self.model = info
@@ -442,14 +444,19 @@ class Engine:
 
     def _flush(self, channel: Channel) -> None:
         """Write now, and the rest when the socket takes it."""
-        if channel.flush():
-            self._loop.remove_writer(channel.fileno())
-        else:
+        if not channel.flush():
+            self._blocked.add(channel)
             self._loop.add_writer(channel.fileno(), self._flush, channel)
+        elif channel in self._blocked:
+            self._stop_writing(channel)
+
+    def _stop_writing(self, channel: Channel) -> None:
+        self._blocked.discard(channel)
+        self._loop.remove_writer(channel.fileno())
 
     def close(self) -> None:
         for channel in self._channels.values():
             self._loop.remove_reader(channel.fileno())
-            self._loop.remove_writer(channel.fileno())
+            self._stop_writing(channel)
             channel.close()
         self.admission.arena.close()

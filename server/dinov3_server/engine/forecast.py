@@ -110,9 +110,13 @@ def predict(demand: Demand, ahead: int, paces: Sequence[Pace], full_batch: int, 
     `full_batch` is the tokens of the fullest batch. Where nothing is ahead and the devices have been idle, nothing says
     how fast they are now: the forecast is then that it takes no time.
     """
-    if not ahead and not any(pace.trusted(now) for pace in paces):
+    rate, known, trusted = 0.0, False, False  # rate: tokens a second of all devices
+    for pace in paces:
+        rate += 1 / pace.seconds_per_token
+        known = known or pace.known
+        trusted = trusted or pace.trusted(now)
+    if not ahead and not trusted:
         return Forecast(back_in, 0.0, 0.0, 0.0)
-    mean = len(paces) / sum(1 / pace.seconds_per_token for pace in paces)
-    own = demand.tokens * mean / min(len(paces), -(-demand.images // SPREAD_IMAGES))
-    known = any(pace.known for pace in paces)
-    return Forecast(back_in, ahead * mean / len(paces), own if known else 0.0, full_batch * mean)
+    mean = len(paces) / rate
+    own = demand.tokens * mean / min(len(paces), -(-demand.images // SPREAD_IMAGES)) if known else 0.0
+    return Forecast(back_in, ahead / rate, own, full_batch * mean)

@@ -7,15 +7,16 @@ is named tuples: pickle takes twice as long for a dataclass with slots.
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from dinov3_server.config.settings import Settings
-from dinov3_server.engine.block import Block
+from dinov3_server.engine.block import Block, unpickled
 from dinov3_server.engine.pace import BatchTime
 from dinov3_server.engine.shares import NOBODY, Caller
 from dinov3_server.errors import StartupError
-from dinov3_server.models.interface import ModelInfo, Provisioned
+from dinov3_server.models.interface import ModelInfo, PixelShape, Provisioned
 
 SNAPSHOT_SECONDS = 1.0
 
@@ -236,3 +237,13 @@ class Dropped(NamedTuple):
     part: int
     rows: tuple[int, ...]
     reason: Literal["cancelled", "expired", "late"]
+
+
+# What a request's messages are made of goes into pickles as one byte, not as the names of a module and a class: that
+# halves the time. These codes are copyreg's for private use.
+_PICKLED_BY_CODE: tuple[Any, ...] = (
+    *(Submit, Cancel, PartRows, Started, PartResult, Load, Backlog, Results, Dropped),
+    *(BatchTime, Caller, PixelShape, unpickled),
+)
+for _code, _pickled in enumerate(_PICKLED_BY_CODE, 0xF0):
+    copyreg.add_extension(_pickled.__module__, _pickled.__qualname__, _code)

@@ -85,9 +85,9 @@ class Worker:
         self._head_since = 0.0  # when the batch that the device works on became the first there
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ, self._read_control)
-        self._selector.register(self._device, selectors.EVENT_READ, None)
+        self._selector.register(self._device, selectors.EVENT_READ, self._settle_finished)
         self._attacher = Attacher(runner)
-        self._selector.register(self._attacher, selectors.EVENT_READ, None)
+        self._selector.register(self._attacher, selectors.EVENT_READ, self._welcome_attached)
 
     def run(self) -> None:
         """Return when told to stop. To be called on the thread that built the runner: it works on the device.
@@ -123,12 +123,7 @@ class Worker:
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(self._timeout(time.monotonic())):
-            if key.data is not None:
-                key.data()
-        for frontend in self._attacher.collect():
-            self._welcome(frontend)
-        for batch in self._device.collect():
-            self._settle(batch)
+            key.data()
         now = time.monotonic()
         self._expire(now)
         self._launch(now)
@@ -156,13 +151,14 @@ class Worker:
         self._frontends[frontend.key] = frontend
         self._selector.register(frontend.channel, selectors.EVENT_READ, lambda: self._read(frontend))
 
-    def _welcome(self, frontend: Frontend) -> None:
-        """Its arena is attached: it may submit from now on, and gave its work to others so far."""
-        self._reach("attached")
-        log.debug("frontend %d is attached", frontend.key)
-        if not frontend.gone:
-            frontend.attached = True
-            frontend.channel.send(Hello(self._runner.info))
+    def _welcome_attached(self) -> None:
+        """Let the frontends submit whose arenas are attached now; they gave their work to other workers so far."""
+        for frontend in self._attacher.collect():
+            self._reach("attached")
+            log.debug("frontend %d is attached", frontend.key)
+            if not frontend.gone:
+                frontend.attached = True
+                frontend.channel.send(Hello(self._runner.info))
 
     def _read(self, frontend: Frontend) -> None:
         try:
@@ -285,6 +281,10 @@ class Worker:
         os._exit(DEVICE_LOST)
 
     # --- settling --------------------------------------------------------------------------------
+
+    def _settle_finished(self) -> None:
+        for batch in self._device.collect():
+            self._settle(batch)
 
     def _settle(self, batch: Running) -> None:
         now = time.monotonic()
