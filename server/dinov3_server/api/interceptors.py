@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -111,7 +110,8 @@ class Calls(grpc.aio.ServerInterceptor):
         call: Any = handler.unary_unary  # the stubs know handlers of the threaded server only
 
         async def unary(_: object, context: Context) -> bytes:
-            with self._in_progress():
+            task = self._begin()
+            try:
                 try:
                     with Measured(self._metrics, label, expired=lambda: context.time_remaining() == 0) as measured:
                         data, holding = await self._receiver.message(context)
@@ -128,6 +128,8 @@ class Calls(grpc.aio.ServerInterceptor):
                     status = status_of(serving_error(error))
                 # Outside of `except`: grpc keeps what abort raises, in a cycle.
                 return await abort(context, status)
+            finally:
+                self._active.discard(task)
 
         return unary
 
@@ -164,7 +166,8 @@ class Calls(grpc.aio.ServerInterceptor):
         call: Any = handler.stream_stream
 
         async def stream(requests: Any, context: Context) -> None:
-            with self._in_progress():
+            task = self._begin()
+            try:
                 try:
                     await call(requests, context)
                     return
@@ -174,18 +177,17 @@ class Calls(grpc.aio.ServerInterceptor):
                     status = status_of(failure)
                     del failure
                 await abort(context, status)
+            finally:
+                self._active.discard(task)
 
         return stream
 
-    @contextmanager
-    def _in_progress(self) -> Iterator[None]:
+    def _begin(self) -> asyncio.Task[Any]:
+        """Add the current call to those that `idle` waits for. The caller discards what is returned."""
         task = asyncio.current_task()
         assert task is not None
         self._active.add(task)
-        try:
-            yield
-        finally:
-            self._active.discard(task)
+        return task
 
 
 class Auth(grpc.aio.ServerInterceptor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import TypeVar
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
@@ -19,6 +20,8 @@ _METHODS: dict[pb.PoolingMethod, PoolingMethod] = {
     pb.POOLING_METHOD_AREA: "area",
     pb.POOLING_METHOD_BILINEAR: "bilinear",
 }
+# Longer ones than any plain request has are read anew each time, so that what is remembered stays small.
+_REMEMBERED_BYTES = 256
 _IS_CHANNELS_FIRST = {pb.PATCH_LAYOUT_TOKENS: False, pb.PATCH_LAYOUT_CHANNELS_FIRST: True}
 
 E = TypeVar("E", bound=int)
@@ -26,7 +29,22 @@ T = TypeVar("T")
 
 
 def read_outputs(outputs: pb.Outputs, model: ModelInfo, max_tokens: int) -> FeatureSpec:
-    """`max_tokens` bounds the patches of a pooled grid. Raises InvalidInput, naming the field at fault."""
+    """Return what a request asks for. `max_tokens` bounds the patches of a pooled grid.
+
+    Raises InvalidInput, naming the field at fault.
+    """
+    asked = outputs.SerializeToString()
+    if len(asked) > _REMEMBERED_BYTES:
+        return _read_outputs(outputs, model, max_tokens)
+    return _remembered_outputs(asked, model, max_tokens)
+
+
+@lru_cache(maxsize=256)  # a caller's requests mostly ask for the same
+def _remembered_outputs(asked: bytes, model: ModelInfo, max_tokens: int) -> FeatureSpec:
+    return _read_outputs(pb.Outputs.FromString(asked), model, max_tokens)
+
+
+def _read_outputs(outputs: pb.Outputs, model: ModelInfo, max_tokens: int) -> FeatureSpec:
     wanted = [Output(kind) for kind in _KINDS if getattr(outputs, kind)]
     first_use: dict[tuple[int, bool], int] = {}
     for index, entry in enumerate(outputs.layers):

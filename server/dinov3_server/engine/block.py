@@ -39,13 +39,8 @@ class Block:
     @classmethod
     def plan(cls, model: ModelInfo, shape: PixelShape, count: int, spec: FeatureSpec, base: int = 0) -> Block:
         """Lay out a block at `base`; `plan(...).end - base` is what it takes, so plan at 0 to size it."""
-        cursor = base + aligned(count * shape.nbytes)
-        strides = tuple(section.nbytes for section in model.sections(spec, shape))
-        sections = []
-        for stride in strides:
-            sections.append(cursor)
-            cursor += aligned(count * stride)
-        return cls(shape, count, spec, base, tuple(sections), strides, cursor)
+        block = _planned(model, shape, count, spec)
+        return block.moved(base) if base else block
 
     def moved(self, nbytes: int) -> Block:
         """Return the same block `nbytes` further on."""
@@ -62,6 +57,17 @@ class Block:
 
     def row_sections(self, row: int) -> tuple[int, ...]:
         return tuple(start + row * stride for start, stride in zip(self.sections, self.strides, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _planned(model: ModelInfo, shape: PixelShape, count: int, spec: FeatureSpec) -> Block:
+    cursor = aligned(count * shape.nbytes)
+    strides = tuple(section.nbytes for section in model.sections(spec, shape))
+    sections = []
+    for stride in strides:
+        sections.append(cursor)
+        cursor += aligned(count * stride)
+    return Block(shape, count, spec, 0, tuple(sections), strides, cursor)
 
 
 @lru_cache(maxsize=1024)

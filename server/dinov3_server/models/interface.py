@@ -172,6 +172,10 @@ class ModelInfo:
     parity_check: ParityCheck = NO_PROOF
     projections: tuple[Projection, ...] = ()
 
+    def __hash__(self) -> int:
+        """Hash the fingerprint alone: models are keys of caches that every request looks into."""
+        return hash(self.fingerprint)
+
     @property
     def embed_dim(self) -> int:
         """Channels of the last layer, of which the final features are."""
