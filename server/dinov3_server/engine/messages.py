@@ -8,6 +8,7 @@ is named tuples: pickle takes twice as long for a dataclass with slots.
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -230,6 +231,11 @@ class Results(NamedTuple):
     others: Load
     batch: BatchTime | None
 
+    def __reduce__(self) -> tuple[Callable[..., Results], tuple[object, ...]]:
+        """Take the message apart for pickle, which is quicker at plain tuples than at named ones."""
+        batch = None if self.batch is None else tuple(self.batch)
+        return unpickled_results, (tuple(map(tuple, self.parts)), tuple(self.others), batch)
+
 
 class Dropped(NamedTuple):
     """W -> F: these rows never reached the device. "late": they could not have ended before their deadline."""
@@ -239,11 +245,20 @@ class Dropped(NamedTuple):
     reason: Literal["cancelled", "expired", "late"]
 
 
+def unpickled_results(
+    parts: tuple[tuple[Any, ...], ...], others: tuple[int, ...], batch: tuple[Any, ...] | None
+) -> Results:
+    """Return the message that `Results.__reduce__` took apart."""
+    return Results(
+        tuple(PartResult(*part) for part in parts), Load(*others), None if batch is None else BatchTime(*batch)
+    )
+
+
 # What a request's messages are made of goes into pickles as one byte, not as the names of a module and a class: that
 # halves the time. These codes are copyreg's for private use.
 _PICKLED_BY_CODE: tuple[Any, ...] = (
     *(Submit, Cancel, PartRows, Started, PartResult, Load, Backlog, Results, Dropped),
-    *(BatchTime, Caller, PixelShape, unpickled),
+    *(BatchTime, Caller, PixelShape, unpickled, unpickled_results),
 )
 for _code, _pickled in enumerate(_PICKLED_BY_CODE, 0xF0):
     copyreg.add_extension(_pickled.__module__, _pickled.__qualname__, _code)
