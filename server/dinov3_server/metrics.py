@@ -1,10 +1,10 @@
-"""The metrics of the service, declared once, and how processes' numbers become one page.
+"""Declare every metric of the service once, and merge the numbers of all processes into one page.
 
-Every process counts in a `Metrics` of its own and sends snapshots of it to the supervisor, whose `Aggregate` merges
-them and writes the Prometheus text format. prometheus_client's own multiprocess mode is not used: its gauges outlive
-their process, it has no Info, and an observation costs several times as much.
+Every process counts in its own `Metrics` and sends snapshots to the supervisor, whose `Aggregate` merges them and
+writes the Prometheus text format. prometheus_client's own multiprocess mode is not used: its gauges outlive their
+process, it has no Info, and an observation costs several times as much.
 
-Label names and values are few and fixed: none may hold what a request brought.
+Label names and values are few and fixed: no value may come from a request.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 Labels = tuple[str, ...]
-# Of a counter or gauge: its value. Of a histogram: the sum, then the count of each bucket (not cumulative), the last
-# of which has no upper bound.
+# Counter or gauge: the value. Histogram: the sum, then the count of each bucket (not cumulative); the last bucket has
+# no upper bound.
 Numbers = tuple[float, ...]
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -33,7 +33,7 @@ Kind = Literal["counter", "gauge", "histogram"]
 
 
 class Spec(NamedTuple):
-    """One metric. `merge` makes one number of the same series in several living processes."""
+    """The declaration of one metric. `merge` combines the values of one series over several living processes."""
 
     name: str
     kind: Kind
@@ -46,7 +46,7 @@ class Spec(NamedTuple):
 class Snapshot(NamedTuple):
     """The numbers of one process at one time; small, and picklable.
 
-    `instance` differs between any two `Metrics`, so that a restarted process is known by its first snapshot.
+    `instance` is unique to each `Metrics`, so the first snapshot of a restarted process shows that it is a new one.
     """
 
     instance: str
@@ -61,7 +61,7 @@ class Instrument:
         self._lock = threading.Lock()
         self._series: dict[Labels, list[float]] = {}
         if spec.kind == "histogram" and not spec.labels:
-            self._start(())  # So that the first observation shows in a rate.
+            self._start(())  # A series that starts at 0 shows its first observation in a rate.
 
     def _start(self, labels: Labels) -> list[float]:
         if len(labels) != len(self.spec.labels):
@@ -75,7 +75,7 @@ class Instrument:
 
 
 class Counter(Instrument):
-    """Its name ends in `_total`."""
+    """A sum that only grows. Its name ends in `_total`."""
 
     def __init__(self, name: str, help: str, *labels: str) -> None:
         super().__init__(Spec(name, "counter", help, labels))
@@ -87,6 +87,8 @@ class Counter(Instrument):
 
 
 class Gauge(Instrument):
+    """A value that is set. `merge` combines the values of several living processes."""
+
     def __init__(self, name: str, help: str, *labels: str, merge: Callable[[Iterable[float]], float] = sum) -> None:
         super().__init__(Spec(name, "gauge", help, labels, merge=merge))
 
@@ -97,7 +99,7 @@ class Gauge(Instrument):
 
 
 class Histogram(Instrument):
-    """`buckets` are upper bounds, ascending; a value equal to one counts in it."""
+    """Counts of observations in buckets. `buckets` are inclusive upper bounds, ascending."""
 
     def __init__(self, name: str, help: str, *labels: str, buckets: tuple[float, ...]) -> None:
         super().__init__(Spec(name, "histogram", help, labels, buckets))
@@ -110,14 +112,17 @@ class Histogram(Instrument):
 
 
 class Metrics:
-    """The metrics of one process: the one declaration of them all."""
+    """The metrics of one process. Every metric is declared here."""
 
     def __init__(self) -> None:
         self.requests = Counter("dinov3_requests_total", "Calls answered, by gRPC method and status.", "method", "code")
         self.request_seconds = Histogram(
-            "dinov3_request_seconds", "Time from a call's arrival to its answer.", "method", buckets=SECONDS_BUCKETS
+            "dinov3_request_seconds",
+            "Time from the arrival of a call to its answer.",
+            "method",
+            buckets=SECONDS_BUCKETS,
         )
-        self.images = Counter("dinov3_images_total", "Images, each view as one, by what became of them.", "outcome")
+        self.images = Counter("dinov3_images_total", "Images (each view counts as one), by outcome.", "outcome")
         self.stage_seconds = Histogram(
             "dinov3_stage_seconds",
             "Time in each stage: decode (of an image, with all its views), queue (an image's wait for its batch), "
@@ -127,9 +132,11 @@ class Metrics:
         )
         self.batch_images = Histogram("dinov3_batch_images", "Images in each batch that ran.", buckets=IMAGES_BUCKETS)
         self.batch_tokens = Histogram("dinov3_batch_tokens", "Tokens in each batch that ran.", buckets=TOKENS_BUCKETS)
-        self.queue_images = Gauge("dinov3_queue_images", "Images that wait for a device.")
+        self.queue_images = Gauge("dinov3_queue_images", "Images waiting for a device.")
         self.queue_seconds = Histogram(
-            "dinov3_queue_seconds", "Time from an image's admission to its batch's start.", buckets=SECONDS_BUCKETS
+            "dinov3_queue_seconds",
+            "Time from the admission of an image to the start of its batch.",
+            buckets=SECONDS_BUCKETS,
         )
         self.refused_requests = Counter(
             "dinov3_refused_requests_total", "Requests refused at admission, by reason.", "reason"
@@ -139,20 +146,20 @@ class Metrics:
         )
         self.refusal_seconds = Histogram(
             "dinov3_refusal_seconds",
-            "Time from the arrival of a request to its refusal because of load; not of those dropped later.",
+            "Time from the arrival of a request to its refusal because of load; not of requests dropped later.",
             buckets=SECONDS_BUCKETS,
         )
-        # The frontend with the longest wait is the one that a person wants to know of.
+        # Of several frontends, the longest wait is the one to know about.
         self.expected_wait_seconds = Gauge(
             "dinov3_expected_wait_seconds",
-            "Time that a new interactive request of one image is expected to wait for a device.",
+            "Expected wait for a device of a new interactive request of one image.",
             merge=max,
         )
         self.late_images = Counter(
-            "dinov3_late_images_total", "Images that were computed and ended after their deadline."
+            "dinov3_late_images_total", "Images that were computed but finished after their deadline."
         )
         self.late_device_seconds = Counter(
-            "dinov3_late_device_seconds_total", "Device time of images that ended after their deadline.", "device"
+            "dinov3_late_device_seconds_total", "Device time of images that finished after their deadline.", "device"
         )
         self.arena_bytes = Gauge("dinov3_arena_bytes", "Shared memory of the frontends, by state.", "state")
         self.frontend_bytes = Gauge(
@@ -160,24 +167,24 @@ class Metrics:
         )
         self.event_loop_lag_seconds = Histogram(
             "dinov3_event_loop_lag_seconds",
-            "How late a frontend's event loop is, looked at 40 times a second: what holds up all its requests.",
+            "Delay of a frontend's event loop, sampled 40 times a second; all its requests wait as long.",
             buckets=LAG_BUCKETS,
         )
         self.device_memory_bytes = Gauge(
             "dinov3_device_memory_bytes", "Memory that a worker holds on its device, by kind.", "device", "kind"
         )
         self.device_busy_seconds = Counter(
-            "dinov3_device_busy_seconds_total", "Time in which a device had a batch to run.", "device"
+            "dinov3_device_busy_seconds_total", "Time during which a device had a batch to run.", "device"
         )
         self.workers = Gauge(
             "dinov3_workers",
-            "Workers by state: serving, starting (or started again), failed (as often in a row as may be; tried again "
+            "Workers by state: serving, starting (or restarting), failed (too many failed starts in a row; retried "
             "every 30 s).",
             "device",
             "state",
         )
-        self.worker_restarts = Counter("dinov3_worker_restarts_total", "Workers started again after a death.", "device")
-        # The same model on several workers is one model.
+        self.worker_restarts = Counter("dinov3_worker_restarts_total", "Restarts of workers that died.", "device")
+        # max: several workers with the same model count as one.
         self.model_info = Gauge(
             "dinov3_model_info",
             "1 for each model that is served.",
@@ -188,25 +195,25 @@ class Metrics:
             "device",
             merge=max,
         )
-        # The slowest and the worst worker are those that a person wants to know of.
+        # Of several workers, the slowest and the least accurate are the ones to know about.
         self.model_load_seconds = Gauge(
-            "dinov3_model_load_seconds", "Time that each step of the last model load took.", "step", merge=max
+            "dinov3_model_load_seconds", "Time of each step of the last model load.", "step", merge=max
         )
         self.parity_cosine = Gauge(
             "dinov3_parity_cosine",
-            "Least cosine between served features and the reference's, by output.",
+            "Lowest cosine between served features and those of Meta's code, by output.",
             "output",
             merge=min,
         )
-        # The worst of the frontends, each of which reads the files by itself.
+        # Each frontend reads the files itself; the page shows the worst.
         self.tls_expiry_seconds = Gauge(
             "dinov3_tls_expiry_seconds",
-            "Time until the TLS certificate of the gRPC port expires; below 0 once it has.",
+            "Time until the TLS certificate of the gRPC port expires; negative once it has expired.",
             merge=min,
         )
         self.reload_failed = Gauge(
             "dinov3_reload_failed",
-            "1 while a changed file of this kind (tokens, tls) is of no use and what was read before stays in use.",
+            "1 while a changed file of this kind (tokens, tls) cannot be used and the old content stays in use.",
             "kind",
             merge=max,
         )
@@ -216,7 +223,7 @@ class Metrics:
         return [each for each in vars(self).values() if isinstance(each, Instrument)]
 
     def snapshot(self) -> Snapshot:
-        """Each instrument is consistent in itself; together they may be microseconds apart."""
+        """Return the current numbers. Each metric is consistent in itself; two may be microseconds apart."""
         return Snapshot(self._instance, {each.spec.name: each.snapshot() for each in self.instruments()})
 
 
@@ -224,10 +231,10 @@ SPECS: tuple[Spec, ...] = tuple(each.spec for each in Metrics().instruments())
 
 
 class Aggregate:
-    """The numbers of all processes, living and dead. Methods may be called from any thread.
+    """The merged numbers of all processes, living and dead. Methods may be called from any thread.
 
-    Counters and histograms are summed over every process there ever was, so they never go down; a gauge is merged
-    over the living ones.
+    Counters and histograms are summed over all processes there ever were, so they never decrease; gauges are merged
+    over the living processes.
     """
 
     def __init__(self) -> None:
@@ -237,10 +244,9 @@ class Aggregate:
         self._dead_instances: set[str] = set()
 
     def update(self, child: str, snapshot: Snapshot) -> None:
-        """Take the newest numbers of `child`.
+        """Store the newest numbers of `child`.
 
-        If they are those of another process than before, the one before is retired; a late snapshot of a retired
-        process is ignored.
+        If they come from a new process, the previous one is retired; a late snapshot of a retired process is ignored.
         """
         with self._lock:
             if snapshot.instance in self._dead_instances:
@@ -251,23 +257,23 @@ class Aggregate:
             self._living[child] = snapshot
 
     def retire(self, child: str) -> None:
-        """`child` is dead: keep its counters and histograms, drop its gauges."""
+        """Keep the counters and histograms of a dead `child`, and drop its gauges."""
         with self._lock:
             before = self._living.pop(child, None)
             if before is not None:
                 self._retire(before)
 
     def render(self) -> bytes:
-        """The page of /metrics, in the Prometheus text format 0.0.4."""
+        """Return the page of /metrics, in the Prometheus text format 0.0.4."""
         from prometheus_client import CollectorRegistry, generate_latest
 
-        # Imported here and built anew: only the supervisor needs prometheus_client, once a scrape.
+        # Imported here, because only the supervisor needs prometheus_client, once a scrape.
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
         return generate_latest(registry)
 
     def collect(self) -> Iterator[Metric]:
-        """The protocol of prometheus_client's collectors."""
+        """Yield the merged metrics: the interface of prometheus_client's collectors."""
         with self._lock:
             merged = {spec: self._merge(spec) for spec in SPECS}
         for spec, series in merged.items():

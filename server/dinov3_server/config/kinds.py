@@ -168,17 +168,19 @@ BOOLEAN = Kind("true|false", "true or false", _boolean, lambda value: "true" if 
 COMMIT = Kind("SHA", "the 40 hex digits of a git commit", _commit)
 FILE = Kind("FILE", "a file that exists and can be read", _file)
 PORT = integer(0, 65535)
-DEVICES = Kind("DEVICES", "auto, or cpu and cuda:N parted by commas, each cuda:N once", _devices, ",".join, many=True)
+DEVICES = Kind(
+    "DEVICES", "auto, or a comma-separated list of cpu and cuda:N, each cuda:N once", _devices, ",".join, many=True
+)
 IMAGE_SIZES = Kind(
     "SIZES",
-    f"none, or HEIGHTxWIDTH parted by commas, both multiples of {_PATCH}",
+    f"none, or a comma-separated list of HEIGHTxWIDTH, both multiples of {_PATCH}",
     _image_sizes,
     lambda sizes: ",".join(f"{height}x{width}" for height, width in sizes) or "none",
     many=True,
 )
 PROJECTIONS = Kind(
     "NAME=FILE",
-    "none, or NAME=FILE parted by commas: each NAME once, of letters, digits, - and _; each FILE a .npy or "
+    "none, or a comma-separated list of NAME=FILE: each NAME once, of letters, digits, - and _; each FILE a .npy or "
     ".safetensors file that exists and can be read",
     _projections,
     lambda named: ",".join(f"{name}={file}" for name, file in named) or "none",

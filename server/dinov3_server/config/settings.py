@@ -1,11 +1,11 @@
-"""Every setting of the server, declared once; config_load.py reads them.
+"""Declare every setting of the server once; `load.py` reads their values.
 
 A setting `max_batch_images` is the flag `--max-batch-images`, the environment variable
 `DINOV3_MAX_BATCH_IMAGES` and the YAML key `max_batch_images`. A flag wins over the environment, the
 environment over the YAML file (`--config FILE` or `DINOV3_CONFIG`), the file over the default.
 
-All three sources give text (a YAML list is its items joined by commas), so a value means the same
-wherever it was written.
+All three sources give text (the items of a YAML list are joined by commas), so a value means the same
+in each of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dinov3_server.config.kinds import (
 from dinov3_server.errors import ConfigError
 
 ENV_PREFIX = "DINOV3_"
-# The part of a frontend's queue and arena that bulk requests may hold; the rest is kept for interactive ones.
+# The share of a frontend's queue and arena that bulk requests may hold; the rest is kept for interactive ones.
 BULK_PART = 0.75
 
 _ADDRESS = TEXT._replace(metavar="ADDRESS")
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Declared(NamedTuple):
-    """One setting: its field of `Settings`, and its three names."""
+    """The declaration of one setting, with its flag and its environment variable."""
 
     name: str
     default: Any
@@ -59,7 +59,7 @@ class Declared(NamedTuple):
         return ENV_PREFIX + self.name.upper()
 
     def show(self, value: Any) -> str:
-        """`value` as a person would write it; empty where the setting is not set."""
+        """Return `value` as text, as a user would write it; empty if the setting is not set."""
         return "" if value in (None, "") else self.kind.show(value)
 
 
@@ -69,29 +69,29 @@ def _setting(default: T, kind: Kind, topic: str, help: str) -> T:
 
 @dataclass(frozen=True)
 class Settings:
-    """The effective settings. Times are seconds, sizes bytes. Raises ConfigError where two contradict each other."""
+    """The effective settings. Times are in seconds, sizes in bytes. Raises ConfigError if two contradict each other."""
 
     host: str = _setting(
         "127.0.0.1",
         _ADDRESS,
         "network",
         "Address that gRPC listens on. The default is reachable from this machine only; 0.0.0.0 is every IPv4 "
-        "interface. Think of TLS and a token first.",
+        "interface. Set up TLS and a token before you open it.",
     )
     port: int = _setting(50051, PORT, "network", "Port of gRPC; 0 takes a free one.")
     http_host: str = _setting(
         "",
         _ADDRESS,
         "network",
-        "Address of /metrics, /healthz and /readyz, which ask for no credentials; as host if unset.",
+        "Address of /metrics, /healthz and /readyz, which need no credentials. Unset: the same as host.",
     )
     http_port: int = _setting(8080, PORT, "network", "Port of /metrics, /healthz and /readyz; 0 takes a free one.")
     max_connection_age_seconds: float = _setting(
         0.0,
         seconds(0, 86400),
         "network",
-        "Connections older than this are asked to reconnect, so that they spread anew over frontends and replicas; "
-        "calls in flight finish. 0: never.",
+        "Age at which a connection is asked to reconnect, so that connections spread again over frontends and "
+        "replicas; calls in flight finish. 0: never.",
     )
 
     model: str = _setting(
@@ -101,97 +101,99 @@ class Settings:
         "auto",
         SOURCE._replace(metavar="auto|FILE|URL|hf://OWNER/REPO[@REVISION]|random:SEED"),
         "model",
-        "Where the weights come from. auto: a verified file under cache_dir, else weights_url, else Hugging Face. Or a "
-        "file or folder, an https:// or file:// URL, a repository of Hugging Face, or random:SEED for features without "
+        "Source of the weights. auto: a verified file under cache_dir, else weights_url, else Hugging Face. Or a file "
+        "or folder, an https:// or file:// URL, a Hugging Face repository, or random:SEED for features without "
         "meaning.",
     )
     dataset: str | None = _setting(
         None,
         choice("lvd1689m", "sat493m"),
         "model",
-        "What the weights were trained on, which sets the mean and std of their input. Unset: as the name of the file "
-        "or repository says, else lvd1689m.",
+        "Data set that the weights were trained on; it sets the mean and std of the input. Unset: taken from the name "
+        "of the file or repository, else lvd1689m.",
     )
     backbone: str = _setting(
         "native",
         choice("native", "reference"),
         "model",
-        "The implementation of the model: native, the fast one, or reference, Meta's own modules.",
+        "Implementation of the model: native, the fast one, or reference, Meta's own modules.",
     )
     dtype: str = _setting(
         "auto",
         choice("auto", "float32", "bfloat16"),
         "model",
-        "What the model computes in; auto: bfloat16 where the device has it, else float32.",
+        "Data type that the model computes in. auto: bfloat16 if the device supports it, else float32.",
     )
     devices: tuple[str, ...] = _setting(
         ("auto",),
         DEVICES,
         "model",
-        "One worker process each; auto: every CUDA device, or the CPU where there is none.",
+        "Devices, with one worker process for each. auto: every CUDA device, or the CPU if there is none.",
     )
     warm_up_sizes: tuple[tuple[int, int], ...] = _setting(
         ((256, 256), (224, 224)),
         IMAGE_SIZES,
         "model",
-        "Input sizes that run once before the server is ready, so that no request pays for first use.",
+        "Input sizes that run once before the server is ready, so that no request pays for their first use.",
     )
     projections: tuple[tuple[str, str], ...] = _setting(
         (),
         PROJECTIONS,
         "model",
-        "Linear maps that requests can have patches' channels go through: a name and a file each. A .npy file holds a "
-        "float matrix [K, D], D the channels of a layer; a .safetensors file weight [K, D] and, optionally, bias [K].",
+        "Linear maps that requests can apply to the channels of patches: a name and a file for each. A .npy file "
+        "holds a float matrix [K, D], where D is the number of channels of a layer; a .safetensors file holds weight "
+        "[K, D] and, optionally, bias [K].",
     )
 
     cache_dir: str = _setting(
         "~/.cache/dinov3-serving",
         TEXT._replace(metavar="FOLDER"),
         "provisioning",
-        "Folder of weights, Meta's code and the results of parity checks. Several servers may share it.",
+        "Folder for weights, Meta's code and the results of parity checks. Several servers may share it.",
     )
     offline: bool = _setting(
         False,
         BOOLEAN,
         "provisioning",
-        "Never open a connection to fetch anything: use what is there, or say what is not.",
+        "Never open a connection to fetch anything: use what is in cache_dir, or fail and name what is missing.",
     )
     weights_url: str | None = _setting(
         None,
         SOURCE._replace(metavar="URL"),
         "provisioning",
-        "Where `weights: auto` fetches the official file: the signed URL that Meta sends by e-mail, or a mirror's.",
+        "URL from which `weights: auto` fetches the official file: the signed URL in Meta's e-mail, or a mirror's.",
     )
     verify_weights: str = _setting(
         "manifest",
         choice("manifest", "full"),
         "provisioning",
-        "How weights under cache_dir are checked at start: against size and time in their manifest, or hashed in full.",
+        "How weights under cache_dir are checked at start. manifest: size and time are compared with the file's "
+        "manifest; full: every byte is hashed.",
     )
     upstream_repo: str = _setting(
         "https://github.com/facebookresearch/dinov3.git",
         SOURCE._replace(metavar="URL"),
         "provisioning",
-        "Git repository of Meta's code: theirs, a mirror, or a local path.",
+        "Git repository of Meta's code: Meta's own, a mirror, or a local path.",
     )
     upstream_revision: str = _setting(
         "6876159a11b4df116f30f667f8c9888617df0751",
         COMMIT,
         "provisioning",
-        "Commit of Meta's code that is used.",
+        "Commit of Meta's code to use.",
     )
     upstream_dir: str | None = _setting(
         None,
         TEXT._replace(metavar="FOLDER"),
         "provisioning",
-        "Checkout of Meta's code. Unset: a folder under cache_dir, named after the revision.",
+        "Checkout of Meta's code. Unset: a folder under cache_dir, named after the commit.",
     )
     parity_check: bool = _setting(
         True,
         BOOLEAN,
         "provisioning",
-        "Compare the served features with those of Meta's code before the server is ready. It wants that code, and "
-        "the memory of one more model for a while.",
+        "Compare the served features with those of Meta's code before the server is ready. This needs Meta's code, "
+        "and for a while the memory of one more model.",
     )
 
     max_batch_images: int = _setting(32, integer(1, 65536), "batching", "Most images in one batch.")
@@ -199,27 +201,28 @@ class Settings:
         16384,
         integer(1, 2**31 - 1),
         "batching",
-        "Most tokens (CLS, registers and patches of all images) in one batch. An image of more is refused.",
+        "Most tokens (CLS, registers and patches of all images) in one batch. A larger image is refused.",
     )
     max_queue_delay_seconds: float = _setting(
         0.0,
         seconds(0, 10),
         "batching",
-        "How long an idle device waits for a fuller batch. 0: it takes what is there; batches grow while it is busy.",
+        "Time that an idle device waits for a fuller batch. 0: it takes the images that are waiting; batches grow "
+        "while it is busy.",
     )
 
     max_queue_images: int = _setting(
         4096,
         integer(1, 2**31 - 1),
         "limits",
-        "Images a frontend holds at once, waiting or running; more are told to retry.",
+        "Most images that a frontend holds, waiting or running. Further requests are refused and told when to retry.",
     )
     max_wait_seconds: float = _setting(
         60.0,
         seconds(0.1, 86400),
         "limits",
-        "Expected wait over which a request without a deadline is told to retry. One with a deadline is told so where "
-        "the wait would pass it.",
+        "Longest expected wait of a request without a deadline; beyond it the request is refused and told when to "
+        "retry. A request with a deadline is refused if the expected wait would pass the deadline.",
     )
     max_images_per_request: int = _setting(
         512, integer(1, 65536), "limits", "Most images in one request; each view of an image counts as one."
@@ -234,26 +237,27 @@ class Settings:
         2**29,
         size(2**20, 2**40),
         "limits",
-        "Shared memory of each frontend for pixels and features. It is taken whole at start; when it is full, requests "
-        "are told to retry.",
+        "Shared memory of each frontend for pixels and features. All of it is allocated at start; while it is full, "
+        "requests are refused and told when to retry.",
     )
     frontend_bytes: int = _setting(
         2**30,
         size(2**22, 2**40),
         "limits",
-        "Memory of each frontend, beside its arena, for messages that were received, pictures being decoded and "
-        "answers that are not read yet; requests wait for room, and are told to retry. max_message_bytes each are "
-        "kept for messages and for answers (each of which counts twice). At least 4 x max_message_bytes.",
+        "Memory of each frontend, beside its arena, for received messages, pictures being decoded and answers not "
+        "read yet. While it is full, requests wait for room, and are then refused and told when to retry. Of it, "
+        "max_message_bytes are reserved for messages, and as much for answers (each of which counts twice). At least "
+        "4 x max_message_bytes.",
     )
     stream_window: int = _setting(
-        32, integer(1, 65536), "limits", "Unanswered requests of one stream after which the server reads no further."
+        32, integer(1, 65536), "limits", "Unanswered requests of one stream at which the server stops reading from it."
     )
 
     frontends: int = _setting(
         0,
         integer(0, 256),
         "processes",
-        "Processes that speak gRPC and decode images; 0 chooses by the number of CPUs.",
+        "Number of processes that speak gRPC and decode images; 0 chooses by the number of CPUs.",
     )
     decode_threads: int = _setting(
         0,
@@ -263,44 +267,59 @@ class Settings:
         "number of CPUs.",
     )
     threads: int = _setting(
-        0, integer(0, 1024), "processes", "Threads of a CPU worker's model; 0 chooses by the number of CPUs."
+        0, integer(0, 1024), "processes", "Threads of the model in a CPU worker; 0 chooses by the number of CPUs."
     )
     drain_seconds: float = _setting(
         30.0,
         seconds(0, 3600),
         "processes",
-        "After SIGTERM, how long requests in flight may still take. Kubernetes' "
-        "terminationGracePeriodSeconds must be longer.",
+        "Time for requests in flight to finish after SIGTERM. Kubernetes' terminationGracePeriodSeconds must be "
+        "longer.",
     )
     batch_timeout_seconds: float = _setting(
-        120.0, seconds(1, 3600), "processes", "A batch that runs longer means a hung device: its worker is replaced."
+        120.0,
+        seconds(1, 3600),
+        "processes",
+        "Time after which a running batch means a hung device; its worker is replaced.",
     )
     worker_restart_limit: int = _setting(
         5,
         integer(1, 1000),
         "processes",
-        "Failed starts of one process in a row after which it has failed; when all of its kind have, the server exits.",
+        "Failed starts in a row after which a process counts as failed. When all processes of its kind have failed, "
+        "the server exits.",
     )
 
     token_file: str | None = _setting(
         None,
         FILE,
         "security",
-        "File whose content is the bearer token that every call must bring, or several, one a line; unset: calls need "
-        "none. Read again when it changes.",
+        "File with the bearer token that every call must send, or several tokens, one a line. Unset: calls need no "
+        "token. Read again when it changes.",
     )
     tls_cert_file: str | None = _setting(
-        None, FILE, "security", "PEM certificate chain of the gRPC port; with tls_key_file. Read again when it changes."
+        None,
+        FILE,
+        "security",
+        "PEM certificate chain of the gRPC port; needs tls_key_file. Read again when it changes.",
     )
-    tls_key_file: str | None = _setting(None, FILE, "security", "PEM private key of tls_cert_file.")
+    tls_key_file: str | None = _setting(
+        None, FILE, "security", "PEM private key of tls_cert_file. Read again when it changes."
+    )
     tls_client_ca_file: str | None = _setting(
-        None, FILE, "security", "PEM authorities; when set, clients must show a certificate that one of them signed."
+        None,
+        FILE,
+        "security",
+        "PEM certificate authorities. If set, clients must present a certificate that one of them signed. Read again "
+        "when it changes.",
     )
 
     log_level: str = _setting(
-        "info", choice("debug", "info", "warning", "error"), "logging", "Least severity that is logged."
+        "info", choice("debug", "info", "warning", "error"), "logging", "Lowest severity that is logged."
     )
-    log_format: str = _setting("text", choice("text", "json"), "logging", "text for people, json: one object a line.")
+    log_format: str = _setting(
+        "text", choice("text", "json"), "logging", "text for people, or json: one object a line."
+    )
 
     def __post_init__(self) -> None:
         if not self.http_host:
@@ -317,7 +336,7 @@ class Settings:
         if self.max_images_per_request > BULK_PART * self.max_queue_images:
             raise ConfigError(
                 f"max_images_per_request ({self.max_images_per_request}) is over {BULK_PART:.0%} of max_queue_images "
-                f"({self.max_queue_images}), the part that bulk may hold: the largest requests could never be admitted"
+                f"({self.max_queue_images}), the part that bulk requests may hold: the largest could never be admitted"
             )
         if self.frontend_bytes < 4 * self.max_message_bytes:
             raise ConfigError(
