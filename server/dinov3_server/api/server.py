@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -30,6 +31,9 @@ _KEEPALIVE_SECONDS = 60
 _KEEPALIVE_TIMEOUT_SECONDS = 20
 # Clients may ping as often as this, also without a call; gRPC's own limit of 5 minutes cuts off most who do.
 _CLIENT_PING_SECONDS = 5
+# Connections of a frontend, and the descriptors that they leave to it: channels to workers, decode processes, files.
+_MOST_CONNECTIONS = 4096
+_OWN_DESCRIPTORS = 256
 # Calls that gRPC holds until our handlers take them. Above its own 1,000 it ends some, above 3,000 all, as CANCELLED:
 # nothing counts these, and the caller learns nothing. Below this limit admission answers. Calls that are reset at once
 # are held too, with up to 60 KB each.
@@ -137,9 +141,18 @@ class FrontendServer:
                 log.exception("the files of tokens and TLS could not be read again")
 
 
+def _most_connections() -> int:
+    """Return how many connections are accepted at a time; more are closed at once."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    return max(1, min(_MOST_CONNECTIONS, descriptors - _OWN_DESCRIPTORS))
+
+
 def _options(settings: Settings) -> list[tuple[str, int]]:
     options = [
         ("grpc.so_reuseport", 1),
+        ("grpc.max_allowed_incoming_connections", _most_connections()),
         ("grpc.server.max_pending_requests", _MOST_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING_CALLS),
         ("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from dinov3_server.api import server as server_module
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.config.settings import Settings
 from dinov3_server.errors import ConfigError, StartupError
@@ -400,3 +402,25 @@ async def test_a_server_tells_whether_its_features_are_proven() -> None:
         (proof.output, proof.dtype, pytest.approx(proof.least_cosine), pytest.approx(proof.relative_error))
         for proof in told.outputs
     ] == [("cls", pb.DATA_TYPE_FLOAT32, 0.999999, 2e-6), ("cls", pb.DATA_TYPE_BFLOAT16, 0.9995, 0.0125)]
+
+
+async def test_connections_over_the_limit_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_MOST_CONNECTIONS", 3)
+    async with serving() as rig:
+        writers, accepted = [], 0
+        for number in range(6):
+            reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+            writers.append(writer)
+            # A connection that is accepted gets the server's HTTP/2 settings at once; the others are closed.
+            accepted += bool(await reader.read(1))
+            assert accepted == min(3, number + 1)
+        for writer in writers:
+            writer.close()
+            await writer.wait_closed()
+        await rig.stub.Extract(REQUEST, wait_for_ready=True)
+
+
+def test_connections_leave_descriptors_to_the_frontend(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, most in ((resource.RLIM_INFINITY, 4096), (1 << 20, 4096), (1024, 768), (100, 1)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert server_module._most_connections() == most
