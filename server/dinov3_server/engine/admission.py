@@ -166,9 +166,10 @@ class Admission:
         self, demand: Demand, deadline: float | None, forecast: Callable[[Demand, bool], Forecast]
     ) -> Forecast:
         """Raise Overloaded where `demand` could not be answered in time; see `reserve`."""
+        estimates = (False,) if self.overloaded else (True, False)  # a quick one mostly will not do under overload
         self.overloaded = False
         remaining = None if deadline is None else deadline - time.monotonic()
-        for quick in (True, False):
+        for quick in estimates:
             expected = forecast(demand, quick)
             if expected.wait <= self._max_wait if remaining is None else expected.ends_within(remaining):
                 return expected
