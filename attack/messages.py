@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from attack.images import bomb, image_file
+from dinov3_serving.framing import tag, varint
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _SERVICE = "/dinov3_serving.v1.FeatureService/"
@@ -186,15 +187,7 @@ def _repeated(rng: random.Random, count: int) -> bytes:
 
 
 def _delimited(field: int, body: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(body)) + body
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    return tag(field, len(body)) + body
 
 
 def _request(rng: random.Random) -> pb.ExtractRequest:
@@ -346,7 +339,7 @@ def _bytes_of(rng: random.Random, message: Message, damage: float = 0.06) -> byt
     kind, body = rng.random(), bytearray(data)
     if kind < 0.3:
         field, wire = rng.choice((0, 1, 9, 100, 2**29 - 1)), rng.randrange(8)
-        body += _varint(field << 3 | wire) + rng.choice((b"", b"\x00", b"\x7f" + bytes(127), b"\xff" * 11, bytes(8)))
+        body += varint(field << 3 | wire) + rng.choice((b"", b"\x00", b"\x7f" + bytes(127), b"\xff" * 11, bytes(8)))
     elif kind < 0.5 and body:
         del body[rng.randrange(len(body)) :]
     elif kind < 0.9 and body:

@@ -33,6 +33,7 @@ from dinov3_client._model import Limits, Model, OutputParity, ParityCheck, Proje
 from dinov3_client._request import ExtractOptions, Layer, Pooling
 from dinov3_client._views import ImageViews, View
 from dinov3_client.bulk.dataset import FeatureDataset
+from dinov3_serving.presets import Preset
 
 __all__ = [
     "AsyncClient",
@@ -59,6 +60,7 @@ __all__ = [
     "Overloaded",
     "ParityCheck",
     "Pooling",
+    "Preset",
     "Projection",
     "ServerError",
     "StatusError",

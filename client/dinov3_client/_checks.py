@@ -8,7 +8,8 @@ import operator
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-_T = TypeVar("_T")
+_K = TypeVar("_K", bound=str)
+_V = TypeVar("_V")
 
 UINT32_MAX = 2**32 - 1
 """Of sizes, crops and layers on the wire."""
@@ -20,7 +21,7 @@ def check_choice(name: str, given: object, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} has {given!r}; allowed are {listed(allowed)}")
 
 
-def choice(name: str, given: str, values: Mapping[str, _T]) -> _T:
+def choice(name: str, given: _K, values: Mapping[_K, _V]) -> _V:
     """What `values` has for `given`."""
     check_choice(name, given, values)
     return values[given]

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import FEATURE_DTYPES, PIXEL_DTYPES
 
 Array = NDArray[Any]
-FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 
-_WIRE: dict[str, pb.DataType] = {
-    "uint8": pb.DATA_TYPE_UINT8,
-    "float32": pb.DATA_TYPE_FLOAT32,
-    "float16": pb.DATA_TYPE_FLOAT16,
-    "bfloat16": pb.DATA_TYPE_BFLOAT16,
-    "int8": pb.DATA_TYPE_INT8,
-}
+_WIRE: dict[str, pb.DataType] = dict([*PIXEL_DTYPES.items(), *FEATURE_DTYPES.items()])
 _NAMES: dict[int, str] = {number: name for name, number in _WIRE.items()}
 
 

@@ -10,9 +10,12 @@ from google.protobuf.message import DecodeError
 from dinov3_client._dtypes import name_of
 from dinov3_client._errors import InvalidResponse
 from dinov3_client._text import printable
+from dinov3_serving.presets import PRESETS, Preset
+from dinov3_serving.v1 import enums
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _SHOWN = 5  # of what is wrong with an answer
+_INTERPOLATIONS = {number: name for name, number in enums.INTERPOLATIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ class Model:
     server_version: str
     parity_check: ParityCheck
     projections: tuple[Projection, ...]
+    presets: tuple[Preset, ...]
+    """What each `preset` of `extract` does: its size (None: pixels as they are) and interpolation."""
 
 
 def read_model(data: bytes) -> Model:
@@ -156,6 +161,7 @@ def read_model(data: bytes) -> Model:
             Projection(printable(each.name), each.input_channels, each.output_channels, printable(each.fingerprint))
             for each in response.projections
         ),
+        presets=_presets(response),
     )
     _check(model)
     return model
@@ -175,6 +181,7 @@ def _check(model: Model) -> None:
             f"projections[{index}].output_channels": each.output_channels
             for index, each in enumerate(model.projections)
         },
+        **{f"a side of the preset {each.name!r}": min(each.size) for each in model.presets if each.size},
     }
     wrong = [f"{name} is 0" for name, number in least.items() if number < 1]
     for name, values, count in (
@@ -191,6 +198,19 @@ def _check(model: Model) -> None:
         wrong.append("fingerprint is empty")
     if wrong:
         raise InvalidResponse(f"the server tells of a model that cannot be: {'; '.join(wrong[:_SHOWN])}")
+
+
+def _presets(response: pb.GetModelResponse) -> tuple[Preset, ...]:
+    """Return what the server tells of the presets that this client knows, and the contract's own of all others."""
+    told = {each.preset: each for each in response.presets}
+    found = []
+    for preset in PRESETS:
+        each = told.get(enums.PRESETS[preset.name])
+        if each is not None:
+            size = (each.size.height, each.size.width) if each.HasField("size") else None
+            preset = Preset(preset.name, size, _INTERPOLATIONS.get(each.interpolation, preset.interpolation))
+        found.append(preset)
+    return tuple(found)
 
 
 def _parity_check(response: pb.GetModelResponse) -> ParityCheck:

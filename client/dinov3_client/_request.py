@@ -15,31 +15,21 @@ from dinov3_client._checks import (
     listed,
     pixel_size,
 )
-from dinov3_client._dtypes import FeatureDtype, wire_of
+from dinov3_client._dtypes import wire_of
 from dinov3_client._model import Model
-from dinov3_client._views import INTERPOLATIONS, Interpolation
+from dinov3_serving.presets import Interpolation, PresetName
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import INTERPOLATIONS, POOLING_METHODS, PRESETS, FeatureDtype, PoolingMethod
 
 TokenKind = Literal["cls", "patches", "registers"]
-Preset = Literal["dinov3", "hf", "none"]
 Priority = Literal["interactive", "bulk"]
 OnError = Literal["raise", "return"]
-PoolingMethod = Literal["area", "bilinear"]
 
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 
-_PRESETS: dict[str, pb.Preset] = {
-    "dinov3": pb.PRESET_DINOV3,
-    "hf": pb.PRESET_HF,
-    "none": pb.PRESET_NONE,
-}
 _PRIORITIES: dict[str, pb.Priority] = {
     "interactive": pb.PRIORITY_INTERACTIVE,
     "bulk": pb.PRIORITY_BULK,
-}
-_POOLING_METHODS: dict[str, pb.PoolingMethod] = {
-    "area": pb.POOLING_METHOD_AREA,
-    "bilinear": pb.POOLING_METHOD_BILINEAR,
 }
 
 
@@ -81,13 +71,13 @@ class Pooling:
         if not (0 < rows <= UINT32_MAX and 0 < columns <= UINT32_MAX):
             raise ValueError(f"pooling's grid is {self.grid!r}; it must be (rows, columns), both at least 1")
         object.__setattr__(self, "grid", (rows, columns))  # that of a list, or of numpy's numbers, equals no answer's
-        check_choice("pooling's method", self.method, _POOLING_METHODS)
+        check_choice("pooling's method", self.method, POOLING_METHODS)
 
 
 class ExtractOptions(TypedDict, total=False):
     """The options of `extract` and `extract_many`, by keyword; each may be left out."""
 
-    preset: Preset
+    preset: PresetName
     """How an image becomes the model's input. "dinov3" (default) resizes to 256x256 and "hf" to 224x224, both bilinear
     with antialias; "none" takes the pixels as they are, with sides that are multiples of the patch size."""
     size: int | tuple[int, int] | None
@@ -150,7 +140,7 @@ class Options:
     """Of the last layer."""
     layers: tuple[WantedLayer, ...]
     dtype: FeatureDtype
-    preset: Preset
+    preset: PresetName
     size: tuple[int, int] | None
     interpolation: Interpolation | None
     exif: bool
@@ -180,7 +170,7 @@ class Options:
         """The request without images."""
         request = pb.ExtractRequest(
             preprocessing=pb.Preprocessing(
-                preset=_PRESETS[self.preset],
+                preset=PRESETS[self.preset],
                 size=pb.Size(height=self.size[0], width=self.size[1]) if self.size else None,
                 interpolation=INTERPOLATIONS[self.interpolation] if self.interpolation else None,
                 apply_exif_orientation=self.exif,
@@ -199,7 +189,7 @@ class Options:
         )
         if self.pooling:
             rows, columns = self.pooling.grid
-            method = _POOLING_METHODS[self.pooling.method]
+            method = POOLING_METHODS[self.pooling.method]
             request.outputs.pooling.CopyFrom(pb.Pooling(grid_height=rows, grid_width=columns, method=method))
         return request
 
@@ -210,7 +200,7 @@ def options(outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"), **giv
     if unknown:
         raise TypeError(f"there is no option {unknown[0]!r}; the options are {', '.join(_DEFAULTS)}")
     asked: ExtractOptions = {**_DEFAULTS, **given}
-    for name, choices in (("preset", _PRESETS), ("priority", _PRIORITIES)):
+    for name, choices in (("preset", PRESETS), ("priority", _PRIORITIES)):
         check_choice(name, asked[name], choices)  # type: ignore[literal-required]
     check_choice("dtype", asked["dtype"], get_args(FeatureDtype))
     check_choice("on_error", asked["on_error"], get_args(OnError))

@@ -19,8 +19,6 @@ from dinov3_client._model import Model
 from dinov3_client._request import Options, TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-PRESET_SIZES: dict[str, tuple[int, int] | None] = {"dinov3": (256, 256), "hf": (224, 224), "none": None}
-
 # Upper bounds of what stands around the data, in bytes. Of a request, for each image and each view; of an answer, for
 # all of it, for each tensor of a row (which may have an input size, and so a block, of its own), and for the error of
 # each image, which may come in addition to its rows.
@@ -151,19 +149,19 @@ def _filled(costs: Sequence[_Cost], most: _Cost) -> list[range]:
 
 def _costs(sources: Sequence[Source], options: Options, model: Model) -> list[_Cost]:
     row_nbytes = _RowNbytes(options, model)
+    fixed = options.size or next(preset.size for preset in model.presets if preset.name == options.preset)
     costs = []
     for source in sources:
-        answer = sum(row_nbytes[size] for size in _input_sizes(source, options))
+        answer = sum(row_nbytes[size] for size in _input_sizes(source, fixed))
         request = _IMAGE_NBYTES + _VIEW_NBYTES * len(source.views) + source.nbytes
         costs.append(_Cost(source.rows, request, _ERROR_NBYTES + answer))
     return costs
 
 
-def _input_sizes(source: Source, options: Options) -> Iterable[tuple[int, int] | None]:
+def _input_sizes(source: Source, fixed: tuple[int, int] | None) -> Iterable[tuple[int, int] | None]:
     """Of the model, for each row; None where the file does not tell, and has no row therefore."""
     if not isinstance(source.data, bytes) and source.data.dtype == np.float32:
         return [source.pixel_size()]
-    fixed = options.size or PRESET_SIZES[options.preset]
     whole = None
     if not fixed and not all(view.HasField("size") or view.HasField("crop") for view in source.views or [pb.View()]):
         whole = source.pixel_size()

@@ -5,22 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dinov3_client._checks import UINT32_MAX, check_bool, choice, pixel_size
+from dinov3_serving.presets import Interpolation
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import INTERPOLATIONS
 
 if TYPE_CHECKING:
     from dinov3_client._images import PictureLike
-
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-
-INTERPOLATIONS: dict[str, pb.Interpolation] = {
-    "nearest": pb.INTERPOLATION_NEAREST,
-    "bilinear": pb.INTERPOLATION_BILINEAR,
-    "bicubic": pb.INTERPOLATION_BICUBIC,
-    "lanczos": pb.INTERPOLATION_LANCZOS,
-}
 
 
 @dataclass(frozen=True)

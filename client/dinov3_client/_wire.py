@@ -16,10 +16,8 @@ from google.protobuf.message import DecodeError
 from dinov3_client._dtypes import Array, wire_of
 from dinov3_client._errors import InvalidResponse
 from dinov3_client._images import Source
+from dinov3_serving.framing import FIXED32, FIXED64, LENGTH_DELIMITED, VARINT, read_varint, tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
-
-_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
-_LONGEST_VARINT = 10  # bytes
 
 # Which fields of a message hold what: a message in its own turn, or (None) the bytes that are not copied.
 _Fields = Mapping[int, "_Fields | None"]
@@ -86,28 +84,28 @@ class Response:
         position, kept = 0, 0  # what lies between the two is as it was
         while position < len(message):
             start = position
-            tag, position = _read_varint(message, position)
-            wire_type = tag & 7
-            if wire_type == _VARINT:
-                _, position = _read_varint(message, position)
+            key, position = read_varint(message, position)
+            wire_type = key & 7
+            if wire_type == VARINT:
+                _, position = read_varint(message, position)
                 continue
-            if wire_type == _LENGTH_DELIMITED:
-                length, position = _read_varint(message, position)
-            elif wire_type in (_FIXED32, _FIXED64):
-                length = 4 if wire_type == _FIXED32 else 8
+            if wire_type == LENGTH_DELIMITED:
+                length, position = read_varint(message, position)
+            elif wire_type in (FIXED32, FIXED64):
+                length = 4 if wire_type == FIXED32 else 8
             else:
                 raise DecodeError("no version of this protocol has groups")
             end = position + length
             if end > len(message):
                 raise DecodeError("a field is longer than what it is in")
-            if wire_type == _LENGTH_DELIMITED and tag >> 3 in fields:
-                content, inner = message[position:end], fields[tag >> 3]
+            if wire_type == LENGTH_DELIMITED and key >> 3 in fields:
+                content, inner = message[position:end], fields[key >> 3]
                 if inner is not None:
                     small = self._strip(content, inner)
                 else:
                     small = len(self._contents).to_bytes(4, "little")
                     self._contents.append(content)
-                pieces += [message[kept:start], _tag(tag >> 3, len(small)), small]
+                pieces += [message[kept:start], tag(key >> 3, len(small)), small]
                 kept = end
             position = end
         return b"".join([*pieces, message[kept:]])
@@ -140,29 +138,4 @@ def _tensor(dtype: str, shape: tuple[int, ...], arrays: Iterable[Array]) -> list
 
 def _field(number: int, content: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
     """Field `number`, a message or byte string of `content`."""
-    return [_tag(number, sum(map(len, content))), *content]
-
-
-def _tag(number: int, nbytes: int) -> bytes:
-    """What stands before a message or byte string of `nbytes` that is field `number` of the message around it."""
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(nbytes)
-
-
-def _varint(value: int) -> bytes:
-    """Base 128, least significant group first; the high bit of a byte says that another follows."""
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
-
-
-def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
-    """The number at `position`, and where it ends."""
-    value = 0
-    for index, byte in enumerate(message[position : position + _LONGEST_VARINT]):
-        value |= (byte & 0x7F) << 7 * index
-        if byte < 0x80:
-            return value, position + index + 1
-    raise DecodeError("a number has no end")
+    return [tag(number, sum(map(len, content))), *content]

@@ -46,6 +46,7 @@ def test_info(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
         "21,601,152",
         "18/24 channels, 12 layers, patch 8/16, 4 registers",
         "bfloat16",
+        "presets      dinov3 256x256 bilinear, hf 224x224 bilinear, none (pixels as they are)\n",
     ):
         assert text in out
     assert "random" not in out

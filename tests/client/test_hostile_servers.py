@@ -91,6 +91,7 @@ LIES = {
     "cannot be normalised by the mean .*nan": _set(mean=[0.5, float("nan"), 0.5]),
     "fingerprint is empty": _set(fingerprint=""),
     r"projections\[0\].output_channels is 0": _set(projections=[pb.Projection(name="small", input_channels=24)]),
+    "a side of the preset 'hf' is 0": _set(presets=[pb.PresetInfo(preset=pb.PRESET_HF, size=pb.Size(height=224))]),
 }
 
 

@@ -25,16 +25,20 @@ from dinov3_client import (
     Model,
     ModelMismatch,
     Pooling,
+    Preset,
     View,
 )
 from dinov3_client._features import join
 from dinov3_client._images import Source, load
+from dinov3_client._model import read_model
 from dinov3_client._request import options
 from dinov3_client._response import read
 from dinov3_client._split import queries
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_client.testing._answer import answer
+from dinov3_client.testing._model import message_of
 from dinov3_client.testing._projection import read_projection
+from dinov3_serving.presets import PRESETS
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 
@@ -95,6 +99,21 @@ def test_parts_are_within_the_limits(given: list[tuple[int, int]], most: int, nb
         if len(query.views) > 1:
             assert sum(max(1, views) for views in query.views) <= most
             assert len(query.data) <= nbytes
+
+
+@pytest.mark.parametrize(("side", "parts"), [(64, 1), (640, 2)])
+def test_the_sizes_of_presets_are_the_servers(side: int, parts: int) -> None:
+    model = replace(limited(max_message_bytes=200_000), presets=(Preset("hf", (side, side), "bilinear"),))
+    assert len(queries([Source(png(photo()))] * 3, options(preset="hf"), model)) == parts
+
+
+def test_a_preset_that_the_server_does_not_list_is_as_the_contract_has_it() -> None:
+    response = message_of(MODEL, 0)
+    response.ClearField("presets")
+    response.presets.add(preset=pb.PRESET_HF, size=pb.Size(height=448, width=336), interpolation=99)
+    response.presets.add(preset=99)
+    default, _, none = PRESETS
+    assert read_model(response.SerializeToString()).presets == (default, Preset("hf", (448, 336), "bilinear"), none)
 
 
 # Whatever is asked for, the arithmetic is an upper bound, and near the truth.

@@ -72,7 +72,7 @@ def test_a_room_knows_only_what_it_may(path: Path) -> None:
                 allowed = FLOORS[other] < FLOORS[here] or FLOORS[here] == 0
                 assert allowed, f"{here} imports {name}, which stands above it or beside it"
     assert not knows(path, "dinov3_client")
-    for package in ("grpc", "grpc_health", "grpc_status", "grpc_reflection", "dinov3_serving"):
+    for package in ("grpc", "grpc_health", "grpc_status", "grpc_reflection", "dinov3_serving.v1"):
         assert here == "api" or not knows(path, package), f"only api/ may import {package}"
     computes = here in ("nn", "families", "backbone")
     assert computes or not knows(path, "torch"), "only what computes may import torch: nn/, families/, backbone/"

@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dinov3_client._dtypes import Array, FeatureDtype
+from dinov3_client._dtypes import Array
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures
-from dinov3_client._request import Preset, TokenKind
-from dinov3_client._views import Interpolation
+from dinov3_client._request import TokenKind
 from dinov3_client.bulk.reading import Entry
+from dinov3_serving.presets import Interpolation, PresetName
+from dinov3_serving.v1.enums import FeatureDtype
 
 Format = Literal["safetensors", "npz"]
 
@@ -28,7 +29,7 @@ class Options:
     outputs: tuple[TokenKind, ...] = ("cls", "patches")
     layers: tuple[int, ...] = ()
     """0 .. depth - 1."""
-    preset: Preset = "dinov3"
+    preset: PresetName = "dinov3"
     size: tuple[int, int] | None = None
     interpolation: Interpolation | None = None
     exif: bool = False

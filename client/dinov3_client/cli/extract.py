@@ -9,10 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from dinov3_client._dtypes import FeatureDtype
 from dinov3_client._errors import Dinov3Error
-from dinov3_client._request import Preset, Priority, TokenKind
-from dinov3_client._views import Interpolation
+from dinov3_client._request import Priority, TokenKind
 from dinov3_client.bulk import extraction, manifest, sources
 from dinov3_client.bulk.errors import SourceError
 from dinov3_client.bulk.rows import Format, Options
@@ -27,6 +25,8 @@ from dinov3_client.cli.common import (
     numbers,
     say,
 )
+from dinov3_serving.presets import Interpolation, PresetName
+from dinov3_serving.v1.enums import FeatureDtype
 
 # Of failed images on stderr; failed.jsonl has all.
 _SHOWN_FAILURES = 20
@@ -92,7 +92,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     features.add_argument("--pool", type=image_size, metavar="N|HxW", help="patches averaged to a grid of this many")
     features.add_argument("--projection", metavar="NAME", help="of the patches' channels, one that the server has")
     images = extract.add_argument_group("images")
-    images.add_argument("--preset", choices=get_args(Preset), default="dinov3", help="default: %(default)s")
+    images.add_argument("--preset", choices=get_args(PresetName), default="dinov3", help="default: %(default)s")
     add_size(images, None, "the preset's")
     images.add_argument("--interpolation", choices=get_args(Interpolation), help="default: the preset's")
     images.add_argument("--exif", action="store_true", help="turn images by their EXIF orientation first")

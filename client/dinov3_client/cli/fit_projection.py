@@ -19,7 +19,7 @@ from dinov3_client._errors import Dinov3Error, ModelMismatch
 from dinov3_client._features import Features
 from dinov3_client._model import Model
 from dinov3_client._pictures.pca import Components, Moments
-from dinov3_client._request import Layer, Preset
+from dinov3_client._request import Layer
 from dinov3_client.bulk.extraction import SLACK_BYTES
 from dinov3_client.bulk.reading import Reader
 from dinov3_client.cli.common import (
@@ -32,6 +32,7 @@ from dinov3_client.cli.common import (
     layer_numbers,
     say,
 )
+from dinov3_serving.presets import PresetName
 
 # Of one request, and requests on their way: enough to keep a server busy.
 BATCH_IMAGES = 32
@@ -61,7 +62,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     )
     fit.add_argument("--channels", type=int, default=64, metavar="K", help="to keep; default: %(default)s")
     fit.add_argument("--layer", type=int, metavar="I", help="of the patches of this layer; default: the last")
-    fit.add_argument("--preset", choices=get_args(Preset), default="dinov3", help="default: %(default)s")
+    fit.add_argument("--preset", choices=get_args(PresetName), default="dinov3", help="default: %(default)s")
     add_size(fit, None, "the preset's")
     fit.add_argument("--exif", action="store_true", help="turn images by their EXIF orientation first")
     fit.set_defaults(command=_fit)

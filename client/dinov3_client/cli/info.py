@@ -8,6 +8,7 @@ from typing import Any
 
 from dinov3_client._model import Model
 from dinov3_client.cli.common import connect, say
+from dinov3_serving.presets import Preset
 
 
 def add(commands: Any, server: argparse.ArgumentParser) -> None:
@@ -28,6 +29,7 @@ def _info(args: argparse.Namespace) -> int:
         f"{model.register_tokens} registers",
         "computes in": f"{model.dtype} on {', '.join(model.devices)}",
         "mean, std": f"{_rounded(model.mean)}, {_rounded(model.std)}",
+        "presets": ", ".join(f"{preset.name} {_preset(preset)}" for preset in model.presets),
         "limits": f"{limits.max_images_per_request} images and {limits.max_message_bytes:,} bytes a request; "
         f"{limits.max_image_pixels:,} pixels and {limits.max_image_tokens:,} tokens an image",
         "parity check": _parity(model),
@@ -46,6 +48,10 @@ def _parity(model: Model) -> str:
         f"{proof.output} cosine {proof.least_cosine:.6f}" for proof in check.outputs if proof.dtype == model.dtype
     )
     return f"verified against Meta's code at {check.upstream_revision[:12]}: {cosines} in {model.dtype}"
+
+
+def _preset(preset: Preset) -> str:
+    return f"{preset.size[0]}x{preset.size[1]} {preset.interpolation}" if preset.size else "(pixels as they are)"
 
 
 def _each(values: Sequence[int]) -> str:

@@ -6,30 +6,21 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import grpc
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from dinov3_client._dtypes import numpy_of
 from dinov3_client._model import Model
-from dinov3_client._request import Pooling, PoolingMethod, TokenKind
+from dinov3_client._request import KINDS, Pooling, TokenKind
 from dinov3_client.testing._failure import Failure, invalid
 from dinov3_client.testing._formula import expected, quantised
 from dinov3_client.testing._images import Reader, Row, Size, enum_of
 from dinov3_client.testing._projection import Linear
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import FEATURE_DTYPES, POOLING_METHODS
 
-_KINDS: tuple[TokenKind, ...] = ("cls", "patches", "registers")
-_DTYPES: dict[int, np.dtype[Any]] = {
-    pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
-    pb.DATA_TYPE_FLOAT16: np.dtype("<f2"),
-    pb.DATA_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
-    pb.DATA_TYPE_INT8: np.dtype("i1"),
-}
-_METHODS: dict[int, PoolingMethod] = {
-    pb.POOLING_METHOD_UNSPECIFIED: "area",
-    pb.POOLING_METHOD_AREA: "area",
-    pb.POOLING_METHOD_BILINEAR: "bilinear",
-}
+_DTYPES = {number: numpy_of(name) for name, number in FEATURE_DTYPES.items()}
+_METHODS = {number: name for name, number in POOLING_METHODS.items()}
 _CHANNELS_FIRST: dict[int, bool] = {
     pb.PATCH_LAYOUT_UNSPECIFIED: False,
     pb.PATCH_LAYOUT_TOKENS: False,
@@ -104,13 +95,13 @@ def _check_pins(request: pb.ExtractRequest, model: Model, projections: Mapping[s
 
 
 def _outputs(outputs: pb.Outputs, model: Model, projections: Mapping[str, Linear]) -> Outputs:
-    kinds = [kind for kind in _KINDS if getattr(outputs, kind)]
+    kinds = [kind for kind in KINDS if getattr(outputs, kind)]
     groups = [Group(None, True, kinds)] if kinds else []
     for index, entry in enumerate(outputs.layers):
         field = f"outputs.layers[{index}]"
         if entry.layer >= model.depth:
             raise invalid(f"there is no layer {entry.layer}: allowed are 0 to {model.depth - 1}", f"{field}.layer")
-        group = Group(entry.layer, not entry.skip_norm, [kind for kind in _KINDS if getattr(entry, kind)])
+        group = Group(entry.layer, not entry.skip_norm, [kind for kind in KINDS if getattr(entry, kind)])
         if not group.kinds:
             raise invalid(f"layer {entry.layer} is asked for nothing: set cls, patches or registers", field)
         if group[:2] in [other[:2] for other in groups]:
@@ -135,7 +126,8 @@ def _pooling(given: pb.Pooling, model: Model) -> Pooling:
     most = model.limits.max_image_tokens
     if rows * columns > most:
         raise invalid(f"a grid of {rows}x{columns} is over the {most} tokens of an image", "outputs.pooling")
-    return Pooling((rows, columns), enum_of(pb.PoolingMethod, _METHODS, given.method, "outputs.pooling.method"))
+    method = given.method or pb.POOLING_METHOD_AREA
+    return Pooling((rows, columns), enum_of(pb.PoolingMethod, _METHODS, method, "outputs.pooling.method"))
 
 
 def _projection(name: str, groups: list[Group], model: Model, projections: Mapping[str, Linear]) -> Linear | None:

@@ -15,27 +15,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dinov3_client._model import Model
 from dinov3_client.testing._failure import Failure, invalid
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import INTERPOLATIONS, PIXEL_DTYPES, PRESETS
 
 Array = NDArray[Any]
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
-_PRESETS: dict[int, Size | None] = {
-    pb.PRESET_UNSPECIFIED: (256, 256),
-    pb.PRESET_DINOV3: (256, 256),
-    pb.PRESET_HF: (224, 224),
-    pb.PRESET_NONE: None,
-}
-_FILTERS: dict[int, Image.Resampling | None] = {
+_FILTERS = {
     pb.INTERPOLATION_UNSPECIFIED: None,
-    pb.INTERPOLATION_NEAREST: Image.Resampling.NEAREST,
-    pb.INTERPOLATION_BILINEAR: Image.Resampling.BILINEAR,
-    pb.INTERPOLATION_BICUBIC: Image.Resampling.BICUBIC,
-    pb.INTERPOLATION_LANCZOS: Image.Resampling.LANCZOS,
+    **{number: Image.Resampling[name.upper()] for name, number in INTERPOLATIONS.items()},
 }
-_PIXELS: dict[int, type[np.generic]] = {pb.DATA_TYPE_UINT8: np.uint8, pb.DATA_TYPE_FLOAT32: np.float32}
+_PIXELS = {number: np.dtype(name) for name, number in PIXEL_DTYPES.items()}
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
+E = TypeVar("E", bound=int)
 T = TypeVar("T")
 
 
@@ -60,7 +53,7 @@ class _Part(NamedTuple):
     flip: bool
 
 
-def enum_of(names: EnumTypeWrapper, allowed: Mapping[int, T], value: int, field: str) -> T:
+def enum_of(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str) -> T:
     if value in allowed:
         return allowed[value]
     given = names.Name(value) if value in names.values() else str(value)
@@ -82,8 +75,11 @@ class Reader:
         self._other_tokens = 1 + model.register_tokens
         self._limits = model.limits
         self._exif = preprocessing.apply_exif_orientation
-        self._size = enum_of(pb.Preset, _PRESETS, preprocessing.preset, "preprocessing.preset")
-        self._filter = _filter(preprocessing.interpolation, "preprocessing.interpolation", Image.Resampling.BILINEAR)
+        presets = {PRESETS[preset.name]: preset for preset in model.presets}
+        preset = enum_of(pb.Preset, presets, preprocessing.preset or pb.PRESET_DINOV3, "preprocessing.preset")
+        default = Image.Resampling[preset.interpolation.upper()]
+        self._size = preset.size
+        self._filter = _filter(preprocessing.interpolation, "preprocessing.interpolation", default)
         self._given: Size | None = None
         if preprocessing.HasField("size"):
             self._given = self._size = preprocessing.size.height, preprocessing.size.width
@@ -240,7 +236,7 @@ def _check_crop(crop: pb.Box, pixels: Array | None, field: str) -> None:
         raise invalid(f"{given} reaches beyond the picture of {_by(pixels.shape[:2])}", field)
 
 
-def _filter(interpolation: int, field: str, default: Image.Resampling) -> Image.Resampling:
+def _filter(interpolation: pb.Interpolation, field: str, default: Image.Resampling) -> Image.Resampling:
     given = enum_of(pb.Interpolation, _FILTERS, interpolation, field)
     return default if given is None else given
 
@@ -250,7 +246,7 @@ def _array(tensor: pb.Tensor, field: str, axes: int) -> Array:
     allowed = "allowed are uint8 [H, W, 3] and float32 [3, H, W]" + (", packed [N, ...]" if axes == 4 else "")
     if tensor.dtype not in _PIXELS:
         raise invalid(f"pixels cannot be of the dtype {tensor.dtype}; {allowed}", f"{field}.dtype")
-    dtype, shape = np.dtype(_PIXELS[tensor.dtype]), tuple(tensor.shape)
+    dtype, shape = _PIXELS[tensor.dtype], tuple(tensor.shape)
     channels = -1 if dtype == np.uint8 else -3
     if len(shape) != axes or min(shape) < 1 or shape[channels] != 3:
         raise invalid(f"{dtype} pixels of shape {list(shape)}; {allowed}", f"{field}.shape")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dinov3_client._dtypes import wire_of
 from dinov3_client._model import Limits, Model, ParityCheck
+from dinov3_serving.presets import PRESETS
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import preset_message
 
 MODEL = Model(
     name="dinov3_vits16",
@@ -34,6 +36,7 @@ MODEL = Model(
     server_version="0.1.0",
     parity_check=ParityCheck(False, "a fake server proves nothing", "", (), "", ""),
     projections=(),
+    presets=PRESETS,
 )
 """What a `FakeServer` serves by default: a ViT of 24 channels, so that features are small. `dataclasses.replace` makes
 others of it; `embed_dim` and `patch_size` are the last of `layer_dims` and `layer_strides`."""
@@ -93,4 +96,5 @@ def message_of(model: Model, frontend: int) -> pb.GetModelResponse:
             )
             for each in model.projections
         ],
+        presets=map(preset_message, model.presets),
     )

@@ -8,18 +8,16 @@ from typing import TypeVar
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from dinov3_server.api.response import DTYPES, most_nbytes
+from dinov3_server.api.response import most_nbytes
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import InvalidInput
-from dinov3_server.models.interface import FeatureSpec, ModelInfo, Output, Pooling, PoolingMethod, TokenKind
+from dinov3_server.models.interface import FeatureSpec, ModelInfo, Output, Pooling, TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import FEATURE_DTYPES, POOLING_METHODS
 
-_FEATURE_DTYPES = {number: name for name, number in DTYPES.items()}
+_FEATURE_DTYPES = {number: name for name, number in FEATURE_DTYPES.items()}
 _KINDS: tuple[TokenKind, ...] = ("cls", "patches", "registers")
-_METHODS: dict[pb.PoolingMethod, PoolingMethod] = {
-    pb.POOLING_METHOD_AREA: "area",
-    pb.POOLING_METHOD_BILINEAR: "bilinear",
-}
+_METHODS = {number: name for name, number in POOLING_METHODS.items()}
 # Longer ones than any plain request has are read anew each time, so that what is remembered stays small.
 _REMEMBERED_BYTES = 256
 _IS_CHANNELS_FIRST = {pb.PATCH_LAYOUT_TOKENS: False, pb.PATCH_LAYOUT_CHANNELS_FIRST: True}

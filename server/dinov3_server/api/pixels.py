@@ -9,8 +9,9 @@ import numpy as np
 from dinov3_server.errors import InvalidInput
 from dinov3_server.models.interface import PixelFormat, PixelShape
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import PIXEL_DTYPES
 
-_PIXEL_FORMATS: dict[pb.DataType, PixelFormat] = {pb.DATA_TYPE_UINT8: "uint8", pb.DATA_TYPE_FLOAT32: "float32"}
+_PIXEL_FORMATS = {number: name for name, number in PIXEL_DTYPES.items()}
 LARGEST_FLOAT = 1000.0
 """Of normalised pixels, which lie within about -3 to 3. Those of 1e20 have infinite squares, and features."""
 _MOST_AXES = 8  # that an error message shows

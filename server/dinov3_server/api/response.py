@@ -14,24 +14,18 @@ from itertools import groupby
 from typing import NamedTuple
 
 from dinov3_server.api.status import status_of
-from dinov3_server.api.wire import varint
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import ServingError
-from dinov3_server.models.interface import FeatureDtype, FeatureSpec, ModelInfo, PixelShape, Section
+from dinov3_server.models.interface import FeatureSpec, ModelInfo, PixelShape, Section
+from dinov3_serving.framing import tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import FEATURE_DTYPES
 
 # Pieces of a message, in order; the big ones are views of the arena.
 Pieces = list["bytes | memoryview"]
 # Of a message with data in k places: what stands before each, and what stands after the last.
 Frames = list[bytes]
 
-DTYPES: dict[FeatureDtype, pb.DataType] = {
-    "float32": pb.DATA_TYPE_FLOAT32,
-    "float16": pb.DATA_TYPE_FLOAT16,
-    "bfloat16": pb.DATA_TYPE_BFLOAT16,
-    "int8": pb.DATA_TYPE_INT8,
-}
-_LENGTH_DELIMITED = 2  # wire type
 _BLOCK_FIELDS = {"cls": 6, "patches": 7, "registers": 8}
 _LAYERS_FIELD = 9
 _TENSOR_FIELDS = (3, 4)  # data and scales
@@ -82,7 +76,7 @@ def response_pieces(
 def stream_answer(message_id: int, response: Pieces) -> Pieces:
     """The ExtractStreamResponse that holds `response`."""
     header = pb.ExtractStreamResponse(id=message_id).SerializeToString()
-    return [header + _tag(2, sum(map(len, response))), *response]
+    return [header + tag(2, sum(map(len, response))), *response]
 
 
 def most_nbytes(blocks: Iterable[Block], fingerprint: str) -> int:
@@ -148,7 +142,7 @@ def _frames(
 
 def _message(number: int, content: Frames, nbytes: int) -> Frames:
     """Field `number`, a message of `content` with `nbytes` of data in it."""
-    return [_tag(number, sum(map(len, content)) + nbytes) + content[0], *content[1:]]
+    return [tag(number, sum(map(len, content)) + nbytes) + content[0], *content[1:]]
 
 
 def _joined(first: Frames, second: Frames) -> Frames:
@@ -185,14 +179,9 @@ def _section(memory: memoryview, run: _Run, section: int) -> memoryview:
 def _tensor(sections: Sequence[Section], rows: int) -> tuple[Frames, int]:
     """A Tensor without its `sections`, and the bytes of these."""
     values = sections[0]
-    frames = [pb.Tensor(dtype=DTYPES[values.dtype], shape=(rows, *values.shape)).SerializeToString()]
+    frames = [pb.Tensor(dtype=FEATURE_DTYPES[values.dtype], shape=(rows, *values.shape)).SerializeToString()]
     nbytes = 0
     for number, section in zip(_TENSOR_FIELDS, sections, strict=False):
-        frames = _joined(frames, [_tag(number, rows * section.nbytes), b""])
+        frames = _joined(frames, [tag(number, rows * section.nbytes), b""])
         nbytes += rows * section.nbytes
     return frames, nbytes
-
-
-def _tag(number: int, nbytes: int) -> bytes:
-    """What stands before a message or byte string of `nbytes` that is field `number` of the message around it."""
-    return varint(number << 3 | _LENGTH_DELIMITED) + varint(nbytes)

@@ -10,7 +10,6 @@ from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import SERVICE, Context
 from dinov3_server.api.receiving import Receiver
-from dinov3_server.api.response import DTYPES
 from dinov3_server.api.stream import Stream
 from dinov3_server.api.wire import parse
 from dinov3_server.config.settings import Settings
@@ -18,7 +17,9 @@ from dinov3_server.engine.engine import Engine
 from dinov3_server.errors import Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import ParityCheck
+from dinov3_serving.presets import PRESETS
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import FEATURE_DTYPES, preset_message
 
 
 class FeatureService:
@@ -91,7 +92,7 @@ class FeatureService:
             weights=model.weights,
             random_weights=model.random_weights,
             fingerprint=model.fingerprint,
-            dtype=DTYPES[model.dtype],
+            dtype=FEATURE_DTYPES[model.dtype],
             devices=self._engine.devices,
             embed_dim=model.embed_dim,
             depth=model.depth,
@@ -114,6 +115,7 @@ class FeatureService:
             server_version=self._version,
             parity_check=_parity_check(model.parity_check),
             projections=[pb.Projection(**projection._asdict()) for projection in model.projections],
+            presets=map(preset_message, PRESETS),
         ).SerializeToString()
 
     def _check_open(self) -> None:
@@ -131,7 +133,7 @@ def _parity_check(parity_check: ParityCheck) -> pb.ParityCheck:
         outputs=[
             pb.OutputParity(
                 output=proof.output,
-                dtype=DTYPES[proof.dtype],
+                dtype=FEATURE_DTYPES[proof.dtype],
                 least_cosine=proof.least_cosine,
                 relative_error=proof.relative_error,
             )

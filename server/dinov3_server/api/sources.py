@@ -19,7 +19,6 @@ from dinov3_server.images.cost import Cost, resizing
 from dinov3_server.images.file import File
 from dinov3_server.images.preprocess import (
     Box,
-    Interpolation,
     Transform,
     check_box,
     check_size,
@@ -28,15 +27,14 @@ from dinov3_server.images.preprocess import (
     transform_pixels_into,
 )
 from dinov3_server.models.interface import ModelInfo, PixelFormat, PixelShape
+from dinov3_serving.presets import Interpolation
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import INTERPOLATIONS, PRESETS
 
-_PRESETS = {pb.PRESET_DINOV3: "dinov3", pb.PRESET_HF: "hf", pb.PRESET_NONE: "none"}
+_PRESETS = {number: name for name, number in PRESETS.items()}
 _INTERPOLATIONS: dict[pb.Interpolation, Interpolation | None] = {
     pb.INTERPOLATION_UNSPECIFIED: None,
-    pb.INTERPOLATION_NEAREST: "nearest",
-    pb.INTERPOLATION_BILINEAR: "bilinear",
-    pb.INTERPOLATION_BICUBIC: "bicubic",
-    pb.INTERPOLATION_LANCZOS: "lanczos",
+    **{number: name for name, number in INTERPOLATIONS.items()},
 }
 
 

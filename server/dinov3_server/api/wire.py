@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api.status import abort, status_of
 from dinov3_server.errors import InvalidInput
+from dinov3_serving.framing import read_varint, tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 # Shorter messages go to protobuf as they are: it builds what they can hold in a millisecond or two.
@@ -139,13 +140,13 @@ class Walk:
             key = data[position]
             position += 1
             if key >= 0x80:
-                key, position = self._varint(position - 1)
+                key, position = read_varint(data, position - 1)
             wire = key & 7
             if wire == 2:
                 length = data[position] if position < end else 0x80
                 position += 1
                 if length >= 0x80:
-                    length, position = self._varint(position - 1)
+                    length, position = read_varint(data, position - 1)
                 content, position = position, position + length
                 field = None if groups else shape.get(key >> 3)
                 if position > end:
@@ -153,10 +154,10 @@ class Walk:
                 if field is not None:
                     piece = self._field(field, content, position) if keep or not field.is_bytes else b""
                     if piece is not None:
-                        pieces += (data[copied:start], varint(key), varint(len(piece)), piece)
+                        pieces += (data[copied:start], tag(key >> 3, len(piece)), piece)
                         copied = position
             elif wire == 0:
-                position = self._varint(position)[1]
+                position = read_varint(data, position)[1]
             elif wire == 5 or wire == 1:
                 position += 4 if wire == 5 else 8
             elif wire == 3:
@@ -193,29 +194,3 @@ class Walk:
             "(--max-images-per-request): send them in several requests",
             field=field,
         )
-
-    def _varint(self, position: int) -> tuple[int, int]:
-        """A number at `position`, and where it ends. Raises DecodeError."""
-        value = shift = 0
-        data = self._data
-        while shift < 70:
-            try:
-                byte = data[position]
-            except IndexError:
-                raise DecodeError from None
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value, position
-            shift += 7
-        raise DecodeError
-
-
-def varint(value: int) -> bytes:
-    """Base 128, least significant group first; the high bit of a byte says that another follows."""
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal, NamedTuple, cast, get_args
+from typing import NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ import PIL
 from PIL import Image, features
 
 from dinov3_server.errors import InvalidInput
-
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+from dinov3_serving import presets
+from dinov3_serving.presets import Interpolation
 
 _RESAMPLING: Mapping[str, Image.Resampling] = {
     "nearest": Image.Resampling.NEAREST,
@@ -65,11 +65,7 @@ class Transform:
 
 
 PRESETS: Mapping[str, Transform] = MappingProxyType(
-    {
-        "dinov3": Transform((256, 256), "bilinear"),
-        "hf": Transform((224, 224), "bilinear"),
-        "none": Transform(None, "bilinear"),
-    }
+    {preset.name: Transform(preset.size, preset.interpolation) for preset in presets.PRESETS}
 )
 
 
@@ -80,11 +76,11 @@ def transform(preset: str, size: tuple[int, int] | None, interpolation: str | No
     `check_size`'s to say.
     """
     if preset not in PRESETS:
-        presets = ", ".join(
+        allowed = ", ".join(
             f"{name} ({f'{known.size[0]}x{known.size[1]}' if known.size else 'size as given'})"
             for name, known in PRESETS.items()
         )
-        raise InvalidInput(f"there is no preset {preset!r}; allowed are {presets}", field="preprocessing.preset")
+        raise InvalidInput(f"there is no preset {preset!r}; allowed are {allowed}", field="preprocessing.preset")
     base = PRESETS[preset]
     if interpolation is not None and interpolation not in get_args(Interpolation):
         raise InvalidInput(

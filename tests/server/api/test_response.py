@@ -9,12 +9,13 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov3_server.api.response import DTYPES, PlacedBlock, most_nbytes, response_pieces, stream_answer
+from dinov3_server.api.response import PlacedBlock, most_nbytes, response_pieces, stream_answer
 from dinov3_server.api.status import status_of
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_server.models.interface import FeatureSpec, Output, PixelShape, Pooling, Projection
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.enums import FEATURE_DTYPES
 from tests.server.api.rig import MODEL
 
 KINDS = ("cls", "patches", "registers")
@@ -36,7 +37,7 @@ def answers(draw: st.DrawFn) -> tuple:
     outputs += [Output(kind, layer, norm) for layer, norm, chosen in intermediate for kind in chosen]
     spec = FeatureSpec(
         tuple(outputs or [Output("cls")]),
-        draw(st.sampled_from(sorted(DTYPES))),
+        draw(st.sampled_from(sorted(FEATURE_DTYPES))),
         draw(st.none() | st.builds(Pooling, st.sampled_from(["area", "bilinear"]), *[st.integers(1, 20)] * 2)),
         draw(st.sampled_from([None, "p"])),
         draw(st.booleans()),
@@ -117,7 +118,7 @@ def as_protobuf(
                 shape[-1] = 9
             if output.kind == "patches" and spec.channels_first:
                 shape = [len(rows), shape[-1], grid[0] * scale, grid[1] * scale]
-            tensor = pb.Tensor(dtype=DTYPES[spec.dtype], shape=shape, data=_packed(memory, places, section))
+            tensor = pb.Tensor(dtype=FEATURE_DTYPES[spec.dtype], shape=shape, data=_packed(memory, places, section))
             section += 1
             if spec.dtype == "int8":
                 tensor.scales = _packed(memory, places, section)

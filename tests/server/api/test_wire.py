@@ -10,8 +10,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api import wire
-from dinov3_server.api.wire import TooMany, Walk, message_id, parse, varint
+from dinov3_server.api.wire import TooMany, Walk, message_id, parse
 from dinov3_server.errors import InvalidInput
+from dinov3_serving.framing import tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 MOST = 512
@@ -19,7 +20,7 @@ IMAGE = pb.ExtractRequest(images=[pb.Image(encoded=b"x" * 5000)]).SerializeToStr
 
 
 def field(number: int, content: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(content)) + content
+    return tag(number, len(content)) + content
 
 
 def visited(kind: type[Message], data: bytes, monkeypatch: pytest.MonkeyPatch) -> int:
