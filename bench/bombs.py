@@ -2,9 +2,11 @@
 
 The whole server (default limits, one frontend, a token file, the instant runner of bench/instant.py) meets one bomb
 after the other: compressed messages and messages that are held open without a token, the same with one, answers that
-are not read, small files that are large pictures, poolings that are large answers. The PSS of all its processes is read
-20 times a second, from the start of a bomb until 12 s after its end; `peak_mb` is the most, `after_mb` the last.
-`answers` are by status. The formula leaves the worker out, whose idle PSS (`worker_mb`) is added to it.
+are not read, small files that are large pictures, poolings that are large answers, 90 MB of empty images or unknown
+fields. The PSS of all its processes is read 20 times a second, from the start of a bomb until 12 s after its end;
+`peak_mb` is the most, `after_mb` the last. `lag_ms` is the longest delay of the frontend's event loop, as the upper
+bound of its bucket (dinov3_event_loop_lag_seconds). `answers` are by status. The formula leaves the worker out, whose
+idle PSS (`worker_mb`) is added to it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from PIL import Image
 
 from bench.http2 import Caller
 from bench.record import table
-from bench.server import Server, serving
+from bench.server import Server, quantile_ms, serving
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 MB = 1 << 20
@@ -55,7 +57,7 @@ def measure() -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     head = f"formula {result['formula_mb']} MB, peak {result['peak_mb']} MB"
-    return f"{head}\n{table(result['rows'], 'bomb', 'before_mb', 'peak_mb', 'after_mb', 'answers')}"
+    return f"{head}\n{table(result['rows'], 'bomb', 'before_mb', 'peak_mb', 'after_mb', 'lag_ms', 'answers')}"
 
 
 def pss(process: psutil.Process) -> int:
@@ -96,14 +98,16 @@ def _throw(server: Server, name: str, bomb: _Bomb) -> dict[str, Any]:
         await asyncio.sleep(2 * HOLD_SECONDS)
         return answers
 
-    sampler = _Sampler(server.process)
+    sampler, before = _Sampler(server.process), server.metrics()
     answers = asyncio.run(throw())
     sampler.end()
+    grown = {key: value - before.get(key, 0.0) for key, value in server.metrics().items()}
     row = {
         "bomb": name,
         "before_mb": sampler.first // MB,
         "peak_mb": sampler.peak // MB,
         "after_mb": sampler.last // MB,
+        "lag_ms": quantile_ms(grown, "dinov3_event_loop_lag_seconds", 1.0),
         "answers": " ".join(f"{code}:{count}" for code, count in sorted(answers.items())),
     }
     print(row, flush=True)
@@ -205,4 +209,6 @@ BOMBS: dict[str, _Bomb] = {
     "1-bit PNG, 9,900 x 9,900": lambda address: _pictures(address, _file(Image.new("1", (9900, 9900)), "PNG")),
     "WebP, 9,900 x 9,900": lambda address: _pictures(address, _file(Image.new("RGB", (9900, 9900)), "WEBP")),
     "poolings to 128 x 128": _poolings,
+    "90 MB of empty images": lambda address: _calls(address, b"\n\x00" * (45 * MB)),
+    "90 MB of unknown fields": lambda address: _calls(address, b"\xf8\x7f\x00" * (30 * MB)),
 }

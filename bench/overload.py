@@ -11,7 +11,7 @@ sent in the measured time, after a warm-up that is as long as the deadline. Colu
 - `generator`: CPU time of the generator in the measured time, over the time of all cores.
 - From the server's metrics, from the first request to the last answer: `refused_ms`, the 50th and 99th percentile of
   the time from a request's arrival at its handler to its refusal (dinov3_refusal_seconds: the upper bound of its
-  bucket); `late`, device time of images that ended after their deadline, over all device time; `busy`, device time
+  bucket); `lag_ms`, the 99.9th of the delay of the frontends' event loops, likewise; `late`, device time of images that ended after their deadline, over all device time; `busy`, device time
   over wall time; `mean_batch`.
 - `expired`: requests whose caller saw its own deadline instead of an answer.
 
@@ -45,7 +45,7 @@ import psutil
 from bench.open_loop import Generator, Usage
 from bench.preprocessing import MAX_PIXELS, photos
 from bench.record import table
-from bench.server import Server, serving
+from bench.server import Server, quantile_ms, serving
 from dinov3_client import Client, Overloaded
 from dinov3_client import DeadlineExceeded as ClientDeadline
 from dinov3_server.images.decode import decode
@@ -77,8 +77,8 @@ def measure() -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     columns = (
-        "case", "load", "capacity", "of_capacity", "of_offered", "of_left", "refused_ms", "late", "busy", "mean_batch",
-        "expired", "generator",
+        "case", "load", "capacity", "of_capacity", "of_offered", "of_left", "refused_ms", "lag_ms", "late", "busy",
+        "mean_batch", "expired", "generator",
     )  # fmt: skip
     hog = ("hog", "p99_ms", "idle_p99_ms", "full_batch_ms", "bound_ms", "refused", "hog_of_alone")
     client = ("threads", "asked", "answered", "attempts", "error")
@@ -167,7 +167,8 @@ def _counted(before: Metrics, after: Metrics, seconds: float) -> dict[str, Any]:
     busy = _total(grown, "dinov3_device_busy_seconds_total")
     batches = _total(grown, "dinov3_batch_images_count")
     return {
-        "refused_ms": [_quantile(grown, part) for part in (0.5, 0.99)],
+        "refused_ms": [quantile_ms(grown, "dinov3_refusal_seconds", part) for part in (0.5, 0.99)],
+        "lag_ms": quantile_ms(grown, "dinov3_event_loop_lag_seconds", 0.999),
         "late": round(_total(grown, "dinov3_late_device_seconds_total") / max(busy, 1e-9), 4),
         "busy": round(busy / seconds, 3),
         "mean_batch": round(_total(grown, "dinov3_batch_images_sum") / max(batches, 1), 1),
@@ -176,17 +177,6 @@ def _counted(before: Metrics, after: Metrics, seconds: float) -> dict[str, Any]:
 
 def _total(metrics: Metrics, name: str) -> float:
     return sum(value for (found, *_), value in metrics.items() if found == name)
-
-
-def _quantile(grown: Metrics, part: float) -> float | None:
-    """Return a quantile of the time to refuse, in ms; None if nothing was refused."""
-    buckets = sorted(
-        (float(key[1]), value) for key, value in grown.items() if key[0] == "dinov3_refusal_seconds_bucket"
-    )
-    if not buckets or not buckets[-1][1]:
-        return None
-    bounds = (bound for bound, value in buckets if value >= part * buckets[-1][1])
-    return next(bounds) * 1e3
 
 
 def _hog(bulk: bool) -> dict[str, Any]:

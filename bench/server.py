@@ -54,6 +54,17 @@ class Server:
             return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
+def quantile_ms(grown: Mapping[tuple[str, ...], float], histogram: str, part: float) -> float | None:
+    """Return the upper bound, in ms, of the bucket that holds this quantile of what a histogram of seconds counted.
+
+    `grown` is the difference of two `Server.metrics`. Returns None where nothing was counted.
+    """
+    buckets = sorted((float(key[1]), value) for key, value in grown.items() if key[0] == f"{histogram}_bucket")
+    if not buckets or not buckets[-1][1]:
+        return None
+    return 1e3 * next(bound for bound, value in buckets if value >= part * buckets[-1][1])
+
+
 def memory_of(pid: int) -> dict[str, int]:
     """Of a process, in bytes, as /proc/PID/status has it.
 

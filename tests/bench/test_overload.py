@@ -9,6 +9,7 @@ import pytest
 
 from bench import overload
 from bench.open_loop import Sent, Usage
+from bench.server import quantile_ms
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 
@@ -32,6 +33,7 @@ def test_device_figures_are_differences_of_the_metrics() -> None:
     after = {key: 1.0 + value for key, value in zip(before, (0.09, 9.0, 450.0, 20.0), strict=True)}
     assert overload._counted(before, after, seconds=10.0) == {
         "refused_ms": [None, None],
+        "lag_ms": None,
         "late": 0.01,
         "busy": 0.9,
         "mean_batch": 22.5,
@@ -41,8 +43,9 @@ def test_device_figures_are_differences_of_the_metrics() -> None:
 def test_a_quantile_is_the_upper_bound_of_its_bucket() -> None:
     name = "dinov3_refusal_seconds_bucket"
     grown = {(name, "0.001"): 90.0, (name, "0.005"): 98.0, (name, "0.01"): 100.0, (name, "+Inf"): 100.0}
-    assert [overload._quantile(grown, part) for part in (0.5, 0.98, 0.99)] == [1.0, 5.0, 10.0]
-    assert overload._quantile(dict.fromkeys(grown, 0.0), 0.99) is None
+    assert [quantile_ms(grown, "dinov3_refusal_seconds", part) for part in (0.5, 0.98, 0.99)] == [1.0, 5.0, 10.0]
+    assert quantile_ms(dict.fromkeys(grown, 0.0), "dinov3_refusal_seconds", 0.99) is None
+    assert quantile_ms(grown, "dinov3_event_loop_lag_seconds", 0.99) is None
 
 
 def test_requests_can_be_read_by_the_server() -> None:
