@@ -11,8 +11,8 @@ sent in the measured time, after a warm-up that is as long as the deadline. Colu
 - `generator`: CPU time of the generator in the measured time, over the time of all cores.
 - From the server's metrics, from the first request to the last answer: `refused_ms`, the 50th and 99th percentile of
   the time from a request's arrival at its handler to its refusal (dinov3_refusal_seconds: the upper bound of its
-  bucket); `lag_ms`, the 99.9th of the delay of the frontends' event loops, likewise; `late`, device time of images that ended after their deadline, over all device time; `busy`, device time
-  over wall time; `mean_batch`.
+  bucket); `lag_ms`, the 99.9th of the delay of the frontends' event loops, likewise; `late`, device time of images
+  that ended after their deadline, over all device time; `busy`, device time over wall time; `mean_batch`.
 - `expired`: requests whose caller saw its own deadline instead of an answer.
 
 `mixed` sizes are 224, 256 and 512 px in turn. `frontends` is how many share the one worker.
