@@ -68,7 +68,7 @@ def test_a_room_knows_only_what_it_may(path: Path) -> None:
             if other == "__version__":
                 continue
             # A child's entry point starts frontends; the supervisor only speaks to them.
-            if other != here and not (path == SERVER / "processes" / "process.py" and other == "api"):
+            if other != here and not (path == SERVER / "processes" / "child_main.py" and other == "api"):
                 allowed = FLOORS[other] < FLOORS[here] or FLOORS[here] == 0
                 assert allowed, f"{here} imports {name}, which stands above it or beside it"
     assert not knows(path, "dinov3_client")

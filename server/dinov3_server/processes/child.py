@@ -1,46 +1,89 @@
-"""A place for a child process, and what the supervisor remembers of the processes that were in it.
+"""A child process as the supervisor sees it: how it is started, its state, and the pause before its successor.
 
-Back-off is for starts that fail. A process that was ready has shown that it can start: it is replaced at once, however
-often it dies. But for a worker that dies of what its start left broken: soon after it was ready, with nothing to do.
+Back-off is for starts that fail. A process that was ready has shown that it can start, so it is replaced at once,
+however often it dies. The exception is a worker that dies early, soon after it was ready and with nothing to do.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from selectors import EVENT_READ, BaseSelector
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from dinov3_server.engine.channel import Channel
+from dinov3_server.engine.channel import Channel, pair
+from dinov3_server.engine.messages import StartFrontend, StartProvisioner, StartWorker
 from dinov3_server.errors import StartupError
-from dinov3_server.processes.process import Role, Start, spawn
+from dinov3_server.host import worker_environment
+from dinov3_server.processes.child_main import Role
 
 log = logging.getLogger(__name__)
 
+Start = StartProvisioner | StartFrontend | StartWorker
 Event = Callable[["Child"], None]
 
-# Before the next start, after so many in a row that failed.
+# Seconds before the next start, by the number of failed starts in a row.
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-# Before the next start of a child that has failed as often as it may, for as long as others do its work.
+# Before the next start of a child that has failed as often as allowed, while others of its role serve.
 LONG_PAUSE = 30.0
-# Before the next try where the machine had no descriptor, process or memory for one: a try costs nothing.
+# Before the next try after the machine had no descriptor, process or memory for one: a try costs nothing.
 SPAWN_PAUSES = PAUSES[:4]
 # A worker that dies sooner than this after it was ready, without a batch, could not have served.
 EARLY_SECONDS = 10.0
-# How long a killed process may take to die before it is left to the kernel.
+# How long to wait for a killed process to die before leaving it to the kernel.
 KILL_SECONDS = 5.0
 STATES = ("serving", "starting", "failed")
 
 
+class Spawned(NamedTuple):
+    """A started child; `pidfd` becomes readable when it has died."""
+
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    pidfd: int
+
+
+def spawn(role: Role, start: Start) -> Spawned:
+    """Start a child process. Call it on the main thread: PDEATHSIG is tied to the thread that spawned the child, and
+    the main thread lives as long as the process.
+
+    Raises:
+        OSError: there are not enough descriptors, processes or memory. Nothing is left behind.
+    """
+    with ExitStack() as undo:
+        ours, theirs = pair()
+        undo.callback(ours.close)
+        with theirs:
+            module = "dinov3_server.processes.child_main"
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, role, str(theirs.fileno()), str(os.getpid())],
+                env=worker_environment(os.environ) if role == "worker" else None,
+                stdin=subprocess.PIPE,
+                stdout=sys.stderr,  # stdout is for the supervisor's one line
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        undo.callback(process.wait)
+        undo.callback(process.kill)  # runs before the wait: callbacks run in reverse order
+        assert process.stdin is not None
+        with suppress(BrokenPipeError), process.stdin:  # a child that is dead already is found by its pidfd
+            pickle.dump(start, process.stdin)
+        spawned = Spawned(process, Channel(ours), os.pidfd_open(process.pid))
+        undo.pop_all()
+        return spawned
+
+
 @dataclass(eq=False)
 class Child:
-    """Which child, and the process in it at present. Times are of the monotonic clock, in seconds."""
+    """A role and index, and the process that fills it at present. Times are seconds of the monotonic clock."""
 
     role: Role
     index: int
@@ -49,16 +92,16 @@ class Child:
     channel: Channel | None = None
     pidfd: int = -1
     ready: bool = False
-    reached: Literal["", "attached", "batch"] = ""  # by the process, see messages.Reached
-    since: float = 0.0  # start of the process; once ready, of being ready
-    heard: float = 0.0  # when it last said something
+    reached: Literal["", "attached", "batch"] = ""  # by this process, see messages.Reached
+    since: float = 0.0  # start of the process; once it is ready, the time when it became ready
+    last_message: float = 0.0
     load_seconds: float = 10.0  # of the last successful start; a guess before the first
     failed_starts: int = 0  # in a row
-    failed_spawns: int = 0  # in a row; they say nothing of the child
+    failed_spawns: int = 0  # in a row; not the child's fault
     restart_at: float | None = None
-    complaint: StartupError | None = None  # why the last start failed, in its own words
+    start_error: StartupError | None = None  # as the process itself reported it
     last_words: str = ""
-    why: str = ""  # the last process is no more, or was not to be had
+    reason: str = ""  # why the last process ended, or could not be started
 
     @property
     def name(self) -> str:
@@ -66,17 +109,17 @@ class Child:
 
     @property
     def place(self) -> str:
-        """Its name for those who look after devices."""
+        """The name with the device, for operators."""
         return f"{self.name} on {self.device}" if self.device else self.name
 
     def spawn(self, start: Start, selector: BaseSelector, on_message: Event, on_death: Event) -> None:
-        """Start a process in it, and have `selector` watch that: `data` of its keys calls `on_message` or `on_death`.
+        """Start a process and register it with `selector`; the `data` of its keys calls `on_message` or `on_death`.
 
         Raises:
             OSError: there are not enough descriptors, processes or memory. Nothing is left behind.
         """
         self.restart_at = None
-        self.ready, self.reached, self.complaint, self.last_words = False, "", None, ""
+        self.ready, self.reached, self.start_error, self.last_words = False, "", None, ""
         self.since = time.monotonic()
         self.process, self.channel, self.pidfd = spawn(self.role, start)
         try:
@@ -84,22 +127,22 @@ class Child:
             selector.register(self.pidfd, EVENT_READ, lambda: on_death(self))
         except OSError:
             self.process.kill()
-            self.clear(selector)
+            self.release(selector)
             raise
         self.failed_spawns = 0
         log.debug("%s started, pid %d", self.name, self.process.pid)
 
-    def hang_up(self, selector: BaseSelector) -> None:
+    def close_channel(self, selector: BaseSelector) -> None:
         if self.channel is not None:
-            with suppress(KeyError):  # it never was watched
+            with suppress(KeyError):  # it was never registered
                 selector.unregister(self.channel)
             self.channel.close()
             self.channel = None
 
-    def clear(self, selector: BaseSelector) -> int:
-        """Let go of a process that has died or is about to; its exit status."""
+    def release(self, selector: BaseSelector) -> int:
+        """Wait for a process that has died or been killed, free everything of it, and return its exit status."""
         assert self.process is not None
-        self.hang_up(selector)
+        self.close_channel(selector)
         code = self.process.wait()
         with suppress(KeyError):
             selector.unregister(self.pidfd)
@@ -108,42 +151,42 @@ class Child:
         return code
 
     def state(self, limit: int) -> str:
-        """One of STATES."""
+        """Return one of STATES."""
         return "serving" if self.ready else "failed" if self.has_failed(limit) else "starting"
 
     def has_failed(self, limit: int) -> bool:
-        """Whether it failed to start `limit` times in a row, and was not ready since."""
+        """Return whether it failed to start `limit` times in a row and was not ready since."""
         return not self.ready and self.failed_starts >= limit
 
-    def ended(self, code: int, now: float, limit: int) -> float:
-        """Its process ended with `code`. Seconds to wait before its successor starts."""
-        self.why = str(self.complaint or self.last_words or _status(code))
+    def on_exit(self, code: int, now: float, limit: int) -> float:
+        """Record that its process ended with `code`. Return the seconds to wait before its successor starts."""
+        self.reason = str(self.start_error or self.last_words or _describe_exit(code))
         was_ready, self.ready = self.ready, False
-        if was_ready and not self._was_early(code, now):
+        if was_ready and not self._died_early(code, now):
             self.failed_starts = 0
             return 0.0
         if was_ready:
-            self.why += f", {now - self.since:.1f} s after it was ready and before its first batch"
+            self.reason += f", {now - self.since:.1f} s after it was ready and before its first batch"
         self.failed_starts += 1
         if self.failed_starts >= limit:
             return LONG_PAUSE
         return 0.0 if was_ready else PAUSES[min(self.failed_starts, len(PAUSES)) - 1]
 
-    def not_spawned(self, error: OSError) -> float:
-        """No process could be had. Seconds to wait before the next try."""
-        self.why = f"no process can be started: {error.strerror}"
+    def on_spawn_failed(self, error: OSError) -> float:
+        """Record that no process could be started. Return the seconds to wait before the next try."""
+        self.reason = f"no process can be started: {error.strerror}"
         self.failed_spawns += 1
         return SPAWN_PAUSES[min(self.failed_spawns, len(SPAWN_PAUSES)) - 1]
 
-    def _was_early(self, code: int, now: float) -> bool:
+    def _died_early(self, code: int, now: float) -> bool:
         if self.role != "worker" or self.reached == "batch" or now - self.since > EARLY_SECONDS:
             return False
-        # One that waits for work is SIGKILLed by others, such as the operator.
+        # A SIGKILL of a worker that waits for work comes from outside, such as from an operator.
         return not (code == -signal.SIGKILL and self.reached == "attached")
 
 
 def kill(children: Sequence[Child]) -> None:
-    """Kill all that still runs; what does not die in time is left to the kernel."""
+    """Kill every process that still runs, wait up to KILL_SECONDS for each, and close what belongs to them."""
     living = [(child.name, child.process) for child in children if child.process is not None]
     for _, process in living:
         process.kill()
@@ -151,7 +194,7 @@ def kill(children: Sequence[Child]) -> None:
         try:
             process.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
-            log.error("%s (pid %d) is killed and does not die: the kernel holds it", name, process.pid)
+            log.error("%s (pid %d) was killed and does not die: the kernel holds it", name, process.pid)
     for child in children:
         if child.pidfd >= 0:
             os.close(child.pidfd)
@@ -159,7 +202,7 @@ def kill(children: Sequence[Child]) -> None:
             child.channel.close()
 
 
-def _status(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit status {code}"
     with suppress(ValueError):  # most real-time signals have no name

@@ -1,9 +1,9 @@
-"""/metrics, /healthz and /readyz over HTTP, for Prometheus and for probes.
+"""/metrics, /healthz and /readyz over HTTP, for Prometheus and for health checks.
 
-One thread and one selector serve all connections, one request a connection. Whatever clients do, the port holds at most
-MAX_CONNECTIONS descriptors, each for at most CONNECTION_SECONDS; where one more comes, the oldest of the address that
-has the most is hung up on. So a flood of slow clients takes nothing from the rest of the server, and a probe, which
-sends its request at once, is answered in the midst of it.
+One thread and one selector serve all connections, one request per connection. The port never holds more than
+MAX_CONNECTIONS descriptors, each for at most CONNECTION_SECONDS; when one more connection arrives, the oldest one of
+the address with the most connections is closed. So a flood of slow clients takes nothing from the rest of the server,
+and a health check, which sends its request at once, is answered during it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from dinov3_server.errors import StartupError
 
 log = logging.getLogger(__name__)
 
-Probe = Callable[[], tuple[bool, str]]
+Check = Callable[[], tuple[bool, str]]
 Page = Callable[[], tuple[HTTPStatus, str, bytes]]
 
 MAX_CONNECTIONS = 32
-# From accepting a connection to hanging up on it, whatever its client does meanwhile.
+# From accepting a connection to closing it, whatever its client does.
 CONNECTION_SECONDS = 5.0
-# How long nothing is accepted where the process has no descriptor left and no connection here holds one.
+# How long to accept nothing when the process has no descriptor left and no connection here holds one.
 _PAUSE = 0.1
-# Of a request: its first line and headers. A longer one is answered by what came so far.
+# Of the first line and headers of a request. A longer one is answered from its first bytes.
 _MAX_REQUEST = 16384
 _TEXT = "text/plain; charset=utf-8"
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
@@ -46,31 +46,34 @@ _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 class _Connection:
     sock: socket.socket
     address: str
-    ends: float  # when it is hung up on
+    ends: float  # when it is closed
     request: bytearray = field(default_factory=bytearray)
-    answer: memoryview | None = None  # what is still to be sent, once the request is there
+    answer: memoryview | None = None  # the part still to be sent; None until the request is complete
 
 
 class HttpEndpoints:
-    """The HTTP side of the supervisor.
+    """The HTTP server of the supervisor.
 
-    `render` gives the page of /metrics. `ready` and `healthy` tell whether /readyz and /healthz answer 200 or 503, and
-    the line they answer. All are called from one thread, which is not the caller's. Port 0 takes a free one. The
-    constructor binds and raises StartupError where it cannot; `start` begins to answer.
+    `render` returns the page of /metrics. `ready` and `healthy` return whether /readyz and /healthz answer 200 or 503,
+    and the line that they answer. All are called from the HTTP thread. Port 0 takes a free one. The constructor binds
+    the port; `start` begins to answer.
+
+    Raises:
+        StartupError: the address cannot be bound.
     """
 
-    def __init__(self, host: str, port: int, render: Callable[[], bytes], ready: Probe, healthy: Probe) -> None:
-        def probe(ask: Probe) -> Page:
+    def __init__(self, host: str, port: int, render: Callable[[], bytes], ready: Check, healthy: Check) -> None:
+        def page_of(check: Check) -> Page:
             def page() -> tuple[HTTPStatus, str, bytes]:
-                good, reason = ask()
+                good, reason = check()
                 return HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"{reason}\n".encode()
 
             return page
 
         self._pages: dict[str, Page] = {
             "/metrics": lambda: (HTTPStatus.OK, _EXPOSITION, render()),
-            "/healthz": probe(healthy),
-            "/readyz": probe(ready),
+            "/healthz": page_of(healthy),
+            "/readyz": page_of(ready),
         }
         self._listener = _listen(host, port)
         self._connections: dict[int, _Connection] = {}  # by descriptor, the oldest first
@@ -86,8 +89,8 @@ class HttpEndpoints:
         self._thread.start()
 
     def stop(self) -> None:
-        """Hang up on everybody; when it returns, no socket and no thread is left. May be called without `start`, and
-        more than once."""
+        """Close all connections; on return no socket and no thread is left. It may be called without `start`, and more
+        than once."""
         if self._stopping:
             return
         self._stopping = True
@@ -106,24 +109,24 @@ class HttpEndpoints:
             for key, _ in self._selector.select(None if ends is None else max(0.0, ends - time.monotonic())):
                 if key.fileobj is self._listener:
                     self._accept()
-                elif key.fd in self._connections:  # else it was hung up on in this turn
-                    self._go_on(self._connections[key.fd])
+                elif key.fd in self._connections:  # else it was closed in this iteration
+                    self._progress(self._connections[key.fd])
             now = time.monotonic()
             for connection in [each for each in self._connections.values() if each.ends <= now]:
-                self._hang_up(connection)
+                self._close(connection)
 
     def _accept(self) -> None:
         if len(self._connections) == MAX_CONNECTIONS:
-            self._make_room()  # before, not after: even for a moment there is not one more
+            self._make_room()  # before accepting, so that the limit is never exceeded
         try:
             sock, address = self._listener.accept()
         except (BlockingIOError, ConnectionError):
-            return  # its client was faster
+            return  # the client is gone already
         except OSError as error:
             log.debug("an HTTP connection cannot be accepted: %s", error.strerror)
             if self._connections:
                 self._make_room()
-            else:  # the process has no descriptor left, and none is to be had here
+            else:  # the process has no descriptor left, and none can be freed here
                 time.sleep(_PAUSE)
             return
         sock.setblocking(False)
@@ -134,10 +137,10 @@ class HttpEndpoints:
             return
         connection = _Connection(sock, address[0], time.monotonic() + CONNECTION_SECONDS)
         self._connections[sock.fileno()] = connection
-        self._go_on(connection)  # most clients have sent their request by now
+        self._progress(connection)  # most clients have sent their request by now
 
-    def _go_on(self, connection: _Connection) -> None:
-        """Read what there is of the request, or send what the socket takes of the answer."""
+    def _progress(self, connection: _Connection) -> None:
+        """Read the available part of the request, or send as much of the answer as the socket takes."""
         try:
             if connection.answer is None and not self._read(connection):
                 return
@@ -152,13 +155,18 @@ class HttpEndpoints:
             log.debug("HTTP client %s went away", connection.address)
         except Exception:
             log.exception("a request over HTTP failed")
-        self._hang_up(connection)
+        self._close(connection)
 
     def _read(self, connection: _Connection) -> bool:
-        """Whether the request is complete; its answer is there then. Raises BlockingIOError until more has come."""
+        """Read from the socket. Return whether the request is complete and its answer is set.
+
+        Raises:
+            BlockingIOError: there is nothing to read yet.
+            ConnectionResetError: the client closed the connection without a request.
+        """
         data = connection.sock.recv(_MAX_REQUEST)
         if not data:
-            raise ConnectionResetError  # it ends without a request
+            raise ConnectionResetError
         request = connection.request
         request += data
         if not (b"\r\n\r\n" in request or b"\n\n" in request or len(request) >= _MAX_REQUEST):
@@ -168,19 +176,19 @@ class HttpEndpoints:
 
     def _make_room(self) -> None:
         connections = self._connections.values()
-        ((crowd, _),) = Counter(connection.address for connection in connections).most_common(1)
-        self._hang_up(next(connection for connection in connections if connection.address == crowd))
+        ((busiest, _),) = Counter(connection.address for connection in connections).most_common(1)
+        self._close(next(connection for connection in connections if connection.address == busiest))
 
-    def _hang_up(self, connection: _Connection) -> None:
+    def _close(self, connection: _Connection) -> None:
         del self._connections[connection.sock.fileno()]
         self._selector.unregister(connection.sock)
-        with suppress(OSError):  # the client was faster
+        with suppress(OSError):  # the client has closed it already
             connection.sock.shutdown(socket.SHUT_RDWR)
         connection.sock.close()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Turns one request, given whole, into the bytes of its `answer`."""
+    """Parse one complete request; its `answer` is the bytes to send."""
 
     server_version = "dinov3-server"
     sys_version = ""
@@ -199,13 +207,13 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         page = self._pages.get(path)
         if page is None:
-            self._answer(HTTPStatus.NOT_FOUND, _TEXT, b"not here; there are /metrics, /healthz and /readyz\n")
+            self._answer(HTTPStatus.NOT_FOUND, _TEXT, b"not found; the pages are /metrics, /healthz and /readyz\n")
             return
         try:
             status, content_type, body = page()
         except Exception:
             log.exception("%s failed", path)
-            status, content_type, body = HTTPStatus.INTERNAL_SERVER_ERROR, _TEXT, b"failed; the server's log has why\n"
+            status, content_type, body = HTTPStatus.INTERNAL_SERVER_ERROR, _TEXT, b"failed; see the server's log\n"
         self._answer(status, content_type, body)
 
     do_HEAD = do_GET
@@ -231,22 +239,22 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens and does not block."""
+    """Return a non-blocking socket that listens."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(1024)  # what is not accepted yet takes no descriptor
+            listener.listen(1024)  # a connection that is not accepted yet takes no descriptor
         except OSError:
             listener.close()
             raise
         listener.setblocking(False)
         return listener
-    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: "a..b" is no name at all
-        why = error.strerror if isinstance(error, OSError) else "not a host name"
-        raise StartupError(f"http_host {host!r} is not an address of this machine: {why}") from None
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: "a..b" is not a host name
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise StartupError(f"http_host {host!r} is not an address of this machine: {reason}") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise StartupError(

@@ -131,7 +131,7 @@ def test_a_process_that_is_stuck_is_killed_and_replaced(role: str) -> None:
         stuck.suspend()
         ask(client, 1)  # bridged: by resubmission where it was a worker, by the client's retries where a frontend
         assert not stuck.is_running()
-        assert [line for line in server.log if f"{role}-0 has said nothing" in line]
+        assert [line for line in server.log if f"{role}-0 has sent nothing" in line]
 
 
 def test_a_request_that_kills_its_worker_fails_alone() -> None:

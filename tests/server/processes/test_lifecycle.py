@@ -73,7 +73,7 @@ def test_sighup_has_tokens_read_again_and_no_other_signal_ends_a_server(tmp_path
             for process in processes:
                 process.send_signal(number)
         until(lambda: sum("read again: " in line for line in server.log) == 2)  # each frontend says so
-        until(lambda: any("SIGUSR2 means nothing" in line for line in server.log))
+        until(lambda: any("SIGUSR2 is ignored" in line for line in server.log))
         with Client(server.grpc, token="old") as client, pytest.raises(Unauthenticated):
             client.model()
         with Client(server.grpc, token="new") as client:
