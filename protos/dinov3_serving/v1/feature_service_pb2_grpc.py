@@ -26,11 +26,11 @@ if _version_not_supported:
 
 
 class FeatureServiceStub(object):
-    """Features of DINOv3 models for images.
+    """Computes features of DINOv3 models for images.
 
     Errors of a call are google.rpc.Status with details: BadRequest names the
     field at fault, RetryInfo says that (and when) a retry can help. An error of
-    one image fails that image alone and is told in ExtractResponse.errors.
+    one image fails that image alone and is reported in ExtractResponse.errors.
     """
 
     def __init__(self, channel):
@@ -57,33 +57,33 @@ class FeatureServiceStub(object):
 
 
 class FeatureServiceServicer(object):
-    """Features of DINOv3 models for images.
+    """Computes features of DINOv3 models for images.
 
     Errors of a call are google.rpc.Status with details: BadRequest names the
     field at fault, RetryInfo says that (and when) a retry can help. An error of
-    one image fails that image alone and is told in ExtractResponse.errors.
+    one image fails that image alone and is reported in ExtractResponse.errors.
     """
 
     def Extract(self, request, context):
-        """Features of all images of one request, in one answer.
+        """Returns the features of all images of one request, in one answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExtractStream(self, request_iterator, context):
-        """Many requests over one call. Answers come as they complete, each with the
-        id of its request. The server reads on only while fewer than
+        """Answers many requests over one call. Answers come as they complete, each
+        with the id of its request. The server reads only while fewer than
         ServerLimits.stream_window requests are unanswered, so a writer that is
-        ahead waits in its own transport. A request's error answers that request
-        and leaves the stream open.
+        ahead waits in its own transport. An error of a request answers that
+        request and leaves the stream open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """What is served, and under which limits.
+        """Returns the served model and the server's limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,11 +116,11 @@ def add_FeatureServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FeatureService(object):
-    """Features of DINOv3 models for images.
+    """Computes features of DINOv3 models for images.
 
     Errors of a call are google.rpc.Status with details: BadRequest names the
     field at fault, RetryInfo says that (and when) a retry can help. An error of
-    one image fails that image alone and is told in ExtractResponse.errors.
+    one image fails that image alone and is reported in ExtractResponse.errors.
     """
 
     @staticmethod
