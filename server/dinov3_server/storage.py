@@ -1,6 +1,6 @@
-"""Files that several processes and machines share: locks, whole writes, and what a disk's failure means to a person.
+"""Share files between processes and machines: locks, atomic writes, and error messages for disk failures.
 
-A lock is `flock` on a file that stays: the kernel lets go of it when its process dies, however it dies.
+A lock is `flock` on a file that stays: the kernel releases it when its process dies.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file at `path`, made if missing; wait while another process holds it, saying so once.
+    """Hold the lock file at `path`, created if missing. Waits while another process holds it, and logs that once.
 
-    `what` is what the lock is for, in the words of the log. Raises StorageError where the file cannot be made.
+    `what` names the locked work in the log. Raises StorageError if the file cannot be created.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,15 +34,15 @@ def locked(path: Path, what: str) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("%s: another process is at it; waiting for it", what)
+                log.info("%s: another process is doing it; waiting", what)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that nobody ever sees a part of it, not even after a crash. Raises StorageError."""
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably: readers never see a part of it. Raises StorageError."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -60,12 +60,12 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def check_space(folder: Path, nbytes: int, what: str) -> None:
-    """That `nbytes` more fit on the disk of `folder`, which exists. Raises StorageError."""
+    """Raise StorageError unless `nbytes` more fit on the disk of `folder`, which exists."""
     with storage_errors(folder):
         free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise StorageError(
-            f"{folder}: {what} takes {nbytes:,} bytes and {free:,} are free on that disk; make room there, or choose "
+            f"{folder}: {what} takes {nbytes:,} bytes and {free:,} are free on that disk; make room, or choose "
             "another disk with --cache-dir (DINOV3_CACHE_DIR)"
         )
 
@@ -89,5 +89,5 @@ def _advice(error: OSError) -> str:
         case errno.EACCES | errno.EPERM:
             return f"no permission (this process is uid {os.getuid()}); give it the folder, or {elsewhere}"
         case errno.ENOTDIR | errno.EEXIST:
-            return f"a file stands where a folder is wanted; remove it, or {elsewhere}"
-    return f"{error.strerror or error}; {elsewhere} if it cannot be mended"
+            return f"a file exists where a folder is needed; remove it, or {elsewhere}"
+    return f"{error.strerror or error}; {elsewhere} if it cannot be fixed"

@@ -1,7 +1,7 @@
-"""What is known of a weights file, kept beside it in `FILE.manifest.json`: where it came from, its size and sha256.
+"""Check weights files against manifests: `FILE.manifest.json` has a file's source, size and sha256.
 
-A file whose size and modification time are those of its manifest is taken to be unchanged and is not read. Any other is
-hashed, and either its manifest is renewed or it is refused. No file is ever changed or deleted here.
+A file with the size and modification time of its manifest counts as unchanged and is not read. Any other is hashed:
+then its manifest is renewed, or the file is refused. No weights file is changed or deleted here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Literal, get_args
 
 from dinov3_server.errors import CheckpointError, StorageError
 from dinov3_server.provision.progress import Progress
-from dinov3_server.storage import storage_errors, write_whole
+from dinov3_server.storage import storage_errors, write_atomic
 
 log = logging.getLogger(__name__)
 
-Authority = Literal["registry", "hub", "nothing"]
+HashSource = Literal["registry", "hub", "nothing"]
 
 SUFFIX = ".manifest.json"
 _CHUNK = 2**22
@@ -31,39 +31,39 @@ _CHUNK = 2**22
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a manifest file: a JSON object with these keys."""
+    """The JSON object in a manifest file."""
 
     source: str  # a URL without its query, hf://OWNER/REPO@COMMIT, or "put there by hand"
     size: int  # bytes
     sha256: str  # 64 hex digits
-    time: str  # when this was written: RFC 3339, UTC
+    time: str  # of writing: RFC 3339, UTC
     mtime_ns: int  # the file's modification time, nanoseconds since 1970
-    checked_against: Authority  # who else knew the sha256
+    checked_against: HashSource  # where the expected sha256 came from
 
 
 @dataclass(frozen=True)
-class Promise:
-    """What somebody else says of a file: the digits that its sha256 may begin with (none where nobody knows them)."""
+class ExpectedHash:
+    """The prefixes that a file's sha256 may begin with (none: not known), and where they come from."""
 
-    source: str = "put there by hand"
-    authority: Authority = "nothing"
-    digits: tuple[str, ...] = ()
+    source: str = "put there by hand"  # of the file, for its first manifest
+    hash_source: HashSource = "nothing"
+    prefixes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Care:
-    """How files are checked at this start.
+class CheckOptions:
+    """How files are checked.
 
-    `full` hashes each, changed or not; `report` is told of long work; `again` is the command that fetches anew.
+    `full` hashes unchanged files too; error messages name `fetch_command`; `on_progress` gets a short text at times.
     """
 
-    again: str
+    fetch_command: str
     full: bool = False
-    report: Callable[[str], None] | None = None
+    on_progress: Callable[[str], None] | None = None
 
 
 def read(file: Path) -> Manifest | None:
-    """The manifest of `file`; None where there is none, or (with a warning) none that can be read."""
+    """Return the manifest of `file`; None if there is none or, with a warning, if it cannot be read."""
     path = _beside(file)
     try:
         data = path.read_bytes()
@@ -75,53 +75,58 @@ def read(file: Path) -> Manifest | None:
     try:
         return _parse(json.loads(data))
     except (ValueError, RecursionError):
-        log.warning("%s is no manifest; the file is hashed instead", path)
+        log.warning("%s is not a manifest; the file is hashed instead", path)
         return None
 
 
-def write(file: Path, source: str, sha256: str, authority: Authority) -> None:
-    """Write the manifest of `file` as it lies there now. Raises StorageError."""
+def write(file: Path, source: str, sha256: str, hash_source: HashSource) -> None:
+    """Write the manifest of `file` as it is now. Raises StorageError."""
     with storage_errors(file):
         status = file.stat()
-    _write(file, Manifest(source, status.st_size, sha256, _now(), status.st_mtime_ns, authority))
+    _write(file, Manifest(source, status.st_size, sha256, _now(), status.st_mtime_ns, hash_source))
 
 
-def check(file: Path, promise: Promise, care: Care) -> Manifest:
-    """That `file`, which exists, is what `promise` and its manifest say; what is known of it now.
+def check(file: Path, expected: ExpectedHash, options: CheckOptions) -> Manifest:
+    """Check that `file`, which exists, is what `expected` and its manifest say; return its manifest.
 
-    Where both say something, `promise` is believed. A manifest that is missing or no longer right is written anew; one
-    that cannot be written is only a warning, so a read-only disk serves. Raises CheckpointError for a file that is not
-    what it should be, and StorageError for one that cannot be read.
+    `expected` outweighs the manifest. A missing or outdated manifest is written; failing to is only a warning, so that
+    read-only disks work. Raises CheckpointError for a file that is not as expected, and StorageError for one that
+    cannot be read.
     """
     known = read(file)
     with storage_errors(file):
         status = file.stat()
     unchanged = known is not None and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns)
-    if known and unchanged and not care.full and (not promise.digits or known.sha256.startswith(promise.digits)):
+    if (
+        known
+        and unchanged
+        and not options.full
+        and (not expected.prefixes or known.sha256.startswith(expected.prefixes))
+    ):
         return known
-    if known and known.size != status.st_size and not promise.digits:
+    if known and known.size != status.st_size and not expected.prefixes:
         raise CheckpointError(
             f"{file} has {status.st_size:,} bytes, and its manifest of {known.time} says {known.size:,}. "
-            f"{_what_to_do(file, care)}"
+            f"{_what_to_do(file, options)}"
         )
-    found = sha256_of(file, care.report)
-    if promise.digits:
-        if not found.startswith(promise.digits):
-            said = " or ".join(promise.digits)
+    found = sha256_of(file, options.on_progress)
+    if expected.prefixes:
+        if not found.startswith(expected.prefixes):
+            said = " or ".join(expected.prefixes)
             raise CheckpointError(
-                f"{file} has {status.st_size:,} bytes with the sha256 {found}, and the {promise.authority} says that "
-                f"it begins with {said}. {_what_to_do(file, care)}"
+                f"{file} has {status.st_size:,} bytes with the sha256 {found}, and the {expected.hash_source} says "
+                f"that it begins with {said}. {_what_to_do(file, options)}"
             )
     elif known and known.sha256 != found:
         raise CheckpointError(
             f"{file} has the sha256 {found}, and its manifest of {known.time} says {known.sha256}. "
-            f"{_what_to_do(file, care)}"
+            f"{_what_to_do(file, options)}"
         )
     if known and unchanged and known.sha256 == found:
         return known
-    source = known.source if known else promise.source
-    authority = promise.authority if promise.digits or known is None else known.checked_against
-    renewed = Manifest(source, status.st_size, found, _now(), status.st_mtime_ns, authority)
+    source = known.source if known else expected.source
+    hash_source = expected.hash_source if expected.prefixes or known is None else known.checked_against
+    renewed = Manifest(source, status.st_size, found, _now(), status.st_mtime_ns, hash_source)
     try:
         _write(file, renewed)
     except StorageError as error:
@@ -129,14 +134,14 @@ def check(file: Path, promise: Promise, care: Care) -> Manifest:
     return renewed
 
 
-def sha256_of(file: Path, report: Callable[[str], None] | None = None) -> str:
-    """The sha256 of `file`, 64 hex digits. For large files, log and `report` hear how far it is."""
+def sha256_of(file: Path, on_progress: Callable[[str], None] | None = None) -> str:
+    """Return the sha256 of `file`, 64 hex digits. Logs and reports progress."""
     digest, done = hashlib.sha256(), 0
     buffer = memoryview(bytearray(_CHUNK))
     with (
         storage_errors(file),
         file.open("rb", buffering=0) as stream,
-        Progress(file.name, report, time.monotonic) as progress,
+        Progress(file.name, on_progress, time.monotonic) as progress,
     ):
         size = file.stat().st_size
         progress.start(0, size, "checking")
@@ -147,11 +152,11 @@ def sha256_of(file: Path, report: Callable[[str], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _what_to_do(file: Path, care: Care) -> str:
+def _what_to_do(file: Path, options: CheckOptions) -> str:
     quoted = shlex.quote(str(file))
     return (
-        "It is damaged, or another file of that name; it is not used, and it is left as it is. Move it away "
-        f"(`mv {quoted} {quoted}.bad`) and fetch it anew: `{care.again}`"
+        "It is damaged, or another file of that name; it is neither used nor changed. Move it away "
+        f"(`mv {quoted} {quoted}.bad`) and fetch it again: `{options.fetch_command}`"
     )
 
 
@@ -160,11 +165,11 @@ def _beside(file: Path) -> Path:
 
 
 def _write(file: Path, manifest: Manifest) -> None:
-    write_whole(_beside(file), json.dumps(asdict(manifest), indent=2).encode() + b"\n")
+    write_atomic(_beside(file), json.dumps(asdict(manifest), indent=2).encode() + b"\n")
 
 
 def _parse(value: object) -> Manifest:
-    """Raises ValueError for anything but what `_write` writes."""
+    """Parse what `_write` writes. Raises ValueError for anything else."""
     if not isinstance(value, dict) or set(value) != {field.name for field in fields(Manifest)}:
         raise ValueError
     manifest = Manifest(**value)
@@ -172,7 +177,7 @@ def _parse(value: object) -> Manifest:
     numbers = (manifest.size, manifest.mtime_ns)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         raise ValueError
-    if manifest.checked_against not in get_args(Authority) or len(manifest.sha256) != 64:
+    if manifest.checked_against not in get_args(HashSource) or len(manifest.sha256) != 64:
         raise ValueError
     return manifest
 

@@ -1,4 +1,4 @@
-"""The part of a file that has come so far: beside its target, kept over interruptions, renamed when it is whole."""
+"""Keep a partial download beside its target over interruptions, and rename it when it is complete."""
 
 from __future__ import annotations
 
@@ -10,61 +10,61 @@ from pathlib import Path
 from types import TracebackType
 
 from dinov3_server.provision.source import BLOCK, Version
-from dinov3_server.storage import storage_errors, write_whole
+from dinov3_server.storage import storage_errors, write_atomic
 
 
-class Part:
-    """TARGET.part, and TARGET.part.json: which version of which `origin` (a URL without secrets) it is a part of.
+class PartialFile:
+    """TARGET.part, with the `origin` (a URL without secrets) and version of its bytes in TARGET.part.json.
 
-    A part of something else counts as nothing. Use it in a `with` block; what holds nothing is not left behind.
-    Raises StorageError from every method. There must be one at a time: the caller holds the lock of the target.
+    A part of another origin counts as empty. Use it in a `with` block; an empty file is removed at its end. Every
+    method raises StorageError. The caller holds the lock of the target, so there is one instance at a time.
     """
 
     def __init__(self, target: Path, origin: str) -> None:
         self.path = target.with_name(target.name + ".part")
         self._target = target
-        self._about = target.with_name(target.name + ".part.json")
+        self._metadata = target.with_name(target.name + ".part.json")
         self._origin = origin
         with storage_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._hash = hashlib.sha256()
-        self._read = 0  # bytes that the hash has seen
+        self._hashed = 0  # bytes
         known = self._known()
         self.version = known or Version()
         self.size = os.fstat(self._descriptor).st_size if known else 0
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> PartialFile:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        empty = os.fstat(self._descriptor).st_size == 0  # a part of something else stays until this one has begun
+        empty = os.fstat(self._descriptor).st_size == 0  # a part of another origin stays until `begin`
         os.close(self._descriptor)
         if empty:
             self._unlink()
 
-    def read_back(self) -> None:
-        """Hash what an earlier process has left."""
+    def hash_existing(self) -> None:
+        """Hash the bytes that an earlier process left."""
         with storage_errors(self.path):
-            while self._read < self.size:
-                block = os.pread(self._descriptor, min(BLOCK, self.size - self._read), self._read)
+            while self._hashed < self.size:
+                block = os.pread(self._descriptor, min(BLOCK, self.size - self._hashed), self._hashed)
                 if not block:
-                    self.size = self._read
+                    self.size = self._hashed
                 self._hash.update(block)
-                self._read += len(block)
+                self._hashed += len(block)
 
     def begin(self, version: Version) -> None:
-        """Start anew, as a part of this version."""
+        """Start over, with bytes of this version."""
         self.clear()
         self.version = version
-        about = {"url": self._origin, "etag": version.etag, "last_modified": version.last_modified}
-        write_whole(self._about, json.dumps({**about, "size": version.size}).encode())
+        metadata = {"url": self._origin, "etag": version.etag, "last_modified": version.last_modified}
+        write_atomic(self._metadata, json.dumps({**metadata, "size": version.size}).encode())
 
     def append(self, block: bytes) -> None:
         self._hash.update(block)
-        self._read += len(block)
+        self._hashed += len(block)
         with storage_errors(self.path):
             rest = memoryview(block)
             while rest:
@@ -79,11 +79,11 @@ class Part:
     def clear(self) -> None:
         with storage_errors(self.path):
             os.truncate(self._descriptor, 0)
-        self.size = self._read = 0
+        self.size = self._hashed = 0
         self._hash = hashlib.sha256()
 
     def finish(self) -> None:
-        """Make it the target, also for a machine that loses its power now."""
+        """Rename the file to its target, durably: it survives a power failure."""
         with storage_errors(self._target):
             os.fsync(self._descriptor)
             self.path.replace(self._target)
@@ -92,13 +92,13 @@ class Part:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-            self._about.unlink(missing_ok=True)
+            self._metadata.unlink(missing_ok=True)
 
     def _known(self) -> Version | None:
         try:
-            about = json.loads(self._about.read_bytes())
-            version = Version(str(about["etag"]), str(about["last_modified"]), about["size"])
-            usable = about["url"] == self._origin and isinstance(version.size, int | None)
+            metadata = json.loads(self._metadata.read_bytes())
+            version = Version(str(metadata["etag"]), str(metadata["last_modified"]), metadata["size"])
+            usable = metadata["url"] == self._origin and isinstance(version.size, int | None)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return version if usable else None
@@ -106,4 +106,4 @@ class Part:
     def _unlink(self) -> None:
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
-            self._about.unlink(missing_ok=True)
+            self._metadata.unlink(missing_ok=True)

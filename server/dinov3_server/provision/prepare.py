@@ -1,4 +1,4 @@
-"""Everything that a worker needs before it can load a model: Meta's code and weights, found or fetched."""
+"""Find or fetch everything that a worker needs to load a model: Meta's code and the weights."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from dinov3_server.models.interface import Provisioned
 log = logging.getLogger(__name__)
 
 
-def prepare(settings: Settings, report: Callable[[str], None] | None = None) -> tuple[Provisioned, dict[str, float]]:
-    """What the workers of these settings need, once it is all there; and the seconds that each step took.
+def prepare(
+    settings: Settings, on_progress: Callable[[str], None] | None = None
+) -> tuple[Provisioned, dict[str, float]]:
+    """Return the paths that workers need once everything is there, and the seconds that each step took.
 
-    `report` is told now and then what is under way. Raises the StartupErrors of `vendor` and `find_or_fetch`; of a
-    machine without a network one error says all that is missing.
+    `on_progress` gets a short text now and then. Raises the StartupErrors of `vendor` and `find_or_fetch`; without a
+    network, one error lists everything that is missing.
     """
     began = time.monotonic()
-    # Code first: it is small, and a missing git should not show after 27 GB of weights.
+    # Code first: it is small, and a missing git should be reported before 27 GB of weights are fetched.
     missing: list[Unreachable] = []
     try:
         checkout, absent = _code(settings)
     except Unreachable as error:
-        log.warning("Meta's code cannot be had; the weights are looked for before the start is given up")
+        log.warning("Meta's code cannot be fetched; looking for the weights before giving up")
         missing.append(error)
     vendored = time.monotonic()
     try:
-        weights, label = _weights(settings, report)
+        weights, label = _weights(settings, on_progress)
     except Unreachable as error:
         missing.insert(0, error)
     if missing:
         at_once = (
             f"Or both at once: on a machine with a network `dinov3-server prepare --model {settings.model} --cache-dir "
-            f"FOLDER`, then copy all that is in FOLDER into {settings.cache_folder}"
+            f"FOLDER`, then copy everything in FOLDER into {settings.cache_folder}"
         )
         raise Unreachable("\nAnd ".join(map(str, missing)) + (f"\n{at_once}" if len(missing) > 1 else ""))
     seconds = {"vendor": vendored - began, "weights": time.monotonic() - vendored}
@@ -49,24 +51,24 @@ def is_random(weights: str) -> bool:
 
 
 def checkout_folder(settings: Settings) -> Path:
-    """Where Meta's code lies, or is to lie."""
+    """Return the folder for Meta's code."""
     if settings.upstream_dir is not None:
         return Path(settings.upstream_dir).expanduser()
     return settings.cache_folder / "upstream" / settings.upstream_revision
 
 
-def _weights(settings: Settings, report: Callable[[str], None] | None) -> tuple[str, str]:
-    """Where the weights lie, and what people call them."""
+def _weights(settings: Settings, on_progress: Callable[[str], None] | None) -> tuple[str, str]:
+    """Return the path of the weights and the name shown to users."""
     if is_random(settings.weights):
         return settings.weights, settings.weights
     from dinov3_server.provision.weights import find_or_fetch
 
-    found = find_or_fetch(settings, registry.lookup(settings.model), report=report)
+    found = find_or_fetch(settings, registry.lookup(settings.model), on_progress=on_progress)
     return str(found.path), found.label
 
 
 def _code(settings: Settings) -> tuple[str | None, str]:
-    """The folder of Meta's verified code, or None and why it is not there."""
+    """Return the folder of Meta's verified code, or None and why it is not there."""
     if settings.backbone != "reference":
         if is_random(settings.weights):
             return None, "the weights are random"
@@ -78,12 +80,13 @@ def _code(settings: Settings) -> tuple[str | None, str]:
     try:
         vendor(settings.upstream_repo, settings.upstream_revision, target, offline=settings.offline)
     except Unreachable as error:
-        # Without a network the features can be served, if not proven. With one, what is wrong can be mended.
+        # Offline, serve without the parity check. With a network, the cause can be fixed.
         if settings.backbone == "reference":
             raise
         if not settings.offline:
             raise Unreachable(
-                f"{error}\nOr serve without the proof that it is for: --parity-check false (DINOV3_PARITY_CHECK=false)"
+                f"{error}\nOr serve without the parity check, which needs it: --parity-check false "
+                "(DINOV3_PARITY_CHECK=false)"
             ) from None
         log.warning("Meta's code is not there, so the features cannot be verified: %s", error)
         return None, f"Meta's code is not in {target}, and `offline` forbids fetching it"

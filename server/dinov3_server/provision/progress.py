@@ -1,4 +1,4 @@
-"""How far a download or check is: a line rewritten on a terminal, log lines elsewhere, a word for the supervisor."""
+"""Show the progress of a download or check: one updated line on a terminal, log lines elsewhere, and a callback."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from types import TracebackType
 log = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0
-LINE_SHARE = 0.05  # of the whole; a line is due when both have passed
+LINE_SHARE = 0.05  # of the total; a line is due when both have passed
 REPORT_SECONDS = 1.0
 REWRITE_SECONDS = 0.25
-# The rate is that of the last so many seconds.
-WINDOW_SECONDS = 10
+WINDOW_SECONDS = 10  # the rate is measured over
 
 
 class Progress:
-    """Tell how far `name` is. `at` is called for every block and is cheap; on leaving, a terminal's line is cleared.
+    """The progress of `name`. Call `at` for every block: it is cheap. Use it in a `with` block.
 
-    `report` gets a short text ("34 % of 342 MB, 12 MB/s, 19 s left") at most once a second.
+    `on_progress` gets a short text ("34 % of 342 MB, 12 MB/s, 19 s left") at most once a second.
     """
 
-    def __init__(self, name: str, report: Callable[[str], None] | None, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, on_progress: Callable[[str], None] | None, clock: Callable[[], float]) -> None:
         self._name = name
-        self._report = report
+        self._on_progress = on_progress
         self._clock = clock
         self._terminal = sys.stderr.isatty()
         self._shown = False
@@ -45,22 +44,22 @@ class Progress:
         self._clear()
 
     def start(self, done: int, total: int | None, verb: str = "fetching") -> None:
-        """Bytes begin to come, or to come again: the rate is measured from here."""
+        """Begin, or begin again, to count bytes: the rate is measured from here."""
         now = self._clock()
         self._samples.clear()
         self._samples.append((now, done))
         self._lined, self._lined_bytes = now, done
-        of = f"{size(total)}" if total is not None else "a file whose size the server does not say"
-        self.say(f"going on at {size(done)} of {of}" if done else f"{verb} {of}")
+        of = f"{size(total)}" if total is not None else "a file of unknown size"
+        self.say(f"resuming at {size(done)} of {of}" if done else f"{verb} {of}")
 
     def at(self, done: int, total: int | None) -> None:
-        """So many bytes of so many are there."""
+        """Show that `done` of `total` bytes are there."""
         now = self._clock()
         if now - self._samples[-1][0] >= 1:
             self._samples.append((now, done))
-        if self._report and now - self._reported >= REPORT_SECONDS:
+        if self._on_progress and now - self._reported >= REPORT_SECONDS:
             self._reported = now
-            self._report(self._text(now, done, total))
+            self._on_progress(self._text(now, done, total))
         if self._terminal:
             if now - self._rewritten >= REWRITE_SECONDS:
                 self._rewritten = now
@@ -70,12 +69,12 @@ class Progress:
             log.info("%s: %s", self._name, self._text(now, done, total))
 
     def say(self, text: str, level: int = logging.INFO) -> None:
-        """A line of its own, in the log, and in short for the supervisor."""
+        """Log a line, and pass it to `on_progress`."""
         self._clear()
         log.log(level, "%s: %s", self._name, text)
-        if self._report:
+        if self._on_progress:
             self._reported = self._clock()
-            self._report(text)
+            self._on_progress(text)
 
     def _text(self, now: float, done: int, total: int | None) -> str:
         then, had = self._samples[0]
@@ -99,7 +98,7 @@ class Progress:
 
 
 def size(nbytes: float) -> str:
-    """Bytes as people read them, in powers of 1000."""
+    """Format bytes for people, in powers of 1000."""
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = 0
     while nbytes >= 999.5 and power < len(units) - 1:
@@ -109,7 +108,7 @@ def size(nbytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Format seconds for people."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

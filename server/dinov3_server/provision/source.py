@@ -1,4 +1,4 @@
-"""Where a file's bytes come from: what a source answers, and the source that is a file of this machine."""
+"""The interface of a byte source for downloads, and the source for file:// URLs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from urllib.request import url2pathname
 
 from dinov3_server.errors import ConfigError, StorageError, Unreachable
 
-# What one read asks for. Larger ones gain nothing: sha256 is slower than the calls.
+# Bytes per read. Larger reads gain nothing: sha256 is slower than the calls.
 BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class Version:
-    """What tells two versions of a file apart; each is empty where the source does not say."""
+    """The validators of a file's version; each is empty if the source does not give it."""
 
     etag: str = ""
     last_modified: str = ""
@@ -26,15 +26,16 @@ class Version:
 
     @property
     def if_range(self) -> str:
-        """The validator for `If-Range` (RFC 9110, 13.1.5), which a weak ETag cannot be."""
+        """Return the validator for `If-Range` (RFC 9110, 13.1.5): not a weak ETag."""
         return self.etag if self.etag.startswith('"') else self.last_modified
 
     @property
-    def told(self) -> bool:
+    def known(self) -> bool:
+        """Tell whether the source gave a validator."""
         return bool(self.etag or self.last_modified)
 
     def contradicts(self, other: Version) -> bool:
-        """Whether both say the same thing differently. The date speaks only where one has no ETag."""
+        """Tell whether the two differ. Dates are compared only if one has no ETag."""
         if self.etag and other.etag:
             differ = self.etag != other.etag
         else:
@@ -43,20 +44,20 @@ class Version:
 
 
 class Body(Protocol):
-    """Bytes of a file, from `start` on. `version.size` is the whole file's."""
+    """A file's bytes from `start` on. `version.size` is the whole file's."""
 
     start: int
     version: Version
     content_type: str
 
     def read(self) -> bytes:
-        """The next bytes, b"" at the end. Raises Transient where the source breaks off."""
+        """Return the next bytes, b"" at the end. Raises Transient if the source breaks off."""
 
     def close(self) -> None: ...
 
 
 class Transient(Unreachable):
-    """What can pass by itself. `wait` is the seconds that the server asks to wait."""
+    """A failure that may be temporary. `wait` is the delay in seconds that the server asks for."""
 
     def __init__(self, message: str, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -64,7 +65,7 @@ class Transient(Unreachable):
 
 
 class NoSuchRange(Exception):
-    """The source does not go on from the wanted offset. `size` is the whole file's where it has no more than that."""
+    """The source cannot continue from the requested offset. `size` is the whole file's, if the source says it."""
 
     def __init__(self, size: int | None) -> None:
         super().__init__(size)
@@ -72,9 +73,9 @@ class NoSuchRange(Exception):
 
 
 class FileBody:
-    """A `file://` URL, from `start` on, or from 0 where its file is no longer the `version` that was begun.
+    """The body of a `file://` URL from `start` on; from 0 if its file is no longer `version`.
 
-    Raises ConfigError for one that names no file, StorageError for one that cannot be read.
+    Raises ConfigError for a URL that does not name a file, StorageError for a file that cannot be read.
     """
 
     content_type = ""
@@ -82,7 +83,8 @@ class FileBody:
     def __init__(self, url: str, start: int, version: Version) -> None:
         path = _path(url)
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not wait
+            # O_NONBLOCK: opening a pipe must not block.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise ConfigError(f"{url}: there is no such file on this machine{_nearest(path)}") from None
         except OSError as error:
@@ -90,8 +92,8 @@ class FileBody:
         try:
             status = os.fstat(self._descriptor)
             if not stat.S_ISREG(status.st_mode):
-                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-                raise ConfigError(f"{url}: {kind}; name the checkpoint file itself")
+                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+                raise ConfigError(f"{url}: is {kind}; name the checkpoint file itself")
             self.version = Version(last_modified=str(status.st_mtime_ns), size=status.st_size)
             self.start = 0 if version.contradicts(self.version) or start > status.st_size else start
             os.lseek(self._descriptor, self.start, os.SEEK_SET)
@@ -104,7 +106,7 @@ class FileBody:
         try:
             return os.read(self._descriptor, BLOCK)
         except OSError as error:
-            raise Transient(f"{self._url}: reading broke off: {error.strerror}") from None
+            raise Transient(f"{self._url}: reading failed: {error.strerror}") from None
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -116,12 +118,12 @@ def _path(url: str) -> Path:
     except ValueError:
         parts = urlsplit("")
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        raise ConfigError(f"{url}: file:// wants a full path: file:///folder/name, with three slashes")
+        raise ConfigError(f"{url}: file:// URLs have a full path: file:///folder/name, with three slashes")
     return Path(url2pathname(parts.path))
 
 
 def _nearest(path: Path) -> str:
-    """How much of a missing path is there: a mount that is missing is seen at once."""
+    """Say how much of a missing path exists, which shows a missing mount at once."""
     for parent in path.parents:
         if parent.is_dir():
             return f" ({parent} is there, but not {path.relative_to(parent).parts[0]!r} in it)"

@@ -54,7 +54,7 @@ class Rig:
             expected,
             headers=headers or {},
             offline=offline,
-            report=self.reports.append,
+            on_progress=self.reports.append,
             timing=timing,
         )
 
@@ -78,4 +78,4 @@ def rig(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Rig:
     """A rig in a folder that is not there yet, where no proxy is set."""
     for name in NO_PROXIES:
         monkeypatch.delenv(name, raising=False)
-    return Rig(folder / "home" / "weights" / "model.pth")
+    return Rig(folder / "cache_dir" / "weights" / "model.pth")

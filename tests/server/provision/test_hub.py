@@ -9,28 +9,29 @@ from pathlib import Path
 import pytest
 
 from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StartupError, StorageError, Unreachable
-from dinov3_server.provision import hub as room
-from dinov3_server.provision import manifest
-from dinov3_server.provision.hub import REPOSITORIES, Repository, TokenRefused, fetch, find, parse
-from dinov3_server.provision.manifest import Care
+from dinov3_server.provision import hub as hub_module
+from dinov3_server.provision import hub_api, manifest
+from dinov3_server.provision.hub import REPOSITORIES, fetch, find, parse
+from dinov3_server.provision.hub_api import Repository, TokenRefused
+from dinov3_server.provision.manifest import CheckOptions
 from tests.server.provision.weights_rig import DATA, INDEX, SHARDS, TIMM, TOKEN, everything_written, sha
 from tests.support.fake_hub import COMMIT, FakeHub
 from tests.support.file_server import Answer
 
-CARE = Care("dinov3-server weights --model vitl16")
+OPTIONS = CheckOptions("dinov3-server weights --model vitl16")
 REPO = Repository(TIMM)
 FOLDER = "weights/timm--vit_large_patch16_dinov3.lvd1689m"
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(hub_api, "_RETRY_PAUSES", (0.0, 0.0))
 
 
-def refuses(home: Path, kind: type[StartupError], repository: Repository = REPO) -> str:
+def refuses(cache_dir: Path, kind: type[StartupError], repository: Repository = REPO) -> str:
     """The message of the one error, which is one line and keeps the token."""
     with pytest.raises(kind) as caught:
-        fetch(home, repository, CARE)
+        fetch(cache_dir, repository, OPTIONS)
     message = str(caught.value)
     assert type(caught.value) in (kind, *kind.__subclasses__())
     assert TOKEN not in message
@@ -41,7 +42,7 @@ def refuses(home: Path, kind: type[StartupError], repository: Repository = REPO)
 
 def test_a_single_file(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA, "config.json": b"{}", "README.md": b"x"})
-    path = fetch(tmp_path, REPO, CARE)
+    path = fetch(tmp_path, REPO, OPTIONS)
     assert path == tmp_path / FOLDER / COMMIT / "model.safetensors"
     assert path.read_bytes() == DATA
     known = manifest.read(path)
@@ -53,7 +54,7 @@ def test_a_single_file(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_shards(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX, "other.safetensors": b"not in the index"})
-    folder = fetch(tmp_path, REPO, CARE)
+    folder = fetch(tmp_path, REPO, OPTIONS)
     assert folder == tmp_path / FOLDER / COMMIT
     for name, data in {**SHARDS, **INDEX}.items():
         assert (folder / name).read_bytes() == data
@@ -61,12 +62,12 @@ def test_shards(hub: FakeHub, tmp_path: Path) -> None:
         assert known is not None
         assert known.checked_against == ("hub" if name in SHARDS else "nothing")
     assert hub.fetched() == list(SHARDS)
-    assert find(tmp_path, REPO, CARE) == folder
+    assert find(tmp_path, REPO, OPTIONS) == folder
 
 
 def test_a_single_file_is_taken_before_shards(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX, "model.safetensors": DATA})
-    assert fetch(tmp_path, REPO, CARE).name == "model.safetensors"
+    assert fetch(tmp_path, REPO, OPTIONS).name == "model.safetensors"
     assert hub.fetched() == ["model.safetensors"]
 
 
@@ -74,13 +75,13 @@ def test_what_was_fetched_is_found_without_the_hub(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX})
-    path = fetch(tmp_path, REPO, CARE)
+    path = fetch(tmp_path, REPO, OPTIONS)
     hub.publish(TIMM, {"model.safetensors": DATA}, commit="b" * 40)  # The branch has moved on.
     asked = len(hub.asked())
-    assert find(tmp_path, REPO, CARE) == fetch(tmp_path, REPO, CARE) == path
-    assert find(tmp_path, Repository(TIMM, COMMIT), CARE) == path
-    assert find(tmp_path, Repository(TIMM, "b" * 40), CARE) is None
-    assert find(tmp_path, Repository(TIMM, "other"), CARE) is None
+    assert find(tmp_path, REPO, OPTIONS) == fetch(tmp_path, REPO, OPTIONS) == path
+    assert find(tmp_path, Repository(TIMM, COMMIT), OPTIONS) == path
+    assert find(tmp_path, Repository(TIMM, "b" * 40), OPTIONS) is None
+    assert find(tmp_path, Repository(TIMM, "other"), OPTIONS) is None
     assert len(hub.asked()) == asked
 
 
@@ -90,41 +91,41 @@ def test_what_is_missing_is_missed_and_only_that_is_fetched_again(
     hub: FakeHub, tmp_path: Path, lost: str, what: str
 ) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX})
-    folder = fetch(tmp_path, REPO, CARE)
+    folder = fetch(tmp_path, REPO, OPTIONS)
     before = len(hub.fetched())
     (folder / lost if what == "file" else folder / f"{lost}.manifest.json").unlink()
-    assert find(tmp_path, REPO, CARE) is None
-    assert fetch(tmp_path, REPO, CARE) == folder
+    assert find(tmp_path, REPO, OPTIONS) is None
+    assert fetch(tmp_path, REPO, OPTIONS) == folder
     assert hub.fetched()[before:] == ([lost] if what == "file" and lost in SHARDS else [])
-    assert find(tmp_path, REPO, CARE) == folder
+    assert find(tmp_path, REPO, OPTIONS) == folder
 
 
 def test_a_revision(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA}, revision="refs%2Fpr%2F1", commit="a" * 40)
     pinned = Repository(TIMM, "refs/pr/1")
-    path = fetch(tmp_path, pinned, CARE)
+    path = fetch(tmp_path, pinned, OPTIONS)
     assert path.parent.name == "a" * 40
     assert (tmp_path / FOLDER / "refs" / "refs%2Fpr%2F1").read_text() == "a" * 40 + "\n"
-    assert find(tmp_path, pinned, CARE) == path
-    assert find(tmp_path, REPO, CARE) is None
+    assert find(tmp_path, pinned, OPTIONS) == path
+    assert find(tmp_path, REPO, OPTIONS) is None
 
 
 def test_a_file_that_changed_is_an_error_and_stays(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
-    path = fetch(tmp_path, REPO, CARE)
+    path = fetch(tmp_path, REPO, OPTIONS)
     path.write_bytes(DATA + b"!")
     with pytest.raises(CheckpointError, match="bytes, and its manifest of"):
-        find(tmp_path, REPO, CARE)
+        find(tmp_path, REPO, OPTIONS)
     assert path.read_bytes() == DATA + b"!"
 
 
 def test_a_file_whose_hash_is_not_the_hubs_is_not_used(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA}, wrong_hashes=True)
     with pytest.raises(CheckpointError) as caught:
-        fetch(tmp_path, REPO, CARE)
+        fetch(tmp_path, REPO, OPTIONS)
     assert sha(b"another")[:8] in str(caught.value)
     assert not (tmp_path / FOLDER / COMMIT / "model.safetensors").exists()
-    assert find(tmp_path, REPO, CARE) is None
+    assert find(tmp_path, REPO, OPTIONS) is None
 
 
 def test_a_file_that_lies_there_and_is_not_the_hubs(hub: FakeHub, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_the_token_goes_to_the_hub_and_no_further(
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.publish(TIMM, {**SHARDS, **INDEX})
-    fetch(tmp_path, REPO, CARE)
+    fetch(tmp_path, REPO, OPTIONS)
     assert {seen.headers.get("authorization") for seen in hub.asked()} == {f"Bearer {TOKEN}"}
     assert hub.cdn.requests
     assert all("authorization" not in seen.headers for seen in hub.cdn.requests)
@@ -158,13 +159,13 @@ def test_the_token_goes_to_the_hub_and_no_further(
 def test_the_token_file_is_read_and_anonymous_sends_none(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert room.token() is None
+    assert hub_api.token() is None
     (tmp_path / "token").write_text(TOKEN + "\n")
-    assert room.token() == TOKEN
+    assert hub_api.token() == TOKEN
     hub.publish(TIMM, {"model.safetensors": DATA})
-    fetch(tmp_path, REPO, CARE, anonymous=True)
+    fetch(tmp_path, REPO, OPTIONS, anonymous=True)
     assert all("authorization" not in seen.headers for seen in hub.asked())
-    fetch(tmp_path / "other", REPO, CARE)
+    fetch(tmp_path / "other", REPO, OPTIONS)
     assert hub.asked()[-1].headers["authorization"] == f"Bearer {TOKEN}"
 
 
@@ -186,7 +187,7 @@ def test_a_token_that_the_hub_does_not_know(hub: FakeHub, tmp_path: Path, monkey
     hub.publish(TIMM, {"model.safetensors": DATA})
     hub.refuse_token(TIMM)
     message = refuses(tmp_path, TokenRefused)
-    assert "does not know the token" in message
+    assert "does not accept the token" in message
     assert f"{hub.url}/settings/tokens" in message
     assert "`hf auth logout`" in message
 
@@ -254,7 +255,7 @@ def test_what_passes_is_tried_again(
 ) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
     hub.hub.script(hub.api(TIMM), answer, answer)
-    assert fetch(tmp_path, REPO, CARE).read_bytes() == DATA
+    assert fetch(tmp_path, REPO, OPTIONS).read_bytes() == DATA
     assert caplog.text.count("trying again") == 2
 
 
@@ -276,7 +277,7 @@ def test_no_hub_at_all(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_something_that_is_not_the_hub(hub: FakeHub, tmp_path: Path, body: bytes) -> None:
     hub.hub.put(hub.api(TIMM), body)
     message = refuses(tmp_path, Unreachable)
-    assert "not as the hub does" in message or "does not speak the hub's API" in message
+    assert "not like the hub" in message or "does not speak the hub's API" in message
 
 
 @pytest.mark.parametrize(
@@ -286,14 +287,14 @@ def test_an_index_that_names_what_is_not_beside_it(hub: FakeHub, tmp_path: Path,
     index = json.dumps({"weight_map": {"good": next(iter(SHARDS)), "bad": name}}).encode()
     hub.publish(TIMM, {**SHARDS, str(name): b"evil", "model.safetensors.index.json": index})
     message = refuses(tmp_path, CheckpointError)
-    assert "only .safetensors files beside it are read" in message or "is no index of shards" in message
+    assert "only .safetensors files are fetched" in message or "allowed are plain names" in message
     assert hub.fetched() == []
 
 
 @pytest.mark.parametrize("index", [{"weight_map": {}}, {"weight_map": []}, [], {}, "x"])
 def test_an_index_that_is_none(hub: FakeHub, tmp_path: Path, index: object) -> None:
     hub.publish(TIMM, {**SHARDS, "model.safetensors.index.json": json.dumps(index).encode()})
-    assert "is no index of shards" in refuses(tmp_path, CheckpointError)
+    assert "weight_map" in refuses(tmp_path, CheckpointError)
     assert hub.fetched() == []
 
 
@@ -317,7 +318,7 @@ def test_the_disk_is_asked_for_all_shards_before_any_is_fetched(
     names = list(SHARDS)
     (place / names[0]).write_bytes(SHARDS[names[0]])
     (place / (names[1] + ".part")).write_bytes(b"x" * 1000)
-    monkeypatch.setattr(room, "check_space", full)
+    monkeypatch.setattr(hub_module, "check_space", full)
     refuses(tmp_path, StorageError)
     assert asked == [100_000 - 1000 + 150_000]
     assert hub.fetched() == []
@@ -361,7 +362,7 @@ def test_urls_that_name_no_repository(url: str) -> None:
 
 
 def test_a_name_that_only_the_library_refuses(hub: FakeHub, tmp_path: Path) -> None:
-    assert "names no repository" in refuses(tmp_path, ConfigError, Repository("a/" + "b" * 100))
+    assert "does not name a repository" in refuses(tmp_path, ConfigError, Repository("a/" + "b" * 100))
     assert hub.asked() == []
 
 
@@ -388,4 +389,4 @@ def test_a_token_that_is_not_to_be_sent_unasked_is_not(hub: FakeHub, monkeypatch
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
-    assert room.token() is None
+    assert hub_api.token() is None

@@ -14,13 +14,13 @@ import pytest
 
 from dinov3_server.errors import CheckpointError, StorageError
 from dinov3_server.provision import manifest
-from dinov3_server.provision.manifest import Care, Promise
+from dinov3_server.provision.manifest import CheckOptions, ExpectedHash
 
 DATA = b"weights" * 1000
 SHA = hashlib.sha256(DATA).hexdigest()
-CARE = Care("dinov3-server weights --model vitb16")
-NOBODY = Promise()
-REGISTRY = Promise(authority="registry", digits=(SHA[:8],))
+OPTIONS = CheckOptions("dinov3-server weights --model vitb16")
+NOBODY = ExpectedHash()
+REGISTRY = ExpectedHash(hash_source="registry", prefixes=(SHA[:8],))
 
 
 @pytest.fixture
@@ -74,14 +74,14 @@ def test_an_unchanged_file_is_not_read(file: Path, hashed: list[Path]) -> None:
     manifest.write(file, "somewhere", SHA, "registry")
     before = beside(file).stat()
     for promise in (NOBODY, REGISTRY):
-        assert manifest.check(file, promise, CARE).sha256 == SHA
+        assert manifest.check(file, promise, OPTIONS).sha256 == SHA
     assert not hashed
     assert beside(file).stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_verify_full_reads_an_unchanged_file(file: Path, hashed: list[Path]) -> None:
     manifest.write(file, "somewhere", SHA, "registry")
-    assert manifest.check(file, NOBODY, Care("", full=True)).sha256 == SHA
+    assert manifest.check(file, NOBODY, CheckOptions("", full=True)).sha256 == SHA
     assert hashed == [file]
 
 
@@ -90,14 +90,14 @@ def test_bytes_that_changed_with_size_and_time_kept_are_found_by_verify_full(fil
     status = file.stat()
     file.write_bytes(DATA[:-1] + b"X")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    manifest.check(file, NOBODY, CARE)
+    manifest.check(file, NOBODY, OPTIONS)
     with pytest.raises(CheckpointError, match=f"its manifest of .* says {SHA}"):
-        manifest.check(file, NOBODY, Care("", full=True))
+        manifest.check(file, NOBODY, CheckOptions("", full=True))
 
 
 def test_a_file_without_a_manifest_is_hashed_once(file: Path, hashed: list[Path]) -> None:
-    assert manifest.check(file, REGISTRY, CARE).checked_against == "registry"
-    again = manifest.check(file, REGISTRY, CARE)
+    assert manifest.check(file, REGISTRY, OPTIONS).checked_against == "registry"
+    again = manifest.check(file, REGISTRY, OPTIONS)
     assert hashed == [file]
     assert (again.source, again.sha256, again.checked_against) == ("put there by hand", SHA, "registry")
 
@@ -106,7 +106,7 @@ def test_another_time_renews_the_manifest_and_keeps_what_it_knew(file: Path, has
     manifest.write(file, "https://host/x", SHA, "hub")
     touch(file)
     for _ in range(2):
-        known = manifest.check(file, NOBODY, CARE)
+        known = manifest.check(file, NOBODY, OPTIONS)
         assert (known.source, known.checked_against) == ("https://host/x", "hub")
     assert hashed == [file]
     assert manifest.read(file) == known
@@ -116,9 +116,9 @@ def test_another_size_is_refused_without_reading(file: Path, hashed: list[Path])
     manifest.write(file, "somewhere", SHA, "nothing")
     file.write_bytes(DATA[:-7])
     with pytest.raises(CheckpointError, match=r"has 6,993 bytes, and its manifest of .* says 7,000") as caught:
-        manifest.check(file, NOBODY, CARE)
+        manifest.check(file, NOBODY, OPTIONS)
     assert f"`mv {file} {file}.bad`" in str(caught.value)
-    assert f"`{CARE.again}`" in str(caught.value)
+    assert f"`{OPTIONS.fetch_command}`" in str(caught.value)
     assert not hashed
     assert file.stat().st_size == len(DATA) - 7
 
@@ -128,18 +128,18 @@ def test_other_bytes_are_refused(file: Path) -> None:
     file.write_bytes(b"X" * len(DATA))
     touch(file)
     with pytest.raises(CheckpointError) as caught:
-        manifest.check(file, NOBODY, CARE)
+        manifest.check(file, NOBODY, OPTIONS)
     assert SHA in str(caught.value)
     assert hashlib.sha256(b"X" * len(DATA)).hexdigest() in str(caught.value)
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["with a manifest", "without"])
 def test_the_registry_is_believed_before_the_manifest(file: Path, written: bool) -> None:
-    other = Promise(authority="registry", digits=("deadbeef", "0badcafe"))
+    other = ExpectedHash(hash_source="registry", prefixes=("deadbeef", "0badcafe"))
     if written:
         manifest.write(file, "somewhere", SHA, "nothing")
     with pytest.raises(CheckpointError, match="the registry says that it begins with deadbeef or 0badcafe") as caught:
-        manifest.check(file, other, CARE)
+        manifest.check(file, other, OPTIONS)
     assert SHA in str(caught.value)
     assert file.read_bytes() == DATA
     assert beside(file).exists() == written
@@ -149,19 +149,19 @@ def test_a_lying_manifest_does_not_vouch_for_a_wrong_file(file: Path) -> None:
     file.write_bytes(b"X" * len(DATA))
     manifest.write(file, "somewhere", "0" * 64, "registry")
     with pytest.raises(CheckpointError, match=f"begins with {SHA[:8]}"):
-        manifest.check(file, REGISTRY, CARE)
+        manifest.check(file, REGISTRY, OPTIONS)
 
 
 def test_a_lying_manifest_does_not_condemn_a_good_file(file: Path) -> None:
     manifest.write(file, "somewhere", "0" * 64, "registry")
-    assert manifest.check(file, REGISTRY, CARE).sha256 == SHA
-    assert manifest.read(file) == manifest.check(file, REGISTRY, CARE)
+    assert manifest.check(file, REGISTRY, OPTIONS).sha256 == SHA
+    assert manifest.read(file) == manifest.check(file, REGISTRY, OPTIONS)
 
 
 def test_a_good_file_put_in_place_of_a_bad_one_needs_no_care_for_the_manifest(file: Path) -> None:
     manifest.write(file, "somewhere", "0" * 64, "nothing")
     alter(file, size=17)
-    assert manifest.check(file, REGISTRY, CARE).size == len(DATA)
+    assert manifest.check(file, REGISTRY, OPTIONS).size == len(DATA)
 
 
 def text(**changes: object) -> bytes:
@@ -190,8 +190,8 @@ def test_a_manifest_that_cannot_be_read_is_made_anew(
     file: Path, content: bytes, hashed: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     beside(file).write_bytes(content)
-    assert manifest.check(file, REGISTRY, CARE).sha256 == SHA
-    assert f"{beside(file)} is no manifest" in caplog.text
+    assert manifest.check(file, REGISTRY, OPTIONS).sha256 == SHA
+    assert f"{beside(file)} is not a manifest" in caplog.text
     assert manifest.read(file) is not None
     assert hashed == [file]
 
@@ -202,23 +202,23 @@ def test_a_manifest_that_cannot_be_written_is_a_warning(
     def read_only(path: Path, data: bytes) -> None:
         raise StorageError(f"{path}: the file system is read-only")
 
-    monkeypatch.setattr(manifest, "write_whole", read_only)
+    monkeypatch.setattr(manifest, "write_atomic", read_only)
     with caplog.at_level(logging.WARNING):
-        assert manifest.check(file, REGISTRY, CARE).sha256 == SHA
+        assert manifest.check(file, REGISTRY, OPTIONS).sha256 == SHA
     assert "is hashed at every start" in caplog.text
     assert "read-only" in caplog.text
 
 
 def test_a_good_file_needs_no_write(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest.write(file, "somewhere", SHA, "registry")
-    monkeypatch.setattr(manifest, "write_whole", None)
-    assert manifest.check(file, REGISTRY, Care("", full=True)).sha256 == SHA
+    monkeypatch.setattr(manifest, "write_atomic", None)
+    assert manifest.check(file, REGISTRY, CheckOptions("", full=True)).sha256 == SHA
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
     with pytest.raises(StorageError, match=r"folder\.pth"):
-        manifest.check(tmp_path / "folder.pth", REGISTRY, CARE)
+        manifest.check(tmp_path / "folder.pth", REGISTRY, OPTIONS)
 
 
 def test_long_reads_are_reported(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

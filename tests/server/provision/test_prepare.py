@@ -29,13 +29,13 @@ def vendored(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def settings(tmp_path: Path, **others: object) -> Settings:
-    return Settings(cache_dir=str(tmp_path / "home"), **others)  # type: ignore[arg-type]
+    return Settings(cache_dir=str(tmp_path / "cache_dir"), **others)  # type: ignore[arg-type]
 
 
 def test_code_and_weights(tmp_path: Path, weights: Path, vendored: list[Path]) -> None:
     given = settings(tmp_path, weights=str(weights))
     found, seconds = prepare(given)
-    checkout = tmp_path / "home" / "upstream" / given.upstream_revision
+    checkout = tmp_path / "cache_dir" / "upstream" / given.upstream_revision
     assert found == Provisioned(str(weights), "mine.safetensors", given.upstream_revision, str(checkout))
     assert vendored == [checkout]
     assert list(seconds) == ["vendor", "weights"]
@@ -85,7 +85,7 @@ def test_code_that_cannot_be_fetched_ends_the_start_with_the_ways_out(
     monkeypatch.setattr(vendor, "vendor", fail)
     with pytest.raises(Unreachable) as one:
         prepare(settings(tmp_path, weights=str(weights)))
-    assert str(one.value).startswith("no route to the code\nOr serve without the proof")
+    assert str(one.value).startswith("no route to the code\nOr serve without the parity check")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # and the weights cannot be had either: one error says both
     with pytest.raises(Unreachable) as both:

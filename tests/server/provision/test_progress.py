@@ -50,7 +50,7 @@ def test_lines_of_a_log(clock: Clock, caplog: pytest.LogCaptureFixture, monkeypa
         "model.pth: fetching 342 MB",
         "model.pth: 29 % of 342 MB, 10 MB/s, 24 s left",
         "model.pth: 58 % of 342 MB, 10 MB/s, 14 s left",
-        "model.pth: going on at 250 MB of 342 MB",
+        "model.pth: resuming at 250 MB of 342 MB",
         "model.pth: 78 % of 342 MB, 1 MB/s, 1 min 15 s left",
         "model.pth: 83 % of 342 MB, 1 MB/s, 58 s left",
     ]

@@ -36,7 +36,7 @@ class Rig:
         self.repository = folder / "served"
         self.first = make_repository(self.repository)
         self.second = add_commit(self.repository, {"dinov3/new.py": "", BACKBONES: "changed = True\n"})
-        self.target = folder / "home" / "upstream" / "code"
+        self.target = folder / "cache_dir" / "upstream" / "code"
 
     def vendor(self, revision: str | None = None, **options: bool) -> None:
         vendor(str(self.repository), revision or self.first, self.target, **options)
@@ -262,7 +262,7 @@ def test_what_is_not_ours_is_never_deleted(rig: Rig, kind: str, force: bool) -> 
 def test_a_file_in_the_place_of_the_folder_is_left_alone(rig: Rig) -> None:
     rig.target.parent.mkdir(parents=True)
     rig.target.write_text("a file")
-    with pytest.raises(StorageError, match="a file stands where a folder is wanted"):
+    with pytest.raises(StorageError, match="a file exists where a folder is needed"):
         rig.vendor(force=True)
     assert rig.target.read_text() == "a file"
 

@@ -23,7 +23,7 @@ pytestmark = [
 
 def test_metas_repository_is_vendored_and_can_be_imported(tmp_path: Path) -> None:
     url, commit = served_repository(tmp_path)
-    target = tmp_path / "home" / "upstream" / commit
+    target = tmp_path / "cache_dir" / "upstream" / commit
     vendor(url, commit, target)
     assert look(target, commit).state is State.GOOD
     assert "DINOv3 License" in (target / "LICENSE.md").read_text()

@@ -1,4 +1,4 @@
-"""Real processes: one killed in the middle of a fetch, two at once on one home, and what a start must not import."""
+"""Real processes: one killed during a fetch, two that share a cache folder, and imports that a start avoids."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dinov3_server.provision.hub import Repository, fetch
-from dinov3_server.provision.manifest import Care
+from dinov3_server.provision.hub import fetch
+from dinov3_server.provision.hub_api import Repository
+from dinov3_server.provision.manifest import CheckOptions
 from tests.server.provision.weights_rig import DATA, INDEX, SHARDS, TIMM, variant
 from tests.support.fake_hub import COMMIT, FakeHub
 from tests.support.file_server import Answer, FileServer
@@ -21,11 +22,11 @@ LVD_NAME = variant().official_file("lvd1689m")
 
 
 @contextmanager
-def process(home: Path, *arguments: str, endpoint: str = "http://127.0.0.1:1") -> Iterator[subprocess.Popen[str]]:
+def process(cache_dir: Path, *arguments: str, endpoint: str = "http://127.0.0.1:1") -> Iterator[subprocess.Popen[str]]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "DINOV3"))}
-    environment = {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache_dir / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.server.provision.weights_process", str(home), *arguments],
+        [sys.executable, "-m", "tests.server.provision.weights_process", str(cache_dir), *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -49,7 +50,7 @@ def test_a_fetch_that_was_killed_goes_on_where_it_was(hub: FakeHub, tmp_path: Pa
         child.wait()
     had = part.stat().st_size
     hub.cdn.release()
-    folder = fetch(tmp_path, Repository(TIMM), Care(""))
+    folder = fetch(tmp_path, Repository(TIMM), CheckOptions(""))
     for name, data in SHARDS.items():
         assert (folder / name).read_bytes() == data
     assert hub.fetched() == [first, second, second, third]
@@ -64,7 +65,7 @@ def test_two_processes_fetch_a_repository_once(hub: FakeHub, tmp_path: Path) -> 
         until(hub.fetched, "the first process at the file")
         with process(tmp_path, "auto", endpoint=hub.url) as two:
             assert two.stderr is not None
-            until(lambda: "another process is at it" in (two.stderr.readline()), "the second waits")
+            until(lambda: "another process is doing it" in (two.stderr.readline()), "the second waits")
             hub.cdn.release()
             out = [child.communicate()[0] for child in (one, two)]
     assert [child.returncode for child in (one, two)] == [0, 0]
@@ -79,7 +80,7 @@ def test_two_processes_fetch_a_url_once(files: FileServer, tmp_path: Path) -> No
         until(lambda: files.requests, "the first process at the file")
         with process(tmp_path, files.url(f"/{LVD_NAME}")) as two:
             assert two.stderr is not None
-            until(lambda: "another process is at it" in (two.stderr.readline()), "the second waits")
+            until(lambda: "another process is doing it" in (two.stderr.readline()), "the second waits")
             files.release()
             out = [child.communicate()[0] for child in (one, two)]
     assert out == [f"{tmp_path}/weights/{LVD_NAME} False\n"] * 2
@@ -88,7 +89,7 @@ def test_two_processes_fetch_a_url_once(files: FileServer, tmp_path: Path) -> No
 
 def test_a_start_with_everything_in_place_imports_no_hub(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX})
-    folder = fetch(tmp_path, Repository(TIMM), Care(""))
+    folder = fetch(tmp_path, Repository(TIMM), CheckOptions(""))
     for arguments in (["auto"], [f"hf://{TIMM}"], [f"hf://{TIMM}", "offline"]):
         with process(tmp_path, *arguments) as child:
             assert child.communicate()[0] == f"{folder} False\n"

@@ -41,12 +41,13 @@ def variant(name: str = "dinov3_vitl16", **files: bytes) -> VitVariant:
 
 
 def clean(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """No token, no endpoint and no switch of whoever runs the tests reaches the library."""
+    """Hide the token, endpoint, cache and switches of the test run's user from the library."""
     from huggingface_hub import constants
 
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     # The library reads these when it is imported.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hf_hub_cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(folder / "stored_tokens"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -56,12 +57,18 @@ def clean(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 @contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    from huggingface_hub.utils import close_session
-
     with FakeHub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield hub
-        close_session()
+        close_connections()
+
+
+def close_connections() -> None:
+    """Close those that the library keeps open: by the name of the function before huggingface_hub 1.0, or since."""
+    from huggingface_hub import utils
+
+    close = getattr(utils, "close_session", None) or utils.reset_sessions
+    close()
 
 
 def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:

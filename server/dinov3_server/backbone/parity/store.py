@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dinov3_server.errors import StorageError
 from dinov3_server.models.interface import OutputParity, ParityCheck
-from dinov3_server.storage import locked, write_whole
+from dinov3_server.storage import locked, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ParityStore:
             "rounding": [asdict(proof) for proof in kept.rounding],
         }
         try:
-            write_whole(self.path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+            write_atomic(self.path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
         except StorageError as error:
             log.warning("the parity check is not kept, so every start compares again: %s", error)
 

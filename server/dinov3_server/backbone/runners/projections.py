@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinov3_server.backbone.runners.postprocessing import LinearMap
 from dinov3_server.backbone.weights.fingerprint import digest
-from dinov3_server.backbone.weights.safetensors_file import read_safetensors
+from dinov3_server.backbone.weights.tensor_files import read_safetensors
 from dinov3_server.errors import CheckpointError
 from dinov3_server.models.interface import Projection
 

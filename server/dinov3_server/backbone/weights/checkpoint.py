@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.weights.tensor_files import enumerate_some, read_tensors
+from dinov3_server.backbone.weights.tensor_files import read_tensors
 from dinov3_server.errors import CheckpointError, ConfigError
 from dinov3_server.families.dinov3_vit.layouts import PERIODS
 from dinov3_server.families.dinov3_vit.variants import VitVariant
@@ -23,6 +23,7 @@ from dinov3_server.families.layouts import canonical_shapes, layout_of, layouts
 from dinov3_server.families.registry import VARIANTS
 from dinov3_server.models.layout import Entry
 from dinov3_server.models.variant import DATASETS, Dataset, Variant
+from dinov3_server.models.weight_files import enumerate_some
 from dinov3_server.nn.rope import default_periods
 
 logger = logging.getLogger(__name__)

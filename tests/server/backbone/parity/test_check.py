@@ -348,7 +348,7 @@ def test_of_several_at_once_one_proves(
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "another process is at it" in record.getMessage():
+            if "another process is doing it" in record.getMessage():
                 waiting.set()
 
     def slowly(*arguments: Any, **named: Any) -> Any:

@@ -1,0 +1,216 @@
+"""Ask the Hugging Face hub's API through `huggingface_hub`, and turn its errors into ours.
+
+The library makes the API requests, finds the token and knows the endpoint. Files are fetched by `download`, which
+resumes after SIGKILL and hashes as it goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, urlsplit
+
+from dinov3_server.config.kinds import without_secrets
+from dinov3_server.errors import AccessRefused, ConfigError, StartupError, Unreachable
+from dinov3_server.provision.download import Expected, download
+
+log = logging.getLogger(__name__)
+
+COMMIT = re.compile("[0-9a-f]{40}")
+_TIMEOUT_SECONDS = 30.0
+_RETRY_PAUSES = (1.0, 3.0)  # seconds
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository at a branch, tag or commit. `str()` gives its URL, hf://OWNER/REPO[@REVISION]."""
+
+    name: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        return f"hf://{self.name}" + (f"@{self.revision}" if self.revision != "main" else "")
+
+
+class TokenRefused(AccessRefused):
+    """The hub does not accept the token; a request without one may succeed."""
+
+
+class HubApi:
+    """One repository of the hub. The environment is read at construction.
+
+    The library reads HF_ENDPOINT only when it is imported, so the endpoint is passed with each call.
+    """
+
+    def __init__(self, repository: Repository, anonymous: bool) -> None:
+        from huggingface_hub import constants
+
+        self._repository = repository
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self._token = None if anonymous else token()
+        self._has_access = False
+        self.shown = without_secrets(self._endpoint)
+
+    def listing(self) -> tuple[str, dict[str, Expected]]:
+        """Return the commit of the revision, and the size and sha256 (of large files) of each of its files."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self._endpoint, token=self._token or False)
+        info = self._ask(
+            lambda: api.model_info(
+                self._repository.name,
+                revision=self._repository.revision,
+                files_metadata=True,
+                timeout=_TIMEOUT_SECONDS,
+            )
+        )
+        if not COMMIT.fullmatch(info.sha or ""):
+            raise Unreachable(f"{self.shown} gave no commit for {self._repository}: it does not speak the hub's API")
+        files = {
+            each.rfilename: Expected(each.size, each.lfs.sha256 if each.lfs else None) for each in info.siblings or ()
+        }
+        return str(info.sha), files
+
+    def download(
+        self, name: str, commit: str, target: Path, expected: Expected, on_progress: Callable[[str], None] | None
+    ) -> str:
+        """Download the file `name` to `target` and return its sha256."""
+        url = f"{self._endpoint}/{self._repository.name}/resolve/{commit}/{quote(name)}"
+        if not self._has_access:
+            self._check_access(url)
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        return download(url, target, expected, headers=headers, on_progress=on_progress).sha256
+
+    def _check_access(self, url: str) -> None:
+        """Ask the library for a file: the API lists gated repositories to everyone, and refuses only their files."""
+        from huggingface_hub import get_hf_file_metadata
+
+        self._ask(
+            lambda: get_hf_file_metadata(
+                url, token=self._token or False, timeout=_TIMEOUT_SECONDS, endpoint=self._endpoint
+            )
+        )
+        self._has_access = True
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        """Make a call of the library, and repeat it after a failure that may be temporary."""
+        for pause in _RETRY_PAUSES:
+            try:
+                with self._explained():
+                    return call()
+            except _Temporary as error:
+                log.warning("%s; trying again in %g s", error, pause)
+                time.sleep(pause)
+        with self._explained():
+            return call()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn the library's exceptions into ours: what is wrong, where to look, what to do."""
+        from huggingface_hub import errors
+
+        name, page = self._repository.name, f"{self.shown}/{self._repository.name}"
+        try:
+            yield
+        except errors.GatedRepoError as error:
+            have = "the token that was sent has no access to it" if self._token else "no token was sent"
+            raise AccessRefused(
+                f"{name} on Hugging Face is gated, and {have}: ask for access at {page}, make a token that may read "
+                f"gated repositories at {self.shown}/settings/tokens, then set HF_TOKEN or run `hf auth login`"
+                f"{self._said(error)}"
+            ) from None
+        except errors.DisabledRepoError:
+            raise AccessRefused(f"{name} was disabled by Hugging Face; see {page}") from None
+        except errors.RevisionNotFoundError:
+            raise ConfigError(
+                f"{name} has no revision {self._repository.revision!r}; see {page}/tree/main for its branches and "
+                f"tags, or leave @{self._repository.revision} out for main"
+            ) from None
+        except errors.RepositoryNotFoundError:
+            raise self._no_repository() from None
+        except errors.HfHubHTTPError as error:
+            if isinstance(error, errors.EntryNotFoundError):
+                path = urlsplit(str(error.response.url)).path
+                raise ConfigError(f"{name} does not have the file {path}; see {page}/tree/main") from None
+            raise self._of_status(error.response.status_code, self._said(error)) from None
+        except errors.OfflineModeIsEnabled:
+            raise Unreachable(f"{self._repository}: HF_HUB_OFFLINE forbids the connection") from None
+        except errors.HFValidationError as error:
+            raise ConfigError(
+                f"{self._repository} does not name a repository: {' '.join(str(error).split())}"
+            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError):  # the library cannot read the answer
+            raise Unreachable(
+                f"{self.shown} answered for {self._repository}, but not like the hub (a login page of the network, or "
+                "a wrong HF_ENDPOINT)"
+            ) from None
+        except Exception as error:  # of requests, httpx or httpx2, by the library's version
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise _Temporary(
+                f"{self.shown} cannot be reached for {self._repository}: {why}; check the network and its proxy "
+                "(HTTPS_PROXY), or set HF_ENDPOINT to a mirror"
+            ) from None
+
+    def _no_repository(self) -> ConfigError:
+        """Return the error for a repository that is missing or private: the hub does not say which."""
+        have = "this token may not see it" if self._token else "no token was sent (HF_TOKEN, `hf auth login`)"
+        name, where = self._repository.name, self.shown
+        return ConfigError(
+            f"there is no repository {name} at {where}, or it is private and {have}: check the name at {where}/{name}"
+        )
+
+    def _of_status(self, status: int, said: str) -> StartupError:
+        where = self.shown
+        match status:
+            case 401 if not self._token:
+                return self._no_repository()
+            case 404:  # from a mirror that does not send the hub's error codes
+                return self._no_repository()
+            case 401:
+                return TokenRefused(
+                    f"{where} does not accept the token that was sent for {self._repository}: make one at "
+                    f"{where}/settings/tokens and set HF_TOKEN or run `hf auth login`, or remove it with "
+                    f"`hf auth logout` or by unsetting HF_TOKEN{said}"
+                )
+            case 403:
+                return AccessRefused(
+                    f"{where} forbids {self._repository} to the token that was sent: see its permissions at "
+                    f"{where}/settings/tokens{said}"
+                )
+            case 429:
+                return Unreachable(
+                    f"{where} got too many requests from here (429 for {self._repository}): try again in five minutes, "
+                    f"with a token (HF_TOKEN), which has a higher limit{said}"
+                )
+            case _ if status >= 500:
+                return _Temporary(
+                    f"{where} failed at {self._repository} (status {status}); see https://status.huggingface.co{said}"
+                )
+        return Unreachable(f"{where} refused {self._repository} (status {status}){said}")
+
+    def _said(self, error: Exception) -> str:
+        """Quote the server's own message, on one line, without the token."""
+        words = " ".join(str(getattr(error, "server_message", None) or "").split())
+        if self._token:
+            words = words.replace(self._token, "...")
+        return f' (it said: "{words[:300]}")' if words else ""
+
+
+class _Temporary(Unreachable):
+    """A failure that may be temporary."""
+
+
+def token() -> str | None:
+    """Return the token of the environment or of `hf auth login`, if there is one and it may be sent."""
+    from huggingface_hub import constants, get_token
+
+    return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
