@@ -77,7 +77,7 @@ def reading() -> Target:
         plain = _parsed(data)
         try:
             incoming = wire.parse(pb.ExtractRequest, data, settings.max_images_per_request)
-        except wire.TooMany:
+        except wire.TooManyElements:
             return
         except InvalidInput:
             assert plain is None, "refused what protobuf reads"

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 log = logging.getLogger(__name__)
 
 
-def hang_up(peer: str) -> None:
+def close_connection(peer: str) -> None:
     """End the connection to `peer`, by gRPC's name of it; all its calls end with it. Does nothing where it is gone."""
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
         with suppress(OSError, ValueError):  # no socket, one that listens or has no such address, or closed since

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dinov3_server.api.outputs import enum_of, read_outputs
 from dinov3_server.api.sources import Source, SourceReader, count_rows
-from dinov3_server.api.wire import Content
+from dinov3_server.api.wire import BytesResolver
 from dinov3_server.config.settings import Settings
 from dinov3_server.errors import ConfigError, InvalidInput, ModelMismatch, ServingError
 from dinov3_server.families import registry
@@ -20,7 +20,7 @@ _IS_BULK = {pb.PRIORITY_INTERACTIVE: False, pb.PRIORITY_BULK: True}
 class Query:
     """What is to be computed for one request.
 
-    `failures` is by image. `counts` are the rows that each image asks for, whether it gets them or not; `has_views`
+    `failures` is by image. `row_counts` are the rows that each image asks for, whether it gets them or not; `has_views`
     says that an image of the request has views.
     """
 
@@ -29,12 +29,12 @@ class Query:
     bulk: bool
     sources: list[Source]
     failures: dict[int, ServingError]
-    counts: tuple[int, ...]
+    row_counts: tuple[int, ...]
     has_views: bool
 
     @property
-    def unmeasured(self) -> bool:
-        return any(source.measured for source in self.sources)
+    def needs_sizes(self) -> bool:
+        return any(source.rows_with_size for source in self.sources)
 
     def by_shape(self) -> dict[PixelShape, list[tuple[int, int]]]:
         """Shapes in order of first use, each with the (image, view) of its rows, ascending."""
@@ -52,8 +52,8 @@ def count_images(request: pb.ExtractRequest) -> int:
     return sum(map(count_rows, request.images)) or (max(shape[0], 0) if len(shape) == 4 else 0)
 
 
-def read_request(request: pb.ExtractRequest, content: Content, model: ModelInfo, settings: Settings) -> Query:
-    """`content` is that of the request's `bytes` fields (wire.Incoming).
+def read_request(request: pb.ExtractRequest, content: BytesResolver, model: ModelInfo, settings: Settings) -> Query:
+    """`content` is that of the request's `bytes` fields (wire.ParsedMessage).
 
     Raises ModelMismatch, or InvalidInput where the request as a whole is at fault.
     """
@@ -68,10 +68,10 @@ def read_request(request: pb.ExtractRequest, content: Content, model: ModelInfo,
         reader.read_list(request.images)
     else:
         reader.read_packed(request.pixels)
-    counts = tuple(len(source.rows) for source in reader.sources)
+    row_counts = tuple(len(source.rows) for source in reader.sources)
     has_views = any(image.views for image in request.images)
     fingerprint = model.answer_fingerprint(spec.projection)
-    return Query(spec, fingerprint, bulk, reader.sources, reader.failures, counts, has_views)
+    return Query(spec, fingerprint, bulk, reader.sources, reader.failures, row_counts, has_views)
 
 
 def _check_pins(request: pb.ExtractRequest, model: ModelInfo) -> None:

@@ -96,7 +96,7 @@ class Credentials:
             names = ("tls_cert_file", "tls_key_file", "tls_client_ca_file")
             self._paths = {name: path for name in names if (path := getattr(settings, name)) is not None}
             self._tls = Watched("tls", self._paths, self._read_tls, metrics)
-        self.show()
+        self.update_gauges()
 
     def port(self) -> grpc.ServerCredentials | None:
         """What the port is opened with; None for plain text."""
@@ -112,7 +112,7 @@ class Credentials:
             if self._tls is not None and self._tls.reload(forced):
                 self._pending.append(self._tls.value.configuration)
 
-    def show(self) -> None:
+    def update_gauges(self) -> None:
         """Set the gauge of the certificate's rest, and log once when it comes to its end."""
         if self._tls is None:
             return

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 
-from dinov3_server.api.budget import ByteBudget, Holding
+from dinov3_server.api.budget import ByteBudget, RequestMemory
 from dinov3_server.api.convert import Query, count_images, read_request
-from dinov3_server.api.filling import Filler, Work
+from dinov3_server.api.decode_pool import DecodePool, DecodeTask
 from dinov3_server.api.outputs import check_answer, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
-from dinov3_server.api.wire import Content
+from dinov3_server.api.wire import BytesResolver
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.admission import Lease
 from dinov3_server.engine.block import Block
@@ -52,11 +52,11 @@ class Extraction:
         self._settings = settings
         self._metrics = metrics
         self._index = index
-        self._filler = Filler(threads, budget.pictures, metrics)
+        self._decode_pool = DecodePool(threads, budget.pictures, metrics)
 
     def close(self) -> None:
         """To be called when no request is left."""
-        self._filler.close()
+        self._decode_pool.close()
 
     @property
     def model(self) -> ModelInfo:
@@ -70,14 +70,14 @@ class Extraction:
         request: pb.ExtractRequest,
         deadline: float | None,
         caller: Caller,
-        holding: Holding,
+        request_memory: RequestMemory,
         message_id: int | None = None,
-        content: Content = bytes,
+        content: BytesResolver = bytes,
     ) -> bytes:
         """Return the ExtractResponse or, given a `message_id`, the ExtractStreamResponse that holds it.
 
-        `content` is that of the request's `bytes` fields (wire.Incoming). `holding` gives the message back once it is
-        decoded, and takes room for the answer before it is built.
+        `content` resolves the request's `bytes` fields (wire.ParsedMessage). `request_memory` releases the message once
+        it is decoded, and acquires memory for the answer before it is built.
         `deadline` is in seconds of time.monotonic(). Raises ServingError where the request as a whole fails.
         """
         images = min(count_images(request), self._settings.max_images_per_request)
@@ -88,12 +88,12 @@ class Extraction:
             self._engine.check_time(least, deadline)
             query = read_request(request, content, model, self._settings)
             del request, content  # and later `query.sources`: what was sent need not wait in memory for the device
-            if query.unmeasured:
-                await self._filler.measure(query.sources, query.failures, deadline)
+            if query.needs_sizes:
+                await self._decode_pool.read_sizes(query.sources, query.failures, deadline)
             placed = _plan(query, model)
             if not placed:
                 answering = self._respond(
-                    memoryview(b""), model, query, placed, pb.Timings(), message_id, deadline, holding
+                    memoryview(b""), model, query, placed, pb.Timings(), message_id, deadline, request_memory
                 )
                 return await answering
             check_answer([one.block for one in placed], model, query.fingerprint, self._settings.max_message_bytes)
@@ -107,7 +107,7 @@ class Extraction:
             lease = self._engine.reserve(demand, deadline)
             try:
                 placed = [one._replace(block=one.block.moved(lease.offset)) for one in placed]
-                return await self._extract(query, placed, model, lease, deadline, message_id, holding)
+                return await self._extract(query, placed, model, lease, deadline, message_id, request_memory)
             finally:
                 lease.release()
         except ServingError as error:
@@ -125,14 +125,14 @@ class Extraction:
         lease: Lease,
         deadline: float | None,
         message_id: int | None,
-        holding: Holding,
+        request_memory: RequestMemory,
     ) -> bytes:
         failures = query.failures
         started = time.perf_counter()
-        await self._filler.fill(_works(query, placed, lease.memory), failures, deadline)
+        await self._decode_pool.decode(_works(query, placed, lease.memory), failures, deadline)
         decode_seconds = time.perf_counter() - started
         query.sources.clear()
-        holding.message_read()
+        request_memory.release_message()
 
         results = await self._run(lease, placed, failures, deadline, query.bulk)
         for one, result in zip(placed, results, strict=True):
@@ -145,7 +145,7 @@ class Extraction:
             batch_images=max(result.batch_images for result in results),
             batches=sum(result.batches for result in results),
         )
-        return await self._respond(lease.memory, model, query, placed, timings, message_id, deadline, holding)
+        return await self._respond(lease.memory, model, query, placed, timings, message_id, deadline, request_memory)
 
     async def _run(
         self,
@@ -177,7 +177,7 @@ class Extraction:
         timings: pb.Timings,
         message_id: int | None,
         deadline: float | None,
-        holding: Holding,
+        request_memory: RequestMemory,
     ) -> bytes:
         started = time.perf_counter()
         failures = query.failures
@@ -192,7 +192,7 @@ class Extraction:
         limit = self._settings.max_message_bytes
         if nbytes > limit:  # the errors of many images can take it there
             raise too_large(f"{nbytes} bytes, with the errors of {len(failures)} images", limit)
-        await holding.take_answer(nbytes, deadline)
+        await request_memory.acquire_answer(nbytes, deadline)
         answer = b"".join(pieces)
         self._metrics.stage_seconds.observe(time.perf_counter() - started, "respond")
         self._count(query)
@@ -200,10 +200,10 @@ class Extraction:
 
     def _count(self, query: Query) -> None:
         if not query.failures:
-            self._metrics.images.inc("ok", value=sum(query.counts))
+            self._metrics.images.inc("ok", value=sum(query.row_counts))
             return
         outcomes = Counter[str]()
-        for image, rows in enumerate(query.counts):
+        for image, rows in enumerate(query.row_counts):
             error = query.failures.get(image)
             outcome = "ok" if error is None else "invalid" if isinstance(error, InvalidInput) else "failed"
             outcomes[outcome] += rows
@@ -222,7 +222,7 @@ def _plan(query: Query, model: ModelInfo) -> list[PlacedBlock]:
     return placed
 
 
-def _works(query: Query, placed: Sequence[PlacedBlock], memory: memoryview) -> list[Work]:
+def _works(query: Query, placed: Sequence[PlacedBlock], memory: memoryview) -> list[DecodeTask]:
     """For all images that have not failed. Rows take the places of their block in the order of the request."""
     pixels = {one.block.shape: count(one.block.pixels, one.block.shape.nbytes) for one in placed}
     works = []
@@ -233,7 +233,7 @@ def _works(query: Query, placed: Sequence[PlacedBlock], memory: memoryview) -> l
                 start = next(pixels[row.shape])
                 outs.append(memory[start : start + row.shape.nbytes])
         if source.image not in query.failures:
-            works.append(Work(source, outs))
+            works.append(DecodeTask(source, outs))
     return works
 
 

@@ -37,8 +37,8 @@ def serve(start: StartFrontend, control: Channel) -> None:
 
 async def _serve(start: StartFrontend, control: Channel) -> None:
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(_on_error)
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_caller_that_left)
+    loop.set_exception_handler(_exit_on_own_error)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_not_client_disconnect)
     metrics = Metrics()
     arena = Arena(start.settings.arena_bytes)
     engine = Engine(arena, start.settings, metrics, start.frontends)
@@ -54,7 +54,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
                             engine.connect(index, fds[0])
                         except OSError as error:  # callers may hold every descriptor that we may have
                             log.error("worker %d cannot be connected yet: %s", index, error.strerror)
-                            say(NotConnected(index))
+                            send(NotConnected(index))
                     case WorkerGone(index, back_in):
                         engine.worker_gone(index, back_in)
                     case Reload():
@@ -67,7 +67,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
             if not drain.done():
                 drain.set_result(0.0)
 
-    def say(message: object) -> None:
+    def send(message: object) -> None:
         control.send(message)
         if not control.flush():
             loop.add_writer(control.fileno(), flush)
@@ -79,14 +79,14 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
     def on_model() -> None:
         engine.on_model = lambda: None  # once: while workers are restarted, calls queue
         server.set_serving(not drain.done())
-        say(Ready())
+        send(Ready())
 
     async def report() -> None:
         while True:
             if control.flush():  # to a peer that does not read nothing is piled up
-                server.show()
+                server.update_gauges()
                 engine.show()
-                say(MetricsSnapshot(metrics.snapshot()))
+                send(MetricsSnapshot(metrics.snapshot()))
             await asyncio.sleep(SNAPSHOT_SECONDS)
 
     engine.on_model = on_model
@@ -102,7 +102,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
     engine.close()
 
 
-def _on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def _exit_on_own_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """End the process where a callback of ours failed.
 
     asyncio would log it and go on, with a message from a worker or the supervisor lost: requests would wait for ever.
@@ -119,6 +119,6 @@ def _is_ours(error: BaseException) -> bool:
     return any(frame.f_globals.get("__name__", "").startswith("dinov3_server.") for frame, _ in frames)
 
 
-def _is_no_caller_that_left(record: logging.LogRecord) -> bool:
+def _not_client_disconnect(record: logging.LogRecord) -> bool:
     """False for what gRPC logs, with a traceback, where a caller was gone before its answer could be sent."""
     return not record.exc_info or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"

@@ -30,8 +30,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
 
-class Measured:
-    """`with Measured(...)` counts and times one request.
+class RequestMetrics:
+    """`with RequestMetrics(...)` counts and times one request.
 
     `expired` tells, when the request is cancelled, whether its deadline is why.
     """
@@ -44,11 +44,11 @@ class Measured:
         self._expired = expired
         self._started = time.perf_counter()
 
-    def arrived(self) -> None:
+    def restart_clock(self) -> None:
         """Time from now on: how long a message takes to come is up to the caller."""
         self._started = time.perf_counter()
 
-    def __enter__(self) -> Measured:
+    def __enter__(self) -> RequestMetrics:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
@@ -68,7 +68,7 @@ class Measured:
         self._metrics.request_seconds.observe(seconds, self._method)
 
 
-class Calls(grpc.aio.ServerInterceptor):
+class CallInterceptor(grpc.aio.ServerInterceptor):
     """Errors of FeatureService become statuses; its calls are counted, and known while they last.
 
     Unary methods are served by handlers of streams, which is the same on the wire. For any other handler gRPC receives
@@ -113,16 +113,16 @@ class Calls(grpc.aio.ServerInterceptor):
             task = self._begin()
             try:
                 try:
-                    with Measured(self._metrics, label, expired=lambda: context.time_remaining() == 0) as measured:
-                        data, holding = await self._receiver.message(context)
-                        measured.arrived()
+                    with RequestMetrics(self._metrics, label, expired=lambda: context.time_remaining() == 0) as timed:
+                        data, request_memory = await self._receiver.message(context)
+                        timed.restart_clock()
                         remaining = context.time_remaining()
                         deadline = None if remaining is None else time.monotonic() + remaining
-                        context.add_done_callback(holding.done)  # type: ignore[arg-type]  # untyped
-                        answering = call(data, context, deadline, holding)
+                        context.add_done_callback(request_memory.release)  # type: ignore[arg-type]  # untyped
+                        answering = call(data, context, deadline, request_memory)
                         del data  # what was sent need not wait in memory for the device
                         answer: bytes = await answering
-                        holding.sends(context)
+                        request_memory.start_sending(context)
                         return answer
                 except Exception as error:
                     status = status_of(serving_error(error))
@@ -139,8 +139,8 @@ class Calls(grpc.aio.ServerInterceptor):
 
         async def requests(context: Context) -> AsyncIterator[bytes]:
             while (received := await self._receiver.read(context, None, rank=2)) is not None:
-                data, holding = received
-                holding.release()
+                data, request_memory = received
+                request_memory.release()
                 yield data
 
         async def reading(_: object, context: Context) -> Any:
@@ -149,8 +149,8 @@ class Calls(grpc.aio.ServerInterceptor):
                     async for answer in given.stream_stream(requests(context), context):
                         await context.write(answer)
                     return None
-                data, holding = await self._receiver.message(context, rank=2)
-                holding.release()
+                data, request_memory = await self._receiver.message(context, rank=2)
+                request_memory.release()
             except ServingError as error:
                 status = status_of(error)
             else:
@@ -162,7 +162,7 @@ class Calls(grpc.aio.ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(reading, response_serializer=handler.response_serializer)
 
     def _stream(self, handler: Handler) -> Any:
-        """Of a stream each message is counted, by `measured`; the call itself only where it fails as a whole."""
+        """Of a stream each message is counted, by `RequestMetrics`; the call itself only where it fails as a whole."""
         call: Any = handler.stream_stream
 
         async def stream(requests: Any, context: Context) -> None:
@@ -190,7 +190,7 @@ class Calls(grpc.aio.ServerInterceptor):
         return task
 
 
-class Auth(grpc.aio.ServerInterceptor):
+class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Outermost. Lets calls through that bring `authorization: Bearer TOKEN` with one of `tokens`; health is open."""
 
     def __init__(self, tokens: Tokens, metrics: Metrics) -> None:

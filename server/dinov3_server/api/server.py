@@ -15,11 +15,11 @@ from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.credentials import Credentials
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.health import HEALTH, Health
-from dinov3_server.api.interceptors import SERVICE, Auth, Calls
+from dinov3_server.api.interceptors import SERVICE, AuthInterceptor, CallInterceptor
+from dinov3_server.api.monitor import FrontendMonitor
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.reflection import Reflection
 from dinov3_server.api.servicer import FeatureService
-from dinov3_server.api.watch import Watch
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.engine import Engine
 from dinov3_server.errors import StartupError
@@ -58,7 +58,7 @@ class FrontendServer:
         frontends: int,
         allocated: Callable[[], int] | None = None,
     ) -> None:
-        """`allocated` is that of Watch.
+        """`allocated` is that of FrontendMonitor.
 
         Raises ConfigError for a file that the settings name and that is of no use."""
         threads = settings.decode_threads or max(1, available_threads() // frontends)
@@ -73,12 +73,12 @@ class FrontendServer:
         self._service = FeatureService(
             engine, self._extraction, receiver, settings, metrics, index, frontends, __version__, tokens
         )
-        self._watch = Watch(receiver, self.budget, metrics, allocated)
+        self._monitor = FrontendMonitor(receiver, self.budget, metrics, allocated)
         self._health = Health()
-        self._calls = Calls(metrics, receiver)
+        self._calls = CallInterceptor(metrics, receiver)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]
         if tokens is not None:
-            interceptors.insert(0, Auth(tokens, metrics))
+            interceptors.insert(0, AuthInterceptor(tokens, metrics))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
         self._server.add_generic_rpc_handlers(
             (self._service.handlers(), self._health.handlers(), *Reflection((SERVICE, HEALTH)).handlers())
@@ -99,17 +99,17 @@ class FrontendServer:
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address} (host, port): {error}") from None
         await self._server.start()
-        self._tasks = [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._watch.run())]
+        self._tasks = [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._monitor.run())]
         return bound
 
     def set_serving(self, serving: bool) -> None:
         """What health says."""
         self._health.set_serving(serving)
 
-    def show(self) -> None:
+    def update_gauges(self) -> None:
         """Set the gauges that are read once a second."""
-        self.budget.show(self._metrics)
-        self._credentials.show()
+        self.budget.update_gauges(self._metrics)
+        self._credentials.update_gauges()
 
     def reload(self) -> None:
         """Read the files of tokens and TLS again soon, whether they have changed or not."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from dinov3_server.api.budget import Holding
+from dinov3_server.api.budget import RequestMemory
 from dinov3_server.api.caller import caller_of
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
@@ -23,7 +23,7 @@ from dinov3_serving.v1.enums import FEATURE_DTYPES, preset_message
 
 
 class FeatureService:
-    """Errors leave as ServingError; `interceptors.Calls` makes statuses of them."""
+    """Errors leave as ServingError; `interceptors.CallInterceptor` makes statuses of them."""
 
     def __init__(
         self,
@@ -65,11 +65,13 @@ class FeatureService:
         for stream in self._streams:
             stream.stop_reading()
 
-    async def extract(self, data: bytes, context: Context, deadline: float | None, holding: Holding) -> bytes:
+    async def extract(
+        self, data: bytes, context: Context, deadline: float | None, request_memory: RequestMemory
+    ) -> bytes:
         self._check_open()
         request, content = parse(pb.ExtractRequest, data, self._settings.max_images_per_request)
         caller = caller_of(context, by_token=self._tokens is not None)
-        extract = self._extraction.extract(request, deadline, caller, holding, content=content)
+        extract = self._extraction.extract(request, deadline, caller, request_memory, content=content)
         del data, request, content  # what was sent need not wait in memory for the device
         return await extract
 
@@ -83,7 +85,9 @@ class FeatureService:
         finally:
             self._streams.discard(stream)
 
-    async def get_model(self, data: bytes, context: Context, deadline: float | None, holding: Holding) -> bytes:
+    async def get_model(
+        self, data: bytes, context: Context, deadline: float | None, request_memory: RequestMemory
+    ) -> bytes:
         self._check_open()
         parse(pb.GetModelRequest, data, 0)
         model, settings = self._extraction.model, self._settings

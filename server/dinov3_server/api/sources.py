@@ -11,8 +11,8 @@ import numpy as np
 
 from dinov3_server.api.outputs import enum_of
 from dinov3_server.api.pixels import Pixels, copy_floats, read_pixels
-from dinov3_server.api.status import kept
-from dinov3_server.api.wire import Content
+from dinov3_server.api.status import without_traceback
+from dinov3_server.api.wire import BytesResolver
 from dinov3_server.config.settings import Settings
 from dinov3_server.errors import InvalidInput, ServingError
 from dinov3_server.images.cost import Cost, resizing
@@ -38,7 +38,7 @@ _INTERPOLATIONS: dict[pb.Interpolation, Interpolation | None] = {
 }
 
 
-class Row(NamedTuple):
+class RowSpec(NamedTuple):
     """One row of features: of an image as a whole, or of one of its views.
 
     `field` names it in errors. `shape` is None where only the file's header tells it; where the image has failed
@@ -59,22 +59,24 @@ class Source(NamedTuple):
     with the same errors; None says that all it does is to copy, and to check what it copies: about a tenth of a
     millisecond a megabyte, a third where it is flipped.
 
-    `file` is what decode processes are given in place of `write` where the cost is not plain. `measured` are `rows`
-    with their shapes, given the (height, width) of a file's picture, where they need it.
+    `file` is what decode processes are given in place of `write` where the cost is not plain. `rows_with_size` returns
+    `rows` with their shapes, given the (height, width) of a file's picture, where they need it.
     """
 
     image: int
-    rows: tuple[Row, ...]
+    rows: tuple[RowSpec, ...]
     write: Callable[[Sequence[memoryview]], Generator[None, None, None]] | None
     cost: Callable[[], Cost] | None = None
     file: File | None = None
-    measured: Callable[[tuple[int, int]], tuple[Row, ...]] | None = None
+    rows_with_size: Callable[[tuple[int, int]], tuple[RowSpec, ...]] | None = None
 
 
 class SourceReader:
     """Collects the sources of a request's images, and the `failures` of some by their index."""
 
-    def __init__(self, preprocessing: pb.Preprocessing, content: Content, model: ModelInfo, settings: Settings) -> None:
+    def __init__(
+        self, preprocessing: pb.Preprocessing, content: BytesResolver, model: ModelInfo, settings: Settings
+    ) -> None:
         self.sources: list[Source] = []
         self.failures: dict[int, ServingError] = {}
         self._content = content
@@ -121,12 +123,12 @@ class SourceReader:
         try:
             yield
         except InvalidInput as error:
-            self.failures.setdefault(index, kept(error))
+            self.failures.setdefault(index, without_traceback(error))
 
     def _read_image(self, index: int, image: pb.Image) -> Source:
         field = f"images[{index}]"
         source = image.WhichOneof("source")
-        rows = tuple(Row(view, field, self._transform, None) for view in range(count_rows(image)))
+        rows = tuple(RowSpec(view, field, self._transform, None) for view in range(count_rows(image)))
         pixels: Pixels | None = None
         with self._failing(index):
             if source is None:
@@ -153,7 +155,7 @@ class SourceReader:
             return _pixel_source(index, f"{field}.pixels", pixels, rows)
         return self._file_source(index, f"{field}.encoded", self._content(image.encoded), rows)
 
-    def _whole(self, field: str, pixels: Pixels | None) -> Row:
+    def _whole(self, field: str, pixels: Pixels | None) -> RowSpec:
         """Of an image without views; `pixels` None for a file."""
         shape = self._shape
         if pixels and pixels.format == "float32":
@@ -166,9 +168,9 @@ class SourceReader:
             shape = None
         if pixels and not shape:
             shape = self._input_shape(pixels.height, pixels.width, pixels.format, f"{field}.shape")
-        return Row(0, field, self._transform, shape)
+        return RowSpec(0, field, self._transform, shape)
 
-    def _view(self, index: int, row: Row, view: pb.View, pixels: Pixels | None) -> Row:
+    def _view(self, index: int, row: RowSpec, view: pb.View, pixels: Pixels | None) -> RowSpec:
         """`row` as `view` has it; without a shape where that is at fault."""
         row = row._replace(field=f"{row.field}.views[{row.view}]")
         box, given = view.crop, view.size
@@ -197,7 +199,7 @@ class SourceReader:
             return self._input_shape(crop.height, crop.width, "uint8", f"{field}.crop")
         return self._input_shape(*picture, "uint8", field) if picture else None
 
-    def _file_source(self, index: int, field: str, data: bytes | memoryview, rows: tuple[Row, ...]) -> Source:
+    def _file_source(self, index: int, field: str, data: bytes | memoryview, rows: tuple[RowSpec, ...]) -> Source:
         file = File(data, self._settings.max_image_pixels, self._exif, field)
         shape_of = self._input_shape
 
@@ -213,10 +215,10 @@ class SourceReader:
                 transform_into(image, row.transform, out)
                 yield
 
-        def measured(size: tuple[int, int]) -> tuple[Row, ...]:
+        def rows_with_size(size: tuple[int, int]) -> tuple[RowSpec, ...]:
             return tuple(row if row.shape else row._replace(shape=shape_of(*size, "uint8", row.field)) for row in rows)
 
-        return Source(index, rows, write, cost, file, None if all(row.shape for row in rows) else measured)
+        return Source(index, rows, write, cost, file, None if all(row.shape for row in rows) else rows_with_size)
 
 
 def count_rows(image: pb.Image) -> int:
@@ -224,7 +226,7 @@ def count_rows(image: pb.Image) -> int:
     return len(image.views) or 1
 
 
-def _pixel_source(index: int, field: str, pixels: Pixels, rows: tuple[Row, ...]) -> Source:
+def _pixel_source(index: int, field: str, pixels: Pixels, rows: tuple[RowSpec, ...]) -> Source:
     if pixels.format == "float32":
         return Source(index, rows, partial(_write_floats, pixels, f"{field}.data"))
     size = pixels.height, pixels.width
@@ -233,7 +235,7 @@ def _pixel_source(index: int, field: str, pixels: Pixels, rows: tuple[Row, ...])
     return Source(index, rows, partial(_write_pixels, pixels, rows), cost)
 
 
-def _write_pixels(pixels: Pixels, rows: Sequence[Row], outs: Sequence[memoryview]) -> Generator[None, None, None]:
+def _write_pixels(pixels: Pixels, rows: Sequence[RowSpec], outs: Sequence[memoryview]) -> Generator[None, None, None]:
     picture = np.frombuffer(pixels.data, np.uint8).reshape(pixels.height, pixels.width, 3)
     for row, out in zip(rows, outs, strict=True):
         transform_pixels_into(picture, row.transform, out)

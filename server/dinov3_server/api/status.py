@@ -54,7 +54,7 @@ def serving_error(error: Exception) -> ServingError:
     return internal
 
 
-def kept(error: Exception) -> ServingError:
+def without_traceback(error: Exception) -> ServingError:
     """`error` to be kept until the answer is made: without the frames that it came through, which hold pixels."""
     # From Python 3.12 on a frame of contextlib's is part of a cycle with the traceback that passed through it: without
     # this the frames, and the views of the arena in them, would live until the next garbage collection.

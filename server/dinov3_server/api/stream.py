@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import grpc
 
-from dinov3_server.api.budget import Holding
+from dinov3_server.api.budget import RequestMemory
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
-from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, Measured
+from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, RequestMetrics
 from dinov3_server.api.receiving import Receiver
-from dinov3_server.api.status import kept, serving_error, status_of
-from dinov3_server.api.wire import Content, Incoming, TooMany, message_id, parse
+from dinov3_server.api.status import serving_error, status_of, without_traceback
+from dinov3_server.api.wire import BytesResolver, ParsedMessage, TooManyElements, message_id, parse
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.shares import Caller
 from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unauthenticated, Unavailable
@@ -27,8 +27,8 @@ class _Asked(NamedTuple):
     """One message. `fresh` says that no other with its id is unanswered; `error` is why it cannot be served."""
 
     message: pb.ExtractStreamRequest
-    content: Content
-    holding: Holding
+    content: BytesResolver
+    request_memory: RequestMemory
     arrived: float
     fresh: bool
     error: ServingError | None
@@ -107,23 +107,23 @@ class Stream:
                 received[1].release()
                 return error
             # Not in `_answer` alone: a task that is cancelled before it begins runs nothing of it.
-            group.create_task(self._answer(asked)).add_done_callback(asked.holding.done)
+            group.create_task(self._answer(asked)).add_done_callback(asked.request_memory.release)
             del received, asked  # the next one may be long in coming
 
-    def _asked(self, data: bytes, holding: Holding) -> _Asked:
+    def _asked(self, data: bytes, request_memory: RequestMemory) -> _Asked:
         """Raises InvalidInput where `data` are no message, or it cannot be told which one is at fault."""
         error: ServingError | None = None
         try:
-            incoming = parse(pb.ExtractStreamRequest, data, self._most_images)
-        except TooMany as too_many:
-            error = kept(too_many)
-            incoming = Incoming(pb.ExtractStreamRequest(id=message_id(data)), bytes)
-        fresh = incoming.message.id not in self._unanswered
-        self._unanswered.add(incoming.message.id)
-        return _Asked(*incoming, holding, time.monotonic(), fresh, error)
+            parsed = parse(pb.ExtractStreamRequest, data, self._most_images)
+        except TooManyElements as too_many:
+            error = without_traceback(too_many)
+            parsed = ParsedMessage(pb.ExtractStreamRequest(id=message_id(data)), bytes)
+        fresh = parsed.message.id not in self._unanswered
+        self._unanswered.add(parsed.message.id)
+        return _Asked(*parsed, request_memory, time.monotonic(), fresh, error)
 
     async def _answer(self, asked: _Asked) -> None:
-        message_id, fresh, holding = asked.message.id, asked.fresh, asked.holding
+        message_id, fresh, request_memory = asked.message.id, asked.fresh, asked.request_memory
         extract = self._extract(asked)
         del asked  # what was sent need not wait in memory for the device
         try:
@@ -131,21 +131,21 @@ class Stream:
             async with self._writing:
                 if fresh:
                     self._unanswered.discard(message_id)
-                holding.sends(self._context)
+                request_memory.start_sending(self._context)
                 await self._context.write(answer)
         except grpc.aio.BaseError:
             # The connection is gone; the cancellation of the whole call is on its way.
             self._caller_left = True
             self.stop_reading()
         finally:
-            holding.release()  # before the window lets the next message in
+            request_memory.release()  # before the window lets the next message in
             self._window.release()
 
     async def _extract(self, asked: _Asked) -> bytes:
         message = asked.message
         message_id = message.id
         try:
-            with Measured(self._metrics, "ExtractStream", expired=self._expired):
+            with RequestMetrics(self._metrics, "ExtractStream", expired=self._expired):
                 if not asked.fresh:
                     raise InvalidInput(
                         f"message {message_id} of this stream is not answered yet: give every message an id of its own",
@@ -157,7 +157,7 @@ class Stream:
                 if not message.HasField("request"):
                     raise InvalidInput("request is not set", field="request")
                 extract = self._extraction.extract(
-                    message.request, deadline, self._caller, asked.holding, message_id, asked.content
+                    message.request, deadline, self._caller, asked.request_memory, message_id, asked.content
                 )
                 del asked, message
                 return await extract

@@ -6,8 +6,8 @@ then counts them holds the event loop for half a minute. So a message is walked 
 first thing too many: what it visits is bounded, however long the message.
 
 The walk also spares protobuf the bytes themselves. protobuf copies each `bytes` field when it parses and again when it
-is read; what is parsed here has the number of the field's content in its place, and `Incoming.content` gives a view of
-the message that was received.
+is read; what is parsed here has the number of the field's content in its place, and `ParsedMessage.content`
+gives a view of the message that was received.
 """
 
 from __future__ import annotations
@@ -36,40 +36,40 @@ _FIELDS_BESIDE = 256
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 # What a `bytes` field of a message holds, given what is read from it.
-Content: TypeAlias = Callable[[bytes], "bytes | memoryview"]
+BytesResolver: TypeAlias = Callable[[bytes], "bytes | memoryview"]
 
 
-class Incoming(NamedTuple, Generic[AnyMessage]):
+class ParsedMessage(NamedTuple, Generic[AnyMessage]):
     """A message; `content(message.data)` is what the field `data` holds."""
 
     message: AnyMessage
-    content: Content
+    content: BytesResolver
 
 
-class TooMany(InvalidInput):
+class TooManyElements(InvalidInput):
     """More of something than a request may have."""
 
 
-def parse(message: type[AnyMessage], data: bytes, most_images: int) -> Incoming[AnyMessage]:
+def parse(message: type[AnyMessage], data: bytes, most_images: int) -> ParsedMessage[AnyMessage]:
     """The message that `data` are.
 
     Raises:
-        TooMany: there are more images, views (of all images) or layers than `most_images`, or more fields than such a
-            message can need. Up to 64 of each are left to those who know what they mean.
+        TooManyElements: there are more images, views (of all images) or layers than `most_images`, or more fields
+            than such a message can need. Up to 64 of each are left to those who know what they mean.
         InvalidInput: `data` are no such message.
     """
     try:
         if len(data) < SHORT_BYTES:
-            return Incoming(message.FromString(data), bytes)
+            return ParsedMessage(message.FromString(data), bytes)
         walk = Walk(data, most_images)
         light = walk.message(0, len(data), _shape(message.DESCRIPTOR))
-        return Incoming(message.FromString(data if light is None else light), walk.content)
+        return ParsedMessage(message.FromString(data if light is None else light), walk.content)
     except DecodeError:
         raise InvalidInput(f"the {len(data)} bytes that were sent are no {message.DESCRIPTOR.full_name}") from None
 
 
 async def parse_or_abort(message: type[AnyMessage], data: bytes, context: Any) -> AnyMessage:
-    """`parse` for health and reflection, whose errors `interceptors.Calls` does not see."""
+    """`parse` for health and reflection, whose errors `interceptors.CallInterceptor` does not see."""
     try:
         return parse(message, data, 0).message
     except InvalidInput as error:
@@ -185,11 +185,13 @@ class Walk:
             self._contents.append(self._view[start:end])
             return (len(self._contents) - 1).to_bytes(4, "little") if end > start else None
         if end - start > _LONGEST_TEXT:
-            raise TooMany(f"{field.name} has {end - start} bytes; allowed are {_LONGEST_TEXT}", field=field.name)
+            raise TooManyElements(
+                f"{field.name} has {end - start} bytes; allowed are {_LONGEST_TEXT}", field=field.name
+            )
         return None
 
     def _refuse(self, what: str, field: str = "") -> NoReturn:
-        raise TooMany(
+        raise TooManyElements(
             f"{what} in one request; allowed are {self._most_images} images, each view counts as one "
             "(--max-images-per-request): send them in several requests",
             field=field,

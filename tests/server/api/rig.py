@@ -17,7 +17,7 @@ from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from grpc_status import rpc_status
 from PIL import Image
 
-from dinov3_server.api.budget import ByteBudget, Holding
+from dinov3_server.api.budget import ByteBudget, RequestMemory
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.config.settings import Settings
@@ -218,12 +218,12 @@ def extraction(
     return Extraction(engine, known, metrics, 0, threads, budget)  # type: ignore[arg-type]
 
 
-def holding() -> Holding:
+def request_memory() -> RequestMemory:
     """Of a budget of its own; in the event loop."""
     budget = ByteBudget(64 << 20, 16 << 20)
-    permit = budget.messages.try_take(1)
-    assert permit is not None
-    return Holding(budget, permit)
+    grant = budget.messages.try_acquire(1)
+    assert grant is not None
+    return RequestMemory(budget, grant)
 
 
 @asynccontextmanager

@@ -67,11 +67,11 @@ def read(request: pb.ExtractRequest) -> None:
     with suppress(InvalidInput, ModelMismatch):
         query = read_request(request, bytes, MODEL, LIMITS)
         for index, source in enumerate(query.sources):
-            if source.measured and source.file:
+            if source.rows_with_size and source.file:
                 try:
                     assert source.cost
                     source.cost()
-                    query.sources[index] = source._replace(rows=source.measured(source.file.probe()))
+                    query.sources[index] = source._replace(rows=source.rows_with_size(source.file.probe()))
                 except InvalidInput as error:
                     query.failures[source.image] = error
         placed = _plan(query, MODEL)

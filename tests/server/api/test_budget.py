@@ -1,4 +1,4 @@
-"""The byte budget of a frontend: floors, lines, and permits from any thread."""
+"""The byte budget of a frontend: floors, lines, and grants from any thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dinov3_server.api.budget import ByteBudget, Permit, Share
+from dinov3_server.api.budget import ByteBudget, MemoryGrant, Quota
 from dinov3_server.errors import InvalidInput, Overloaded
 from dinov3_server.metrics import Metrics
 
@@ -15,31 +15,31 @@ from dinov3_server.metrics import Metrics
 TOTAL, MESSAGE = 100, 10
 
 
-async def taking(share: Share, nbytes: int) -> asyncio.Task[Permit]:
-    """A task that has come to wait, or has its permit."""
-    task = asyncio.create_task(share.take(nbytes, None))
+async def taking(quota: Quota, nbytes: int) -> asyncio.Task[MemoryGrant]:
+    """A task that has come to wait, or has its grant."""
+    task = asyncio.create_task(quota.acquire(nbytes, None))
     await asyncio.sleep(0)
     return task
 
 
 async def test_a_use_has_its_floor_and_what_nobody_else_has() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
-    assert [each.most for each in (budget.messages, budget.pictures, budget.answers)] == [50, 80, 50]
-    assert budget.messages.try_take(50)
-    assert budget.messages.try_take(1) is None
-    assert budget.pictures.try_take(41) is None
-    assert budget.pictures.try_take(40)
-    assert budget.answers.try_take(10)
-    assert budget.answers.try_take(1) is None
+    assert [each.limit for each in (budget.messages, budget.pictures, budget.answers)] == [50, 80, 50]
+    assert budget.messages.try_acquire(50)
+    assert budget.messages.try_acquire(1) is None
+    assert budget.pictures.try_acquire(41) is None
+    assert budget.pictures.try_acquire(40)
+    assert budget.answers.try_acquire(10)
+    assert budget.answers.try_acquire(1) is None
 
 
 async def test_what_does_not_fit_waits_in_line() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
-    first = await budget.pictures.take(60, None)
+    first = await budget.pictures.acquire(60, None)
     large = await taking(budget.pictures, 50)
     small = await taking(budget.pictures, 5)
     assert [large.done(), small.done()] == [False, False], "20 are free, and the small one stands behind"
-    assert budget.pictures.try_take(1) is None, "nothing overtakes those that wait"
+    assert budget.pictures.try_acquire(1) is None, "nothing overtakes those that wait"
     first.release()
     assert [(await large).nbytes, (await small).nbytes] == [50, 5]
     assert budget.pictures.used == 55
@@ -47,9 +47,9 @@ async def test_what_does_not_fit_waits_in_line() -> None:
 
 async def test_another_use_does_not_wait_behind_it() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
-    held = await budget.pictures.take(80, None)
+    held = await budget.pictures.acquire(80, None)
     waiting = await taking(budget.pictures, 1)
-    with await budget.messages.take(10, None), await budget.answers.take(10, None):
+    with await budget.messages.acquire(10, None), await budget.answers.acquire(10, None):
         other = await taking(budget.answers, 1)
         assert not other.done()
         held.release()
@@ -60,26 +60,26 @@ async def test_another_use_does_not_wait_behind_it() -> None:
 async def test_what_could_never_fit_is_the_callers_fault() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
     with pytest.raises(InvalidInput, match=r"81 bytes for its pictures; .* has 80 \(--frontend-bytes\)"):
-        await budget.pictures.take(81, None)
+        await budget.pictures.acquire(81, None)
 
 
 async def test_no_time_is_a_refusal() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
-    held = budget.answers.try_take(50)
+    held = budget.answers.try_acquire(50)
     assert held
     with pytest.raises(Overloaded, match="50 of at most 50 are in use") as refused:
-        await budget.answers.take(1, time.monotonic())
+        await budget.answers.acquire(1, time.monotonic())
     assert refused.value.reason == "answers_bytes"
     assert refused.value.retry_after > 0
     with pytest.raises(Overloaded):
-        await budget.answers.take(1, time.monotonic() + 0.002)
+        await budget.answers.acquire(1, time.monotonic() + 0.002)
     held.release()
-    assert budget.answers.try_take(50), "who gave up holds nothing"
+    assert budget.answers.try_acquire(50), "who gave up holds nothing"
 
 
 async def test_who_gives_up_lets_those_behind_through() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
-    assert budget.pictures.try_take(70)
+    assert budget.pictures.try_acquire(70)
     large = await taking(budget.pictures, 20)
     small = await taking(budget.pictures, 10)
     large.cancel()
@@ -89,10 +89,10 @@ async def test_who_gives_up_lets_those_behind_through() -> None:
 
 async def test_a_permit_that_comes_as_its_waiter_leaves_is_not_lost() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
-    held = await budget.pictures.take(80, None)
+    held = await budget.pictures.acquire(80, None)
     waiting = await taking(budget.pictures, 80)
     held.release()
-    asyncio.get_running_loop().call_soon(waiting.cancel)  # after the permit was given, before the task goes on
+    asyncio.get_running_loop().call_soon(waiting.cancel)  # after the grant was given, before the task goes on
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert budget.pictures.used == 0
@@ -100,7 +100,7 @@ async def test_a_permit_that_comes_as_its_waiter_leaves_is_not_lost() -> None:
 
 async def test_a_waiter_that_is_cancelled_before_room_comes_takes_none() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
-    held = await budget.pictures.take(80, None)
+    held = await budget.pictures.acquire(80, None)
     waiting = await taking(budget.pictures, 80)
     waiting.cancel()
     held.release()
@@ -111,22 +111,22 @@ async def test_a_waiter_that_is_cancelled_before_room_comes_takes_none() -> None
 
 async def test_permits_are_resized_and_released_from_threads() -> None:
     budget = ByteBudget(TOTAL, MESSAGE)
-    permit = await budget.pictures.take(80, None)
+    grant = await budget.pictures.acquire(80, None)
     waiting = await taking(budget.pictures, 30)
-    await asyncio.to_thread(permit.resize, 50)
+    await asyncio.to_thread(grant.resize, 50)
     await waiting
     assert budget.pictures.used == 80
-    permit.resize(90)
+    grant.resize(90)
     assert budget.pictures.used == 120, "what is there is counted"
-    assert budget.messages.try_take(10), "each use has its floor all the same"
-    assert budget.messages.try_take(1) is None
-    await asyncio.to_thread(permit.release)
-    permit.release()
+    assert budget.messages.try_acquire(10), "each use has its floor all the same"
+    assert budget.messages.try_acquire(1) is None
+    await asyncio.to_thread(grant.release)
+    grant.release()
     assert budget.pictures.used == 30
 
 
 async def test_the_gauges_show_bytes_by_use() -> None:
     budget, metrics = ByteBudget(TOTAL, MESSAGE), Metrics()
-    with await budget.messages.take(7, None):
-        budget.show(metrics)
+    with await budget.messages.acquire(7, None):
+        budget.update_gauges(metrics)
     assert metrics.frontend_bytes.snapshot() == {("messages",): (7.0,), ("pictures",): (0.0,), ("answers",): (0.0,)}

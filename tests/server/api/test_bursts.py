@@ -50,7 +50,7 @@ def held(rig: Rig) -> dict[str, int]:
         "tasks": len(asyncio.all_tasks()),
         "descriptors": len(os.listdir("/proc/self/fd")),  # noqa: PTH208
         "bytes": sum(
-            share.used for share in (rig.server.budget.messages, rig.server.budget.pictures, rig.server.budget.answers)
+            quota.used for quota in (rig.server.budget.messages, rig.server.budget.pictures, rig.server.budget.answers)
         ),
         "leases": len(rig.engine.leases),
         "calls": len(rig.server._calls._active),

@@ -17,7 +17,17 @@ from dinov3_server.engine.shares import NOBODY
 from dinov3_server.errors import DeadlineExceeded
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.server.api.rig import AS_IS, FakeEngine, encoded, extraction, failure_of, holding, picture, serving, tensor
+from tests.server.api.rig import (
+    AS_IS,
+    FakeEngine,
+    encoded,
+    extraction,
+    failure_of,
+    picture,
+    request_memory,
+    serving,
+    tensor,
+)
 from tests.support.waiting import LIMIT, until_async
 
 TWO = pb.ExtractRequest(images=[encoded(picture(16, 16, 1)), encoded(picture(16, 16, 2))])
@@ -56,7 +66,7 @@ async def turn_the_loop() -> None:
 async def test_the_lease_stays_while_threads_write(gate: Gate, threads: int) -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics, threads)
-    task = asyncio.create_task(service.extract(TWO, None, NOBODY, holding()))
+    task = asyncio.create_task(service.extract(TWO, None, NOBODY, request_memory()))
     await gate.entered.wait()
     for _ in range(3):  # whoever cancels may do so again
         task.cancel()
@@ -75,12 +85,12 @@ async def test_the_lease_stays_while_threads_write(gate: Gate, threads: int) -> 
 
 async def test_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixels that are only copied take no thread; a request of many gives way to the loop, and may end there."""
-    monkeypatch.setattr("dinov3_server.api.filling.COPY_SECONDS", 0.0)  # no time at all: one image a turn
+    monkeypatch.setattr("dinov3_server.api.decode_pool.COPY_SECONDS", 0.0)  # no time at all: one image a turn
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     images = np.stack([picture(16, 16, seed) for seed in range(5)])
     request = pb.ExtractRequest(pixels=tensor(images), preprocessing=AS_IS)
-    task = asyncio.create_task(service.extract(request, None, NOBODY, holding()))
+    task = asyncio.create_task(service.extract(request, None, NOBODY, request_memory()))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     [lease] = engine.leases
@@ -102,10 +112,12 @@ async def test_pixels_are_copied_without_a_thread() -> None:
     service.close()  # no thread is left that could do it
     floats = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     for pixels in (picture(32, 32)[None], floats):
-        await service.extract(pb.ExtractRequest(pixels=tensor(pixels), preprocessing=AS_IS), None, NOBODY, holding())
+        await service.extract(
+            pb.ExtractRequest(pixels=tensor(pixels), preprocessing=AS_IS), None, NOBODY, request_memory()
+        )
     resized = pb.ExtractRequest(pixels=tensor(picture(32, 32)[None]))  # to the preset's 256x256
     with pytest.raises(RuntimeError, match="after shutdown"):
-        await service.extract(resized, None, NOBODY, holding())
+        await service.extract(resized, None, NOBODY, request_memory())
 
 
 async def test_cancelled_by_the_client_while_decoding(gate: Gate) -> None:
@@ -153,7 +165,7 @@ async def test_a_deadline_that_passes_while_decoding(gate: Gate) -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     deadline = time.monotonic() + 0.05
-    task = asyncio.create_task(service.extract(TWO, deadline, NOBODY, holding()))
+    task = asyncio.create_task(service.extract(TWO, deadline, NOBODY, request_memory()))
     await gate.entered.wait()
     await until_async(lambda: time.monotonic() >= deadline)
     gate.open.set()
@@ -168,7 +180,7 @@ async def test_a_deadline_that_passes_while_decoding(gate: Gate) -> None:
 
 async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn of a thread is a slice; the small request's turn comes after one of them."""
-    monkeypatch.setattr("dinov3_server.api.filling.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
+    monkeypatch.setattr("dinov3_server.api.decode_pool.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
     order: list[bytes] = []
     monkeypatch.setattr("dinov3_server.images.decode.decode", lambda data, **_: recorded(data))
 
@@ -181,7 +193,7 @@ async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkey
     large = pb.ExtractRequest(images=[encoded(picture(16, 16, 1))] * 20, outputs=pb.Outputs(cls=True))
     small = pb.ExtractRequest(images=[encoded(picture(16, 16, 2))], outputs=pb.Outputs(cls=True))
     await asyncio.gather(
-        service.extract(large, None, NOBODY, holding()), service.extract(small, None, NOBODY, holding())
+        service.extract(large, None, NOBODY, request_memory()), service.extract(small, None, NOBODY, request_memory())
     )
     assert order.index(small.images[0].encoded) <= 2
     service.close()

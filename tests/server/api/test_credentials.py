@@ -240,7 +240,7 @@ async def test_a_certificate_that_comes_to_its_end_is_told_once_and_counted(
     async with serving(**put(tmp_path, FIRST)) as rig:
 
         def warnings() -> list[str]:
-            rig.server.show()
+            rig.server.update_gauges()
             return [record.message for record in caplog.records if record.levelno == logging.WARNING]
 
         assert rig.metrics.snapshot().series["dinov3_tls_expiry_seconds"] == {(): (5 * DAY,)}

@@ -13,7 +13,7 @@ from dinov3_server.errors import DeadlineExceeded, Overloaded
 from dinov3_server.images import decode_process
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.server.api.rig import AS_IS, FakeEngine, encoded, extraction, holding, picture, serving
+from tests.server.api.rig import AS_IS, FakeEngine, encoded, extraction, picture, request_memory, serving
 from tests.server.images.files import encode, photo
 from tests.server.images.hostile import jpeg_scans, one_bit_png
 from tests.support.processes import children, resident_bytes
@@ -39,7 +39,7 @@ def running() -> set[int]:
 async def test_a_deadline_ends_a_decode() -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
-    task = asyncio.create_task(service.extract(LONG, time.monotonic() + 1.0, NOBODY, holding()))
+    task = asyncio.create_task(service.extract(LONG, time.monotonic() + 1.0, NOBODY, request_memory()))
     with pytest.raises(DeadlineExceeded, match="while the images of the request were being decoded"):
         await asyncio.wait_for(task, LIMIT)
     assert engine.untouched()
@@ -51,7 +51,7 @@ async def test_a_deadline_ends_a_decode() -> None:
 async def test_a_caller_that_leaves_ends_a_decode() -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
-    task = asyncio.create_task(service.extract(LONG, None, NOBODY, holding()))
+    task = asyncio.create_task(service.extract(LONG, None, NOBODY, request_memory()))
     await until_async(running)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -100,7 +100,7 @@ async def test_a_picture_that_could_never_fit_fails_alone() -> None:
     service = extraction(engine, Metrics(), budget=budget)
     images = [pb.Image(encoded=one_bit_png(10_000)), encoded(picture(16, 16))]
     answer = pb.ExtractResponse.FromString(
-        await service.extract(pb.ExtractRequest(images=images, outputs=CLS), None, NOBODY, holding())
+        await service.extract(pb.ExtractRequest(images=images, outputs=CLS), None, NOBODY, request_memory())
     )
     [error] = answer.errors
     assert error.image_index == 0
@@ -112,16 +112,16 @@ async def test_a_picture_that_could_never_fit_fails_alone() -> None:
 async def test_no_room_in_time_is_refused_with_a_word_when_to_come_again() -> None:
     engine, budget = FakeEngine(), ByteBudget(200 << 20, 8 << 20)
     service = extraction(engine, Metrics(), budget=budget)
-    held = budget.pictures.try_take(budget.pictures.most)
+    held = budget.pictures.try_acquire(budget.pictures.limit)
     assert held
     for image in (encoded(picture(16, 16)), pb.Image(encoded=encode(photo(), "TIFF"))):
         request = pb.ExtractRequest(images=[image, image], outputs=CLS)
         with pytest.raises(Overloaded, match=r"no memory for .* bytes of pictures came free"):
-            await service.extract(request, time.monotonic() + 0.2, NOBODY, holding())
+            await service.extract(request, time.monotonic() + 0.2, NOBODY, request_memory())
         assert engine.untouched()
-        assert not budget.pictures.waits
+        assert not budget.pictures.has_waiters
     held.release()
-    await service.extract(request, None, NOBODY, holding())
+    await service.extract(request, None, NOBODY, request_memory())
     service.close()
 
 
@@ -131,7 +131,7 @@ async def test_many_large_pictures_stay_within_the_budget() -> None:
     service = extraction(engine, Metrics(), threads=4, budget=budget)
     bomb = one_bit_png(7000)  # 49 million pixels: 245 MB
     request = pb.ExtractRequest(images=[pb.Image(encoded=bomb)] * 2, outputs=CLS)
-    tasks = [asyncio.create_task(service.extract(request, None, NOBODY, holding())) for _ in range(4)]
+    tasks = [asyncio.create_task(service.extract(request, None, NOBODY, request_memory())) for _ in range(4)]
     most_counted = most_resident = 0
     while not all(task.done() for task in tasks):
         most_counted = max(most_counted, budget.pictures.used)
@@ -139,7 +139,7 @@ async def test_many_large_pictures_stay_within_the_budget() -> None:
         await asyncio.sleep(0.005)
     for task in tasks:
         assert not pb.ExtractResponse.FromString(task.result()).errors
-    assert 500 << 20 < most_counted <= budget.pictures.most
-    assert 200 << 20 < most_resident < budget.pictures.most + 4 * (48 << 20)  # and an interpreter each
+    assert 500 << 20 < most_counted <= budget.pictures.limit
+    assert 200 << 20 < most_resident < budget.pictures.limit + 4 * (48 << 20)  # and an interpreter each
     assert budget.pictures.used == 0
     service.close()

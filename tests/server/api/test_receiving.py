@@ -10,8 +10,8 @@ import pytest
 
 from dinov3_server.api import receiving
 from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.monitor import OWN_BYTES, FrontendMonitor
 from dinov3_server.api.receiving import Receiver
-from dinov3_server.api.watch import OWN_BYTES, Watch
 from dinov3_server.errors import Overloaded
 from dinov3_server.metrics import Metrics
 from tests.server.api.rig import serving
@@ -42,7 +42,7 @@ async def reading(receiver: Receiver, peer: str, rank: int) -> asyncio.Task[Any]
 
 
 def make() -> Receiver:
-    return Receiver(ByteBudget(64 << 20, 16 << 20), most=1000)
+    return Receiver(ByteBudget(64 << 20, 16 << 20), limit=1000)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ async def test_a_message_that_is_held_open_is_ended_over_the_limit(call: str, na
         receiver = rig.server.receiver
         held_open = getattr(rig.channel, call)(name)()
         await until_async(lambda: receiver._reads)
-        receiver.look(receiver.most)
+        receiver.end_slow_reads(receiver.limit)
         await rig.stub.Extract(REQUEST)
         assert receiver._reads  # at the limit nothing is ended
-        receiver.look(receiver.most + 1)
+        receiver.end_slow_reads(receiver.limit + 1)
         assert await held_open.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "came slowly" in await held_open.details()
         assert not receiver._reads
@@ -78,16 +78,16 @@ async def test_slow_senders_go_first_then_those_without_a_token_then_who_has_mos
     slow = await reading(receiver, "ipv4:10.0.0.1:1", 0)
     [first] = receiver._reads
     first.since -= 100
-    monkeypatch.setattr(receiving, "_SLOW_SECONDS", 50.0)
+    monkeypatch.setattr(receiving, "_SLOW_SENDER_SECONDS", 50.0)
     one = await reading(receiver, "ipv4:10.0.0.2:1", 0)
     several = [await reading(receiver, f"ipv4:10.0.0.3:{port}", 0) for port in (1, 2, 3)]
     stream = await reading(receiver, "ipv4:10.0.0.2:1", 1)
     health = await reading(receiver, "ipv4:10.0.0.4:1", 2)
-    order = [read.task for read in receiver._worst()]
+    order = [read.task for read in receiver._by_priority()]
     assert order == [slow, health, stream, *several, one]
 
     for expected in (1, 3, 7):  # twice as many each time that it was not enough
-        receiver.look(1001)
+        receiver.end_slow_reads(1001)
         await asyncio.wait(order[:expected])
         assert [task.done() for task in order] == [True] * expected + [False] * (len(order) - expected)
     for task in order:
@@ -107,14 +107,14 @@ async def test_a_caller_that_leaves_is_no_slow_sender() -> None:
 async def test_what_is_allocated_beyond_what_is_known_is_what_grpc_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     allocated = 1 << 40  # at the start
     budget = ByteBudget(64 << 20, 16 << 20)
-    receiver, looks = Receiver(budget, most=1000), list[int]()
-    monkeypatch.setattr(receiver, "look", looks.append)
-    watch = Watch(receiver, budget, Metrics(), lambda: allocated)
-    message, answer = budget.messages.try_take(100), budget.answers.try_take(10)
+    receiver, held = Receiver(budget, limit=1000), list[int]()
+    monkeypatch.setattr(receiver, "end_slow_reads", held.append)
+    monitor = FrontendMonitor(receiver, budget, Metrics(), lambda: allocated)
+    message, answer = budget.messages.try_acquire(100), budget.answers.try_acquire(10)
     assert message is not None
     assert answer is not None
     allocated += OWN_BYTES + 5110
-    running = asyncio.create_task(watch.run())
-    await until_async(lambda: looks)
+    running = asyncio.create_task(monitor.run())
+    await until_async(lambda: held)
     running.cancel()
-    assert looks[0] == 5000
+    assert held[0] == 5000

@@ -31,9 +31,9 @@ from tests.server.api.rig import (
     extraction,
     failure_of_status,
     features,
-    holding,
     picture,
     png,
+    request_memory,
     serving,
     tensor,
 )
@@ -441,13 +441,15 @@ async def test_views_that_are_only_copied_take_no_thread() -> None:
     photo = picture(48, 64)
     views = [V((1, 2, 32, 32), flip=True), V((0, 0, 32, 32), size=(32, 32)), V(flip=True, size=(48, 64))]
     image = with_views(pb.Image(pixels=tensor(photo)), views)
-    answer = await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY, holding())
+    answer = await service.extract(
+        pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY, request_memory()
+    )
     found = rows(pb.ExtractResponse.FromString(answer))
     for view, how in enumerate(views):
         assert found[0, view][1] == cls_of(at_the_client(Image.fromarray(photo), how, None))
     image.views.append(V((0, 0, 32, 32), size=(16, 16)).message)
     with pytest.raises(RuntimeError, match="after shutdown"):
-        await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY, holding())
+        await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY, request_memory())
 
 
 class Gate:
@@ -488,7 +490,7 @@ FIVE = pb.ExtractRequest(images=[with_views(encoded(picture(40, 40, seed)), [V(s
 async def test_a_caller_that_leaves_between_two_views(gate: Any, decodes: Counter[bytes]) -> None:
     stop, engine, metrics = gate(), FakeEngine(), Metrics()
     service = extraction(engine, metrics)
-    task = asyncio.create_task(service.extract(FIVE, None, NOBODY, holding()))
+    task = asyncio.create_task(service.extract(FIVE, None, NOBODY, request_memory()))
     await stop.entered.wait()
     task.cancel()
     for _ in range(20):
@@ -510,7 +512,7 @@ async def test_a_deadline_that_passes_between_two_views(gate: Any) -> None:
     stop, engine, metrics = gate(), FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     deadline = time.monotonic() + 0.2
-    task = asyncio.create_task(service.extract(FIVE, deadline, NOBODY, holding()))
+    task = asyncio.create_task(service.extract(FIVE, deadline, NOBODY, request_memory()))
     await stop.entered.wait()
     await until_async(lambda: time.monotonic() >= deadline)
     stop.open.set()
@@ -530,7 +532,7 @@ def colour(of: int) -> pb.Image:
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Turns of a thread take no time at all: a row each. The colours of the rows, as they are written."""
-    monkeypatch.setattr("dinov3_server.api.filling.SLICE_SECONDS", 0.0)
+    monkeypatch.setattr("dinov3_server.api.decode_pool.SLICE_SECONDS", 0.0)
     order: list[int] = []
     write = sources.transform_into
 
@@ -553,7 +555,7 @@ async def test_an_image_of_many_views_does_not_keep_others_from_the_threads(
     large = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 20)])
     small = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
     answers = await asyncio.gather(
-        service.extract(large, None, NOBODY, holding()), service.extract(small, None, NOBODY, holding())
+        service.extract(large, None, NOBODY, request_memory()), service.extract(small, None, NOBODY, request_memory())
     )
     assert sorted(turns) == [1] * 20 + [2]
     assert turns.index(2) <= 2
@@ -566,7 +568,7 @@ async def test_an_image_of_many_views_does_not_keep_others_from_the_threads(
 def room_for_one_picture() -> ByteBudget:
     """A small file's cost is 1 MiB and what its pixels take."""
     budget = ByteBudget(3 << 20, 3 << 19 >> 1)
-    assert 1 << 20 < budget.pictures.most < 2 << 20
+    assert 1 << 20 < budget.pictures.limit < 2 << 20
     return budget
 
 
@@ -576,7 +578,7 @@ async def test_a_picture_has_its_room_until_its_last_row_is_written(turns: list[
     requests = [pb.ExtractRequest(images=[with_views(colour(of), [SIXTEEN] * 6)]) for of in (1, 2, 3)]
     for times in (1, 2):
         turns.clear()
-        await asyncio.gather(*(service.extract(request, None, NOBODY, holding()) for request in requests))
+        await asyncio.gather(*(service.extract(request, None, NOBODY, request_memory()) for request in requests))
         assert sorted(turns) == [1] * 6 + [2] * 6 + [3] * 6
         assert sum(before != after for before, after in itertools.pairwise(turns)) == 2  # one after the other
         assert set(decodes.values()) == {times}
@@ -590,10 +592,10 @@ async def test_a_caller_that_leaves_gives_the_room_of_its_picture_back(turns: li
     request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 400)], outputs=pb.Outputs(cls=True))
     waiting = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
     for _ in range(2):
-        task = asyncio.create_task(service.extract(request, None, NOBODY, holding()))
+        task = asyncio.create_task(service.extract(request, None, NOBODY, request_memory()))
         await until_async(lambda: len(turns) >= 3)
-        other = asyncio.create_task(service.extract(waiting, None, NOBODY, holding()))
-        await until_async(lambda: budget.pictures.waits)
+        other = asyncio.create_task(service.extract(waiting, None, NOBODY, request_memory()))
+        await until_async(lambda: budget.pictures.has_waiters)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -609,16 +611,16 @@ async def test_a_caller_that_leaves_gives_the_room_of_its_picture_back(turns: li
 async def test_a_caller_that_leaves_while_it_waits_for_room(turns: list[int]) -> None:
     engine, budget = FakeEngine(), room_for_one_picture()
     service = extraction(engine, Metrics(), budget=budget)
-    held = budget.pictures.try_take(budget.pictures.most)
+    held = budget.pictures.try_acquire(budget.pictures.limit)
     assert held
     request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN])])
-    task = asyncio.create_task(service.extract(request, None, NOBODY, holding()))
-    await until_async(lambda: budget.pictures.waits)
+    task = asyncio.create_task(service.extract(request, None, NOBODY, request_memory()))
+    await until_async(lambda: budget.pictures.has_waiters)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not turns
-    assert not budget.pictures.waits
+    assert not budget.pictures.has_waiters
     assert engine.untouched()
     held.release()
     service.close()

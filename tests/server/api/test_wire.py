@@ -10,7 +10,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api import wire
-from dinov3_server.api.wire import TooMany, Walk, message_id, parse
+from dinov3_server.api.wire import TooManyElements, Walk, message_id, parse
 from dinov3_server.errors import InvalidInput
 from dinov3_serving.framing import tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -33,7 +33,7 @@ def visited(kind: type[Message], data: bytes, monkeypatch: pytest.MonkeyPatch) -
             walks.append(self)
 
     monkeypatch.setattr(wire, "Walk", Seen)
-    with pytest.raises(TooMany) as refused:
+    with pytest.raises(TooManyElements) as refused:
         parse(kind, data, MOST)
     assert len(str(refused.value)) < 300
     [walk] = walks
@@ -103,7 +103,7 @@ def filled(message: Any, rng: random.Random) -> None:
                 setattr(message, each.name, value)
 
 
-def with_contents(message: Any, content: wire.Content) -> Any:
+def with_contents(message: Any, content: wire.BytesResolver) -> Any:
     """`message` with the content of its `bytes` fields in their place."""
     for each, value in message.ListFields():
         if each.message_type is not None:
@@ -131,16 +131,16 @@ def test_a_message_means_the_same_as_to_protobuf(kind: Any, monkeypatch: pytest.
                 rng.randint(0, len(parts)), rng.choice([b"\x7b\x0a\x03abc\x7b\x7c\x7c", field(99, b"abc"), b"\x7d1234"])
             )
         data = b"".join(parts)
-        incoming = parse(kind, data, MOST)
-        assert with_contents(incoming.message, incoming.content) == kind.FromString(data)
+        parsed = parse(kind, data, MOST)
+        assert with_contents(parsed.message, parsed.content) == kind.FromString(data)
 
 
 def test_bytes_are_views_of_what_was_received() -> None:
-    incoming = parse(pb.ExtractRequest, IMAGE, MOST)
-    view = incoming.content(incoming.message.images[0].encoded)
+    parsed = parse(pb.ExtractRequest, IMAGE, MOST)
+    view = parsed.content(parsed.message.images[0].encoded)
     assert isinstance(view, memoryview)
     assert view.obj is IMAGE
-    assert bytes(incoming.content(incoming.message.pixels.data)) == b""
+    assert bytes(parsed.content(parsed.message.pixels.data)) == b""
 
 
 @pytest.mark.parametrize("kind", [pb.ExtractRequest, pb.ExtractStreamRequest])
@@ -168,11 +168,11 @@ def test_damage_is_refused_as_protobuf_refuses_it(kind: Any, monkeypatch: pytest
                 parse(kind, bytes(data), MOST)
             continue
         try:
-            incoming = parse(kind, bytes(data), MOST)
-        except TooMany:  # a length that became large
+            parsed = parse(kind, bytes(data), MOST)
+        except TooManyElements:  # a length that became large
             continue
         taken += 1
-        assert with_contents(incoming.message, incoming.content) == expected
+        assert with_contents(parsed.message, parsed.content) == expected
     assert taken > 100
     assert refused > 100
 
@@ -182,9 +182,9 @@ def test_few_elements_are_left_to_those_who_know_what_they_mean() -> None:
     images = [pb.Image(encoded=b"x" * 2000) for _ in range(3)]
     outputs = pb.Outputs(layers=[pb.LayerOutputs(layer=layer, cls=True) for layer in range(40)])
     data = pb.ExtractRequest(images=images, outputs=outputs).SerializeToString()
-    incoming = parse(pb.ExtractRequest, data, 2)
-    assert len(incoming.message.images) == 3
-    with pytest.raises(TooMany, match=r"more than 64 images in one request; allowed are 2 images"):
+    parsed = parse(pb.ExtractRequest, data, 2)
+    assert len(parsed.message.images) == 3
+    with pytest.raises(TooManyElements, match=r"more than 64 images in one request; allowed are 2 images"):
         parse(pb.ExtractRequest, field(1, b"\x0a\x64" + b"x" * 100) * 65, 2)
 
 

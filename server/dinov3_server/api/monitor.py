@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Callable
 
 from dinov3_server.api.budget import ByteBudget
-from dinov3_server.api.connections import hang_up
+from dinov3_server.api.connections import close_connection
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.malloc import Trimmer, anonymous_bytes
 from dinov3_server.metrics import Metrics
 
-LOOK_SECONDS = 0.025
-_LOOKS_A_SECOND = round(1 / LOOK_SECONDS)
+CHECK_SECONDS = 0.025
+_CHECKS_PER_SECOND = round(1 / CHECK_SECONDS)
 # What a frontend may allocate of its own beyond what it had at its start: caches, small pictures that threads decode.
 OWN_BYTES = 64 << 20
 
 
-class Watch:
+class FrontendMonitor:
     """Measures how late the event loop is, ends reads that take too much memory, returns memory after a peak.
 
     `allocated` tells what malloc has given to this process, where it does nothing but serve; else it is None.
@@ -37,27 +37,27 @@ class Watch:
     async def run(self) -> None:
         """Look until cancelled."""
         loop = asyncio.get_running_loop()
-        looks = 0
+        checks = 0
         while True:
-            due = loop.time() + LOOK_SECONDS
-            await asyncio.sleep(LOOK_SECONDS)
+            due = loop.time() + CHECK_SECONDS
+            await asyncio.sleep(CHECK_SECONDS)
             self._metrics.event_loop_lag_seconds.observe(max(0.0, loop.time() - due))
-            looks += 1
-            each_second = looks % _LOOKS_A_SECOND == 0
+            checks += 1
+            each_second = checks % _CHECKS_PER_SECOND == 0
             if self._allocated:
-                self._look(self._allocated, each_second)
+                self._check_memory(self._allocated, each_second)
             if each_second:
                 peer = self._budget.slow_reader()
                 if peer is not None:
-                    hang_up(peer)
+                    close_connection(peer)
 
-    def _look(self, allocated: Callable[[], int], each_second: bool) -> None:
+    def _check_memory(self, allocated: Callable[[], int], each_second: bool) -> None:
         # To ask malloc costs 40 us. What is allocated is no more than what the system has given.
-        if each_second or anonymous_bytes() > self._own + OWN_BYTES + self._receiver.most:
+        if each_second or anonymous_bytes() > self._own + OWN_BYTES + self._receiver.limit:
             now = allocated()
             self._most_allocated = max(self._most_allocated, now)
             counted = self._budget.messages.used + self._budget.answers.used
-            self._receiver.look(now - counted - self._own - OWN_BYTES)
+            self._receiver.end_slow_reads(now - counted - self._own - OWN_BYTES)
         if each_second:
             self._trimmer.look(self._most_allocated)
             self._most_allocated = 0

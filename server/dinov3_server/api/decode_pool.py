@@ -4,7 +4,7 @@ Pixels that are only copied are copied in the event loop: a copy keeps the inter
 hold the loop up all the same, and the way there and back costs more than the copy of an image.
 
 Threads cannot be ended, so they take only what is cheap (`images/cost.py`); what is not, or does not show it, is a
-decode process's. Each picture has a permit for its memory from before it is decoded until its last row is written.
+decode process's. Each picture has a grant for its memory from before it is decoded until its last row is written.
 Where there is no room the image waits for it in the event loop.
 
 An image is decoded once, however many rows it feeds, and one thread writes them all. At the end of the thread's turn
@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from dinov3_server.api.budget import Permit, Share
+from dinov3_server.api.budget import MemoryGrant, Quota
 from dinov3_server.api.sources import Source
-from dinov3_server.api.status import kept
+from dinov3_server.api.status import without_traceback
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, ServingError
 from dinov3_server.images.cost import Cost
 from dinov3_server.images.decoders import Decoders
@@ -39,7 +39,7 @@ COPY_SECONDS = 0.001
 T = TypeVar("T")
 
 
-class Work:
+class DecodeTask:
     """One image, and the ranges of the arena that the pixels of its rows go to."""
 
     def __init__(self, source: Source, outs: Sequence[memoryview]) -> None:
@@ -49,7 +49,7 @@ class Work:
         self.rows_left = len(outs)
         self.steps = source.write(outs)
         self.cost: Cost | None = None  # known once a thread has looked
-        self.permit: Permit | None = None
+        self.grant: MemoryGrant | None = None
         self.seconds = 0.0
 
     @property
@@ -59,8 +59,8 @@ class Work:
     def release(self) -> None:
         """Let its picture go."""
         self.steps.close()
-        if self.permit:
-            self.permit.release()
+        if self.grant:
+            self.grant.release()
 
 
 @dataclass
@@ -70,7 +70,7 @@ class _Job:
     `waiting` are the lanes that wait for something else than a thread.
     """
 
-    works: deque[Work]
+    works: deque[DecodeTask]
     failures: dict[int, ServingError]
     deadline: float | None
     cancelled: bool = False
@@ -107,10 +107,10 @@ class _Job:
             del lane  # or it would be in a cycle with its own traceback, and pixels with them
 
 
-class Filler:
+class DecodePool:
     """Divide the decode threads and processes of a frontend between requests. Must be made in the event loop."""
 
-    def __init__(self, threads: int, pictures: Share, metrics: Metrics) -> None:
+    def __init__(self, threads: int, pictures: Quota, metrics: Metrics) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
         self._decoders = Decoders(threads)
@@ -122,10 +122,12 @@ class Filler:
         self._pool.shutdown()
         self._decoders.close()
 
-    async def measure(self, sources: list[Source], failures: dict[int, ServingError], deadline: float | None) -> None:
+    async def read_sizes(
+        self, sources: list[Source], failures: dict[int, ServingError], deadline: float | None
+    ) -> None:
         """Read the headers of files whose size counts; `failures` learns which images are at fault.
 
-        Raises like `fill`.
+        Raises like `decode`.
         """
         loop = asyncio.get_running_loop()
         for index, cost in await loop.run_in_executor(self._pool, self._probe, sources, failures):
@@ -133,9 +135,9 @@ class Filler:
             assert file is not None
             try:
                 probe = partial(self._decoders.probe, file, cost)
-                _measured(sources, index, await self._in_process(probe, cost, deadline))
+                _set_size(sources, index, await self._in_process(probe, cost, deadline))
             except InvalidInput as error:
-                failures[image] = kept(file.blamed(error))
+                failures[image] = without_traceback(file.blamed(error))
             except DeadlineExceeded:
                 self._metrics.images.inc("expired", value=sum(len(source.rows) for source in sources))
                 raise
@@ -144,20 +146,22 @@ class Filler:
         """The plain ones; the others are returned. Takes up to a millisecond a file."""
         others = []
         for index, source in enumerate(sources):
-            if source.measured and source.file and source.cost:
+            if source.rows_with_size and source.file and source.cost:
                 try:
                     cost = source.cost()
-                    permit = self._pictures.try_take(cost.nbytes, overtake=True) if cost.plain else None
-                    if permit is None:
+                    grant = self._pictures.try_acquire(cost.nbytes, overtake=True) if cost.plain else None
+                    if grant is None:
                         others.append((index, cost))
                         continue
-                    with permit:
-                        _measured(sources, index, source.file.probe())
+                    with grant:
+                        _set_size(sources, index, source.file.probe())
                 except InvalidInput as error:
-                    failures[source.image] = kept(error)
+                    failures[source.image] = without_traceback(error)
         return others
 
-    async def fill(self, works: Sequence[Work], failures: dict[int, ServingError], deadline: float | None) -> None:
+    async def decode(
+        self, works: Sequence[DecodeTask], failures: dict[int, ServingError], deadline: float | None
+    ) -> None:
         """Write all `works`; `failures` learns which images are at fault.
 
         Returns or raises when no thread writes any more. Raises DeadlineExceeded once `deadline` (of time.monotonic())
@@ -198,33 +202,33 @@ class Filler:
                 await self._serve(job, work)
             del work  # or an error that ends this would keep it
 
-    async def _serve(self, job: _Job, work: Work) -> None:
+    async def _serve(self, job: _Job, work: DecodeTask) -> None:
         """Give a work what no thread can wait for: room for its picture, or a decode process."""
         cost, file = work.cost, work.source.file
         assert cost is not None
         started = time.monotonic()
         try:
             if cost.plain or file is None:
-                work.permit = await self._pictures.take(cost.nbytes, job.deadline)
+                work.grant = await self._pictures.acquire(cost.nbytes, job.deadline)
                 job.works.appendleft(work)
                 return
             rows = [(row.field, row.transform) for row in work.source.rows]
             write = partial(self._decoders.write, file, cost, rows, work.outs)
             await self._in_process(write, cost, job.deadline)
         except InvalidInput as error:
-            job.failures[work.image] = kept(file.blamed(error) if file else error)
+            job.failures[work.image] = without_traceback(file.blamed(error) if file else error)
         self._metrics.stage_seconds.observe(work.seconds + time.monotonic() - started, "decode")
 
     async def _in_process(self, ask: Callable[[], Awaitable[T]], cost: Cost, deadline: float | None) -> T:
         """What `ask` returns, which uses a decode process: once one is free, and memory for what it will hold."""
         try:
             async with asyncio.timeout_at(deadline), self._decoders.slots:
-                with await self._pictures.take(cost.nbytes, deadline):
+                with await self._pictures.acquire(cost.nbytes, deadline):
                     return await ask()
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed while the images of the request were being decoded") from None
 
-    def _take_turn(self, job: _Job, seconds: float) -> Work | None:
+    def _take_turn(self, job: _Job, seconds: float) -> DecodeTask | None:
         """For about `seconds`, a row at least. Of a job that is over, all that is left is dropped.
 
         Ends with a work that the event loop must see to.
@@ -240,11 +244,11 @@ class Filler:
             if time.monotonic() >= end and not job.over:
                 return None
 
-    def _write(self, job: _Job, work: Work, end: float) -> bool:
+    def _write(self, job: _Job, work: DecodeTask, end: float) -> bool:
         """Rows of `work` up to its last; or to `end`, where it is put back. False where it cannot be begun here."""
         started = now = time.monotonic()
         try:
-            if not (work.permit or work.source.cost is None or job.over or self._begin(work)):
+            if not (work.grant or work.source.cost is None or job.over or self._begin(work)):
                 work.seconds += time.monotonic() - started
                 return False
             while work.rows_left:
@@ -258,25 +262,25 @@ class Filler:
                     job.works.appendleft(work)
                     return True
         except Exception as error:
-            job.failures[work.image] = kept(error)
+            job.failures[work.image] = without_traceback(error)
             now = time.monotonic()
         work.release()
         self._metrics.stage_seconds.observe(work.seconds + now - started, "decode")
         return True
 
-    def _begin(self, work: Work) -> bool:
+    def _begin(self, work: DecodeTask) -> bool:
         """Whether a thread may decode it now."""
         assert work.source.cost is not None
         work.cost = work.source.cost()
         if work.cost.plain:
-            work.permit = self._pictures.try_take(work.cost.nbytes, overtake=True)
-        return work.permit is not None
+            work.grant = self._pictures.try_acquire(work.cost.nbytes, overtake=True)
+        return work.grant is not None
 
 
-def _measured(sources: list[Source], index: int, size: tuple[int, int]) -> None:
+def _set_size(sources: list[Source], index: int, size: tuple[int, int]) -> None:
     source = sources[index]
-    assert source.measured is not None
-    sources[index] = source._replace(rows=source.measured(size), measured=None)
+    assert source.rows_with_size is not None
+    sources[index] = source._replace(rows=source.rows_with_size(size), rows_with_size=None)
 
 
 async def _finish(lanes: Sequence[asyncio.Task[None]], job: _Job) -> None:

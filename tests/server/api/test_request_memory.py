@@ -104,11 +104,11 @@ async def test_a_caller_that_leaves_gives_the_room_of_its_answer_back() -> None:
 
 
 async def test_an_answer_that_is_not_read_goes_where_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(budget, "SLOW_READER_SECONDS", 0.0)
     async with serving(**LIMITS) as rig, deaf(rig, LARGE):
         held = rig.server.budget.answers.used
         answer = await rig.stub.Extract(LARGE)
-        assert held + 2 * answer.ByteSize() > rig.server.budget.answers.most
+        assert held + 2 * answer.ByteSize() > rig.server.budget.answers.limit
         await until_async(lambda: not rig.server.budget.answers.used)
 
 
@@ -130,14 +130,14 @@ async def test_an_answer_that_finds_no_room_in_time_is_told_to_retry(monkeypatch
 async def test_a_message_that_finds_no_room_waits_or_is_told_to_retry(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(**LIMITS) as rig:
         messages = rig.server.budget.messages
-        others = messages.try_take(messages.most)
+        others = messages.try_acquire(messages.limit)
         assert others is not None
         call = rig.stub.Extract(SMALL)
-        await until_async(lambda: messages.waits)
+        await until_async(lambda: messages.has_waiters)
         others.release()
         await call
 
-        others = messages.try_take(messages.most)
+        others = messages.try_acquire(messages.limit)
         assert others is not None
         monkeypatch.setattr(budget, "LONGEST_WAIT_SECONDS", 0.05)
         error = await rig.error(SMALL)
