@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dinov3_server.cli import main
 from dinov3_server.families.registry import lookup
-from dinov3_server.models.interface import Batch, Finished, ModelInfo
+from dinov3_server.models.interface import Batch, BatchResult, ModelInfo
 from dinov3_server.models.variant import DATASETS
 
 
@@ -52,8 +52,8 @@ class InstantRunner:
     def launch(self, batch: Batch) -> _Launched:
         return _Launched(len(batch.rows))
 
-    def finish(self, launched: _Launched) -> Finished:
-        return Finished((True,) * launched.rows, 0.0, 0.0, 0.0)
+    def finish(self, launched: _Launched) -> BatchResult:
+        return BatchResult((True,) * launched.rows, 0.0, 0.0, 0.0)
 
     def memory(self) -> dict[str, int]:
         return {}

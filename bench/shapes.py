@@ -136,7 +136,7 @@ def _run(first: int, last: int) -> Block:
 
 def _batch(images: int, shape: PixelShape, dtype: FeatureDtype) -> Batch:
     spec = FeatureSpec((Output("cls"), Output("patches")), dtype)
-    sizes = [-(-section.nbytes // 64) * 64 for section in _runner.info.sections(spec, shape)]
+    sizes = [-(-section.nbytes // 64) * 64 for section in _runner.info.output_buffers(spec, shape)]
     rows = []
     end = _PIXELS
     for image in range(images):

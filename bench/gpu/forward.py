@@ -42,7 +42,7 @@ def forward(plan: Plan, add: Add) -> None:
         for config in plan.forward:
             if model is None or model.variant != config.variant:
                 model = None  # freed before the next one is made
-                model = models.our_model(plan, config.variant)
+                model = models.native_model(plan, config.variant)
             add(_row(plan, config, _ours(plan, models.eager(model), model, config, "eager", "graph")))
             _free(plan)
 
@@ -61,7 +61,7 @@ def rivals(plan: Plan, add: Add) -> None:
 
 
 def _side_by_side(plan: Plan, config: Config) -> dict[str, Any]:
-    model = models.our_model(plan, config.variant)
+    model = models.native_model(plan, config.variant)
     works = _ours(plan, models.eager(model), model, config, "eager", "graph")
     absent: dict[str, str] = {}
 
@@ -89,7 +89,7 @@ def _side_by_side(plan: Plan, config: Config) -> dict[str, Any]:
 def profile(plan: Plan, add: Add) -> None:
     """Where a forward pass of the service's shape spends the device's time, kernel by kernel: eager, and compiled."""
     config = plan.service
-    model, pixels = models.our_model(plan, config.variant), models.bytes_for(plan, config)
+    model, pixels = models.native_model(plan, config.variant), models.bytes_for(plan, config)
     _profile(plan, add, "eager", functools.partial(models.eager(model), pixels))
     with models.fusible(model, config.size) as twin:
         _profile(plan, add, "compiled", functools.partial(models.compiled(twin), pixels))

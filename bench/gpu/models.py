@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.gpu.plan import BOTH, WANTED, Config, Plan
 from dinov3_server.backbone.runners.base import finite_rows
-from dinov3_server.backbone.runners.cuda_graphs import Features, ForwardGraph, compute
+from dinov3_server.backbone.runners.cuda_graphs import ForwardGraph, ForwardResult, compute
 from dinov3_server.backbone.runners.postprocessing import Postprocessing
 from dinov3_server.families.dinov3_vit.model import VisionTransformer
 from dinov3_server.families.dinov3_vit.variants import VitVariant
@@ -22,10 +22,10 @@ from dinov3_server.models.variant import DATASETS
 from dinov3_server.nn import attention, linear, rope
 from dinov3_server.nn.rope import Rope, default_periods
 
-Forward = Callable[[Tensor], Features]
+Forward = Callable[[Tensor], ForwardResult]
 
 
-def our_model(plan: Plan, variant: VitVariant) -> VisionTransformer:
+def native_model(plan: Plan, variant: VitVariant) -> VisionTransformer:
     """Of random weights, drawn on the device."""
     generator = torch.Generator(plan.device).manual_seed(0)
     tensors = {}
@@ -47,7 +47,7 @@ def bytes_for(plan: Plan, config: Config) -> Tensor:
 def eager(model: VisionTransformer) -> Forward:
     """As the server runs it: from bytes to CLS and patches in bfloat16 and the check that they are finite."""
 
-    def run(pixels: Tensor) -> Features:
+    def run(pixels: Tensor) -> ForwardResult:
         _, height, width, _ = pixels.shape
         grid = height // model.variant.patch_size, width // model.variant.patch_size
         return compute(model, pixels, WANTED, lambda features: Postprocessing(features, lambda layer: grid, {}))
@@ -58,7 +58,7 @@ def eager(model: VisionTransformer) -> Forward:
 def graph(run: Forward, model: VisionTransformer, pixels: Tensor) -> Callable[[], object]:
     """A captured `run` of `pixels`, with the copies in and out that the server makes. It must have run before."""
     size = pixels.shape[1]
-    captured = ForwardGraph(run, pixels, model.tables(size, size), pool=None)
+    captured = ForwardGraph(run, pixels, model.cached_tensors(size, size), pool=None)
     return lambda: captured.replay(pixels, len(pixels))
 
 
@@ -71,7 +71,7 @@ def compiled(model: VisionTransformer) -> Forward:
         return values, torch.stack([finite_rows(sections) for sections in values], dim=1)
 
     fast = torch.compile(whole, dynamic=False, fullgraph=True)
-    return lambda pixels: Features(*fast(pixels))
+    return lambda pixels: ForwardResult(*fast(pixels))
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def fusible(model: VisionTransformer, size: int) -> Iterator[VisionTransformer]:
 
     To be called until the block is left; the given model may be called meanwhile.
     """
-    table = torch.view_as_real(model.tables(size, size)[0]).clone()  # [P, 1, 1, d/2, 2]
+    table = torch.view_as_real(model.cached_tensors(size, size)[0]).clone()  # [P, 1, 1, d/2, 2]
 
     def rotate_into(out: Tensor, vectors: Tensor, rotations: Tensor) -> None:
         if rotations.is_complex():

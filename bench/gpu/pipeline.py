@@ -18,7 +18,7 @@ from dinov3_server.backbone.runners.cuda import CudaRunner
 from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT
 from dinov3_server.engine.block import Block
 from dinov3_server.families.dinov3_vit.model import VisionTransformer
-from dinov3_server.models.interface import Batch, FeatureSpec, Finished, ModelInfo, PixelShape, Row
+from dinov3_server.models.interface import Batch, BatchResult, FeatureSpec, ModelInfo, PixelShape, Row
 
 Add = Callable[[dict[str, Any]], None]
 ARENA = 0
@@ -27,7 +27,7 @@ ARENA = 0
 def pipeline(plan: Plan, add: Add) -> None:
     """Batches of one request each, as many in flight as the runner takes; sums of its own times (the device's clock)
     as shares of the wall time. Shares that add up to more than one, with a forward share near one, are the overlap."""
-    model = models.our_model(plan, plan.service.variant)
+    model = models.native_model(plan, plan.service.variant)
     for name, spec in SPECS.items():
         runner = (CudaRunner if plan.device.type == "cuda" else CpuRunner)(model, _info(plan, model))
         add({"outputs": name, **_loop(plan, runner, plan.service, spec)})
@@ -52,7 +52,7 @@ def _loop(plan: Plan, runner: TorchRunner, config: Config, spec: FeatureSpec) ->
     for _ in range(CAPTURE_AT):
         runner.finish(runner.launch(batches[0]))
     flying = deque(runner.launch(batches[i]) for i in range(runner.pipeline_depth))
-    finished: list[Finished] = []
+    finished: list[BatchResult] = []
     since = time.perf_counter()
     while (elapsed := time.perf_counter() - since) < 10 * plan.seconds or len(finished) < 3:
         finished.append(runner.finish(flying.popleft()))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
-from dinov3_server.models.interface import FeatureSpec, Output, Wanted
+from dinov3_server.models.interface import FeatureSpec, Output, OutputSpec
 
 BOTH = (Output("cls"), Output("patches"))
-WANTED = tuple(Wanted(output, "bfloat16") for output in BOTH)
+WANTED = tuple(OutputSpec(output, "bfloat16") for output in BOTH)
 SPECS = {"cls": FeatureSpec(BOTH[:1], "bfloat16"), "cls+patches": FeatureSpec(BOTH, "bfloat16")}
 
 

@@ -92,7 +92,7 @@ def _prepare(settings: Settings) -> None:
 
     _log_here(settings, "prepare")
     found, _ = prepare(settings)
-    sys.stdout.write(f"weights {found.weights}\ncode {found.checkout or f'(none: {found.absent})'}\n")
+    sys.stdout.write(f"weights {found.weights}\ncode {found.checkout or f'(none: {found.unavailable_reason})'}\n")
 
 
 def _vendor(settings: Settings, force: bool) -> None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu.forward import forward, peak
 from bench.gpu.goals import goals
-from bench.gpu.models import bytes_for, fusible, our_model
+from bench.gpu.models import bytes_for, fusible, native_model
 from bench.gpu.pipeline import pipeline
 from bench.gpu.plan import BOTH, Config, dry, full
 from bench.gpu.service import request
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("config", [Config("vits16", 224, 2), Config("vits16plus", 96, 1)], ids=["mlp", "swiglu"])
 def test_flops_are_what_torch_counts(config: Config) -> None:
     plan = dry(CPU)
-    model = our_model(plan, config.variant)
+    model = native_model(plan, config.variant)
     # torch counts nothing for its fused attention on the CPU.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(bytes_for(plan, config), BOTH)
@@ -36,7 +36,7 @@ def test_flops_are_what_torch_counts(config: Config) -> None:
 
 def test_rope_in_real_numbers_gives_the_same_features() -> None:
     plan, config = dry(CPU), Config("vits16", 64, 2)
-    model = our_model(plan, config.variant)
+    model = native_model(plan, config.variant)
     pixels, outputs = bytes_for(plan, config), every_output(config.variant.depth)
     with torch.inference_mode():
         expected = model(pixels, outputs)
@@ -47,7 +47,7 @@ def test_rope_in_real_numbers_gives_the_same_features() -> None:
 
 
 def test_the_model_is_made_as_it_is_on_a_gpu() -> None:
-    model: VisionTransformer = our_model(dry(CPU), Config("vits16", 32, 1).variant)
+    model: VisionTransformer = native_model(dry(CPU), Config("vits16", 32, 1).variant)
     assert type(model._blocks[0].qkv) is Linear
 
 

@@ -14,13 +14,13 @@ if not torch.cuda.is_available():
 
 from dinov3_server.backbone.runner import build  # noqa: E402
 from dinov3_server.backbone.runners.cuda import CudaRunner  # noqa: E402
-from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT, ForwardGraph, Key, padded  # noqa: E402
-from dinov3_server.backbone.runners.plan import wanted_features  # noqa: E402
+from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT, ForwardGraph, GraphKey, padded  # noqa: E402
+from dinov3_server.backbone.runners.plan import batch_output_specs  # noqa: E402
 from dinov3_server.models.interface import (  # noqa: E402
     Batch,
     DeviceOutOfMemory,
     FeatureSpec,
-    Launched,
+    LaunchedBatch,
     Output,
     PixelShape,
     Row,
@@ -80,9 +80,9 @@ class Request:
 
     @torch.inference_mode()
     def check(self) -> None:
-        wanted = wanted_features(self.batch)
-        features = self._runner._forward(Key(self.shape, len(self.rows), wanted), self._pixels.to("cuda:0"))
-        expected = {one.output: values.float().cpu() for one, (values,) in zip(wanted, features.values, strict=True)}
+        specs = batch_output_specs(self.batch)
+        features = self._runner._forward(GraphKey(self.shape, len(self.rows), specs), self._pixels.to("cuda:0"))
+        expected = {one.output: values.float().cpu() for one, (values,) in zip(specs, features.buffers, strict=True)}
         for i, row in enumerate(self.rows):
             for output, actual in zip(
                 row.spec.outputs, self._arena.features(self._runner.info, self.shape, row), strict=True
@@ -116,7 +116,7 @@ def test_two_batches_in_flight_mix_nothing_up_while_graphs_are_captured(
     """From two threads, as in a worker: one launches, and captures, while the other waits for batches' ends."""
     kinds = [(SHAPES[0], 8, FINAL), (SHAPES[0], 8, FINAL), (SHAPES[1], 5, LAYER), (SHAPES[0], 3, FINAL)]
     requests = [Request(runner, arena, *kinds[i % len(kinds)], seed=i) for i in range(15 * len(kinds))]
-    todo: queue.SimpleQueue[Launched | None] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[LaunchedBatch | None] = queue.SimpleQueue()
     room = threading.Semaphore(runner.pipeline_depth)
     finite: list[bool] = []
 

@@ -165,7 +165,7 @@ def test_two_batches_in_flight(runner: CudaRunner, arena: Arena) -> None:
         serve(runner, SHAPE, rows)
         alone.append([arena.features(runner.info, SHAPE, row) for row in rows])
     for rows in requests:
-        for offset, section in zip(rows[0].sections, runner.info.sections(spec, SHAPE), strict=True):
+        for offset, section in zip(rows[0].output_offsets, runner.info.output_buffers(spec, SHAPE), strict=True):
             size = len(rows) * section.nbytes
             arena.memory[offset : offset + size] = b"\xee" * size
     batches = [Batch(SHAPE, tuple(rows)) for rows in requests]

@@ -10,14 +10,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dinov3_server.models.interface import Wanted
+from dinov3_server.models.interface import OutputSpec
 
 Floats = NDArray[np.float32]
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def sent(
-    features: Floats, wanted: Wanted, grid: tuple[int, int], projections: Mapping[str, Floats]
+    features: Floats, wanted: OutputSpec, grid: tuple[int, int], projections: Mapping[str, Floats]
 ) -> list[NDArray[Any]]:
     """The sections of one row: `features` are [D] (cls) or [tokens, D], `grid` that of the patches among them."""
     if wanted.pooling:
@@ -35,7 +35,7 @@ def sent(
     return [_laid_out(features.astype(DTYPES[wanted.dtype]), wanted, grid)]
 
 
-def _laid_out(tokens: NDArray[Any], wanted: Wanted, grid: tuple[int, int]) -> NDArray[Any]:
+def _laid_out(tokens: NDArray[Any], wanted: OutputSpec, grid: tuple[int, int]) -> NDArray[Any]:
     return tokens.T.reshape(-1, *grid) if wanted.channels_first else tokens
 
 

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from dinov3_server.models.interface import (
     Batch,
+    BatchResult,
     DeviceLost,
     DeviceOutOfMemory,
-    Finished,
     ModelInfo,
     Output,
     PixelShape,
@@ -105,7 +105,7 @@ class NumpyRunner:
     def launch(self, batch: Batch) -> _Launched:
         return _Launched(batch)
 
-    def finish(self, launched: _Launched) -> Finished:
+    def finish(self, launched: _Launched) -> BatchResult:
         batch = launched.batch
         images = [self._pixels(row, batch.shape) for row in batch.rows]
         orders = [tuple(int(v) for v in image[0, 0]) if batch.shape.format == "uint8" else () for image in images]
@@ -123,10 +123,10 @@ class NumpyRunner:
             raise DeviceOutOfMemory("scripted")
         for row, image in zip(batch.rows, images, strict=True):
             self._write(row, batch.shape, image)
-        return Finished(tuple(order != NAN for order in orders), 0.0, 0.0, 0.0)
+        return BatchResult(tuple(order != NAN for order in orders), 0.0, 0.0, 0.0)
 
     def _pixels(self, row: Row, shape: PixelShape) -> NDArray[np.uint8]:
-        raw = self._arenas[row.arena][row.pixels : row.pixels + shape.nbytes]
+        raw = self._arenas[row.arena][row.pixel_offset : row.pixel_offset + shape.nbytes]
         if shape.format == "uint8":
             return np.frombuffer(raw, np.uint8).reshape(shape.height, shape.width, 3)
         planes = np.frombuffer(raw, np.float32).reshape(3, shape.height, shape.width)
@@ -136,9 +136,9 @@ class NumpyRunner:
         arrays: list[NDArray[Any]] = []
         for output in row.spec.outputs:
             grid = self.info.grid(shape, output.layer)
-            arrays += sent(expected(image, output), row.spec.wanted(output), grid, self._projections)
-        sections = self.info.sections(row.spec, shape)
-        for array, section, start in zip(arrays, sections, row.sections, strict=True):
+            arrays += sent(expected(image, output), row.spec.output_spec(output), grid, self._projections)
+        sections = self.info.output_buffers(row.spec, shape)
+        for array, section, start in zip(arrays, sections, row.output_offsets, strict=True):
             assert (array.shape, array.dtype.name) == (section.shape, section.dtype)
             self._arenas[row.arena][start : start + section.nbytes] = array.tobytes()
 

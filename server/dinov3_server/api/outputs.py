@@ -134,8 +134,8 @@ def check_answer(blocks: Iterable[Block], model: ModelInfo, fingerprint: str, li
     terms = []
     for block in blocks:
         sizes: dict[Output, int] = {}
-        for section in model.sections(block.spec, block.shape):
-            sizes[section.output] = sizes.get(section.output, 0) + section.nbytes
+        for buffer in model.output_buffers(block.spec, block.shape):
+            sizes[buffer.output] = sizes.get(buffer.output, 0) + buffer.nbytes
         kinds = ", ".join(f"{_name(output)} {nbytes}" for output, nbytes in sizes.items())
         size = f"{block.shape.height}x{block.shape.width}"
         terms.append(f"{block.count} image(s) of {size} at {sum(block.strides)} bytes ({kinds})")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dinov3_server.api.status import status_of
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import ServingError
-from dinov3_server.models.interface import FeatureSpec, ModelInfo, PixelShape, Section
+from dinov3_server.models.interface import FeatureSpec, ModelInfo, OutputBuffer, PixelShape
 from dinov3_serving.framing import tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import FEATURE_DTYPES
@@ -122,12 +122,12 @@ def _frames(
     )
     block: Frames = [header.SerializeToString()]
     nbytes = 0
-    sections = model.sections(spec, shape)
-    for (layer, _), of_layer in groupby(sections, key=lambda section: (section.output.layer, section.output.norm)):
+    buffers = model.output_buffers(spec, shape)
+    for (layer, _), of_layer in groupby(buffers, key=lambda buffer: (buffer.output.layer, buffer.output.norm)):
         fields = _BLOCK_FIELDS if layer is None else _LAYER_FIELDS
         group: Frames = [b"" if layer is None else pb.LayerFeatures(layer=layer).SerializeToString()]
         of_group = 0
-        for output, of_output in groupby(of_layer, key=lambda section: section.output):
+        for output, of_output in groupby(of_layer, key=lambda buffer: buffer.output):
             tensor, of_tensor = _tensor(list(of_output), len(images))
             group = _joined(group, _message(fields[output.kind], tensor, of_tensor))
             of_group += of_tensor
@@ -176,12 +176,12 @@ def _section(memory: memoryview, run: _Run, section: int) -> memoryview:
     return memory[base + run.start * stride : base + run.end * stride]
 
 
-def _tensor(sections: Sequence[Section], rows: int) -> tuple[Frames, int]:
-    """A Tensor without its `sections`, and the bytes of these."""
-    values = sections[0]
+def _tensor(buffers: Sequence[OutputBuffer], rows: int) -> tuple[Frames, int]:
+    """A Tensor without its `buffers`, and the bytes of these."""
+    values = buffers[0]
     frames = [pb.Tensor(dtype=FEATURE_DTYPES[values.dtype], shape=(rows, *values.shape)).SerializeToString()]
     nbytes = 0
-    for number, section in zip(_TENSOR_FIELDS, sections, strict=False):
-        frames = _joined(frames, [tag(number, rows * section.nbytes), b""])
-        nbytes += rows * section.nbytes
+    for number, buffer in zip(_TENSOR_FIELDS, buffers, strict=False):
+        frames = _joined(frames, [tag(number, rows * buffer.nbytes), b""])
+        nbytes += rows * buffer.nbytes
     return frames, nbytes

@@ -1,4 +1,4 @@
-"""What runners ask of a model, of whichever family and origin; and our own model of a checkpoint."""
+"""The interface between runners and networks, and the native network of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of the
-        patch size.
+        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of
+        the patch size.
 
-        Gives for each output a [B, D] (cls) or [B, tokens, D] fp32 tensor; they may be views of one another's memory.
-        Raises ValueError for what the model does not have. To be captured as a CUDA graph, it neither waits for the
+        Returns for each output a [B, D] (cls) or [B, tokens, D] fp32 tensor; they may share memory. Raises ValueError
+        for outputs that the model does not have. So that it can be captured as a CUDA graph, it neither waits for the
         device nor depends on the values of the pixels.
         """
         ...
 
-    def tables(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """What a forward pass of pixels of this size reads beside weights and forgets some time: whoever has captured
-        one keeps these."""
+    def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
+        """Return the cached tensors, beside weights, that a forward pass of pixels of this size reads.
+
+        The model may drop them from its cache at any time, so a CUDA graph must keep them alive.
+        """
         ...
 
 
-def our_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Model:
-    """Our own network with these weights."""
+def native_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> Model:
+    """Build our implementation of the checkpoint's variant with its weights."""
     variant, tensors, dataset = checkpoint.variant, checkpoint.tensors, checkpoint.dataset
     match variant:
         case VitVariant():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dinov3_server import host, malloc
-from dinov3_server.backbone.model import Model, our_model
+from dinov3_server.backbone.model import Model, native_model
 from dinov3_server.backbone.parity.check import Claim, certified
 from dinov3_server.backbone.parity.upstream import UpstreamModel
 from dinov3_server.backbone.runners.base import TORCH_DTYPES, TorchRunner
@@ -187,7 +187,7 @@ def _weights(variant: Variant, weights: str, dataset: str | None) -> tuple[Check
 def _checkout(provisioned: Provisioned | None) -> Path:
     """Where Meta's code is, which is to be served."""
     if provisioned is None or provisioned.checkout is None:
-        reason = provisioned.absent if provisioned else "nothing was provisioned"
+        reason = provisioned.unavailable_reason if provisioned else "nothing was provisioned"
         raise UpstreamCodeError(
             f"--backbone reference serves Meta's code, and that is not here: {reason}. `dinov3-server vendor` fetches "
             "it; --backbone native does without"
@@ -199,7 +199,7 @@ def _model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, che
     """Meta's modules where `checkout` is given, else ours."""
     if checkout is not None:
         return UpstreamModel(checkout, checkpoint, dtype=dtype, device=device)
-    return our_model(checkpoint, dtype=dtype, device=device)
+    return native_model(checkpoint, dtype=dtype, device=device)
 
 
 def _run_once(runner: TorchRunner, shape: PixelShape) -> None:

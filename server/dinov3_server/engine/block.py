@@ -1,7 +1,8 @@
 """How the images of one request lie in an arena: the plan that frontend and worker share.
 
-A block is R images of one shape: first their pixels, packed [R, ...], then each section of what is wanted of them
-(`ModelInfo.sections`), packed [R, ...] too. All start on cache lines. Every offset counts from the start of the arena.
+A block is R images of one shape: first their pixels, packed [R, ...], then each output buffer
+(`ModelInfo.output_buffers`), packed [R, ...] too. All start on cache lines. Every offset counts from the start of the
+arena.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Block:
 @lru_cache(maxsize=1024)
 def _planned(model: ModelInfo, shape: PixelShape, count: int, spec: FeatureSpec) -> Block:
     cursor = aligned(count * shape.nbytes)
-    strides = tuple(section.nbytes for section in model.sections(spec, shape))
+    strides = tuple(buffer.nbytes for buffer in model.output_buffers(spec, shape))
     sections = []
     for stride in strides:
         sections.append(cursor)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dinov3_server.engine.scheduler import BatchRow
-from dinov3_server.models.interface import Batch, Finished, Launched, Row, Runner
+from dinov3_server.models.interface import Batch, BatchResult, LaunchedBatch, Row, Runner
 
 
 @dataclass(eq=False)
@@ -23,8 +23,8 @@ class Running:
 
     rows: list[BatchRow]
     since: float
-    launched: Launched | None = None
-    outcome: Finished | Exception | None = None
+    launched: LaunchedBatch | None = None
+    outcome: BatchResult | Exception | None = None
 
 
 class Device:

@@ -45,7 +45,7 @@ from dinov3_server.engine.peer import Frontend
 from dinov3_server.engine.scheduler import BatchRow, Limits, Scheduler
 from dinov3_server.images.preprocess import PREPROCESSING_ID
 from dinov3_server.metrics import Metrics
-from dinov3_server.models.interface import DeviceLost, DeviceOutOfMemory, Finished, PixelShape, Row, Runner
+from dinov3_server.models.interface import BatchResult, DeviceLost, DeviceOutOfMemory, PixelShape, Row, Runner
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ class Worker:
         self._busy_since = now
         rows = batch.rows
         match batch.outcome:
-            case Finished() as finished:
+            case BatchResult() as finished:
                 self._learn(rows, seconds, now)
                 self._metrics.batch_images.observe(len(rows))
                 self._metrics.batch_tokens.observe(len(rows) * rows[0].job.tokens)

@@ -1,4 +1,4 @@
-"""What a worker drives: the runner's interface and the plain data that crosses it.
+"""The interface between workers and models: `Runner`, and the plain data that it takes and returns.
 
 Imports no torch, so that frontends, the scheduler and the tests' numpy runner can use it.
 
@@ -20,7 +20,7 @@ ITEM_SIZES: dict[FeatureDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2
 
 
 class PixelShape(NamedTuple):
-    """Of one model input: `uint8` is [H, W, 3] RGB, `float32` is [3, H, W] already normalised."""
+    """Size and format of one model input: `uint8` is [H, W, 3] RGB, `float32` is [3, H, W], normalised already."""
 
     height: int
     width: int
@@ -32,10 +32,10 @@ class PixelShape(NamedTuple):
 
 
 class Output(NamedTuple):
-    """One tensor of a model's features a row: all tokens of one kind, of one layer.
+    """One output of a model: all tokens of one kind, of one layer.
 
-    `layer` None is the last one, after the final norm; else a 0-based block index, `norm` telling
-    whether the final norm is applied.
+    `layer` None is the last layer, after the final norm. Otherwise it is a 0-based layer index, and `norm` says whether
+    the final norm is applied.
     """
 
     kind: TokenKind
@@ -44,19 +44,23 @@ class Output(NamedTuple):
 
 
 class Pooling(NamedTuple):
-    """Patches resampled to `rows` x `columns`: "area" as torch's adaptive_avg_pool2d, "bilinear" as its interpolate
-    has it, with align_corners=False and without antialias."""
+    """Resampling of patches to a grid of `rows` x `columns`.
+
+    "area" is torch's adaptive_avg_pool2d; "bilinear" is its interpolate with align_corners=False, without antialias.
+    """
 
     method: PoolingMethod
     rows: int
     columns: int
 
 
-class Wanted(NamedTuple):
-    """An output as it is sent. Of patches, in this order: pooled, projected by the projection of that name, and laid
-    out [D, rows, columns] where `channels_first`; of any output, in `dtype`.
+class OutputSpec(NamedTuple):
+    """One output and how it is returned.
 
-    int8 is symmetric with a float32 scale for each token: scale = max |x| / 127, value = x / scale rounded half to
+    Patches are pooled, then projected by the named projection, then laid out [D, rows, columns] if `channels_first`.
+    Every output is converted to `dtype`.
+
+    int8 is symmetric, with a float32 scale for each token: scale = max |x| / 127, value = x / scale rounded half to
     even; a token of zeros has the scale 0.
     """
 
@@ -67,13 +71,13 @@ class Wanted(NamedTuple):
     channels_first: bool = False
 
     @property
-    def section_dtypes(self) -> tuple[FeatureDtype, ...]:
-        """Of the values, and of their scales where they have any."""
+    def buffer_dtypes(self) -> tuple[FeatureDtype, ...]:
+        """Return the dtype of the values, followed by that of their scales for int8."""
         return ("int8", "float32") if self.dtype == "int8" else (self.dtype,)
 
 
 class FeatureSpec(NamedTuple):
-    """Everything one request wants of each of its rows: the outputs, and what becomes of them (see Wanted)."""
+    """The outputs of a request, and how they are returned (see OutputSpec)."""
 
     outputs: tuple[Output, ...]
     dtype: FeatureDtype
@@ -81,12 +85,12 @@ class FeatureSpec(NamedTuple):
     projection: str | None = None
     channels_first: bool = False
 
-    def wanted(self, output: Output) -> Wanted:
-        """What is sent of `output`: what is for patches alone is so of patches alone."""
-        return Wanted(output, *self[1:]) if output.kind == "patches" else Wanted(output, self.dtype)
+    def output_spec(self, output: Output) -> OutputSpec:
+        """Return the spec of one output. Pooling, projection and layout apply to patches only."""
+        return OutputSpec(output, *self[1:]) if output.kind == "patches" else OutputSpec(output, self.dtype)
 
 
-class Section(NamedTuple):
+class OutputBuffer(NamedTuple):
     """One array of a row in the arena: the values of an output, or the scales of the int8 values before it."""
 
     output: Output
@@ -99,48 +103,48 @@ class Section(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A linear map of the channels of patches that the server was given by name."""
+    """A linear map of the channels of patches, named in the server's settings."""
 
     name: str
     input_channels: int
     output_channels: int
-    fingerprint: str  # of its numbers
+    fingerprint: str  # hash of its weight and bias
 
 
 @dataclass(frozen=True)
 class Provisioned:
-    """What start-up found or fetched, and a runner is built from. Pickled from the provisioner to workers."""
+    """The weights and the upstream code that start-up found or fetched. Pickled from the provisioner to workers."""
 
     weights: str  # path of a file, or of a folder of shards; or "random:SEED"
-    label: str  # what people call these weights: the file's name, "hf://OWNER/REPO@REVISION", "random:SEED"
-    revision: str  # of Meta's code that is wanted
-    checkout: str | None  # folder of that code, verified; None where it is not there
-    absent: str = ""  # why it is not there
+    label: str  # name of the weights for people: the file's name, "hf://OWNER/REPO@REVISION" or "random:SEED"
+    revision: str  # required commit of Meta's code
+    checkout: str | None  # folder of that code, verified; None if it is not available
+    unavailable_reason: str = ""  # why `checkout` is None
 
 
 @dataclass(frozen=True)
 class OutputParity:
-    """How near one output of ours is to that of Meta's code: over all probes and tokens."""
+    """Agreement of one output with that of Meta's code, over all reference images and tokens."""
 
     output: TokenKind
-    dtype: FeatureDtype  # that ours was computed in; Meta's is always float32
+    dtype: FeatureDtype  # of the served model; Meta's features are always float32
     least_cosine: float
-    relative_error: float  # largest over the probes of |ours - theirs| / |theirs|, Euclidean norms
+    relative_error: float  # largest |ours - Meta's| / |Meta's| of any reference image, Euclidean norms
 
 
 @dataclass(frozen=True)
 class ParityCheck:
-    """Whether the served features were shown to be those of Meta's code on the same weights."""
+    """Result of comparing the served features with those of Meta's code on the same weights."""
 
     verified: bool
-    reason: str  # why not; "" where verified
-    revision: str  # commit of Meta's code; "" where there was none
+    reason: str  # why not verified; "" if verified
+    revision: str  # commit of Meta's code; "" if not verified
     outputs: tuple[OutputParity, ...]
-    time: str  # when it was shown: RFC 3339, UTC; "" where it was not
-    not_covered: str  # what the proof says nothing about
+    time: str  # of the comparison: RFC 3339, UTC; "" if not verified
+    not_covered: str  # what the comparison does not cover
 
     def __str__(self) -> str:
-        """One line of a log."""
+        """Return one line for the log."""
         if not self.verified:
             return f"NOT VERIFIED: {self.reason}"
         figures = "; ".join(
@@ -150,12 +154,12 @@ class ParityCheck:
         return f"verified against Meta's code at {self.revision} on {self.time}: {figures}"
 
 
-NO_PROOF = ParityCheck(verified=False, reason="no proof was tried", revision="", outputs=(), time="", not_covered="")
+NOT_CHECKED = ParityCheck(False, "no comparison was run", revision="", outputs=(), time="", not_covered="")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the rest of the service knows of the loaded model. Pickled from worker to frontends."""
+    """Description of the loaded model for the rest of the service. Pickled from worker to frontends."""
 
     name: str
     weights: str
@@ -164,12 +168,12 @@ class ModelInfo:
     dtype: FeatureDtype
     device: str
     layer_dims: tuple[int, ...]  # channels of each layer's tokens
-    layer_strides: tuple[int, ...]  # pixels of the input to a patch of each layer; the last is a multiple of the others
+    layer_strides: tuple[int, ...]  # input pixels per patch of each layer; the last is a multiple of the others
     registers: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     parameters: int
-    parity_check: ParityCheck = NO_PROOF
+    parity_check: ParityCheck = NOT_CHECKED
     projections: tuple[Projection, ...] = ()
 
     def __hash__(self) -> int:
@@ -178,7 +182,7 @@ class ModelInfo:
 
     @property
     def embed_dim(self) -> int:
-        """Channels of the last layer, of which the final features are."""
+        """Channels of the last layer, and so of the final features."""
         return self.layer_dims[-1]
 
     @property
@@ -187,86 +191,88 @@ class ModelInfo:
 
     @property
     def patch_size(self) -> int:
-        """Pixels to a patch of the last layer; heights and widths of inputs are multiples of it."""
+        """Input pixels per patch of the last layer. Heights and widths of inputs must be multiples of it."""
         return self.layer_strides[-1]
 
     def width(self, layer: int | None) -> int:
-        """Channels of a layer; `layer` is as in Output."""
+        """Return the channels of a layer; `layer` is as in Output."""
         return self.layer_dims[-1 if layer is None else layer]
 
     def grid(self, shape: PixelShape, layer: int | None = None, pooling: Pooling | None = None) -> tuple[int, int]:
-        """Rows and columns of a layer's patches."""
+        """Return rows and columns of a layer's patches, after pooling if any."""
         if pooling is not None:
             return pooling.rows, pooling.columns
         stride = self.layer_strides[-1 if layer is None else layer]
         return shape.height // stride, shape.width // stride
 
     def tokens(self, shape: PixelShape) -> int:
-        """CLS + registers + patches of the last layer of one image: the unit of the batch budget."""
+        """Return the CLS, register and patch tokens of one image in the last layer: the unit of the batch budget."""
         rows, columns = self.grid(shape)
         return 1 + self.registers + rows * columns
 
     def projection(self, name: str) -> Projection:
-        """Raises KeyError where there is none of that name."""
+        """Return the projection of that name. Raises KeyError."""
         return {projection.name: projection for projection in self.projections}[name]
 
     def answer_fingerprint(self, projection: str | None) -> str:
-        """Of the features of a request with this projection."""
+        """Return the fingerprint of features: the model's, and the projection's if one was applied."""
         return (
             self.fingerprint if projection is None else f"{self.fingerprint}+{self.projection(projection).fingerprint}"
         )
 
-    def output_shape(self, wanted: Wanted, shape: PixelShape) -> tuple[int, ...]:
-        """Of one row of `wanted`: [D] for cls, else [tokens, D], or [D, rows, columns]."""
-        kind, layer, _ = wanted.output
+    def output_shape(self, spec: OutputSpec, shape: PixelShape) -> tuple[int, ...]:
+        """Return the shape of an output of one row: [D] for cls, else [tokens, D] or [D, rows, columns]."""
+        kind, layer, _ = spec.output
         width = self.width(layer)
         if kind == "cls":
             return (width,)
         if kind == "registers":
             return self.registers, width
-        if wanted.projection is not None:
-            width = self.projection(wanted.projection).output_channels
-        rows, columns = self.grid(shape, layer, wanted.pooling)
-        return (width, rows, columns) if wanted.channels_first else (rows * columns, width)
+        if spec.projection is not None:
+            width = self.projection(spec.projection).output_channels
+        rows, columns = self.grid(shape, layer, spec.pooling)
+        return (width, rows, columns) if spec.channels_first else (rows * columns, width)
 
-    def sections(self, spec: FeatureSpec, shape: PixelShape) -> tuple[Section, ...]:
-        """What a row of `spec` is in the arena, in the order of its outputs: values, and the scales of int8 behind
-        them, [] for cls, else [tokens]."""
-        sections = []
+    def output_buffers(self, spec: FeatureSpec, shape: PixelShape) -> tuple[OutputBuffer, ...]:
+        """Return the arrays that one row takes in the arena, in the order of the outputs.
+
+        An int8 output has two: its values, then their scales, [] for cls, else [tokens].
+        """
+        buffers = []
         for output in spec.outputs:
-            wanted = spec.wanted(output)
-            values = self.output_shape(wanted, shape)
-            sections.append(Section(output, spec.dtype, values))
+            output_spec = spec.output_spec(output)
+            values = self.output_shape(output_spec, shape)
+            buffers.append(OutputBuffer(output, spec.dtype, values))
             if spec.dtype == "int8":
-                tokens = (math.prod(values[1:]),) if wanted.channels_first else values[:-1]
-                sections.append(Section(output, "float32", tokens))
-        return tuple(sections)
+                tokens = (math.prod(values[1:]),) if output_spec.channels_first else values[:-1]
+                buffers.append(OutputBuffer(output, "float32", tokens))
+        return tuple(buffers)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image in an arena: where its pixels lie and where each section of `spec` goes (byte offsets)."""
+    """One image of a batch: byte offsets in an arena, of its pixels and of each output buffer of `spec`."""
 
     arena: int
-    pixels: int
-    sections: tuple[int, ...]
+    pixel_offset: int
+    output_offsets: tuple[int, ...]
     spec: FeatureSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one pixel shape. They may differ in arena and in what they want."""
+    """Rows of one pixel shape. They may differ in arena and in spec."""
 
     shape: PixelShape
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """A batch whose features lie in the arenas.
+class BatchResult:
+    """Result of a batch whose features are in the arenas.
 
-    `finite[i]` is False where row i's features hold NaN or infinity (as the model gives them, or in the dtype asked
-    for): they are an error and never an answer. The times are seconds on the device's own clock where it has one.
+    `finite[i]` is False if row i's features hold NaN or infinity, as the model computes them or in the requested dtype:
+    such a row is answered with an error. Times are in seconds, by the device's own clock if it has one.
     """
 
     finite: tuple[bool, ...]
@@ -276,45 +282,45 @@ class Finished:
 
 
 class DeviceOutOfMemory(Exception):
-    """The batch did not fit; the runner has freed what it took for it. A smaller one may fit."""
+    """The batch did not fit into device memory. The runner has freed what it allocated; a smaller batch may fit."""
 
 
 class DeviceLost(Exception):
-    """The device (or its context) is beyond repair in this process; only a new process recovers it."""
+    """The device (or its context) is unusable in this process; only a new process recovers it."""
 
 
-class Launched(Protocol):
-    """A batch on its way through the device; made by `launch`, consumed by `finish`."""
+class LaunchedBatch(Protocol):
+    """A batch in flight on the device; returned by `launch`, passed to `finish`."""
 
 
 class Runner(Protocol):
     """A model on a device.
 
     `attach` and `detach` are called on a thread of their own, one at a time, while batches of other arenas run.
-    `launch` is called on the worker's scheduling thread and must not wait for the device; `finish` is
-    called once a launched batch, in launch order, on the worker's device thread, and returns when the
-    features are in the arenas. Either may raise DeviceOutOfMemory, DeviceLost, or anything else for a
-    batch that failed; after an exception from `launch` the batch is not finished.
+    `launch` is called on the worker's scheduling thread and must not wait for the device. `finish` is called once for
+    each launched batch, in launch order, on the worker's device thread, and returns when the features are in the
+    arenas. Either may raise DeviceOutOfMemory, DeviceLost, or anything else for a batch that failed; after an exception
+    from `launch`, `finish` is not called for that batch.
 
-    `pipeline_depth` is how many batches may be launched and unfinished: 1 where preparing ahead gains
-    nothing (CPU), 2 where one batch is copied in while another runs (CUDA).
+    `pipeline_depth` is how many batches may be launched and unfinished: 1 if preparing ahead gains nothing (CPU), 2 if
+    one batch is copied in while another runs (CUDA).
     """
 
     info: ModelInfo
     pipeline_depth: int
-    load_seconds: dict[str, float]  # by step of the load: dinov3_model_load_seconds
+    load_seconds: dict[str, float]  # by step of loading: the metric dinov3_model_load_seconds
 
     def attach(self, arena: int, memory: memoryview) -> None:
-        """Make an arena known (and page-lock it where the device copies from it, if it can be)."""
+        """Register an arena, and page-lock it if the device copies from it and the system allows it."""
 
     def detach(self, arena: int) -> None:
-        """Forget an arena; no launched batch uses it any more. Releases every view of its memory."""
+        """Unregister an arena that no launched batch uses, and release every view of its memory."""
 
-    def launch(self, batch: Batch) -> Launched: ...
+    def launch(self, batch: Batch) -> LaunchedBatch: ...
 
-    def finish(self, launched: Launched) -> Finished: ...
+    def finish(self, launched: LaunchedBatch) -> BatchResult: ...
 
     def memory(self) -> dict[str, int]:
-        """Bytes of device memory by kind ("allocated", "reserved", ...); empty where unknown."""
+        """Return bytes of device memory by kind ("allocated", "reserved", ...); empty if unknown."""
 
     def close(self) -> None: ...

@@ -138,7 +138,7 @@ class FakeEngine:
             raise self.fail
         self.done_runs.append(run)
         assert self.model is not None
-        sections = self.model.sections(block.spec, block.shape)
+        sections = self.model.output_buffers(block.spec, block.shape)
         for row in rows:
             if row in self.bad_rows:
                 continue

@@ -392,7 +392,7 @@ async def test_a_server_tells_whether_its_features_are_proven() -> None:
     )
     async with serving() as rig:
         unproven = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
-        assert (unproven.verified, unproven.reason) == (False, "no proof was tried")
+        assert (unproven.verified, unproven.reason) == (False, "no comparison was run")
         rig.engine.model = replace(MODEL, parity_check=parity_check)
         told = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
     assert told.verified

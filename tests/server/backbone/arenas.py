@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.runners.base import TORCH_DTYPES
-from dinov3_server.models.interface import Batch, FeatureSpec, Finished, ModelInfo, PixelShape, Row, Runner
+from dinov3_server.models.interface import Batch, BatchResult, FeatureSpec, ModelInfo, PixelShape, Row, Runner
 
 
 class Arena:
@@ -31,7 +31,7 @@ class Arena:
         count = pixels.shape[0]
         start = self.take(count * shape.nbytes)
         self.memory[start : start + count * shape.nbytes] = pixels.contiguous().numpy().tobytes()
-        sizes = [section.nbytes for section in info.sections(spec, shape)]
+        sizes = [section.nbytes for section in info.output_buffers(spec, shape)]
         places = [self.take(count * size) for size in sizes]
         return [
             Row(
@@ -46,16 +46,16 @@ class Arena:
     def features(self, info: ModelInfo, shape: PixelShape, row: Row) -> list[Tensor]:
         """A copy of a row's outputs, each [tokens, D] fp32 (or [D rows, columns]), dequantised."""
         found: list[Tensor] = []
-        for section, offset in zip(info.sections(row.spec, shape), row.sections, strict=True):
+        for section, offset in zip(info.output_buffers(row.spec, shape), row.output_offsets, strict=True):
             dtype = TORCH_DTYPES[section.dtype]
             values = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(section.shape), offset=offset)
             if row.spec.dtype == "int8" and section.dtype == "float32":  # the scales of the values before them
-                first = row.spec.wanted(section.output).channels_first
+                first = row.spec.output_spec(section.output).channels_first
                 found[-1] *= values.view(found[-1].shape[1:]) if first else values.view(section.shape).unsqueeze(-1)
             else:
                 found.append(values.view(section.shape).float())
         return [values.reshape(-1, values.shape[-1]).clone() for values in found]
 
 
-def serve(served: Runner, shape: PixelShape, rows: list[Row]) -> Finished:
+def serve(served: Runner, shape: PixelShape, rows: list[Row]) -> BatchResult:
     return served.finish(served.launch(Batch(shape, tuple(rows))))

@@ -101,8 +101,8 @@ def test_nothing_is_written_beside_the_ranges_asked_for() -> None:
     before = bytearray(arena.memory[:])
     serve(served, BYTES, [row])
     after = arena.memory[:]
-    sizes = [section.nbytes for section in served.info.sections(row.spec, BYTES)]
-    for offset, size in zip(row.sections, sizes, strict=True):
+    sizes = [section.nbytes for section in served.info.output_buffers(row.spec, BYTES)]
+    for offset, size in zip(row.output_offsets, sizes, strict=True):
         assert after[offset : offset + size] != before[offset : offset + size]
         before[offset : offset + size] = after[offset : offset + size]
     assert after == before
@@ -183,9 +183,9 @@ def test_ranges_outside_the_arena_and_unknown_arenas() -> None:
     served.attach(0, memoryview(arena.memory))
     (row,) = arena.request(served.info, BYTES, picture(32, 48), SPECS[3])
     for wrong, told in [
-        (dataclasses.replace(row, pixels=(1 << 16) - 10), "outside arena 0 of 65536"),
-        (dataclasses.replace(row, sections=((1 << 16) - 2,)), "outside arena 0 of 65536"),
-        (dataclasses.replace(row, sections=(-2,)), "outside arena 0"),
+        (dataclasses.replace(row, pixel_offset=(1 << 16) - 10), "outside arena 0 of 65536"),
+        (dataclasses.replace(row, output_offsets=((1 << 16) - 2,)), "outside arena 0 of 65536"),
+        (dataclasses.replace(row, output_offsets=(-2,)), "outside arena 0"),
         (dataclasses.replace(row, arena=5), "no arena 5 is attached"),
     ]:
         with pytest.raises(ValueError, match=told):

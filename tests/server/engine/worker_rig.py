@@ -19,7 +19,7 @@ from dinov3_server.engine.channel import Channel, pair
 from dinov3_server.engine.messages import Attach, Backlog, Connected, Drain, Dropped, Hello, Results, Submit
 from dinov3_server.engine.worker import Worker
 from dinov3_server.metrics import Metrics
-from dinov3_server.models.interface import Batch, FeatureSpec, Finished, Output, PixelShape
+from dinov3_server.models.interface import Batch, BatchResult, FeatureSpec, Output, PixelShape
 from tests.support.numpy_runner import NumpyRunner, _Launched, expected
 from tests.support.waiting import LIMIT
 
@@ -59,7 +59,7 @@ class SteppedRunner(NumpyRunner):
         self.together.append({row.pixels for one in self.in_flight for row in one.rows})
         return super().launch(batch)
 
-    def finish(self, launched: _Launched) -> Finished:
+    def finish(self, launched: _Launched) -> BatchResult:
         outcome = self.steps.get(timeout=LIMIT) if self.stepping else None
         outcome = outcome or self.failing(launched.batch)
         self.in_flight.remove(launched.batch)

@@ -163,7 +163,7 @@ def test_every_variant_builds_and_runs_without_memory(variant: ConvNextVariant) 
     shapes += [(2, cells, channels) for cells, channels in zip((384, 96, 24, 6), variant.dims, strict=True)]
     assert [tuple(features[output].shape) for output in outputs] == shapes
     assert all(values.device == META for values in features.values())
-    assert model.tables(64, 96) == ()
+    assert model.cached_tensors(64, 96) == ()
 
 
 def test_convolutions_and_products_are_in_the_models_dtype_and_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinov3_server.backbone.model import our_model
+from dinov3_server.backbone.model import native_model
 from dinov3_server.backbone.weights.checkpoint import load_checkpoint
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
@@ -124,4 +124,4 @@ def test_a_convnext_that_timm_converts_from_the_official_file(tmp_path: Path) ->
             Output("cls"): model.forward_head(cells, pre_logits=True),
             Output("patches"): model.head.norm(cells).flatten(2).transpose(1, 2),
         }
-    assert worst_error(our_model(checkpoint, dtype=torch.float32, device=CPU), images, expected) <= 1e-5
+    assert worst_error(native_model(checkpoint, dtype=torch.float32, device=CPU), images, expected) <= 1e-5

@@ -30,7 +30,7 @@ def test_what_is_not_proven_is_a_warning() -> None:
         assert "dinov3_parity_cosine{" not in server.get("/metrics")[1]
     [line] = [line for line in server.log if "parity check: " in line]
     assert "WARNING" in line
-    assert "NOT VERIFIED: no proof was tried" in line
+    assert "NOT VERIFIED: no comparison was run" in line
 
 
 @pytest.mark.parametrize(("flags", "kept"), [((), True), (("--parity-check", "false"), False)])

@@ -56,7 +56,7 @@ def test_code_that_nobody_needs_is_not_fetched(
     tmp_path: Path, weights: Path, vendored: list[Path], others: dict[str, object], absent: str
 ) -> None:
     found, _ = prepare(settings(tmp_path, **{"weights": str(weights), **others}))
-    assert (found.checkout, found.absent) == (None, absent)
+    assert (found.checkout, found.unavailable_reason) == (None, absent)
     assert vendored == []
 
 
@@ -71,7 +71,7 @@ def test_metas_modules_need_their_code(
 def test_without_a_network_features_are_served_unproven(tmp_path: Path, weights: Path) -> None:
     found, _ = prepare(settings(tmp_path, weights=str(weights), offline=True))
     assert found.checkout is None
-    assert "`offline` forbids fetching it" in found.absent
+    assert "`offline` forbids fetching it" in found.unavailable_reason
     with pytest.raises(Unreachable, match="wanted is commit 6876159"):
         prepare(settings(tmp_path, weights=str(weights), offline=True, backbone="reference"))
 

@@ -31,7 +31,7 @@ from dinov3_server.backbone.runners.self_test import run_image
 from dinov3_server.backbone.weights.checkpoint import Checkpoint
 from dinov3_server.errors import CheckpointError, ParityError
 from dinov3_server.models.interface import (
-    NO_PROOF,
+    NOT_CHECKED,
     FeatureDtype,
     FeatureSpec,
     Output,
@@ -121,7 +121,7 @@ def certified(claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: S
     """
     theirs = _theirs(claim)
     if isinstance(theirs, str):
-        return _build(claim, load, step, replace(NO_PROOF, reason=theirs))
+        return _build(claim, load, step, replace(NOT_CHECKED, reason=theirs))
     assert claim.folder is not None
     folder = ParityStore(claim.folder, claim.about(theirs.revision))
     parity_check = _holding(folder.read(), claim)
@@ -141,11 +141,11 @@ def _theirs(claim: Claim) -> _Theirs | str:
     if claim.weights is None:
         return "random weights: nothing to verify"
     if claim.provisioned is None:
-        return NO_PROOF.reason
+        return NOT_CHECKED.reason
     if claim.folder is None:
         return "the setting `parity_check` is false"
     if claim.provisioned.checkout is None:
-        return claim.provisioned.absent
+        return claim.provisioned.unavailable_reason
     return _Theirs(claim.weights, Path(claim.provisioned.checkout), claim.provisioned.revision)
 
 

@@ -79,7 +79,7 @@ class UpstreamModel:
                 features |= {output: tokens[output.kind].float() for output in group}
         return features
 
-    def tables(self, height: int, width: int) -> tuple[Tensor, ...]:
+    def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
         """None: Meta's code makes its RoPE table anew in every forward pass."""
         return ()
 

@@ -1,4 +1,4 @@
-"""What the CPU's and CUDA's runner share: arenas as tensors, and the device's failures as the interface's."""
+"""The base of the CPU and CUDA runners: arenas as tensors, and device errors as the interface's exceptions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dinov3_server.backbone.runners.plan import FeatureRun
 from dinov3_server.backbone.runners.postprocessing import LinearMap, Postprocessing
 from dinov3_server.models.interface import (
     Batch,
+    BatchResult,
     DeviceLost,
     DeviceOutOfMemory,
     FeatureDtype,
-    Finished,
-    Launched,
+    LaunchedBatch,
     ModelInfo,
     Output,
     PixelShape,
@@ -38,10 +38,9 @@ TORCH_DTYPES: dict[FeatureDtype, torch.dtype] = {
 
 
 class TorchRunner(abc.ABC):
-    """A `Runner` (see interface.py) over a torch model.
+    """A `Runner` (see models/interface.py) of a torch model.
 
-    `projections` are those of `info`, on the model's device. `load_seconds` tells how long each step of loading took,
-    by the step's name.
+    `projections` are those of `info`, on the model's device. `load_seconds` is the time of each step of loading.
     """
 
     pipeline_depth: int
@@ -61,14 +60,14 @@ class TorchRunner(abc.ABC):
         self._arenas[arena] = torch.frombuffer(memory, dtype=torch.uint8)
 
     def detach(self, arena: int) -> None:
-        # torch.frombuffer holds a reference to the memoryview and nothing else here does.
+        # Releases the memory: the tensor of torch.frombuffer holds the only reference to the memoryview.
         del self._arenas[arena]
 
     @abc.abstractmethod
-    def launch(self, batch: Batch) -> Launched: ...
+    def launch(self, batch: Batch) -> LaunchedBatch: ...
 
     @abc.abstractmethod
-    def finish(self, launched: Launched) -> Finished: ...
+    def finish(self, launched: LaunchedBatch) -> BatchResult: ...
 
     @abc.abstractmethod
     def memory(self) -> dict[str, int]: ...
@@ -78,7 +77,7 @@ class TorchRunner(abc.ABC):
             self.detach(arena)
 
     def _in_arena(self, arena: int, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """The tensor that lies at byte `offset` of an arena."""
+        """Return a view of an arena as a tensor, from byte `offset` on."""
         memory = self._arenas.get(arena)
         if memory is None:
             raise ValueError(f"no arena {arena} is attached")
@@ -91,17 +90,17 @@ class TorchRunner(abc.ABC):
         return self._in_arena(arena, offset, *pixel_layout(count, shape))
 
     def _features_in_arena(self, run: FeatureRun, shape: PixelShape) -> list[Tensor]:
-        """Where the sections of a run go, each [n, ...] in its dtype."""
+        """Return views of a run's output buffers, each [n, ...] in its dtype."""
         return [
-            self._in_arena(run.arena, offset, TORCH_DTYPES[section.dtype], (run.count, *section.shape))
-            for section, offset in zip(self.info.sections(run.spec, shape), run.offsets, strict=True)
+            self._in_arena(run.arena, offset, TORCH_DTYPES[buffer.dtype], (run.count, *buffer.shape))
+            for buffer, offset in zip(self.info.output_buffers(run.spec, shape), run.offsets, strict=True)
         ]
 
     def _postprocessing(self, features: Mapping[Output, Tensor], shape: PixelShape) -> Postprocessing:
         return Postprocessing(features, partial(self.info.grid, shape), self._projections)
 
     def _guarded(self, work: Callable[[], T]) -> T:
-        """work(), with the device's failures translated; after any failure nothing of it is under way."""
+        """Return work(). Translate device errors, and after any error wait until its work on the device has ended."""
         try:
             return work()
         except Exception as error:
@@ -109,7 +108,7 @@ class TorchRunner(abc.ABC):
             if failure is None:
                 self._settle()
                 raise
-        # Out of the handler the traceback is gone, and with it the tensors that its frames held.
+        # Outside of the handler, so that the traceback is gone, and with it the tensors that its frames held.
         if isinstance(failure, DeviceOutOfMemory):
             try:
                 self._settle()
@@ -119,33 +118,33 @@ class TorchRunner(abc.ABC):
 
     @abc.abstractmethod
     def _settle(self) -> None:
-        """Wait until nothing of a failed batch is under way on the device, and free what it took."""
+        """Wait until the device has ended all work of a failed batch, and free its memory."""
 
 
 def pixel_layout(count: int, shape: PixelShape) -> tuple[torch.dtype, tuple[int, int, int, int]]:
-    """The dtype and shape of a batch of pixels."""
+    """Return dtype and shape of a batch of pixels."""
     if shape.format == "uint8":
         return torch.uint8, (count, shape.height, shape.width, 3)
     return torch.float32, (count, 3, shape.height, shape.width)
 
 
 def finite_rows(features: Sequence[Tensor]) -> Tensor:
-    """[n] bool: whether every value of each row of [n, ...] tensors is finite. Integers are, and are not read."""
+    """Return [n] bool: whether every value of each row of [n, ...] tensors is finite. Integer tensors are skipped."""
     finite = None
     for values in features:
         if not values.is_floating_point():
             continue
-        # NaN and infinities pass through to the extremes, and no tensor as large as the values is made. `aminmax` reads
-        # them once, yet takes five times as long on the CPU: with a dimension it has no vector code.
+        # NaN and infinity show in the minimum or maximum, without a temporary tensor as large as the values. `aminmax`
+        # reads them once, but takes five times as long on the CPU: it is not vectorised along a dimension.
         rows = values.reshape(len(values), -1)
-        ends = rows.amin(dim=1).isfinite() & rows.amax(dim=1).isfinite()
-        finite = ends if finite is None else finite & ends
+        is_finite = rows.amin(dim=1).isfinite() & rows.amax(dim=1).isfinite()
+        finite = is_finite if finite is None else finite & is_finite
     assert finite is not None, "a row without outputs"
     return finite
 
 
 def device_failure(error: Exception) -> Exception | None:
-    """The interface's exception for an error of the device, None for any other."""
+    """Return the interface's exception for a device error, None for any other error."""
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return DeviceOutOfMemory(text)
@@ -157,14 +156,14 @@ def device_failure(error: Exception) -> Exception | None:
     return None
 
 
-# torch has no exception of its own for the host's allocator, nor for memory that cuBLAS could not get.
+# torch has no exception class for out of memory in the host's allocator or in cuBLAS.
 _OUT_OF_MEMORY = (
     "not enough memory",
     "can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-# torch 2.8 and later raise sticky errors as AcceleratorError, the earlier ones as RuntimeError("CUDA error: ...").
+# torch 2.8 and later raise sticky errors as AcceleratorError, earlier versions as RuntimeError("CUDA error: ...").
 _ACCELERATOR_ERRORS: tuple[type[Exception], ...] = (
     (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 )

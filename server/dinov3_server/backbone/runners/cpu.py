@@ -1,20 +1,21 @@
-"""The model on the CPU: one batch at a time, straight from the arenas and into them."""
+"""The CPU runner: computes one batch at a time, reading from and writing to the arenas directly."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import chain
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from dinov3_server.backbone.runners.base import TorchRunner, finite_rows
-from dinov3_server.backbone.runners.plan import feature_runs, pixel_runs, wanted_outputs
+from dinov3_server.backbone.runners.plan import batch_outputs, feature_runs, pixel_runs
 from dinov3_server.malloc import give_back_freed_memory
-from dinov3_server.models.interface import Batch, Finished, Launched
+from dinov3_server.models.interface import Batch, BatchResult, LaunchedBatch
 
-# Batches from one return of freed memory to the next. A return costs up to 15 ms, and faults in the next batch.
+# Batches between two returns of freed memory. A return takes up to 15 ms, and the next batch faults its pages in again.
 RETURN_EVERY = 64
 
 
@@ -24,15 +25,15 @@ class _Launched:
 
 
 class CpuRunner(TorchRunner):
-    """Preparing ahead would take the cores from the batch that runs: all the work is in `finish`."""
+    """A `Runner` that does all work in `finish`: preparing ahead would take cores from the running batch."""
 
     pipeline_depth = 1
     _batches = 0
 
-    def launch(self, batch: Batch) -> Launched:
+    def launch(self, batch: Batch) -> LaunchedBatch:
         return _Launched(batch)
 
-    def finish(self, launched: Launched) -> Finished:
+    def finish(self, launched: LaunchedBatch) -> BatchResult:
         batch = cast(_Launched, launched).batch
         self._batches += 1
         if self._batches % RETURN_EVERY == 0:
@@ -43,26 +44,28 @@ class CpuRunner(TorchRunner):
         return {}
 
     def _settle(self) -> None:
-        pass  # the CPU has nothing under way when a call returns, and freed memory is free
+        pass  # nothing is pending on the CPU after a call has returned
 
     @torch.inference_mode()
-    def _run(self, batch: Batch) -> Finished:
+    def _run(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()
         pixels = self._gather(batch)
         gathered = time.perf_counter()
-        features = self._model(pixels, wanted_outputs(batch))
+        features = self._model(pixels, batch_outputs(batch))
         computed = time.perf_counter()
-        sent = self._postprocessing(features, batch.shape)
+        postprocessing = self._postprocessing(features, batch.shape)
         finite: list[bool] = []
         for run in feature_runs(batch, self.info):
             rows = slice(run.first, run.first + run.count)
-            wanted = [run.spec.wanted(output) for output in run.spec.outputs]
-            places = self._features_in_arena(run, batch.shape)
-            for section, place in zip((s for each in wanted for s in sent.sections(each)), places, strict=True):
-                place.copy_(section[rows])
-            finite += finite_rows([*places, *(u[rows] for each in wanted for u in sent.unseen(each))]).tolist()
+            specs = [run.spec.output_spec(output) for output in run.spec.outputs]
+            computed_buffers = chain.from_iterable(map(postprocessing.buffers, specs))
+            in_arena = self._features_in_arena(run, batch.shape)
+            for source, target in zip(computed_buffers, in_arena, strict=True):
+                target.copy_(source[rows])
+            unpooled = (values[rows] for spec in specs for values in postprocessing.before_pooling(spec))
+            finite += finite_rows([*in_arena, *unpooled]).tolist()
         written = time.perf_counter()
-        return Finished(
+        return BatchResult(
             finite=tuple(finite),
             copy_in=gathered - started,
             forward=computed - gathered,
@@ -70,7 +73,7 @@ class CpuRunner(TorchRunner):
         )
 
     def _gather(self, batch: Batch) -> Tensor:
-        """The batch's pixels; in place, where they lie side by side."""
+        """Return the batch's pixels: a view of the arena if they are contiguous there, else a copy."""
         runs = pixel_runs(batch)
         parts = [self._pixels_in_arena(run.arena, run.offset, run.count, batch.shape) for run in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,20 +1,19 @@
-"""The model on a CUDA device: copies and computation on streams of their own, nothing waited for but a batch's end.
+"""The CUDA runner: copies in, computation and copies out overlap on three streams; it waits only for a batch's end.
 
-While one batch is computed the next is copied in and the one before is copied out, straight from and to the
-page-locked arenas. An arena that cannot be page-locked is used as it is. What follows holds for it too: CUDA takes its
-copies in the order of their streams, and an event behind them is reached when the bytes are there. But `launch` may
-wait for the device then, as CUDA stages such copies.
+While one batch is computed, the next is copied in and the previous one is copied out, directly between the device and
+the page-locked arenas. An arena that cannot be page-locked is used all the same. The rules below hold for it too: CUDA
+performs its copies in stream order, and an event recorded after them completes when the bytes have arrived. But
+`launch` may then wait for the device, as CUDA stages such copies.
 
-A slot holds what a batch in flight needs to itself; it is free again when the batch is finished.
+A slot holds the buffers and events of one batch in flight, and is reused once the batch is finished.
 
-What a stream reads, another has written before an event that it waits for, and nobody writes again before the reader
-is through:
+Readers on one stream wait for the writer's event on another, and no buffer is written again before it has been read:
 
-- a slot's pixels: written by copy_in, read by compute; written again once the slot's batch is finished;
-- a graph's fixed pixels and features (cuda_graphs.py): written and read by compute alone, in its order;
-- features on their way out: made by compute for this batch, read by copy_out, held until it is finished.
+- a slot's pixels: written on copy_in, read on compute, written again once the slot's batch is finished;
+- a graph's fixed pixels and features (cuda_graphs.py): written and read on compute only, in stream order;
+- a batch's features: written on compute, read on copy_out, kept alive until the batch is finished.
 
-Three threads come here: one calls attach and detach, one launch, one finish. Only launch captures graphs.
+Three threads use a runner: one calls attach and detach, one launch, one finish. Only launch captures graphs.
 """
 
 from __future__ import annotations
@@ -35,29 +34,36 @@ from torch import Tensor
 
 from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.runners.base import TorchRunner, device_failure, pixel_layout
-from dinov3_server.backbone.runners.cuda_graphs import Features, ForwardGraph, GraphCache, Key, compute, padded
-from dinov3_server.backbone.runners.plan import feature_runs, pixel_runs, wanted_features
+from dinov3_server.backbone.runners.cuda_graphs import (
+    ForwardGraph,
+    ForwardResult,
+    GraphCache,
+    GraphKey,
+    compute,
+    padded,
+)
+from dinov3_server.backbone.runners.plan import batch_output_specs, feature_runs, pixel_runs
 from dinov3_server.backbone.runners.postprocessing import LinearMap
 from dinov3_server.models.interface import (
     Batch,
+    BatchResult,
     DeviceOutOfMemory,
-    Finished,
-    Launched,
+    LaunchedBatch,
     ModelInfo,
+    OutputSpec,
     PixelShape,
-    Wanted,
 )
 
 logger = logging.getLogger(__name__)
 
-# Of the device's memory, what graphs may hold for themselves.
+# Fraction of the device's memory that graphs may hold individually (see GraphCache).
 _GRAPHS_SHARE = 1 / 16
 
 
 class CudaRunner(TorchRunner):
-    """`launch` only enqueues; `finish` waits for one event and reads times and flags.
+    """A `Runner` whose `launch` only enqueues work; `finish` waits for one event and reads times and flags.
 
-    A batch of a kind that has come often enough is also captured by `launch`: some tens of milliseconds, once.
+    `launch` also captures a CUDA graph for a kind of batch that is frequent enough: some tens of milliseconds, once.
     """
 
     pipeline_depth = 2
@@ -69,15 +75,15 @@ class CudaRunner(TorchRunner):
         self._device = model.device
         self._locked: set[int] = set()  # arenas
         self._graphs = GraphCache(int(self.memory()["total"] * _GRAPHS_SHARE))
-        # Held while a batch is launched: to wait for the whole device would break a capture on the other thread.
-        self._host = threading.Lock()
+        # Held during a launch: waiting for the whole device on another thread would break a capture.
+        self._launch_lock = threading.Lock()
         with torch.cuda.device(self._device):
             self._copy_in, self._compute, self._copy_out = (
                 torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 for _ in range(3)
             )
             self._free = deque(_Slot() for _ in range(self.pipeline_depth))
-            # The weights were made on the default stream, which the three others do not wait for.
+            # The weights were created on the default stream, for which the three others do not wait.
             torch.cuda.synchronize()
 
     def attach(self, arena: int, memory: memoryview) -> None:
@@ -95,8 +101,8 @@ class CudaRunner(TorchRunner):
             len(memory),
             result,
         )
-        # It is also this thread's last error now, which torch would take for the next kernel's. Nothing but a kernel
-        # reads it, and what is read is gone. Where the device is lost, every batch will say so.
+        # CUDA has also stored the error as this thread's last one, which torch would attribute to its next kernel.
+        # Launch a kernel to clear it. If the device itself is lost, every batch will fail with that error.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=self._device)
 
@@ -108,7 +114,7 @@ class CudaRunner(TorchRunner):
                 cudart.cudaHostUnregister(self._arenas[arena].data_ptr())
         super().detach(arena)
 
-    def launch(self, batch: Batch) -> Launched:
+    def launch(self, batch: Batch) -> LaunchedBatch:
         slot = self._free.popleft()
         try:
             return self._guarded(lambda: self._enqueue(batch, slot))
@@ -116,8 +122,8 @@ class CudaRunner(TorchRunner):
             self._free.append(slot)
             raise
 
-    def finish(self, launched: Launched) -> Finished:
-        flight = cast(_Launched, launched)
+    def finish(self, launched: LaunchedBatch) -> BatchResult:
+        flight = cast(_InFlight, launched)
         try:
             return self._guarded(lambda: self._collect(flight))
         finally:
@@ -131,12 +137,12 @@ class CudaRunner(TorchRunner):
         }
 
     @torch.inference_mode()
-    def _enqueue(self, batch: Batch, slot: _Slot) -> _Launched:
+    def _enqueue(self, batch: Batch, slot: _Slot) -> _InFlight:
         count, tokens = len(batch.rows), self.info.tokens(batch.shape)
         runs = [(run, self._features_in_arena(run, batch.shape)) for run in feature_runs(batch, self.info)]
-        wanted = wanted_features(batch)
-        key = Key(batch.shape, padded(count), wanted)
-        with torch.cuda.device(self._device), self._host:
+        outputs = batch_output_specs(batch)
+        key = GraphKey(batch.shape, padded(count), outputs)
+        with torch.cuda.device(self._device), self._launch_lock:
             graph = self._graphs.find(key)
             is_due = self._graphs.is_due(key, tokens)
             pixels = slot.pixels(key.images, batch.shape, self._device)
@@ -151,65 +157,67 @@ class CudaRunner(TorchRunner):
             with torch.cuda.stream(self._compute):
                 self._compute.wait_event(slot.copy_in_ends)
                 slot.forward_begins.record()
-                # Everything that takes device memory comes before the first copy out: a batch that does not fit
-                # has written nothing into an arena.
+                # All device memory is allocated before the first copy out, so a batch that does not fit has written
+                # nothing into an arena.
                 if graph is not None:
-                    features = graph.replay(pixels, count)
+                    result = graph.replay(pixels, count)
                 else:
-                    # Padded before a capture, which is of the padded size: see ForwardGraph.
-                    features = self._forward(key, pixels if is_due else pixels[:count])
+                    # Run at the padded size before a capture at that size: see ForwardGraph.
+                    result = self._forward(key, pixels if is_due else pixels[:count])
                 slot.forward_ends.record()
 
             with torch.cuda.stream(self._copy_out):
                 self._copy_out.wait_event(slot.forward_ends)
                 slot.copy_out_begins.record()
-                values = dict(zip(wanted, features.values, strict=True))
-                for run, places in runs:
-                    sections = (section for output in run.spec.outputs for section in values[run.spec.wanted(output)])
-                    for section, place in zip(sections, places, strict=True):
-                        place.copy_(section[run.first : run.first + run.count], non_blocking=True)
-                flags = slot.flags(count, len(wanted))
-                flags.copy_(features.finite[:count], non_blocking=True)
+                buffers = dict(zip(outputs, result.buffers, strict=True))
+                for run, in_arena in runs:
+                    of_spec = chain(*(buffers[run.spec.output_spec(output)] for output in run.spec.outputs))
+                    for source, target in zip(of_spec, in_arena, strict=True):
+                        target.copy_(source[run.first : run.first + run.count], non_blocking=True)
+                flags = slot.flags(count, len(outputs))
+                flags.copy_(result.finite[:count], non_blocking=True)
                 slot.copy_out_ends.record()
 
-            if is_due:  # now, while the device is busy with this batch
+            if is_due:  # capture while the device is busy with this batch
                 with torch.cuda.stream(self._compute):
                     self._capture(key, pixels)
-        # The caching allocator knows tensors by the stream that made them and would give this memory away while it
-        # is copied out: it is held until the batch is finished.
-        return _Launched(batch, wanted, slot, flags, held=[features.finite, *chain(*features.values)])
+        # Keep the results alive until the batch is finished: the caching allocator tracks only the stream that
+        # allocated a tensor, and would reuse this memory while it is still being copied out.
+        return _InFlight(batch, outputs, slot, flags, held=[result.finite, *chain(*result.buffers)])
 
-    def _forward(self, key: Key, pixels: Tensor) -> Features:
-        return compute(self._model, pixels, key.wanted, partial(self._postprocessing, shape=key.shape))
+    def _forward(self, key: GraphKey, pixels: Tensor) -> ForwardResult:
+        return compute(self._model, pixels, key.outputs, partial(self._postprocessing, shape=key.shape))
 
-    def _capture(self, key: Key, pixels: Tensor) -> None:
-        """Have a graph for `key` from now on. Nothing that goes wrong here is an error of the batch just launched."""
-        # Held by the graph, and asked for before the capture: in one it would be made of memory that others overwrite.
-        tables = self._model.tables(key.shape.height, key.shape.width)
+    def _capture(self, key: GraphKey, pixels: Tensor) -> None:
+        """Capture a graph for `key`. A failure is logged; it does not affect the batch just launched."""
+        # Before the capture: during one they would be allocated in the shared pool, which other graphs overwrite.
+        cached = self._model.cached_tensors(key.shape.height, key.shape.width)
         try:
-            graph = ForwardGraph(partial(self._forward, key), pixels, tables, self._graphs.pool())
+            graph = ForwardGraph(partial(self._forward, key), pixels, cached, self._graphs.pool())
         except RuntimeError as error:
             if isinstance(device_failure(error), DeviceOutOfMemory):
-                logger.warning("no memory for a CUDA graph of %d images of %s: it runs without", key.images, key.shape)
+                logger.warning(
+                    "no memory for a CUDA graph of %d images of %s: they run without one", key.images, key.shape
+                )
                 self._graphs.refuse(key)
-            else:  # if the device itself is lost, the batch's end tells
-                logger.warning("a CUDA graph could not be captured: no more are", exc_info=True)
+            else:  # if the device itself is lost, the batch's end reports it
+                logger.warning("a CUDA graph could not be captured: no further ones will be", exc_info=True)
                 self._graphs.stop()
         else:
             self._graphs.keep(key, graph)
 
-    def _collect(self, flight: _Launched) -> Finished:
+    def _collect(self, flight: _InFlight) -> BatchResult:
         slot = flight.slot
         slot.copy_out_ends.synchronize()
         flight.held.clear()
         columns = {
-            spec: [flight.wanted.index(spec.wanted(output)) for output in spec.outputs]
+            spec: [flight.outputs.index(spec.output_spec(output)) for output in spec.outputs]
             for spec in {row.spec for row in flight.batch.rows}
         }
-        return Finished(
+        return BatchResult(
             finite=tuple(
-                all(of_row[column] for column in columns[row.spec])
-                for row, of_row in zip(flight.batch.rows, flight.flags.tolist(), strict=True)
+                all(flags[column] for column in columns[row.spec])
+                for row, flags in zip(flight.batch.rows, flight.flags.tolist(), strict=True)
             ),
             copy_in=slot.copy_in_begins.elapsed_time(slot.copy_in_ends) / 1000,
             forward=slot.forward_begins.elapsed_time(slot.forward_ends) / 1000,
@@ -217,46 +225,46 @@ class CudaRunner(TorchRunner):
         )
 
     def _settle(self) -> None:
-        with self._host:
+        with self._launch_lock:
             torch.cuda.synchronize(self._device)
-            self._graphs.clear()  # they are fast, but what does not fit without them must
+            self._graphs.clear()  # free their memory for batches
             torch.cuda.empty_cache()
 
 
 class _Slot:
-    """Events and staging memory of one batch in flight; made with its device current."""
+    """Events and staging buffers of one batch in flight. Create it with its device as the current one."""
 
     def __init__(self) -> None:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(5)]  # type: ignore[no-untyped-call]
         self.copy_in_begins, self.copy_in_ends, self.forward_begins, self.forward_ends, self.copy_out_begins = events
-        # The one that the host waits for: without spinning on a core that a frontend could use.
+        # The host waits for this one; a blocking event does not spin on a core that a frontend could use.
         self.copy_out_ends = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         self._pixels = torch.empty(0, dtype=torch.uint8)
         self._flags = torch.empty(0, dtype=torch.bool)
 
     def pixels(self, count: int, shape: PixelShape, device: torch.device) -> Tensor:
-        """A batch of pixels on the device."""
+        """Return a buffer for a batch of pixels on the device."""
         nbytes = count * shape.nbytes
         if self._pixels.numel() < nbytes:
-            self._pixels = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is taken
+            self._pixels = torch.empty(0, dtype=torch.uint8)  # free the old one before allocating a larger one
             self._pixels = torch.empty(nbytes, dtype=torch.uint8, device=device)
         dtype, layout = pixel_layout(count, shape)
         return self._pixels[:nbytes].view(dtype).view(layout)
 
-    def flags(self, count: int, wanted: int) -> Tensor:
-        """[count, wanted] bool in page-locked memory, where there is any."""
-        if self._flags.numel() < count * wanted:
+    def flags(self, count: int, outputs: int) -> Tensor:
+        """Return a [count, outputs] bool buffer, in page-locked memory if possible."""
+        if self._flags.numel() < count * outputs:
             try:
-                self._flags = torch.empty(count * wanted, dtype=torch.bool, pin_memory=True)
+                self._flags = torch.empty(count * outputs, dtype=torch.bool, pin_memory=True)
             except RuntimeError:
-                self._flags = torch.empty(count * wanted, dtype=torch.bool)
-        return self._flags[: count * wanted].view(count, wanted)
+                self._flags = torch.empty(count * outputs, dtype=torch.bool)
+        return self._flags[: count * outputs].view(count, outputs)
 
 
 @dataclass(frozen=True, slots=True)
-class _Launched:
+class _InFlight:
     batch: Batch
-    wanted: tuple[Wanted, ...]
+    outputs: tuple[OutputSpec, ...]
     slot: _Slot
     flags: Tensor
     held: list[Tensor]

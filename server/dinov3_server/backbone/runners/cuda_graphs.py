@@ -1,8 +1,8 @@
-"""Forward passes as CUDA graphs: which are worth one, which are kept, and how one is captured and replayed.
+"""Forward passes as CUDA graphs: when to capture one, how to capture and replay it, and which to keep.
 
-A forward pass is some hundreds of kernels. Those of a small batch end sooner than the host launches them, and the
-launches take the interpreter from whoever else needs it; a graph is launched whole. A graph has fixed shapes and fixed
-addresses: batches are padded to a few sizes, and what goes in and out is copied.
+A forward pass is some hundreds of kernels. For a small batch they run faster than the host can launch them one by one,
+and the launches hold the GIL; a graph is launched as a whole. A graph has fixed shapes and fixed addresses: batches are
+padded to a few sizes, and inputs and outputs are copied.
 """
 
 from __future__ import annotations
@@ -20,86 +20,93 @@ from torch import Tensor
 from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.runners.base import TORCH_DTYPES, finite_rows
 from dinov3_server.backbone.runners.postprocessing import Postprocessing
-from dinov3_server.models.interface import Output, PixelShape, Wanted
+from dinov3_server.models.interface import Output, OutputSpec, PixelShape
 
-# The use of a key that captures it: most of what is asked for once or twice is never asked for again.
+# Capture a key at its third use: most keys that are used once or twice are never used again.
 CAPTURE_AT = 3
-# Above this many tokens the device is busy for longer than the host launches, and what a capture holds grows large.
+# With more tokens the kernels take longer than their launches, and a graph would hold much memory.
 MAX_TOKENS = 1 << 15
 MAX_GRAPHS = 128
-# Keys whose uses are counted; sizes of images are the callers' choice, so there is no end of keys.
+# Keys whose uses are counted. Callers choose image sizes, so the number of keys is unlimited.
 MAX_KEYS = 1024
 
 
 def padded(images: int) -> int:
-    """The batch size that `images` are padded to, by less than an eighth: all sizes to 16, then eight to the octave
-    (18, 20, ... 32, 36, ... 64, 72, ...)."""
+    """Return the batch size that `images` are padded to, less than an eighth larger.
+
+    Every size up to 16, then eight sizes per power of two (18, 20, ... 32, 36, ... 64, 72, ...).
+    """
     step = 1 << max(0, (images - 1).bit_length() - 4)
     return -(-images // step) * step
 
 
-class Key(NamedTuple):
-    """What a graph is for: padded batches of one pixel shape, and what is wanted of some of their rows."""
+class GraphKey(NamedTuple):
+    """Identity of a graph: pixel shape, padded batch size, and every output that any row asks for."""
 
     shape: PixelShape
     images: int
-    wanted: tuple[Wanted, ...]
+    outputs: tuple[OutputSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Features:
-    """Of n rows: the sections of each thing wanted, contiguous [n, ...] tensors in their dtypes, and [n, wanted] bool:
-    whether all values of a row in it are finite."""
+class ForwardResult:
+    """Result of a forward pass of n rows.
 
-    values: list[list[Tensor]]
+    `buffers[i]` are the output buffers of output i, contiguous [n, ...] tensors in their dtypes. `finite` [n, outputs]
+    bool says whether all values of a row's output are finite.
+    """
+
+    buffers: list[list[Tensor]]
     finite: Tensor
 
 
 def compute(
     model: Model,
     pixels: Tensor,
-    wanted: Sequence[Wanted],
+    outputs: Sequence[OutputSpec],
     postprocessing: Callable[[Mapping[Output, Tensor]], Postprocessing],
-) -> Features:
-    """A whole forward pass, on the current stream: nothing in it waits for the device."""
-    sent = postprocessing(model(pixels, dict.fromkeys(each.output for each in wanted)))
-    values = [
+) -> ForwardResult:
+    """Run model and postprocessing on the current stream. Never waits for the device."""
+    made = postprocessing(model(pixels, dict.fromkeys(spec.output for spec in outputs)))
+    buffers = [
         [
-            section.to(TORCH_DTYPES[dtype]).contiguous()
-            for section, dtype in zip(sent.sections(each), each.section_dtypes, strict=True)
+            buffer.to(TORCH_DTYPES[dtype]).contiguous()
+            for buffer, dtype in zip(made.buffers(spec), spec.buffer_dtypes, strict=True)
         ]
-        for each in wanted
+        for spec in outputs
     ]
-    finite = [finite_rows([*sections, *sent.unseen(each)]) for each, sections in zip(wanted, values, strict=True)]
-    return Features(values, torch.stack(finite, dim=1))
+    finite = [
+        finite_rows([*of_output, *made.before_pooling(spec)]) for spec, of_output in zip(outputs, buffers, strict=True)
+    ]
+    return ForwardResult(buffers, torch.stack(finite, dim=1))
 
 
 class ForwardGraph:
     """A captured forward pass, with its pixels and features at fixed addresses.
 
-    All graphs of a device must be captured and replayed on one stream: they share their working memory, so a replay
-    overwrites what the others left there, features included.
+    All graphs of a device must be captured and replayed on one stream: they share one memory pool, so a replay
+    overwrites the others' intermediate tensors and features.
     """
 
     def __init__(
-        self, forward: Callable[[Tensor], Features], pixels: Tensor, tables: Sequence[Tensor], pool: object
+        self, forward: Callable[[Tensor], ForwardResult], pixels: Tensor, cached: Sequence[Tensor], pool: object
     ) -> None:
-        """Capture `forward` of tensors like `pixels`, on the current stream. It must have run before, on this thread
-        and stream and with this shape: libraries and kernels are loaded then, which a capture cannot do.
+        """Capture `forward` of tensors like `pixels`, on the current stream.
 
-        `tables` are what `forward` reads beside weights; they are kept. `pool` is another graph's, None for the first.
-        Raises torch.OutOfMemoryError, or RuntimeError where the device refuses. Does not wait for the device, as
-        torch.cuda.graph would.
+        It must have run before, on this thread and stream and with this shape: that loads libraries and kernels, which
+        a capture cannot do. `cached` are the model's cached tensors (`Model.cached_tensors`); the graph keeps them
+        alive. `pool` is another graph's memory pool, None for the first. Raises torch.OutOfMemoryError, or RuntimeError
+        if the capture fails. Unlike torch.cuda.graph, does not wait for the device.
         """
-        self._tables = tuple(tables)
+        self._cached = tuple(cached)
         self._pixels = torch.empty_like(pixels)
         self._graph = torch.cuda.CUDAGraph()
-        # Another thread may wait for an event meanwhile, which is its right in this mode.
+        # In this mode other threads may wait for events during the capture.
         self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # type: ignore[arg-type]
         try:
-            self._features = forward(self._pixels)
+            self._result = forward(self._pixels)
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # the stream must leave capture; the first error is the one to see
+            with contextlib.suppress(RuntimeError):  # end the capture; the first error is the one to report
                 self._graph.capture_end()
             raise
         self._graph.capture_end()
@@ -111,19 +118,19 @@ class ForwardGraph:
     @property
     def nbytes(self) -> int:
         """Device memory that only this graph uses."""
-        return sum(t.nbytes for t in (self._pixels, self._features.finite, *chain(*self._features.values)))
+        return sum(t.nbytes for t in (self._pixels, self._result.finite, *chain(*self._result.buffers)))
 
-    def replay(self, pixels: Tensor, count: int) -> Features:
-        """The features of the first `count` rows of `pixels`, in memory of their own, on the current stream.
+    def replay(self, pixels: Tensor, count: int) -> ForwardResult:
+        """Return the features of the first `count` rows of `pixels`, copied to new memory, on the current stream.
 
-        The copies here, and not the caller's streams, read and write the fixed addresses: so the next replay waits for
-        no copy to or from the host, and overwrites nothing that one still needs.
+        Only these copies access the fixed addresses. So the next replay need not wait for copies between host and
+        device, and overwrites nothing that they still use.
         """
         self._pixels[:count].copy_(pixels[:count])
         self._graph.replay()
-        return Features(
-            [[section[:count].clone() for section in sections] for sections in self._features.values],
-            self._features.finite[:count].clone(),
+        return ForwardResult(
+            [[buffer[:count].clone() for buffer in of_output] for of_output in self._result.buffers],
+            self._result.finite[:count].clone(),
         )
 
 
@@ -135,18 +142,19 @@ class _Entry:
 
 
 class GraphCache:
-    """The graphs of a device: what has been used often enough is due, what was used longest ago makes room.
+    """An LRU cache of a device's graphs, with use counts of keys to decide what to capture.
 
-    `max_bytes` bounds what the graphs hold each for itself. The working memory that they share is that of the largest.
+    `max_bytes` bounds the memory that graphs hold individually. Their shared pool is as large as the largest graph
+    needs.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._captures = True
-        self._entries: OrderedDict[Key, _Entry] = OrderedDict()  # the latest used last
+        self._entries: OrderedDict[GraphKey, _Entry] = OrderedDict()  # least recently used first
 
-    def find(self, key: Key) -> ForwardGraph | None:
-        """Count a use of `key`; its graph, where it has one."""
+    def find(self, key: GraphKey) -> ForwardGraph | None:
+        """Count a use of `key`, and return its graph if it has one."""
         entry = self._entries.setdefault(key, _Entry())
         self._entries.move_to_end(key)
         entry.uses += 1
@@ -154,8 +162,8 @@ class GraphCache:
             self._entries.popitem(last=False)
         return entry.graph
 
-    def is_due(self, key: Key, tokens: int) -> bool:
-        """Whether the key used last is to be captured, an image of it having so many tokens."""
+    def is_due(self, key: GraphKey, tokens: int) -> bool:
+        """Return whether to capture `key`, the key used last, with `tokens` per image."""
         entry = self._entries[key]
         return (
             self._captures
@@ -165,16 +173,16 @@ class GraphCache:
             and key.images * tokens <= MAX_TOKENS
         )
 
-    def refuse(self, key: Key) -> None:
-        """Have none for this one, however often it is used."""
+    def refuse(self, key: GraphKey) -> None:
+        """Never capture this key."""
         self._entries[key].refused = True
 
     def stop(self) -> None:
-        """Nothing is due any more; what is there is kept."""
+        """Capture no further graphs, and keep the existing ones."""
         self._captures = False
 
-    def keep(self, key: Key, graph: ForwardGraph) -> None:
-        """Have `graph` for the key used last, and let go of others where there are too many or too large ones."""
+    def keep(self, key: GraphKey, graph: ForwardGraph) -> None:
+        """Store `graph` for `key`, the key used last, and drop the least recently used graphs over the limits."""
         if graph.nbytes > self._max_bytes:
             self.refuse(key)
             return
@@ -187,7 +195,7 @@ class GraphCache:
             del self._entries[oldest]
 
     def pool(self) -> object:
-        """The working memory of the graphs that are kept, None where there are none: it goes with the last of them."""
+        """Return the memory pool that the graphs share, None without graphs: it is freed with the last of them."""
         return next((entry.graph.pool for entry in self._entries.values() if entry.graph is not None), None)
 
     def clear(self) -> None:

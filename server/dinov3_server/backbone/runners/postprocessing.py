@@ -1,6 +1,6 @@
-"""From a model's features to what is sent of them: pooled, projected, laid out, quantised; in float32, on the device.
+"""Postprocessing of features: pooling, projection, layout and int8 quantisation, in float32 on the device.
 
-Every step is done once for a batch, whoever wants it: requests that share a pooling share its result.
+Each distinct step runs once per batch: requests with the same pooling share its result.
 
 Shapes: B rows, P patches of h x w, D channels.
 """
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov3_server.models.interface import Output, Pooling, Wanted
+from dinov3_server.models.interface import Output, OutputSpec, Pooling
 
-_MOST = 127  # of an int8 value, either way: -128 has no counterpart
+_INT8_MAX = 127  # symmetric: -128 is not used
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """y = weight x + bias, for x [..., D]: weight [K, D] and bias [K] in float32."""
+    """y = weight x + bias for x [..., D], with weight [K, D] and bias [K] in float32."""
 
     weight: Tensor
     bias: Tensor
@@ -34,9 +34,9 @@ class LinearMap:
 
 
 class Postprocessing:
-    """What is sent of one batch's `features`, which are as `Model` gives them. Nothing here waits for the device.
+    """Computes output buffers from one batch's `features` (as returned by `Model`). Never waits for the device.
 
-    `grid` gives h and w of a layer's patches (the layer is as in Output); `projections` are on the features' device.
+    `grid` returns h and w of a layer's patches (the layer is as in Output); `projections` are on the features' device.
     """
 
     def __init__(
@@ -51,24 +51,26 @@ class Postprocessing:
         self._tokens: dict[tuple[Output, Pooling | None, str | None], Tensor] = {}
         self._quantised: dict[tuple[Output, Pooling | None, str | None], tuple[Tensor, Tensor]] = {}
 
-    def sections(self, wanted: Wanted) -> list[Tensor]:
-        """The sections of `wanted` (`ModelInfo.sections`) of all rows. What is no int8 is still float32, whatever the
-        dtype wanted, and any of them may be a view: they are converted by the copy to where they go."""
-        tokens = self._projected(wanted.output, wanted.pooling, wanted.projection)
-        if wanted.dtype != "int8":
-            return [self._laid_out(tokens, wanted)]
-        key = (wanted.output, wanted.pooling, wanted.projection)
-        if key not in self._quantised:
-            self._quantised[key] = quantised(tokens)
-        values, scales = self._quantised[key]
-        return [self._laid_out(values, wanted), scales]
+    def buffers(self, spec: OutputSpec) -> list[Tensor]:
+        """Return the output buffers of all rows for `spec` (see `ModelInfo.output_buffers`).
 
-    def unseen(self, wanted: Wanted) -> list[Tensor]:
-        """What must be finite beside the sections: a pooling can pass over patches, and so over what is wrong."""
-        return [self._features[wanted.output]] if wanted.pooling else []
+        All but int8 values are float32, whatever `spec.dtype`, and may be views: the caller's copy converts them.
+        """
+        tokens = self._projected(spec.output, spec.pooling, spec.projection)
+        if spec.dtype != "int8":
+            return [self._laid_out(tokens, spec)]
+        key = (spec.output, spec.pooling, spec.projection)
+        if key not in self._quantised:
+            self._quantised[key] = quantise(tokens)
+        values, scales = self._quantised[key]
+        return [self._laid_out(values, spec), scales]
+
+    def before_pooling(self, spec: OutputSpec) -> list[Tensor]:
+        """Return the features that `spec` pools: they must be finite too, as pooling may skip patches."""
+        return [self._features[spec.output]] if spec.pooling else []
 
     def _projected(self, output: Output, pooling: Pooling | None, projection: str | None) -> Tensor:
-        """[B, D] (cls) or [B, tokens, D]."""
+        """Return pooled and projected tokens: [B, D] (cls) or [B, tokens, D]."""
         if pooling is None and projection is None:
             return self._features[output]
         key = (output, pooling, projection)
@@ -77,18 +79,18 @@ class Postprocessing:
                 self._tokens[key] = self._projections[projection](self._projected(output, pooling, None))
             else:
                 assert pooling is not None
-                self._tokens[key] = pooled(self._features[output], self._grid(output.layer), pooling)
+                self._tokens[key] = pool(self._features[output], self._grid(output.layer), pooling)
         return self._tokens[key]
 
-    def _laid_out(self, tokens: Tensor, wanted: Wanted) -> Tensor:
-        if not wanted.channels_first:
+    def _laid_out(self, tokens: Tensor, spec: OutputSpec) -> Tensor:
+        if not spec.channels_first:
             return tokens
-        grid = wanted.pooling[1:] if wanted.pooling else self._grid(wanted.output.layer)
+        grid = spec.pooling[1:] if spec.pooling else self._grid(spec.output.layer)
         return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
-def pooled(patches: Tensor, grid: tuple[int, int], pooling: Pooling) -> Tensor:
-    """[B, h w, D] to [B, rows columns, D]; `grid` is h, w."""
+def pool(patches: Tensor, grid: tuple[int, int], pooling: Pooling) -> Tensor:
+    """Resample [B, h w, D] patches to [B, rows columns, D]; `grid` is h, w."""
     cells = patches.transpose(1, 2).reshape(len(patches), -1, *grid)
     size = (pooling.rows, pooling.columns)
     if pooling.method == "area":
@@ -98,12 +100,12 @@ def pooled(patches: Tensor, grid: tuple[int, int], pooling: Pooling) -> Tensor:
     return cells.flatten(2).transpose(1, 2)
 
 
-def quantised(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., D] to int8 values [..., D] and float32 scales [...]; as Wanted has it.
+def quantise(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert [..., D] to int8 values [..., D] and float32 scales [...], as OutputSpec defines them.
 
-    A token that is not finite has a scale that is not finite.
+    The scale of a token that is not finite is not finite.
     """
-    scales = tokens.abs().amax(dim=-1) / _MOST
-    # A scale can be too small for its inverse; and where all is zero, so is 0 / 1.
+    scales = tokens.abs().amax(dim=-1) / _INT8_MAX
+    # Divide instead of multiplying by 1 / scale, which overflows for tiny scales. For a token of zeros, divide by 1.
     steps = scales.masked_fill(scales == 0, 1.0).unsqueeze(-1)
-    return (tokens / steps).round_().clamp_(-_MOST, _MOST).to(torch.int8), scales
+    return (tokens / steps).round_().clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), scales

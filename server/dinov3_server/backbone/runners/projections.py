@@ -1,6 +1,6 @@
-"""Projections from files: linear maps of the channels of patches, by name (the setting `projections`).
+"""Reads projections, named linear maps of the channels of patches, from files (the setting `projections`).
 
-A file is `.npy` with the matrix [K, D] (as torch.nn.Linear.weight and scikit-learn's components_ have it), or
+A file is `.npy` with a matrix [K, D] (the shape of torch.nn.Linear.weight and of scikit-learn's components_), or
 `.safetensors` with `weight` [K, D] and, optionally, `bias` [K]: D channels in, K channels out.
 """
 
@@ -22,9 +22,9 @@ from dinov3_server.models.interface import Projection
 
 
 def read_projections(files: Iterable[tuple[str, str]], widths: Sequence[int]) -> dict[Projection, LinearMap]:
-    """The maps of the named `files`, in float32 on the CPU; `widths` are the channels of the model's layers.
+    """Read the named `files`, in float32 on the CPU; `widths` are the channels of the model's layers.
 
-    Raises CheckpointError, naming the file, for what cannot be applied to any layer.
+    Raises CheckpointError, naming the file, for a projection that fits no layer.
     """
     return dict(_read(name, Path(path), sorted(set(widths))) for name, path in files)
 
@@ -34,24 +34,24 @@ def _read(name: str, path: Path, widths: Sequence[int]) -> tuple[Projection, Lin
     tensors = _safetensors(what, path) if path.suffix == ".safetensors" else {"weight": _npy(what, path)}
     weight = tensors["weight"].to(torch.float32)
     if weight.dim() != 2 or not weight.numel():
-        raise CheckpointError(f"{what} has the shape {[*weight.shape]}; a matrix [K, D] is wanted, K channels of D")
+        raise CheckpointError(f"{what} has the shape {[*weight.shape]}; it must be a matrix [K, D], D channels to K")
     outputs, inputs = weight.shape
     if inputs not in widths:
         fits = " or ".join(map(str, widths))
-        turned = (
+        transposed = (
             f": it is transposed, [D, K]. Save its transpose (`.T`), [{inputs}, {outputs}]" if outputs in widths else ""
         )
         raise CheckpointError(
             f"{what} is a matrix {[outputs, inputs]}, [K, D], and no layer of the model has {inputs} channels; "
-            f"D may be {fits}{turned}"
+            f"D may be {fits}{transposed}"
         )
     bias = tensors["bias"].to(torch.float32) if "bias" in tensors else torch.zeros(outputs)
     if bias.shape != (outputs,):
         raise CheckpointError(
-            f"{what} has a bias of shape {[*bias.shape]}; its weight {[outputs, inputs]} wants [{outputs}]"
+            f"{what} has a bias of shape {[*bias.shape]}; it must be [{outputs}] for the weight {[outputs, inputs]}"
         )
     if not (weight.isfinite().all() and bias.isfinite().all()):
-        raise CheckpointError(f"{what} holds NaN or infinity, or what is infinite in float32")
+        raise CheckpointError(f"{what} holds NaN or infinity, or values that overflow in float32")
     identity = hashlib.sha256(f"projection {digest(weight)} {digest(bias)}".encode()).hexdigest()[:32]
     return Projection(name, inputs, outputs, identity), LinearMap(weight.contiguous(), bias.contiguous())
 
@@ -62,8 +62,8 @@ def _npy(what: str, path: Path) -> Tensor:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{what} is not a readable .npy file: {error}") from None
     if array.dtype.kind != "f":
-        raise CheckpointError(f"{what} holds {array.dtype}; floats are wanted")
-    with np.errstate(over="ignore"):  # told as infinite
+        raise CheckpointError(f"{what} holds {array.dtype}; it must hold floats")
+    with np.errstate(over="ignore"):  # reported as infinite by the caller
         return torch.from_numpy(np.array(array, np.float32, order="C"))
 
 
@@ -71,5 +71,7 @@ def _safetensors(what: str, path: Path) -> dict[str, Tensor]:
     tensors = read_safetensors(path)
     if not {"weight"} <= set(tensors) <= {"weight", "bias"}:
         found = ", ".join(sorted(tensors)[:5]) or "nothing"
-        raise CheckpointError(f"{what} holds {found}; weight [K, D] is wanted and, optionally, bias [K], nothing else")
-    return {name: tensor.clone() for name, tensor in tensors.items()}  # not mapped from the file any more
+        raise CheckpointError(
+            f"{what} holds {found}; it must hold weight [K, D], optionally bias [K], and nothing else"
+        )
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # copied, so no longer mapped from the file

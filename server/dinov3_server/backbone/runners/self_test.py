@@ -1,4 +1,4 @@
-"""One image through a runner, the way that a batch goes, before anybody is served."""
+"""Runs single images through a runner, before it serves requests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _ALIGNMENT = 64
 
 
 def run_image(runner: TorchRunner, pixels: Tensor, spec: FeatureSpec) -> list[Tensor]:
-    """Features of one image, [H, W, 3] uint8 or [3, H, W] fp32: the sections of `spec` (see
-    ModelInfo), each in its dtype."""
+    """Return the output buffers of `spec` for one image, [H, W, 3] uint8 or [3, H, W] fp32.
+
+    The image takes the whole path of a batch: pixels in an arena, launch, finish, features in an arena.
+    """
     if pixels.dtype == torch.uint8:
         shape = PixelShape(pixels.shape[0], pixels.shape[1], "uint8")
     else:
         shape = PixelShape(pixels.shape[1], pixels.shape[2], "float32")
-    sections = runner.info.sections(spec, shape)
-    sizes = [shape.nbytes, *(section.nbytes for section in sections)]
+    buffers = runner.info.output_buffers(spec, shape)
+    sizes = [shape.nbytes, *(buffer.nbytes for buffer in buffers)]
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + math.ceil(size / _ALIGNMENT) * _ALIGNMENT)
@@ -31,13 +33,12 @@ def run_image(runner: TorchRunner, pixels: Tensor, spec: FeatureSpec) -> list[Te
         arena[: shape.nbytes] = pixels.numpy().tobytes()
         runner.attach(_ARENA, memoryview(arena))
         try:
-            row = Row(_ARENA, pixels=0, sections=tuple(offsets[1:-1]), spec=spec)
+            row = Row(_ARENA, pixel_offset=0, output_offsets=tuple(offsets[1:-1]), spec=spec)
             runner.finish(runner.launch(Batch(shape, (row,))))
         finally:
             runner.detach(_ARENA)
-        return [
-            torch.frombuffer(bytearray(arena[start : start + size]), dtype=TORCH_DTYPES[section.dtype]).view(
-                section.shape
-            )
-            for section, start, size in zip(sections, offsets[1:-1], sizes[1:], strict=True)
-        ]
+        copies = [bytearray(arena[start : start + size]) for start, size in zip(offsets[1:-1], sizes[1:], strict=True)]
+    return [
+        torch.frombuffer(copy, dtype=TORCH_DTYPES[buffer.dtype]).view(buffer.shape)
+        for copy, buffer in zip(copies, buffers, strict=True)
+    ]

@@ -92,7 +92,7 @@ class ConvNext:
                 features |= self._pick(x, group)
         return features
 
-    def tables(self, height: int, width: int) -> tuple[Tensor, ...]:
+    def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
         """None: a forward pass reads weights only."""
         return ()
 

@@ -95,7 +95,7 @@ class VisionTransformer:
                     features |= self._pick(x, group, norm)
         return features
 
-    def tables(self, height: int, width: int) -> tuple[Tensor, ...]:
+    def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
         """The RoPE table for pixels of this size, which is cached for a while only."""
         return (self._rope.rotations(height // self.variant.patch_size, width // self.variant.patch_size),)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dinov3_server.backbone import runner
-from dinov3_server.backbone.model import our_model
+from dinov3_server.backbone.model import native_model
 from dinov3_server.backbone.parity import check
 from dinov3_server.backbone.parity.check import EXACT, NEAR, bound, compare, holds
 from dinov3_server.backbone.parity.upstream_process import Features, NotRun, upstream_features
@@ -225,10 +225,10 @@ def test_bounds() -> None:
 
 
 def test_what_is_not_verified_says_why(start: Start, counted: Counted) -> None:
-    absent = dataclasses.replace(start.provisioned, checkout=None, absent="the moon is full")
+    absent = dataclasses.replace(start.provisioned, checkout=None, unavailable_reason="the moon is full")
     for changes, reason in (
         ({"provisioned": absent}, "the moon is full"),
-        ({"provisioned": None}, "no proof was tried"),
+        ({"provisioned": None}, "no comparison was run"),
         ({"parity_folder": None}, "the setting `parity_check` is false"),
     ):
         shown = start(**changes).info.parity_check
@@ -398,7 +398,7 @@ def test_nothing_is_kept_of_what_could_not_be_run(start: Start, counted: Counted
 
 
 def test_metas_modules_are_not_served_where_they_are_not(start: Start) -> None:
-    absent = dataclasses.replace(start.provisioned, checkout=None, absent="the moon is full")
+    absent = dataclasses.replace(start.provisioned, checkout=None, unavailable_reason="the moon is full")
     for provisioned, reason in ((absent, "the moon is full"), (None, "nothing was provisioned")):
         with pytest.raises(UpstreamCodeError, match=f"{reason}.*dinov3-server vendor"):
             start(backbone="reference", provisioned=provisioned)
@@ -407,7 +407,7 @@ def test_metas_modules_are_not_served_where_they_are_not(start: Start) -> None:
 def test_metas_modules_have_a_fingerprint_of_their_own(
     start: Start, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "UpstreamModel", lambda checkout, *arguments, **named: our_model(*arguments, **named))
+    monkeypatch.setattr(runner, "UpstreamModel", lambda checkout, *args, **options: native_model(*args, **options))
     mine = start().info.fingerprint
     theirs = start(backbone="reference").info
     other = dataclasses.replace(start.provisioned, revision="f" * 40)

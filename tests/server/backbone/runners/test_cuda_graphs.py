@@ -15,8 +15,8 @@ from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.runners import cuda as cuda_runner
 from dinov3_server.backbone.runners import cuda_graphs
 from dinov3_server.backbone.runners.cuda import CudaRunner
-from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT, MAX_TOKENS, GraphCache, Key, padded
-from dinov3_server.backbone.runners.plan import Wanted
+from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT, MAX_TOKENS, GraphCache, GraphKey, padded
+from dinov3_server.backbone.runners.plan import OutputSpec
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.dinov3_convnext.model import ConvNext
 from dinov3_server.families.registry import lookup
@@ -24,7 +24,7 @@ from dinov3_server.models.interface import (
     Batch,
     DeviceOutOfMemory,
     FeatureSpec,
-    Launched,
+    LaunchedBatch,
     ModelInfo,
     Output,
     PixelShape,
@@ -69,15 +69,15 @@ def test_batches_are_padded_by_less_than_an_eighth() -> None:
         assert padded(padded(images)) == padded(images)
 
 
-def key(number: int, images: int = 4) -> Key:
-    return Key(PixelShape(16, 16 * number, "uint8"), images, (Wanted(CLS, "float32"),))
+def key(number: int, images: int = 4) -> GraphKey:
+    return GraphKey(PixelShape(16, 16 * number, "uint8"), images, (OutputSpec(CLS, "float32"),))
 
 
 def stub(nbytes: int, pool: object = None) -> Any:
     return SimpleNamespace(nbytes=nbytes, pool=pool)
 
 
-def use(cache: GraphCache, used: Key, times: int = 1) -> Any:
+def use(cache: GraphCache, used: GraphKey, times: int = 1) -> Any:
     for _ in range(times):
         found = cache.find(used)
     return found
@@ -217,7 +217,7 @@ def test_two_batches_in_flight_mix_nothing_up(seed: int, monkeypatch: pytest.Mon
     """Batches of two shapes and three sizes in turn, with and without graphs: each gets the features of its pixels."""
     rig = Rig(FakeCuda(seed), monkeypatch)
     kinds = [(SQUARE, 2, BOTH), (SQUARE, 2, BOTH), (WIDE, 3, NARROW), (SQUARE, 17, BOTH), (WIDE, 3, NARROW)]
-    flying: list[tuple[Launched, PixelShape, list[Row], Tensor]] = []
+    flying: list[tuple[LaunchedBatch, PixelShape, list[Row], Tensor]] = []
 
     def land() -> None:
         launched, shape, rows, pixels = flying.pop(0)
@@ -292,7 +292,7 @@ def test_what_is_captured_has_just_run_with_the_same_shape(rig: Rig, monkeypatch
         sizes.append((len(pixels), rig.cuda.capturing is not None))
         return model(pixels, outputs)
 
-    monkeypatch.setattr(noted, "tables", model.tables, raising=False)
+    monkeypatch.setattr(noted, "cached_tensors", model.cached_tensors, raising=False)
     monkeypatch.setattr(rig.runner, "_model", noted)
     rig.serve(SQUARE, 17, times=CAPTURE_AT + 1)
     assert sizes == [*[(17, False)] * (CAPTURE_AT - 1), (18, False), (18, True)]
@@ -320,11 +320,11 @@ def test_a_replay_flags_the_row_that_is_not_finite_and_only_that(rig: Rig) -> No
 
 
 def test_a_graph_keeps_the_rope_table_that_it_reads(rig: Rig) -> None:
-    (table,) = rig.runner._model.tables(32, 32)
+    (table,) = rig.runner._model.cached_tensors(32, 32)
     rig.serve(SQUARE, 2, times=CAPTURE_AT)
     rig.runner._model._rope.rotations.cache_clear()
     (entry,) = rig.runner._graphs._entries.values()
-    assert any(held is table for held in entry.graph._tables)
+    assert any(held is table for held in entry.graph._cached)
     rig.serve(SQUARE, 2)
 
 

@@ -12,7 +12,16 @@ from dinov3_server.backbone.runners.cpu import CpuRunner
 from dinov3_server.backbone.runners.cuda import CudaRunner
 from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT
 from dinov3_server.backbone.runners.postprocessing import LinearMap
-from dinov3_server.models.interface import Batch, FeatureSpec, Launched, Output, PixelShape, Pooling, Projection, Row
+from dinov3_server.models.interface import (
+    Batch,
+    FeatureSpec,
+    LaunchedBatch,
+    Output,
+    PixelShape,
+    Pooling,
+    Projection,
+    Row,
+)
 from tests.server.backbone.arenas import Arena, serve
 from tests.server.backbone.fake_cuda import FakeCuda
 from tests.server.backbone.runners.test_cuda_graphs import INFO, Rig, tiny_vit
@@ -61,7 +70,7 @@ class GiftedRig(Rig):
 def test_whatever_the_order_each_gets_its_own(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of rows that want different things of the same outputs, two in flight."""
     rig = GiftedRig(FakeCuda(seed), monkeypatch)
-    flying: list[tuple[Launched, list[tuple[list[Row], Tensor]]]] = []
+    flying: list[tuple[LaunchedBatch, list[tuple[list[Row], Tensor]]]] = []
 
     def land() -> None:
         launched, requests = flying.pop(0)

@@ -19,7 +19,7 @@ from dinov3_server.backbone import runner
 from dinov3_server.backbone.runners import postprocessing
 from dinov3_server.backbone.runners.cpu import CpuRunner
 from dinov3_server.backbone.runners.cuda_graphs import compute
-from dinov3_server.backbone.runners.postprocessing import LinearMap, Postprocessing, pooled, quantised
+from dinov3_server.backbone.runners.postprocessing import LinearMap, Postprocessing, pool, quantise
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.dinov3_convnext.model import ConvNext
 from dinov3_server.families.registry import lookup
@@ -28,10 +28,10 @@ from dinov3_server.models.interface import (
     FeatureSpec,
     ModelInfo,
     Output,
+    OutputSpec,
     PixelShape,
     Pooling,
     Projection,
-    Wanted,
 )
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena, serve
@@ -107,7 +107,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 
 @torch.inference_mode()
-def by_torch(tokens: Tensor, wanted: Wanted, grid: tuple[int, int], maps: dict[str, LinearMap]) -> Tensor:
+def by_torch(tokens: Tensor, wanted: OutputSpec, grid: tuple[int, int], maps: dict[str, LinearMap]) -> Tensor:
     """[D] or [tokens, D] to what should come back, in float32."""
     if wanted.pooling:
         method, *grid_wanted = wanted.pooling
@@ -127,7 +127,7 @@ def sections(case: Case, row: Any) -> Iterator[tuple[Output, list[Tensor]]]:
     """Of each output of a row what lies in the arena."""
     info = case.runner.info
     found: dict[Output, list[Tensor]] = {}
-    for section, start in zip(info.sections(row.spec, SHAPE), row.sections, strict=True):
+    for section, start in zip(info.output_buffers(row.spec, SHAPE), row.output_offsets, strict=True):
         dtype = numpy_postprocessing.DTYPES.get(section.dtype, np.dtype("int8"))
         raw = np.frombuffer(case.arena.memory[start : start + section.nbytes], dtype).reshape(section.shape)
         found.setdefault(section.output, []).append(torch.from_numpy(raw.astype(np.float32)))
@@ -144,7 +144,7 @@ def check(case: Case, specs: list[FeatureSpec]) -> None:
     assert serve(case.runner, SHAPE, rows).finite == (True,) * len(rows)
     for i, row in enumerate(rows):
         for output, (values, *scales) in sections(case, row):
-            wanted = row.spec.wanted(output)
+            wanted = row.spec.output_spec(output)
             grid = case.runner.info.grid(SHAPE, output.layer)
             expected = by_torch(case.expected[output][i % 2], wanted, grid, case.maps)
             assert values.shape == expected.shape, wanted
@@ -182,7 +182,7 @@ def test_layers_equal_transformers_with_and_without_norm(case: Case, dtype: Feat
 
 
 def test_every_step_is_done_once_for_all_that_share_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = {"pooled": 0, "quantised": 0, "projected": 0}
+    counts = {"pool": 0, "quantise": 0, "project": 0}
 
     def counted(name: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -191,16 +191,16 @@ def test_every_step_is_done_once_for_all_that_share_it(case: Case, monkeypatch: 
 
         return call
 
-    monkeypatch.setattr(postprocessing, "pooled", counted("pooled", pooled))
-    monkeypatch.setattr(postprocessing, "quantised", counted("quantised", quantised))
-    monkeypatch.setattr(LinearMap, "__call__", counted("projected", LinearMap.__call__))
+    monkeypatch.setattr(postprocessing, "pool", counted("pool", pool))
+    monkeypatch.setattr(postprocessing, "quantise", counted("quantise", quantise))
+    monkeypatch.setattr(LinearMap, "__call__", counted("project", LinearMap.__call__))
     name, pooling = f"p{case.runner.info.embed_dim}", POOLINGS[1]
     specs = [
         FeatureSpec((PATCHES,), dtype, pooling, projection, channels_first)
         for dtype, projection, channels_first in itertools.product(DTYPES, (None, name), (False, True))
     ]
     check(case, specs * 2)
-    assert counts == {"pooled": 1, "quantised": 2, "projected": 1}
+    assert counts == {"pool": 1, "quantise": 2, "project": 1}
 
 
 # --- what is not finite --------------------------------------------------------------------------------------------
@@ -224,9 +224,8 @@ def test_what_is_not_finite_is_seen_through_every_step(
         spec = FeatureSpec((PATCHES,), dtype, pooling, projection)
         requests = arena.request(info, SHAPE, picture(96, 160, count=3), spec)
         assert serve(served, SHAPE, requests).finite == (True, False, True)
-        on_device = compute(
-            model, features, [spec.wanted(PATCHES)], lambda made: Postprocessing(made, partial(info.grid, SHAPE), maps)
-        )
+        postprocessing = partial(Postprocessing, grid=partial(info.grid, SHAPE), projections=maps)
+        on_device = compute(model, features, [spec.output_spec(PATCHES)], postprocessing)
         assert on_device.finite.tolist() == [[True], [False], [True]], "on CUDA"
         served.close()
 
@@ -256,7 +255,7 @@ def test_quantisation_rounds_half_to_even_and_knows_zero() -> None:
             [3.4e38, -3.4e38, 1.7e38, 0.0, 1.0, 0.0, 0.0],
         ]
     )
-    values, scales = quantised(tokens)
+    values, scales = quantise(tokens)
     assert (values.dtype, scales.dtype) == (torch.int8, torch.float32)
     assert values[0].tolist() == [127, 0, 2, 2, 0, -2, -127]
     assert values[1].tolist() == [0] * 7
@@ -271,7 +270,7 @@ def test_quantisation_rounds_half_to_even_and_knows_zero() -> None:
 def test_a_token_that_is_not_finite_has_no_finite_scale(bad: float) -> None:
     tokens = torch.ones(3, 4)
     tokens[1, 2] = bad
-    assert quantised(tokens)[1].isfinite().tolist() == [True, False, True]
+    assert quantise(tokens)[1].isfinite().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("pooling", [p for p in POOLINGS if p] + [Pooling("area", 1, 1), Pooling("bilinear", 12, 20)])
@@ -283,8 +282,8 @@ def test_numpy_by_the_definitions_agrees(pooling: Pooling, dtype: FeatureDtype) 
     bare = {name: each.weight.numpy() for name, each in maps.items()}
     maps["p"].bias.zero_()
     for projection, channels_first in itertools.product((None, "p"), (False, True)):
-        wanted = Wanted(PATCHES, dtype, pooling, projection, channels_first)
-        made = Postprocessing({PATCHES: patches}, lambda layer: (6, 10), maps).sections(wanted)
+        wanted = OutputSpec(PATCHES, dtype, pooling, projection, channels_first)
+        made = Postprocessing({PATCHES: patches}, lambda layer: (6, 10), maps).buffers(wanted)
         expected = numpy_postprocessing.sent(patches[0].numpy(), wanted, (6, 10), bare)
         for section, other in zip(made, expected, strict=True):
             atol = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1}[other.dtype.name]

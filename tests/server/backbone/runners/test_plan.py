@@ -7,12 +7,12 @@ import dataclasses
 from dinov3_server.backbone.runners.plan import (
     FeatureRun,
     PixelRun,
+    batch_output_specs,
+    batch_outputs,
     feature_runs,
     pixel_runs,
-    wanted_features,
-    wanted_outputs,
 )
-from dinov3_server.models.interface import Batch, FeatureSpec, ModelInfo, Output, PixelShape, Row, Wanted
+from dinov3_server.models.interface import Batch, FeatureSpec, ModelInfo, Output, OutputSpec, PixelShape, Row
 
 SHAPE = PixelShape(32, 48, "uint8")
 INFO = ModelInfo(
@@ -43,8 +43,8 @@ def rows(count: int, *, arena: int = 0, start: int = 0, spec: FeatureSpec = BOTH
     return [
         Row(
             arena,
-            pixels=start + i * PIXELS,
-            sections=tuple(
+            pixel_offset=start + i * PIXELS,
+            output_offsets=tuple(
                 offset
                 for output, offset in ((CLS, cls + i * CLS_BYTES), (PATCHES, patches + i * PATCH_BYTES))
                 if output in spec.outputs
@@ -77,15 +77,15 @@ def test_requests_of_other_arenas_specs_and_places_are_runs_of_their_own() -> No
         (1, 4, 1),
         (0, 5, 3),
     ]
-    assert wanted_outputs(batch) == [CLS, PATCHES]
-    wanted = (Wanted(CLS, "float32"), Wanted(PATCHES, "float16"), Wanted(PATCHES, "float32"))
-    assert wanted_features(batch) == wanted_features(Batch(batch.shape, batch.rows[::-1]))
-    assert sorted(wanted_features(batch)) == sorted(wanted)
+    assert batch_outputs(batch) == [CLS, PATCHES]
+    wanted = (OutputSpec(CLS, "float32"), OutputSpec(PATCHES, "float16"), OutputSpec(PATCHES, "float32"))
+    assert batch_output_specs(batch) == batch_output_specs(Batch(batch.shape, batch.rows[::-1]))
+    assert sorted(batch_output_specs(batch)) == sorted(wanted)
 
 
 def test_adjacent_pixels_with_scattered_features() -> None:
     first, second, third = rows(3)
-    moved = dataclasses.replace(second, sections=(second.sections[0], second.sections[1] + 4))
+    moved = dataclasses.replace(second, output_offsets=(second.output_offsets[0], second.output_offsets[1] + 4))
     batch = Batch(SHAPE, (first, moved, third))
     assert len(pixel_runs(batch)) == 1
     assert [run.count for run in feature_runs(batch, INFO)] == [1, 1, 1]

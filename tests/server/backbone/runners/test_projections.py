@@ -75,12 +75,12 @@ def test_the_fingerprint_is_of_the_numbers(tmp_path: Path) -> None:
 BAD = {
     "transposed": (MATRIX.T, r"matrix \[384, 8\].* it is transposed, \[D, K\]. Save its transpose .* \[8, 384\]"),
     "of no layer": (MATRIX[:, :100], r"no layer of the model has 100 channels; D may be 96 or 384$"),
-    "a vector": (MATRIX[0], r"has the shape \[384\]; a matrix \[K, D\] is wanted"),
-    "of integers": (MATRIX.astype(int), "holds int64; floats are wanted"),
+    "a vector": (MATRIX[0], r"has the shape \[384\]; it must be a matrix \[K, D\]"),
+    "of integers": (MATRIX.astype(int), "holds int64; it must hold floats"),
     "complex": (MATRIX.astype(complex), "holds complex128"),
     "objects": (np.array([{}]), r"not a readable \.npy file"),
     "not finite": (np.where(MATRIX > 1, np.nan, MATRIX), "NaN or infinity"),
-    "too large for float32": (MATRIX * 1e300, "infinite in float32"),
+    "too large for float32": (MATRIX * 1e300, "overflow in float32"),
 }
 
 
@@ -110,11 +110,11 @@ def test_a_npy_that_is_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"linear.weight": torch.zeros(8, 384)}, "holds linear.weight; weight .* and, optionally, bias"),
+        ({"linear.weight": torch.zeros(8, 384)}, "holds linear.weight; it must hold weight .* optionally bias"),
         ({"weight": torch.zeros(8, 384), "mean": torch.zeros(384)}, "holds mean, weight; "),
         (
             {"weight": torch.zeros(8, 384), "bias": torch.zeros(384)},
-            r"bias of shape \[384\]; its weight .* wants \[8\]",
+            r"bias of shape \[384\]; it must be \[8\]",
         ),
         ({"weight": torch.zeros(384, 8)}, "transposed"),
     ],
