@@ -14,7 +14,7 @@ PAGE = (ROOT / "docs" / "security.md").read_text()
 
 
 @pytest.mark.parametrize("name", [each.name for each in SETTINGS if each.topic in ("limits", "security")])
-def test_a_setting_is_named(name: str) -> None:
+def test_every_setting_is_named(name: str) -> None:
     assert f"`{name}`" in PAGE
 
 
@@ -27,5 +27,5 @@ def test_a_setting_is_named(name: str) -> None:
         f"ones of {cost.PLAIN_PIXELS:,} pixels and {cost.PLAIN_BYTES >> 20} MiB |",
     ],
 )
-def test_a_number_is_the_code_s(row: str) -> None:
+def test_numbers_are_those_of_the_code(row: str) -> None:
     assert row in PAGE

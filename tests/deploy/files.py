@@ -1,4 +1,4 @@
-"""What is deployed, read: the Dockerfile, the manifests, the dashboard and the rules."""
+"""Read the files of deploy/ and the Dockerfile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEPLOY = ROOT / "deploy"
 
 
 def yaml_documents(name: str, uncomment: str = "") -> list[dict[str, Any]]:
-    """The documents of `deploy/NAME`; lines that hold a comment which matches `uncomment` count as if it were none."""
+    """Return the documents of `deploy/NAME`, with the comments that match `uncomment` turned into content."""
     text = (DEPLOY / name).read_text()
     if uncomment:
         text, found = re.subn(rf"^( *)# ({uncomment})", r"\1\2", text, flags=re.MULTILINE)
@@ -43,7 +43,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def dockerfile() -> list[tuple[str, str]]:
-    """The instructions in order, (name, rest), continued lines joined."""
+    """Return the instructions in order, as (name, rest), with continued lines joined."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n", "", "\n".join(lines))
     return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]

@@ -1,4 +1,4 @@
-"""Image and manifests agree with the server, and with each other."""
+"""The image and the manifests agree with the server and with each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKEN_IN_COMPOSE = "DINOV3_TOKEN_FILE|secrets|  dinov3_token"
 
 
 def settings_of(environment: dict[str, str]) -> Settings:
-    """As the server in the image would read them; its files are mounted there, and not here."""
+    """Return the settings as the server in the image reads them, without its files, which are mounted only there."""
     ours = {name: value for name, value in dockerfile_env().items() if name.startswith("DINOV3_")} | environment
     here = {name: __file__ for name in ours if name.endswith("_FILE")}
     return load({}, ours | here)[0]
@@ -63,7 +63,7 @@ def test_environments_are_settings() -> None:
     assert compose_settings(SERVER, DINOV3_MODEL="vitb16", DINOV3_WEIGHTS="b.pth").weights == "b.pth"
 
 
-def test_whoever_stops_the_server_waits_for_its_drain() -> None:
+def test_grace_periods_are_longer_than_the_drain() -> None:
     drain = kubernetes_settings().drain_seconds + supervisor.DRAIN_SLACK
     assert drain < POD["terminationGracePeriodSeconds"]
     assert compose_settings(SERVER).drain_seconds + supervisor.DRAIN_SLACK < seconds(SERVER["stop_grace_period"])
@@ -73,7 +73,7 @@ def test_memory_limit_holds_arenas_and_processes() -> None:
     settings = kubernetes_settings()
     limit = size(1, 2**50).parse(CONTAINER["resources"]["limits"]["memory"] + "B")
     assert settings.frontends, "the automatic choice depends on the node"
-    # docs/deployment.md, Memory; and 1 GiB for the worker.
+    # The formula of docs/deployment.md, Memory, with 1 GiB for the worker.
     frontend = settings.arena_bytes + settings.frontend_bytes + 2 * settings.max_message_bytes + (192 << 20)
     assert settings.frontends * frontend + (64 << 20) + 2**30 <= limit
 
@@ -92,7 +92,7 @@ def test_image_starts_the_server_as_pid_1_and_not_as_root() -> None:
     assert f"uid {uid}" in (DEPLOY / "compose.yaml").read_text()
 
 
-def test_image_holds_the_packages_and_nothing_that_lies_about() -> None:
+def test_image_copies_the_packages_and_nothing_else() -> None:
     copied = {
         path for name, rest in dockerfile() if name == "COPY" and "--from" not in rest for path in rest.split()[:-1]
     }
@@ -107,7 +107,7 @@ def test_image_holds_the_packages_and_nothing_that_lies_about() -> None:
     assert {package.split("/")[0] for package in packages} | {built["project"]["readme"]} <= copied
 
 
-def test_healthcheck_asks_what_the_server_answers() -> None:
+def test_healthcheck_uses_an_endpoint_of_the_server() -> None:
     (check,) = (rest for name, rest in dockerfile() if name == "HEALTHCHECK")
     command = json.loads(check[check.index("[") :])
     assert command[:2] == ["python", "-c"]
@@ -175,7 +175,7 @@ def test_the_init_container_fetches_what_the_server_then_finds() -> None:
     assert PREPARE["envFrom"][0] == CONTAINER["envFrom"][0]
     assert PREPARE["volumeMounts"] == [each for each in CONTAINER["volumeMounts"] if each["name"] == "cache"]
     assert kubernetes_settings().offline
-    # The secret that pays for the download is not the server's.
+    # Only the init container has the secret for the download.
     assert [each["secretRef"]["optional"] for each in PREPARE["envFrom"] if "secretRef" in each] == [True]
 
 
@@ -196,7 +196,7 @@ def test_containers_have_no_rights_that_they_do_not_need() -> None:
     assert SERVER["security_opt"] == ["no-new-privileges:true"]
 
 
-# --- what stands there as a comment is right, too ----------------------------------------------------------------
+# --- lines that are commented out work too ----------------------------------------------------------------
 
 
 def test_gpu_of_kubernetes() -> None:
@@ -222,17 +222,10 @@ def test_token_of_compose() -> None:
     assert set(whole["secrets"]) == {secret}
 
 
-# --- the page ----------------------------------------------------------------------------------------------------
+# --- variables ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "deploy/kubernetes.yaml", "deploy/compose.yaml", "docs/deployment.md"])
-def test_variables_that_are_spoken_of_exist(name: str) -> None:
+def test_variables_in_the_texts_exist(name: str) -> None:
     known = {declared.env for declared in SETTINGS} | {CONFIG_ENV, "DINOV3_TARGET", "DINOV3_TOKEN"}
     assert set(re.findall(r"\bDINOV3_[A-Z_]*[A-Z]\b", (ROOT / name).read_text())) <= known
-
-
-def test_links_of_the_page_lead_somewhere() -> None:
-    page = ROOT / "docs/deployment.md"
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
-    assert links
-    assert [link for link in links if not (page.parent / link).exists()] == []

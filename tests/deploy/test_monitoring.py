@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules ask for what the server counts."""
+"""The dashboard and the alert rules use metrics that the server has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from dinov3_server.metrics import SPECS
 from tests.deploy.files import DEPLOY, ROOT, compose, dashboard, rules, yaml_documents
 
-# What Prometheus itself puts on every series.
+# Labels that Prometheus itself adds to every series.
 SCRAPED = {"job", "instance"}
 SAMPLES = {
     spec.name + suffix: {*spec.labels, *SCRAPED, *(["le"] if suffix == "_bucket" else [])}
@@ -116,7 +116,7 @@ def test_prometheus_of_compose_finds_the_server() -> None:
     assert [name for name in mounted if name.startswith("./")] == ["./prometheus.compose.yml", "./alerts.yml"]
 
 
-# --- judged by Prometheus' own tool ------------------------------------------------------------------------------
+# --- checks by promtool ------------------------------------------------------------------------------
 
 promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
@@ -127,7 +127,7 @@ def run_promtool(*arguments: str) -> None:
 
 
 @promtool
-def test_promtool_finds_no_fault_with_configuration_and_rules() -> None:
+def test_promtool_accepts_configuration_and_rules() -> None:
     run_promtool("check", "config", str(DEPLOY / "prometheus.yml"))
     run_promtool("check", "config", str(DEPLOY / "prometheus.compose.yml"))
     run_promtool("check", "rules", str(DEPLOY / "alerts.yml"))

@@ -1,6 +1,6 @@
-"""The parts of docs/ and deploy/ that are written from the declarations.
+"""Generate the parts of docs/ and deploy/ that list settings and metrics.
 
-`PYTHONPATH=server python -m tests.server.config.generated` writes them anew; a test fails while they differ.
+`PYTHONPATH=server python -m tests.server.config.generated` writes the files; a test fails while they differ.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def example_config() -> str:
 
 
 def between_markers(text: str, name: str, body: str) -> str:
-    """`text` with `body` between its lines `<!-- NAME: begin... -->` and `<!-- NAME: end -->`."""
+    """Return `text` with `body` between its lines `<!-- NAME: begin... -->` and `<!-- NAME: end -->`."""
     begin = text.index("-->\n", text.index(f"<!-- {name}: begin")) + len("-->\n")
     end = text.index(f"<!-- {name}: end -->")
     return text[:begin] + body + text[end:]
 
 
 def generated() -> dict[Path, str]:
-    """What each file should hold."""
+    """Return the content that each file should have."""
     configuration, metrics = ROOT / "docs/configuration.md", ROOT / "docs/metrics.md"
     return {
         configuration: between_markers(configuration.read_text(), "settings", settings_tables()),

@@ -1,4 +1,4 @@
-"""The documents that are written from the declarations say what the code does."""
+"""The generated parts of docs/ and deploy/ are up to date."""
 
 from __future__ import annotations
 
