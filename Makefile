@@ -1,4 +1,4 @@
-# Everything runs in .venv, made here from constraints/dev.txt; the bench makes .venv-pytriton for a rival. Only
+# Everything runs in .venv, made here from constraints/dev.txt; `bench` also makes .venv-pytriton, for a baseline. Only
 # `gpu-check` and `gpu-bench` use the python that is there (GPU_PYTHON): a machine with a GPU has its own torch, and may
 # have no network.
 PYTHON ?= python3

@@ -1,6 +1,7 @@
-"""`make bench`, or `python -m bench [LEG...]`: measure, print a table, record it under bench/results, draw docs/plots.
+"""`make bench`, or `python -m bench [BENCHMARK...]`: measure, print tables, record in bench/results, draw docs/plots.
 
-A leg is a module with `measure() -> result`, `show(result) -> text`, and a docstring that states what is inside it.
+A benchmark is a module with `measure() -> result` and `show(result) -> text`. Its docstring states what is measured and
+is recorded with the result.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from types import ModuleType
 
 from bench import (
     bare,
+    baselines,
     bombs,
     client,
     contended,
@@ -20,7 +22,6 @@ from bench import (
     overload,
     plots,
     preprocessing,
-    rivals,
     service,
     shapes,
     start,
@@ -28,11 +29,11 @@ from bench import (
 )
 from bench.record import write
 
-LEGS: dict[str, ModuleType] = {
+BENCHMARKS: dict[str, ModuleType] = {
     "service": service,
     "bare": bare,
     "operators": operators,
-    "rivals": rivals,
+    "baselines": baselines,
     "datapath": datapath,
     "memory": memory,
     "shapes": shapes,
@@ -48,18 +49,22 @@ LEGS: dict[str, ModuleType] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, print a table, record it.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, print tables, record the results.")
     parser.add_argument(
-        "legs", nargs="*", metavar="LEG", help=f"{', '.join(LEGS)}; all when none is named; plots: draw them only"
+        "benchmarks",
+        nargs="*",
+        metavar="BENCHMARK",
+        help=f"{', '.join(BENCHMARKS)} (default: all), or plots, which only draws docs/plots",
     )
-    legs = parser.parse_args().legs or list(LEGS)
-    if unknown := set(legs) - {*LEGS, "plots"}:
-        parser.error(f"no leg {', '.join(sorted(unknown))}; there are {', '.join(LEGS)}, and plots")
-    for name in [leg for leg in legs if leg != "plots"]:
-        leg = LEGS[name]
-        result = leg.measure()
-        print("recorded in", write(name, leg.__doc__ or "", result))
-        print(leg.show(result), flush=True)
+    names = parser.parse_args().benchmarks or list(BENCHMARKS)
+    if unknown := set(names) - {*BENCHMARKS, "plots"}:
+        parser.error(f"unknown benchmark: {', '.join(sorted(unknown))}; allowed: {', '.join(BENCHMARKS)}, plots")
+    for name in names:
+        if name != "plots":
+            benchmark = BENCHMARKS[name]
+            result = benchmark.measure()
+            print("recorded in", write(name, benchmark.__doc__ or "", result))
+            print(benchmark.show(result), flush=True)
     for path in plots.draw():
         print("drawn:", path, flush=True)
 

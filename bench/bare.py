@@ -44,7 +44,7 @@ MODELS = ("vits16", "vitb16")
 DTYPES = ("float32", "bfloat16")
 SIZES = (224, 512)
 BATCHES = (1, 8, 32)
-RIVALS = ("eager", "compiled", "upstream")
+BASELINES = ("eager", "compiled", "upstream")
 SECONDS = 6.0
 MINIMUM = 2
 LONG = 20.0
@@ -55,7 +55,7 @@ Work = Callable[[], None]
 
 
 def measure() -> dict[str, Any]:
-    absent = absent_rivals()
+    absent = absent_baselines()
     rows: list[dict[str, Any]] = []
     limits: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -63,11 +63,11 @@ def measure() -> dict[str, Any]:
         for name, dtype in itertools.product(MODELS, DTYPES):
             runner = build(name, "random:0", dtype=dtype, device="cpu")
             variant, torch_dtype = VITS[f"dinov3_{name}"], TORCH_DTYPES[runner.info.dtype]
-            rivals = rival_models(variant, torch_dtype, checkout)
+            baselines = baseline_models(variant, torch_dtype, checkout)
             for size, images in itertools.product(SIZES, BATCHES):
                 where = {"model": name, "dtype": dtype, "size": size, "batch": images}
                 ours = our_batch(runner, size, images)
-                theirs = rival_batches(rivals, torch_dtype, size, images, compiled="compiled" not in absent)
+                theirs = baseline_batches(baselines, torch_dtype, size, images, compiled="compiled" not in absent)
                 if (name, size, images) == HEAVIEST:
                     theirs = {"eager": theirs["eager"]}
                 rows.append(where | in_turn({"ours": ours, **theirs}, images))
@@ -79,8 +79,8 @@ def measure() -> dict[str, Any]:
     return {"absent": absent, "upstream_commit": upstream_commit(), "rows": rows, "linears": limits}
 
 
-def absent_rivals() -> dict[str, str]:
-    """The rivals that cannot run here, and why."""
+def absent_baselines() -> dict[str, str]:
+    """The baselines that cannot run here, and why."""
     absent: dict[str, str] = {}
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -91,14 +91,14 @@ def absent_rivals() -> dict[str, str]:
 
 
 def show(result: dict[str, Any]) -> str:
-    present = [rival for rival in RIVALS if rival not in result["absent"]]
+    present = [baseline for baseline in BASELINES if baseline not in result["absent"]]
     where = ("model", "dtype", "size", "batch")
-    figures = [*present, *(f"ours/{rival}" for rival in present)]
+    figures = [*present, *(f"ours/{baseline}" for baseline in present)]
     return "\n\n".join(
         (
             table([dict.fromkeys(figures, "") | row for row in result["rows"]], *where, "ours", *figures),
             table(result["linears"], *where, "ours", "linears", "ours/linears"),
-            *(f"no {rival}: {reason}" for rival, reason in result["absent"].items()),
+            *(f"no {baseline}: {reason}" for baseline, reason in result["absent"].items()),
         )
     )
 
@@ -144,7 +144,7 @@ def our_batch(runner: TorchRunner, size: int, images: int) -> Work:
     return work
 
 
-def rival_models(
+def baseline_models(
     variant: VitVariant, dtype: torch.dtype, checkout: Path | None
 ) -> dict[str, Callable[[Tensor], object]]:
     """Forward passes that give the last layer's CLS and patches, of eager code."""
@@ -154,7 +154,7 @@ def rival_models(
     return models
 
 
-def rival_batches(
+def baseline_batches(
     models: Mapping[str, Callable[[Tensor], object]], dtype: torch.dtype, size: int, images: int, *, compiled: bool
 ) -> dict[str, Work]:
     generator = torch.Generator().manual_seed(0)
@@ -172,7 +172,7 @@ def rival_batches(
         # Anew for each shape: after eight of them torch.compile would go on in eager mode without a word.
         torch.compiler.reset()
         works["compiled"] = forward(torch.compile(models["eager"], dynamic=False))
-    return {rival: works[rival] for rival in RIVALS if rival in works}
+    return {baseline: works[baseline] for baseline in BASELINES if baseline in works}
 
 
 def linears(variant: VitVariant, dtype: torch.dtype, size: int, images: int) -> Work:

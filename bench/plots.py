@@ -1,6 +1,6 @@
-"""SVGs of what the legs have recorded: `python -m bench plots` draws them from bench/results into docs/plots.
+"""Draw SVGs of the recorded results: `python -m bench plots` reads bench/results and writes docs/plots.
 
-Every run of a leg draws them too. The same records give the same bytes.
+Every run of a benchmark draws them too. The same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart, and greys.
+# Okabe and Ito's colour-blind safe colours, and greys.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#444444", "#888888")
 REST = "#cccccc"
 MARKERS = "osD^vP*X"
@@ -48,13 +48,13 @@ SERVERS = {
     "pytriton": "PyTriton",
     "pytriton_float32": "PyTriton, float32 in and out",
 }
-RIVALS = {"eager": "transformers", "compiled": "transformers, compiled", "upstream": "Meta's own code"}
+BASELINES = {"eager": "transformers", "compiled": "transformers, compiled", "upstream": "Meta's own code"}
 SMALL = 0.03
-"""A share that no bar passes goes with the rest."""
+"""Operators whose share is at most this in every bar are added to the rest."""
 
 
 def draw(results: Path = RESULTS, plots: Path = PLOTS) -> list[Path]:
-    """Every figure of FIGURES whose record is there; says which are not. Gives the files that it has written."""
+    """Draw every figure of FIGURES whose record exists, report the others, and return the written files."""
     plots.mkdir(parents=True, exist_ok=True)
     written = []
     for name, (record, figure) in FIGURES.items():
@@ -74,7 +74,7 @@ def draw(results: Path = RESULTS, plots: Path = PLOTS) -> list[Path]:
     return written
 
 
-def rivals_throughput(record: Record) -> Figure:
+def baselines_throughput(record: Record) -> Figure:
     figure, axes = _one_axes()
     for server, rows in _grouped(record["rows"], "server").items():
         points = {level: _median(group, "images_per_second") for level, group in _grouped(rows, "in_flight").items()}
@@ -93,8 +93,8 @@ def service_throughput(record: Record) -> Figure:
     return figure
 
 
-def rivals_latency(record: Record) -> Figure:
-    """A bar from the median to the 99th percentile of each server, side by side for each number in flight."""
+def baselines_latency(record: Record) -> Figure:
+    """Draw a bar from the median to the 99th percentile for each server and each number of requests in flight."""
     figure, axes = _one_axes()
     servers = _grouped(record["rows"], "server")
     levels = sorted({row["in_flight"] for row in record["rows"]})
@@ -122,7 +122,7 @@ def rivals_latency(record: Record) -> Figure:
 
 
 def service_stages(record: Record) -> Figure:
-    """What the server does for an image, of a batch the image's part; beside it how long the image waits meanwhile."""
+    """Draw the stages of an image (of a batch, the image's part), and beside them its wait in the queue."""
     rows = [row["stage_ms"] for row in record["rows"]]
     names = [f"{row['requests']}, {row['in_flight']} in flight" for row in record["rows"]]
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.5), layout="constrained")
@@ -173,9 +173,9 @@ def bare_ratios(record: Record) -> Figure:
     grid = figure.subplots(1, len(groups), sharey=True, squeeze=False)
     for axes, ((model, dtype), rows) in zip(grid[0], groups.items(), strict=True):
         axes.axhline(1, color="#444444", linewidth=1)
-        for index, (rival, name) in enumerate(RIVALS.items()):
-            if rival not in record["absent"]:
-                ratios = [row.get(f"ours/{rival}", math.nan) for row in rows]
+        for index, (baseline, name) in enumerate(BASELINES.items()):
+            if baseline not in record["absent"]:
+                ratios = [row.get(f"ours/{baseline}", math.nan) for row in rows]
                 axes.plot(ratios, MARKERS[index], color=COLOURS[index + 1], markersize=5, label=name)
         axes.set_xticks(
             range(len(rows)), [f"{row['size']} px, {row['batch']}" for row in rows], rotation=60, ha="right"
@@ -183,9 +183,9 @@ def bare_ratios(record: Record) -> Figure:
         axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.set_title(f"{model}, {dtype}")
         axes.grid(axis="x", visible=False)
-    # After all of them: they share the axis, and a limit that is set is no longer widened.
+    # After drawing all of them: they share the axis, and a limit that is set stops autoscaling.
     grid[0][0].set_ylim(0, 1.05 * grid[0][0].get_ylim()[1])
-    grid[0][0].set_ylabel("our images/s over the rival's")
+    grid[0][0].set_ylabel("our images/s over the baseline's")
     figure.supxlabel("image size and batch", fontsize=9)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
@@ -211,7 +211,7 @@ def _throughput_axes(axes: Axes, levels: Sequence[int]) -> None:
 
 
 def _shares(axes: Axes, names: Sequence[str], rows: Sequence[Mapping[str, float]], colours: Mapping[str, Any]) -> None:
-    """A bar a row, from the top: each kind's share of the row's sum, written into it where there is room."""
+    """Draw one bar per row, from the top: each kind's share of the row's sum, labelled if there is room."""
     left = [0.0] * len(rows)
     for kind, colour in colours.items():
         shares = [row.get(kind, 0.0) / sum(row.values()) for row in rows]
@@ -232,7 +232,7 @@ def _shares(axes: Axes, names: Sequence[str], rows: Sequence[Mapping[str, float]
 
 
 def _grouped(rows: Sequence[Record], *keys: str) -> dict[Any, list[Record]]:
-    """Rows by the value of a key, or by the values of several."""
+    """Group rows by the value of a key, or by the values of several."""
     groups: dict[Any, list[Record]] = {}
     for row in rows:
         values = tuple(row[key] for key in keys)
@@ -245,11 +245,11 @@ def _median(rows: Sequence[Record], figure: str) -> float:
 
 
 FIGURES: dict[str, tuple[str, Callable[[Record], Figure]]] = {
-    "rivals-throughput": ("rivals", rivals_throughput),
-    "rivals-latency": ("rivals", rivals_latency),
+    "baselines-throughput": ("baselines", baselines_throughput),
+    "baselines-latency": ("baselines", baselines_latency),
     "service-throughput": ("service", service_throughput),
     "service-stages": ("service", service_stages),
     "bare-ratios": ("bare", bare_ratios),
     "operators": ("operators", operator_shares),
 }
-"""By file name: the record that it is of, and what draws it."""
+"""By file name: the record to read, and the function that draws it."""

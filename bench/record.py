@@ -1,4 +1,4 @@
-"""What every result says of itself, and where it lies."""
+"""Write the records of benchmarks, with the metadata of their run, and format tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "numpy", "pillow", "scikit-image", "grpcio"
 
 
 def metadata() -> dict[str, Any]:
-    """Hardware, versions, commit, command and date of this run. What is not there (a package, git) is None."""
+    """Return the hardware, versions, commit, command and date of this run; None for a missing package or git."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
@@ -32,7 +32,7 @@ def metadata() -> dict[str, Any]:
 
 
 def write(name: str, inside: str, result: dict[str, Any]) -> Path:
-    """`bench/results/NAME.json`: what is `inside` the leg, the metadata of this run, and the result."""
+    """Write `bench/results/NAME.json`: the docstring of the benchmark (`inside`), metadata of this run, and the result."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"inside": inside, "metadata": metadata(), **result}, indent=1) + "\n")
@@ -40,7 +40,7 @@ def write(name: str, inside: str, result: dict[str, Any]) -> Path:
 
 
 def table(rows: list[dict[str, Any]], *columns: str) -> str:
-    """The `columns` of rows, aligned: the first to the left, figures to the right."""
+    """Format the `columns` of rows, aligned: the first to the left, figures to the right."""
 
     def cell(value: object) -> str:
         return f"{value:.6g}" if isinstance(value, float) else str(value)

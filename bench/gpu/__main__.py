@@ -6,7 +6,7 @@ the check that they are finite; eager, and as the CUDA graph that the server rep
 pipeline: the server's runner in a loop, two batches in flight, from page-locked memory and back; its stage times.
 service: the whole server, closed loops from several processes; raw pixels and JPEG (500x375, quality 90) in, CLS alone
 and CLS with patches in bfloat16 back, requests of 1 and of 32 images, 1 to 8 frontends.
-rivals: ours eager, as a graph, compiled (Inductor), compiled and as a graph; transformers eager and compiled, from
+baselines: ours eager, as a graph, compiled (Inductor), compiled and as a graph; transformers eager and compiled, from
 normalised floats, without conversion and check. In turn, a round of each.
 profile: where the time goes, kernel by kernel.
 
@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.forward import forward, peak, profile, rivals
+from bench.gpu.forward import baselines, forward, peak, profile
 from bench.gpu.goals import goals
 from bench.gpu.pipeline import pipeline
 from bench.gpu.plan import Plan, dry, full
@@ -44,7 +44,7 @@ SECTIONS: dict[str, Section] = {
     "forward": forward,
     "pipeline": pipeline,
     "service": service,
-    "rivals": rivals,
+    "baselines": baselines,
     "profile": profile,
 }
 LIMIT = 520.0  # seconds, of everything but imports: the rest of ten minutes is for those and for what ends late

@@ -48,13 +48,13 @@ def forward(plan: Plan, add: Add) -> None:
 
 
 @torch.inference_mode()
-def rivals(plan: Plan, add: Add) -> None:
+def baselines(plan: Plan, add: Add) -> None:
     """Ours eager, as a graph, compiled, compiled and as a graph; transformers eager and compiled: all in turn.
 
     What cannot be made here is `absent`, with the reason.
     """
     with _stream(plan):
-        for config in plan.rivals:
+        for config in plan.baselines:
             add(_side_by_side(plan, config))
             torch.compiler.reset()
             _free(plan)

@@ -18,10 +18,10 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
         _goal("forward, of the measured bf16 matrix-product peak", 0.60, _best(passes, "teraflops", SERVED), product)
     ]
     for outputs, at_least in (("cls", 0.90), ("cls+patches", 0.70)):
-        legs = [leg for leg in result.get("service", []) if leg["in"] == "raw" and leg["outputs"] == outputs]
-        served = max((leg["images_per_second"] for leg in legs), default=None)
+        cases = [case for case in result.get("service", []) if case["in"] == "raw" and case["outputs"] == outputs]
+        served = max((case["images_per_second"] for case in cases), default=None)
         rows.append(_goal(f"service, raw pixels to {outputs}, of the forward pass", at_least, served, bare))
-    compared = [row for row in result.get("rivals", []) if _counts(row)][:1]
+    compared = [row for row in result.get("baselines", []) if _counts(row)][:1]
     theirs = _best(compared, "images_per_second", ("transformers_compiled",))
     for name, ours in (("as served", SERVED), ("compiled", COMPILED)):
         rows.append(

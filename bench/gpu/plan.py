@@ -54,13 +54,13 @@ class Plan:
     seconds: float
     products: tuple[tuple[int, int, int], ...]  # m, n, k of the matrix products whose best is the peak
     forward: tuple[Config, ...]
-    rivals: tuple[Config, ...]
+    baselines: tuple[Config, ...]
     service: Config  # the batch is the server's largest
     frontends: tuple[int, ...]
     arena: str  # of each frontend
     generators: int  # processes
     in_flight: int  # images, of all generators together
-    leg_seconds: float
+    case_seconds: float
     budgets: dict[str, float]
 
 
@@ -74,7 +74,7 @@ def full(device: torch.device) -> Plan:
         for batch in (64, 1, 8, 32, 128)
         if (config := Config(model, size, batch)).tokens * batch <= 34_000
     )
-    rivals = (
+    baselines = (
         *(large, Config("vitb16", 256, 64), Config("vits16", 256, 64), Config("vitl16", 256, 1)),
         *(Config("vith16plus", 256, 64), Config("vits16", 256, 1), Config("vitl16", 512, 8), Config("vitl16", 224, 64)),
     )
@@ -84,14 +84,14 @@ def full(device: torch.device) -> Plan:
         seconds=0.3,
         products=((8192, 8192, 8192), (16384, 8192, 8192), (16384, 4096, 1024), (16384, 1024, 4096)),
         forward=forward,
-        rivals=rivals,
+        baselines=baselines,
         service=large,
         frontends=(8, 4, 2, 1),
         arena="2GiB",
         generators=6,
         in_flight=384,
-        leg_seconds=3.0,
-        budgets={"peak": 15, "forward": 90, "pipeline": 20, "service": 190, "rivals": 180, "profile": 25},
+        case_seconds=3.0,
+        budgets={"peak": 15, "forward": 90, "pipeline": 20, "service": 190, "baselines": 180, "profile": 25},
     )
 
 
@@ -104,12 +104,12 @@ def dry(device: torch.device) -> Plan:
         seconds=0.02,
         products=((64, 64, 64),),
         forward=(small,),
-        rivals=(small,),
+        baselines=(small,),
         service=small,
         frontends=(1,),
         arena="64MiB",
         generators=2,
         in_flight=64,
-        leg_seconds=2.5,
-        budgets={"peak": 60, "forward": 60, "pipeline": 60, "service": 120, "rivals": 120, "profile": 60},
+        case_seconds=2.5,
+        budgets={"peak": 60, "forward": 60, "pipeline": 60, "service": 120, "baselines": 120, "profile": 60},
     )

@@ -43,8 +43,11 @@ def service(plan: Plan, add: Add) -> None:
                     for outputs in ("cls", "cls+patches"):
                         # Single images with the most frontends alone: for them nothing else is enough.
                         for images in (1, 32) if frontends == max(plan.frontends) else (32,):
-                            leg = {"frontends": frontends, "in": source, "outputs": outputs, "images": images}
-                            add(leg | _leg(plan, pool, server, request(plan.service, source, outputs, images), images))
+                            case = {"frontends": frontends, "in": source, "outputs": outputs, "images": images}
+                            add(
+                                case
+                                | _measure(plan, pool, server, request(plan.service, source, outputs, images), images)
+                            )
 
 
 def request(config: Config, source: str, outputs: str, images: int) -> bytes:
@@ -91,11 +94,11 @@ def _flags(plan: Plan, frontends: int) -> list[str]:
     return [part for flag in flags.items() for part in flag]
 
 
-def _leg(plan: Plan, pool: ProcessPoolExecutor, server: Server, sent: bytes, images: int) -> dict[str, Any]:
+def _measure(plan: Plan, pool: ProcessPoolExecutor, server: Server, sent: bytes, images: int) -> dict[str, Any]:
     each = max(CONNECTIONS, plan.in_flight // images // plan.generators)
     before, cpu = server.metrics(), server.cpu_seconds()
     running = [
-        pool.submit(_generate, server.grpc, sent, each, plan.leg_seconds, plan.leg_seconds / 4, CONNECTIONS)
+        pool.submit(_generate, server.grpc, sent, each, plan.case_seconds, plan.case_seconds / 4, CONNECTIONS)
         for _ in range(plan.generators)
     ]
     floods = [one.result() for one in running]

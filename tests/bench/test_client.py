@@ -1,4 +1,4 @@
-"""The rows of the client's leg receive the same answers, and see to it that they are the ones that were sent."""
+"""The client benchmark: every way to call receives and checks the same answers."""
 
 from __future__ import annotations
 

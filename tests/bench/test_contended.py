@@ -1,4 +1,4 @@
-"""The contended leg's arithmetic, and what it runs beside the server."""
+"""The contended benchmark: its arithmetic, and the process that it runs beside the server."""
 
 from __future__ import annotations
 

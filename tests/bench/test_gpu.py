@@ -92,7 +92,7 @@ def test_goals_compare_like_with_like() -> None:
             {"in": "raw", "outputs": "cls+patches", "images_per_second": 200.0},
             {"in": "jpeg", "outputs": "cls", "images_per_second": 380.0},
         ],
-        "rivals": [
+        "baselines": [
             row(64, eager=300.0, graph=390.0, compiled=450.0, transformers_compiled=300.0),
             row(1, graph=9000.0),
         ],

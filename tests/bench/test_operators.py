@@ -1,4 +1,4 @@
-"""The operators' leg still finds its way in the model: what it names is there, and little is left without a name."""
+"""The operators benchmark: the functions that it names exist, and few operators have no name."""
 
 from __future__ import annotations
 

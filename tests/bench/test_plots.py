@@ -1,4 +1,4 @@
-"""Plots of synthetic records: drawn, the same each time, and skipped with a reason where a record is missing."""
+"""Plots of synthetic records: they are reproducible, and skipped with a reason if a record is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.plots import FIGURES, draw
 from bench.record import ROOT
 
 RECORDS: dict[str, dict[str, Any]] = {
-    "rivals": {
+    "baselines": {
         "dtype": "bfloat16",
         "rows": [
             {"in_flight": n, "round": r, "server": s, "images_per_second": 30.0, "p50_ms": 20.0 * n, "p99_ms": 30.0 * n}
@@ -50,10 +50,10 @@ RECORDS: dict[str, dict[str, Any]] = {
         ]
     },
 }  # fmt: skip
-# Words that only the right record can have put into a figure.
+# Words that are in a figure only if it was drawn from the right record.
 WORDS = {
-    "rivals-throughput": ["PyTriton", "naive gRPC server", "requests in flight", "images/s"],
-    "rivals-latency": ["20", "160", "requests in flight"],
+    "baselines-throughput": ["PyTriton", "naive gRPC server", "requests in flight", "images/s"],
+    "baselines-latency": ["20", "160", "requests in flight"],
     "service-throughput": ["raw", "jpeg, 80 bytes"],
     "service-stages": ["jpeg, 80 bytes, 8 in flight", "copy out", "80%", "90", "wait in the queue, ms"],
     "bare-ratios": ["vits16, bfloat16", "transformers, compiled", "224 px, 8"],
@@ -72,7 +72,7 @@ def words(svg: Path) -> set[str]:
     return {"".join(text.itertext()) for text in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")}
 
 
-def test_every_figure_is_drawn_of_its_record_and_twice_the_same(tmp_path: Path) -> None:
+def test_every_figure_is_drawn_from_its_record_and_reproducible(tmp_path: Path) -> None:
     results = record(tmp_path / "results", **RECORDS)
     first, second = draw(results, tmp_path / "one"), draw(results, tmp_path / "two")
     assert {path.stem for path in first} == set(FIGURES) == set(WORDS)
@@ -82,15 +82,15 @@ def test_every_figure_is_drawn_of_its_record_and_twice_the_same(tmp_path: Path) 
         assert set(WORDS[one.stem]) <= words(one)
 
 
-def test_a_rival_that_was_absent_is_in_no_figure(tmp_path: Path) -> None:
+def test_an_absent_baseline_is_in_no_figure(tmp_path: Path) -> None:
     draw(record(tmp_path / "results", bare=RECORDS["bare"]), tmp_path)
     assert "Meta's own code" not in words(tmp_path / "bare-ratios.svg")
-    rows = [row for row in RECORDS["rivals"]["rows"] if row["server"] != "pytriton"]
-    draw(record(tmp_path / "results", rivals={"dtype": "float32", "rows": rows}), tmp_path)
-    assert "PyTriton" not in words(tmp_path / "rivals-latency.svg") | words(tmp_path / "rivals-throughput.svg")
+    rows = [row for row in RECORDS["baselines"]["rows"] if row["server"] != "pytriton"]
+    draw(record(tmp_path / "results", baselines={"dtype": "float32", "rows": rows}), tmp_path)
+    assert "PyTriton" not in words(tmp_path / "baselines-latency.svg") | words(tmp_path / "baselines-throughput.svg")
 
 
-def test_what_cannot_be_drawn_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_or_outdated_record_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = record(tmp_path / "results", service={"rows": [{"in_flight": 1}]})
     assert draw(results, tmp_path) == []
     lines = capsys.readouterr().out.splitlines()
@@ -107,7 +107,7 @@ def committed() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", committed(), ids=lambda path: path.stem)
-def test_a_committed_record_says_where_it_is_from(path: Path) -> None:
+def test_a_committed_record_has_the_metadata_of_its_run(path: Path) -> None:
     metadata = json.loads(path.read_text())["metadata"]
     assert re.match(r"[0-9a-f]{40}\b", metadata["commit"])
     for key in ("command", "cpu", "date", "versions"):

@@ -1,4 +1,4 @@
-"""The shapes leg's requests and arithmetic."""
+"""The shapes benchmark: its requests and arithmetic."""
 
 from __future__ import annotations
 

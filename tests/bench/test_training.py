@@ -1,4 +1,4 @@
-"""The training leg: both loops see every batch's features, and what is recorded of them."""
+"""The training benchmark: both loops receive every batch's features, and the recorded figures."""
 
 from __future__ import annotations
 

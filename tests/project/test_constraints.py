@@ -15,5 +15,5 @@ def pins(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers", "safetensors", "grpcio"])
-def test_the_rival_pytriton_runs_what_ours_is_compared_with(package: str) -> None:
+def test_the_baseline_pytriton_has_the_same_versions_as_this_server(package: str) -> None:
     assert pins("pytriton.txt")[package] == pins("dev.txt")[package]

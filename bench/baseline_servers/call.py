@@ -1,16 +1,16 @@
-"""The client's side of the three servers: a process of its own for each measurement, with the same load generator, in
-the environment where the server's own client is.
+"""Call one of the three servers: a new process per measurement, in the environment of the server's own client, with the
+same load generator.
 
-    python -m bench.rival_servers.call SERVER ADDRESS DTYPE tokens FILE.npy
-    python -m bench.rival_servers.call SERVER ADDRESS DTYPE load IN_FLIGHT SECONDS
+    python -m bench.baseline_servers.call SERVER ADDRESS DTYPE tokens FILE.npy
+    python -m bench.baseline_servers.call SERVER ADDRESS DTYPE load IN_FLIGHT SECONDS
 
-`tokens` saves what the server answers for `images()`, float32 [2, 1 + P, D], CLS first. `load` prints the figures of a
-closed loop of one 224x224 image a request as one line of JSON.
+`tokens` saves the server's answer for `images()`, float32 [2, 1 + P, D], CLS first. `load` prints the figures of a
+closed loop of requests of one 224x224 image as one line of JSON.
 
-Ours is called through dinov3_client, whose one connection the callers share; the naive server through one gRPC
-channel, shared too; PyTriton through its own ModelClient over gRPC, one a caller. Every answer ends as arrays, of DTYPE
-from ours and from the naive server, of float16 from PyTriton, of float32 from `pytriton_float32`, which is sent float32
-pixels, normalised beforehand.
+Ours is called through dinov3_client, whose one connection the callers share; the naive server through one gRPC channel,
+also shared; PyTriton through its own ModelClient over gRPC, one per caller. Every answer ends as arrays: of DTYPE from
+ours and from the naive server, of float16 from PyTriton, of float32 from `pytriton_float32`, which receives normalised
+float32 pixels.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ PYTRITON_MODELS = {"pytriton": PYTRITON_MODEL, "pytriton_float32": PYTRITON_FLOA
 
 Array = NDArray[Any]
 Call = Callable[[Array], tuple[Array, Array]]
-"""What `prepared` gives to CLS [D] and patches [P, D]."""
+"""Takes an image from `prepared`, returns CLS [D] and patches [P, D]."""
 
 
-def main(server: str, address: str, dtype: str, what: str, *arguments: str) -> None:
-    if what == "tokens":
+def main(server: str, address: str, dtype: str, command: str, *arguments: str) -> None:
+    if command == "tokens":
         [call] = connect(server, address, dtype, callers=1)
         answers = [call(prepared(server, image)) for image in images()]
         np.save(arguments[0], np.stack([np.vstack(answer).astype(np.float32) for answer in answers]))
@@ -48,14 +48,14 @@ def main(server: str, address: str, dtype: str, what: str, *arguments: str) -> N
 
 
 def images() -> NDArray[np.uint8]:
-    """Two that no model takes for one another: noise, and a ramp of colours. [2, 224, 224, 3]."""
+    """Return two images that no model confuses, noise and a colour gradient, [2, 224, 224, 3]."""
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     rows, columns = np.mgrid[0:SIDE, 0:SIDE]
     return np.stack([noise, np.stack([rows, columns, SIDE - rows], axis=-1).astype(np.uint8)])
 
 
 def prepared(server: str, image: NDArray[np.uint8]) -> Array:
-    """[224, 224, 3] uint8 as it is sent."""
+    """Return an image [224, 224, 3] in the form that the server takes."""
     if server != "pytriton_float32":
         return image
     normalised = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
@@ -87,11 +87,11 @@ def naive(address: str, dtype: str) -> Call:
     import ml_dtypes
 
     extract: grpc.UnaryUnaryMultiCallable[bytes, bytes] = grpc.insecure_channel(address).unary_unary(NAIVE_METHOD)
-    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    numpy_dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     tokens = 1 + (SIDE // 16) ** 2
 
     def call(image: Array) -> tuple[Array, Array]:
-        features = np.frombuffer(extract(image.tobytes()), kind).reshape(tokens, -1)
+        features = np.frombuffer(extract(image.tobytes()), numpy_dtype).reshape(tokens, -1)
         return features[0], features[1:]
 
     return call

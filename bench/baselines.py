@@ -1,23 +1,21 @@
-"""Rivals, side by side: our server, a naive gRPC server and PyTriton, the latter two around transformers' eager
-DINOv3ViTModel.
+"""Our server beside two baselines, a naive gRPC server and PyTriton, both around transformers' eager DINOv3ViTModel.
 
 ViT-S/16; all three read the same file of seeded random weights and compute in `dtype`, bfloat16 where the CPU has it
-natively. A request is one 224x224 uint8 image; CLS and patches come back, in two bytes a number: bfloat16 from ours and
-from the naive server (float32 where that is `dtype`), float16 from PyTriton, as numpy has no bfloat16.
-`pytriton_float32` is the same PyTriton server asked as most ask it: normalised float32 pixels in, float32 features out.
-Every forward pass may use all cores, and so may the load generator.
+natively. A request is one 224x224 uint8 image; CLS and patches come back with two bytes per number: bfloat16 from ours
+and from the naive server (float32 if that is `dtype`), float16 from PyTriton, since numpy has no bfloat16.
+`pytriton_float32` is the same PyTriton server, called in the usual way: normalised float32 pixels in, float32 features
+out. Every forward pass may use all cores, and so may the load generator.
 
-- naive: `grpc.server` with a pool of 10 threads, one forward pass a request, no batching, no lock around the model
-  (with one it was slower by a third), so that up to 10 passes share the cores. Bytes in and out, no protobuf messages.
-- PyTriton: dynamic batching of up to 32 images, its defaults else (queue delay 0, one instance), called through its own
-  ModelClient over gRPC (over HTTP it was as fast), in an environment of its own with the same torch and transformers.
+- naive: `grpc.server` with a pool of 10 threads, one forward pass per request, no batching, no lock around the model
+  (with one it was slower by a third), so up to 10 passes share the cores. Bytes in and out, no protobuf messages.
+- PyTriton: dynamic batching of up to 32 images, otherwise its defaults (queue delay 0, one instance), called through
+  its own ModelClient over gRPC (HTTP was as fast), in a separate environment with the same torch and transformers.
 
-All three run all the time, and are measured in turn: two rounds of each, for 1, 8 and 32 in flight, in closed loops
-from a client process of its own for each measurement, after 3 seconds that do not count. A ratio is taken in each
-round; the median over rounds is reported. `others_cpu` is what the servers that were not measured used meanwhile, in
-cores.
-Before anything is measured, each server's CLS and patches for two images are compared, by cosine, with transformers' in
-float32; a server that answers something else ends the leg.
+All three run all the time and are measured in turn: two rounds of each, with 1, 8 and 32 requests in flight, in closed
+loops after a warm-up of 3 seconds, each from a new client process. Ratios are taken within a round; the median over
+rounds is reported. `others_cpu` is the CPU that the other servers used meanwhile, in cores.
+Before the first measurement, each server's CLS and patches of two images are compared, by cosine, with transformers' in
+float32; if they differ the benchmark ends.
 """
 
 from __future__ import annotations
@@ -42,30 +40,30 @@ import torch
 from numpy.typing import NDArray
 from transformers import DINOv3ViTModel
 
+from bench.baseline_servers.call import images
+from bench.baseline_servers.environment import PyTritonMissing, pytriton_python
 from bench.record import ROOT, table
 from bench.reference import transformers_model
-from bench.rival_servers.call import images
-from bench.rival_servers.environment import PyTritonMissing, pytriton_python
 from bench.server import serving
 from dinov3_server.families.dinov3_vit.variants import VITS
 from dinov3_server.host import has_native_bf16
 
 SECONDS = {1: 8.0, 8: 12.0, 32: 14.0}
-"""Of a measurement, by requests in flight."""
+"""Duration of a measurement, by requests in flight."""
 ROUNDS = 2
 MINIMUM_COSINE = 0.999
-"""Of a token, computed in bfloat16, with its reference. Tokens of different images stay below 0.4."""
+"""Between a token computed in bfloat16 and its reference. Tokens of different images stay below 0.4."""
 
 Tokens = NDArray[np.float32]
 
 
 class WrongFeatures(Exception):
-    """A server does not serve the model: comparing its speed would say nothing."""
+    """A server does not serve the model, so its speed cannot be compared."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A server that runs, and the python that has its client."""
+    """A running server, and the Python that has its client."""
 
     name: str
     address: str
@@ -73,14 +71,14 @@ class Contestant:
     python: str | Path
 
     def call(self, dtype: str, *arguments: str) -> str:
-        """What a client process (call.py) prints."""
-        command = [self.python, "-W", "ignore", "-m", "bench.rival_servers.call", self.name, self.address, dtype]
+        """Run a client process (call.py) and return its output."""
+        command = [self.python, "-W", "ignore", "-m", "bench.baseline_servers.call", self.name, self.address, dtype]
         done = subprocess.run([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout
 
     def cpu_seconds(self) -> float:
-        family = [self.process, *self.process.children(recursive=True)]
-        return sum(sum(process.cpu_times()[:2]) for process in family)
+        processes = [self.process, *self.process.children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def measure() -> dict[str, Any]:
@@ -94,11 +92,11 @@ def measure() -> dict[str, Any]:
         server = stack.enter_context(serving(*flags, "--parity-check", "false"))
         contestants = [
             Contestant("ours", server.grpc, server.process, sys.executable),
-            stack.enter_context(rival("naive", sys.executable, folder, dtype)),
+            stack.enter_context(baseline("naive", sys.executable, folder, dtype)),
         ]
         try:
             python = pytriton_python()
-            pytriton = stack.enter_context(rival("pytriton", python, folder, dtype))
+            pytriton = stack.enter_context(baseline("pytriton", python, folder, dtype))
             contestants += [pytriton, replace(pytriton, name="pytriton_float32")]
             result["pytriton_versions"] = versions(python)
         except PyTritonMissing as error:
@@ -120,18 +118,18 @@ def show(result: dict[str, Any]) -> str:
 
 
 @contextmanager
-def rival(name: str, python: str | Path, folder: Path, dtype: str) -> Iterator[Contestant]:
-    """Started, until the block is left. Raises PyTritonMissing where PyTriton does not start here."""
+def baseline(name: str, python: str | Path, folder: Path, dtype: str) -> Iterator[Contestant]:
+    """Start a baseline server and end it after the block. Raises PyTritonMissing if PyTriton does not start here."""
     log = folder / f"{name}.log"
-    command = [python, "-m", f"bench.rival_servers.{name}", folder, dtype]
+    command = [python, "-m", f"bench.baseline_servers.{name}", folder, dtype]
     with log.open("w") as file:
         started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True)
     try:
         assert started.stdout is not None
         ready = re.fullmatch(r"ready (\S+)\n", started.stdout.readline())
         if ready is None:
-            said = " ".join(log.read_text().splitlines()[-3:])
-            raise (PyTritonMissing if name == "pytriton" else RuntimeError)(f"the server {name} did not start: {said}")
+            tail = " ".join(log.read_text().splitlines()[-3:])
+            raise (PyTritonMissing if name == "pytriton" else RuntimeError)(f"the server {name} did not start: {tail}")
         yield Contestant(name, ready[1], psutil.Process(started.pid), python)
     finally:
         started.send_signal(signal.SIGTERM)
@@ -139,7 +137,7 @@ def rival(name: str, python: str | Path, folder: Path, dtype: str) -> Iterator[C
 
 
 def expected(model: DINOv3ViTModel) -> Tokens:
-    """[2, 1 + P, D] CLS and patches of `images()`."""
+    """Return the CLS and patches of `images()`, [2, 1 + P, D]."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = (torch.from_numpy(images()) / 255 - mean) / std
     with torch.inference_mode():
@@ -149,11 +147,11 @@ def expected(model: DINOv3ViTModel) -> Tokens:
 
 
 def check(contestants: list[Contestant], dtype: str, reference: Tokens, file: Path) -> dict[str, float]:
-    """The lowest cosine of a token with its reference, by server. Raises WrongFeatures."""
+    """Return the lowest cosine between a token and its reference, by server. Raises WrongFeatures if one is too low."""
     confusion = float(cosine(reference, reference[::-1]).max())
     if confusion >= MINIMUM_COSINE:
         raise WrongFeatures(
-            f"the two images cannot be told apart: a token of one has cosine {confusion} with the other's"
+            f"the two images are too alike: a token of one has cosine {confusion} with one of the other"
         )
     lowest = {}
     for contestant in contestants:
@@ -161,12 +159,12 @@ def check(contestants: list[Contestant], dtype: str, reference: Tokens, file: Pa
         lowest[contestant.name] = round(float(cosine(np.load(file), reference).min()), 6)
     print("lowest cosine of a token with transformers' in float32:", lowest, flush=True)
     if wrong := {name: value for name, value in lowest.items() if not value >= MINIMUM_COSINE}:
-        raise WrongFeatures(f"not the model's: {wrong}; the lowest cosine must be {MINIMUM_COSINE} or more")
+        raise WrongFeatures(f"not the model's features: {wrong}; the lowest cosine must be {MINIMUM_COSINE} or more")
     return lowest
 
 
 def cosine(mine: Tokens, theirs: Tokens) -> Tokens:
-    """Of each token: [2, T] of two [2, T, D]."""
+    """Return the cosine of each token, [2, T], of two [2, T, D]."""
     lengths: Tokens = np.linalg.norm(mine, axis=-1) * np.linalg.norm(theirs, axis=-1)
     products: Tokens = (mine * theirs).sum(axis=-1)
     return products / lengths
@@ -188,7 +186,7 @@ def rounds(contestants: list[Contestant], dtype: str) -> list[dict[str, Any]]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By requests in flight and rival: our images a second and p50 as multiples of its own; medians over rounds."""
+    """Return our images/s and p50 as multiples of each baseline's, by requests in flight; medians over rounds."""
     turns: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
         turns.setdefault((row["in_flight"], row["round"]), {})[row["server"]] = row
@@ -196,7 +194,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for in_flight in dict.fromkeys(row["in_flight"] for row in rows):
         for name in dict.fromkeys(row["server"] for row in rows if row["server"] != "ours"):
             pairs = [(turn["ours"], turn[name]) for (level, _), turn in turns.items() if level == in_flight]
-            row = {"in_flight": in_flight, "rival": name}
+            row = {"in_flight": in_flight, "baseline": name}
             for figure in ("images_per_second", "p50_ms"):
                 row[f"{figure}_ratio"] = round(
                     statistics.median(our[figure] / their[figure] for our, their in pairs), 3

@@ -1,7 +1,7 @@
-"""The environment that PyTriton runs in, made on first use from constraints/pytriton.txt.
+"""The virtual environment of PyTriton, created on first use from constraints/pytriton.txt.
 
-It cannot be ours: PyTriton wants numpy below 2. And it is made from the distribution's python3, whose shared library
-PyTriton's worker processes load; an interpreter that somebody built mostly has none.
+PyTriton needs numpy below 2, so it cannot share ours. The environment uses the distribution's python3, because
+PyTriton's worker processes load its shared library; most other builds of Python have none.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ PINNED = ROOT / "constraints" / "pytriton.txt"
 
 
 class PyTritonMissing(Exception):
-    """PyTriton cannot run here; the text says why."""
+    """PyTriton cannot run here, for the given reason."""
 
 
 def pytriton_python() -> Path:
-    """The interpreter of the environment, which is made, or made anew where its pins have changed."""
+    """Return the environment's interpreter; create the environment first if it is missing or its pins have changed."""
     python, made_from = FOLDER / "bin" / "python", FOLDER / "made-from.txt"
     pins = PINNED.read_text()
     if not made_from.is_file() or made_from.read_text() != pins:
@@ -38,5 +38,5 @@ def pytriton_python() -> Path:
 def _run(*command: str | os.PathLike[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
-        said = " ".join(done.stdout.splitlines()[-3:])
-        raise PyTritonMissing(f"{' '.join(map(str, command))} failed: {said}")
+        tail = " ".join(done.stdout.splitlines()[-3:])
+        raise PyTritonMissing(f"{' '.join(map(str, command))} failed: {tail}")

@@ -1,11 +1,10 @@
-"""PyTriton, with dynamic batching of up to 32 images and otherwise its defaults, which are good ones: the batcher's
-queue delay is 0, so a batch is whatever waited while the last one ran.
+"""PyTriton with dynamic batching of up to 32 images and otherwise its defaults: the queue delay of 0 is a good one, since
+a batch then holds the requests that waited while the last one ran.
 
-`python -m bench.rival_servers.pytriton FOLDER DTYPE` prints `ready grpc://HOST:PORT` and serves until SIGTERM. It runs
-in the environment that `environment.py` makes. It offers the model twice. As PYTRITON_MODEL pixels come as uint8 and
-are normalised here, and features leave as float16, as numpy has no bfloat16: the smallest that a user of PyTriton gets,
-and as many bytes as ours. As PYTRITON_FLOAT32_MODEL normalised float32 pixels come and float32 features leave, as most
-write it.
+`python -m bench.baseline_servers.pytriton FOLDER DTYPE` prints `ready grpc://HOST:PORT` and serves until SIGTERM. It
+runs in the environment of `environment.py` and offers the model twice. PYTRITON_MODEL takes uint8 pixels, normalises
+them here, and returns float16, since numpy has no bfloat16: as many bytes as ours, the least that PyTriton allows.
+PYTRITON_FLOAT32_MODEL takes normalised float32 pixels and returns float32 features, the usual way.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from pytriton.decorators import batch
 from pytriton.model_config import ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
-from bench.rival_servers.call import PYTRITON_FLOAT32_MODEL, PYTRITON_MODEL, SIDE
-from bench.rival_servers.model import Model
+from bench.baseline_servers.call import PYTRITON_FLOAT32_MODEL, PYTRITON_MODEL, SIDE
+from bench.baseline_servers.model import Model
 
 MAX_BATCH_SIZE = 32
 
 
 def main(folder: str, dtype: str) -> None:
-    # Triton logs to standard output too; only the `ready` line may be read there.
+    # Triton logs to standard output too, which is only for the `ready` line.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     model = Model(folder, dtype)
@@ -73,7 +72,7 @@ def main(folder: str, dtype: str) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now: Triton cannot be told to choose by itself."""
+    """Return ports that are free now: Triton cannot choose them itself."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:

@@ -1,4 +1,4 @@
-"""The model that both rivals serve: transformers' DINOv3ViTModel, eager, in the dtype that ours computes in."""
+"""The model of both baselines: transformers' DINOv3ViTModel, eager, in the same dtype as ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 class Model:
-    """Read from a folder that `save_pretrained` wrote; one forward pass uses every core."""
+    """A model from a folder that `save_pretrained` wrote. A forward pass uses every core."""
 
     def __init__(self, folder: str, dtype: str) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -23,12 +23,12 @@ class Model:
         self._first_patch = 1 + self._model.config.num_register_tokens
 
     def features(self, pixels: NDArray[np.uint8]) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLS [N, D] and patches [N, P, D] of RGB images [N, H, W, 3]."""
+        """Return CLS [N, D] and patches [N, P, D] of RGB images [N, H, W, 3]."""
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
         return self.of_normalised((images / 255 - MEAN) / STD)
 
     def of_normalised(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of normalised floats [N, 3, H, W]."""
+        """Return CLS and patches of normalised floats [N, 3, H, W]."""
         with torch.inference_mode():
             tokens = self._model(pixels.to(self._dtype)).last_hidden_state
         return tokens[:, 0], tokens[:, self._first_patch :]

@@ -1,8 +1,7 @@
-"""What a person writes in an afternoon: `grpc.server` with the tutorial's pool of 10 threads, one forward pass a
-request, no batching.
+"""A naive gRPC server: `grpc.server` with the tutorial's pool of 10 threads, one forward pass per request, no batching.
 
-`python -m bench.rival_servers.naive FOLDER DTYPE` prints `ready HOST:PORT` and serves until SIGTERM. It is kind to
-itself where that costs nothing: raw bytes in and out, so that no protobuf message is built on either side.
+`python -m bench.baseline_servers.naive FOLDER DTYPE` prints `ready HOST:PORT` and serves until SIGTERM. Requests and
+answers are raw bytes, so that no protobuf message is built on either side.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import grpc
 import numpy as np
 import torch
 
-from bench.rival_servers.call import NAIVE_METHOD, SIDE
-from bench.rival_servers.model import Model
+from bench.baseline_servers.call import NAIVE_METHOD, SIDE
+from bench.baseline_servers.model import Model
 
 THREADS = 10
 
@@ -25,7 +24,7 @@ def main(folder: str, dtype: str) -> None:
     model = Model(folder, dtype)
 
     def extract(request: bytes, context: grpc.ServicerContext) -> bytes:
-        """[224, 224, 3] uint8 to [1 + P, D] in the model's dtype, CLS first."""
+        """Turn [224, 224, 3] uint8 into [1 + P, D] in the model's dtype, CLS first."""
         pixels = np.frombuffer(bytearray(request), np.uint8).reshape(1, SIDE, SIDE, 3)
         cls, patches = model.features(pixels)
         tokens = torch.cat([cls[:, None], patches], dim=1)
