@@ -32,7 +32,7 @@ def metadata() -> dict[str, Any]:
 
 
 def write(name: str, inside: str, result: dict[str, Any]) -> Path:
-    """Write `bench/results/NAME.json`: the docstring of the benchmark (`inside`), metadata of this run, and the result."""
+    """Write `bench/results/NAME.json`: the benchmark's docstring (`inside`), the run's metadata, and the result."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"inside": inside, "metadata": metadata(), **result}, indent=1) + "\n")

@@ -1,5 +1,5 @@
-"""PyTriton with dynamic batching of up to 32 images and otherwise its defaults: the queue delay of 0 is a good one, since
-a batch then holds the requests that waited while the last one ran.
+"""PyTriton with dynamic batching of up to 32 images and otherwise its defaults, among them a queue delay of 0: a batch
+is the requests that waited while the last one ran.
 
 `python -m bench.baseline_servers.pytriton FOLDER DTYPE` prints `ready grpc://HOST:PORT` and serves until SIGTERM. It
 runs in the environment of `environment.py` and offers the model twice. PYTRITON_MODEL takes uint8 pixels, normalises
