@@ -1,11 +1,10 @@
-"""Bound the bytes of ordinary memory that a frontend holds for its requests, beside its arena.
+"""Bound the ordinary memory that a frontend holds for its requests, beside the arena.
 
-Three uses share one budget: messages that were received, pictures that are being decoded, and answers until their
-caller has read them.
+Three uses share one budget: received messages, pictures that are being decoded, and answers until they are read.
 
-Each use has a part that the others never take, its *floor*, and its own line: what does not fit waits, first come first
-served. So a request that holds a message and waits for a picture, or holds neither and waits for its answer, always
-gets on once those of the same use before it have ended: uses do not wait for each other.
+Each use has a *quota*: a floor that the other uses never take, a limit, and a queue. A request for memory that does not
+fit waits, first come first served. Uses do not wait for each other: a request that holds a message and waits for a
+picture, or waits for its answer, always goes on once the earlier ones of the same use have ended.
 """
 
 from __future__ import annotations
@@ -19,33 +18,33 @@ from typing import Any, NamedTuple, NoReturn
 from dinov3_server.errors import InvalidInput, Overloaded
 from dinov3_server.metrics import Metrics
 
-# How long a caller may take over its answer while others wait for the room that it takes.
+# How long an answer may stay unread while others wait for its memory.
 SLOW_READER_SECONDS = 5.0
-# The longest wait for room, in seconds, of a call without a deadline. Others wait for at most half of the time that
-# they have left: the rest is for the work.
+# Longest wait for memory of a call without a deadline. Calls with one wait for at most half of the time that they have
+# left: the rest is for the work.
 LONGEST_WAIT_SECONDS = 10.0
 
 
 class ByteBudget:
-    """`nbytes` in all. `messages`, `pictures` and `answers` are where grants are taken.
+    """`nbytes` in all, divided between the quotas `messages`, `pictures` and `answers`. Create it in the event loop.
 
-    To be made in the event loop. `most_message` bytes are kept for messages, as many for answers, and half of the rest
-    for pictures.
+    The floor of messages and of answers is `max_message_bytes` each, that of pictures half of the rest.
     """
 
-    def __init__(self, nbytes: int, most_message: int) -> None:
-        floors = {"messages": most_message, "pictures": (nbytes - 2 * most_message) // 2, "answers": most_message}
+    def __init__(self, nbytes: int, max_message_bytes: int) -> None:
+        pictures = (nbytes - 2 * max_message_bytes) // 2
+        floors = {"messages": max_message_bytes, "pictures": pictures, "answers": max_message_bytes}
         assert all(floor > 0 for floor in floors.values()), floors
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        self.unread: dict[RequestMemory, None] = {}  # the longest first
-        self._free = nbytes - sum(floors.values())  # of what has no floor
+        self.unread: dict[RequestMemory, None] = {}  # answers, the oldest first
+        self._free = nbytes - sum(floors.values())  # of what is above the floors
         self.messages, self.pictures, self.answers = (
             Quota(self, use, floor, floor + self._free) for use, floor in floors.items()
         )
 
     async def acquire_message(self, nbytes: int, deadline: float | None) -> RequestMemory:
-        """Wait for room for a message of `nbytes` that was received. Raises Overloaded."""
+        """Wait for memory for a received message of `nbytes`. Raises InvalidInput, Overloaded."""
         return RequestMemory(self, self.messages.try_acquire(nbytes) or await self.messages.acquire(nbytes, deadline))
 
     def slow_reader(self) -> str | None:
@@ -56,7 +55,7 @@ class ByteBudget:
         return None
 
     def update_gauges(self, metrics: Metrics) -> None:
-        """Set the gauges."""
+        """Set the gauges of the bytes in use."""
         for quota in (self.messages, self.pictures, self.answers):
             metrics.frontend_bytes.set(quota.used, quota.use)
 
@@ -65,14 +64,14 @@ class ByteBudget:
         return after <= quota.floor or after - max(quota.used, quota.floor) <= self._free
 
     def _add(self, quota: Quota, nbytes: int) -> None:
-        """Count `nbytes` more, or fewer, whether they fit or not."""
+        """Add `nbytes`, which are negative for a release, to what is in use."""
         before, floor = quota.used, quota.floor
         quota.used = after = before + nbytes
         if before > floor or after > floor:
             self._free -= max(after, floor) - max(before, floor)
 
     def _schedule_wake(self) -> None:
-        """From any thread: let those go on that wait for room that there now is."""
+        """Have the event loop serve the queues. May be called from any thread."""
         if self.messages.has_waiters or self.pictures.has_waiters or self.answers.has_waiters:
             self._loop.call_soon_threadsafe(self._wake)
 
@@ -87,7 +86,7 @@ class _Waiter(NamedTuple):
 
 
 class Quota:
-    """One use of the budget: `used` bytes now, `limit` at any time."""
+    """The part of the budget for one use: `used` bytes now, at most `limit`, with a queue of waiters."""
 
     def __init__(self, budget: ByteBudget, use: str, floor: int, limit: int) -> None:
         self.use = use
@@ -102,7 +101,10 @@ class Quota:
         return bool(self._waiters)
 
     def try_acquire(self, nbytes: int, overtake: bool = False) -> MemoryGrant | None:
-        """A grant, or None where it does not fit now or others wait, unless it may overtake them. From any thread."""
+        """Return a grant, or None if it does not fit now or others wait. May be called from any thread.
+
+        With `overtake`, others that wait are ignored.
+        """
         with self._budget._lock:
             if (self._waiters and not overtake) or not self._budget._fits(self, nbytes):
                 return None
@@ -110,18 +112,18 @@ class Quota:
         return MemoryGrant(self, nbytes)
 
     async def acquire(self, nbytes: int, deadline: float | None) -> MemoryGrant:
-        """A grant as soon as `nbytes` fit, after those who came before. In the event loop only.
+        """Return a grant when `nbytes` fit and all earlier waiters are served. Call it in the event loop.
 
         `deadline` is of time.monotonic().
 
         Raises:
-            InvalidInput: it would not fit an idle server either.
-            Overloaded: it did not fit in LONGEST_WAIT_SECONDS, or in half of the time until the deadline.
+            InvalidInput: `nbytes` are over the limit of the quota.
+            Overloaded: they did not fit within LONGEST_WAIT_SECONDS, or half of the time until the deadline.
         """
         if nbytes > self.limit:
             raise InvalidInput(
-                f"this request needs {nbytes} bytes for its {self.use}; a server that is idle has {self.limit} "
-                "(--frontend-bytes): send fewer or smaller images, or ask for fewer outputs"
+                f"this request needs {nbytes} bytes for its {self.use}; allowed are {self.limit} "
+                "(--frontend-bytes): send fewer or smaller images, or request fewer outputs"
             )
         grant = self.try_acquire(nbytes)
         if grant is not None:
@@ -133,7 +135,7 @@ class Quota:
             self._refuse(nbytes, 0.0)
         waiter = _Waiter(nbytes, asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
-        self.grant_waiters()  # a grant may have come back between try_acquire and the line before
+        self.grant_waiters()  # memory may have been released since try_acquire
         try:
             async with asyncio.timeout(wait):
                 return await waiter.grant
@@ -147,15 +149,15 @@ class Quota:
     def _withdraw(self, waiter: _Waiter) -> None:
         if waiter in self._waiters:
             self._waiters.remove(waiter)
-            self.grant_waiters()  # what stands behind may fit
-        else:  # it got its grant at the moment that it gave up
+            self.grant_waiters()  # the next in the queue may fit
+        else:  # the grant came at the moment of the timeout or cancellation
             waiter.grant.result().release()
 
     def grant_waiters(self) -> None:
-        """Give grants to those at the head of the line, in the event loop."""
+        """Serve the queue from its head while grants fit. Call it in the event loop."""
         while self._waiters:
             waiter = self._waiters[0]
-            if waiter.grant.done():  # it gave up, and is about to leave the line
+            if waiter.grant.done():  # cancelled, and about to leave the queue
                 return
             with self._budget._lock:
                 if not self._budget._fits(self, waiter.nbytes):
@@ -166,23 +168,21 @@ class Quota:
 
     def _refuse(self, nbytes: int, waited: float) -> NoReturn:
         raise Overloaded(
-            f"no memory for {nbytes} bytes of {self.use} came free in {waited:.1f} s: {self.used} of at most "
-            f"{self.limit} are in use (--frontend-bytes); try again",
+            f"the frontend had no memory for {nbytes} bytes of {self.use} within {waited:.1f} s: {self.used} of "
+            f"{self.limit} bytes are in use (--frontend-bytes); try again",
             reason=f"{self.use}_bytes",
             retry_after=1.0,
         )
 
-    def _resize(self, grant: MemoryGrant, nbytes: int) -> None:
+    def _take_back(self, grant: MemoryGrant) -> None:
         with self._budget._lock:
-            more = nbytes - grant.nbytes
-            grant.nbytes = nbytes
-            self._budget._add(self, more)
-        if more < 0:
-            self._budget._schedule_wake()
+            self._budget._add(self, -grant.nbytes)
+            grant.nbytes = 0
+        self._budget._schedule_wake()
 
 
 class RequestMemory:
-    """What one request holds of a budget: its message, and later its answer until the caller has read it."""
+    """The memory grants of one request: its message, and later its answer until the caller has read it."""
 
     __slots__ = ("_answer", "_budget", "_context", "_message", "since")
 
@@ -190,26 +190,26 @@ class RequestMemory:
         self._budget = budget
         self._message = message
         self._answer: MemoryGrant | None = None
-        self.since = 0.0
+        self.since = 0.0  # when the answer was sent
         self._context: Any = None
 
     def release_message(self) -> None:
-        """Give back the room of the message, which is needed no more."""
+        """Release the memory of the message, which is not needed any more."""
         self._message.release()
 
     async def acquire_answer(self, nbytes: int, deadline: float | None) -> None:
-        """Wait for room for an answer of `nbytes`, which gRPC copies. Raises Overloaded, InvalidInput."""
+        """Wait for memory for an answer of `nbytes`, twice as much as gRPC copies it. Raises as `Quota.acquire`."""
         answers = self._budget.answers
         self._answer = answers.try_acquire(2 * nbytes) or await answers.acquire(2 * nbytes, deadline)
 
     @property
     def peer(self) -> str:
-        """The caller that the answer is sent to, by gRPC's name."""
+        """The caller that the answer is sent to, as gRPC names it."""
         peer: str = self._context.peer()
         return peer
 
     def start_sending(self, context: Any) -> None:
-        """The answer is on its way to the caller of `context` from now on."""
+        """Record that the answer is sent to the caller of `context` from now on."""
         self.since = time.monotonic()
         self._context = context
         self._budget.unread[self] = None
@@ -224,7 +224,7 @@ class RequestMemory:
 
 
 class MemoryGrant:
-    """`nbytes` of a quota until `release`, or the end of a `with` block. Methods may be called from any thread."""
+    """`nbytes` of a quota, until `release` or the end of a `with` block. Methods may be called from any thread."""
 
     __slots__ = ("_quota", "nbytes")
 
@@ -232,17 +232,10 @@ class MemoryGrant:
         self._quota = quota
         self.nbytes = nbytes
 
-    def resize(self, nbytes: int) -> None:
-        """Hold `nbytes` from now on: what is there is counted, even where it passes the budget.
-
-        A holder that can do with less, or can wait, takes another grant for what is to come instead.
-        """
-        self._quota._resize(self, nbytes)
-
     def release(self) -> None:
-        """Hold nothing more. May be called again."""
+        """Hold nothing any more. May be called again."""
         if self.nbytes:
-            self._quota._resize(self, 0)
+            self._quota._take_back(self)
 
     def __enter__(self) -> MemoryGrant:
         return self

@@ -1,14 +1,15 @@
-"""Pixels of requests into their ranges of the arena: decoded and resized by threads, in turns, or by decode processes.
+"""Write the pixels of requests into the arena, with the decode threads and decode processes of a frontend.
 
-Pixels that are only copied are copied in the event loop: a copy keeps the interpreter's lock, so in a thread it would
-hold the loop up all the same, and the way there and back costs more than the copy of an image.
+- Pixels that are only copied are copied in the event loop. A copy holds the interpreter's lock, so in a thread it would
+  block the loop all the same, and the way to a thread and back costs more than the copy of an image.
+- Threads decode and resize what is cheap (`images/cost.py`): a thread cannot be killed.
+- Decode processes do the rest: what is expensive, and what does not show its cost.
 
-Threads cannot be ended, so they take only what is cheap (`images/cost.py`); what is not, or does not show it, is a
-decode process's. Each picture has a grant for its memory from before it is decoded until its last row is written.
-Where there is no room the image waits for it in the event loop.
+A picture has a memory grant from before it is decoded until its last row is written. An image without one waits for it
+in the event loop.
 
-An image is decoded once, however many rows it feeds, and one thread writes them all. At the end of the thread's turn
-with rows still to come, its picture is put aside for the next turn.
+An image is decoded once, however many rows it has, and one thread writes them all. If its time slice ends before the
+last row, the decoded picture is parked until the next slice.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import TypeVar
 
 from dinov3_server.api.budget import MemoryGrant, Quota
+from dinov3_server.api.response import PlacedBlock
 from dinov3_server.api.sources import Source
 from dinov3_server.api.status import without_traceback
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, ServingError
@@ -31,106 +34,128 @@ from dinov3_server.images.cost import Cost
 from dinov3_server.images.decoders import Decoders
 from dinov3_server.metrics import Metrics
 
-# How long a thread stays with one request, so that a large one does not hold up a small one behind it.
+# Time slice of a thread for one request: a large request does not block a small one behind it.
 SLICE_SECONDS = 0.01
-# How long the event loop stays with the copies of one request.
+# Time slice of the event loop for the copies of one request.
 COPY_SECONDS = 0.001
+
+_EXPIRED = "the deadline passed while the images of the request were being decoded"
 
 T = TypeVar("T")
 
 
 class DecodeTask:
-    """One image, and the ranges of the arena that the pixels of its rows go to."""
+    """One image to decode, and the ranges of the arena for the pixels of its rows."""
 
     def __init__(self, source: Source, outs: Sequence[memoryview]) -> None:
-        assert source.write is not None, "a failed image has no work"
+        assert source.write is not None, "a failed image is not decoded"
         self.source = source
         self.outs = outs
         self.rows_left = len(outs)
-        self.steps = source.write(outs)
-        self.cost: Cost | None = None  # known once a thread has looked
+        self.writer = source.write(outs)  # writes one row per step
+        self.cost: Cost | None = None  # set when a thread has read the file's header
         self.grant: MemoryGrant | None = None
-        self.seconds = 0.0
+        self.seconds = 0.0  # spent so far
 
     @property
     def image(self) -> int:
         return self.source.image
 
     def release(self) -> None:
-        """Let its picture go."""
-        self.steps.close()
+        """Drop the decoded picture and its memory grant."""
+        self.writer.close()
         if self.grant:
             self.grant.release()
 
 
-@dataclass
-class _Job:
-    """What is left to do for one request. Threads work on it, several at a time; `over` tells them to leave it.
+def decode_tasks(
+    sources: Sequence[Source],
+    failures: Mapping[int, ServingError],
+    placed: Sequence[PlacedBlock],
+    arena: memoryview,
+) -> list[DecodeTask]:
+    """Return a task for each image that has not failed. Rows fill their block in the order of the request."""
+    starts = {one.block.shape: count(one.block.pixels, one.block.shape.nbytes) for one in placed}
+    tasks = []
+    for source in sources:
+        outs = []
+        for row in source.rows:
+            if row.shape is not None:
+                start = next(starts[row.shape])
+                outs.append(arena[start : start + row.shape.nbytes])
+        if source.image not in failures:
+            tasks.append(DecodeTask(source, outs))
+    return tasks
 
-    `waiting` are the lanes that wait for something else than a thread.
+
+@dataclass
+class _RequestTasks:
+    """The unfinished tasks of one request. Several threads may take from `tasks`; they leave a request that `is_over`.
+
+    `waiting` are the decode loops that wait for memory or for a decode process.
     """
 
-    works: deque[DecodeTask]
+    tasks: deque[DecodeTask]
     failures: dict[int, ServingError]
     deadline: float | None
     cancelled: bool = False
     waiting: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
-    def over(self) -> bool:
-        return self.cancelled or self.expired
+    def is_over(self) -> bool:
+        return self.cancelled or self.is_expired
 
     @property
-    def expired(self) -> bool:
+    def is_expired(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def cancel(self) -> None:
         self.cancelled = True
-        for lane in self.waiting:
-            lane.cancel()
+        for decode_loop in self.waiting:
+            decode_loop.cancel()
 
     @contextmanager
-    def may_be_cancelled(self) -> Iterator[None]:
-        """Around what this task, a lane, waits for. Its error ends the job."""
-        lane = asyncio.current_task()
-        assert lane is not None
-        self.waiting.add(lane)
+    def cancellable(self) -> Iterator[None]:
+        """Let `cancel` interrupt the current decode loop, and cancel the request if the loop fails."""
+        decode_loop = asyncio.current_task()
+        assert decode_loop is not None
+        self.waiting.add(decode_loop)
         try:
             yield
         except DeadlineExceeded:
-            pass  # the job is over by itself
+            pass  # the request is over anyway
         except BaseException:
             self.cancel()
             raise
         finally:
-            self.waiting.discard(lane)
-            del lane  # or it would be in a cycle with its own traceback, and pixels with them
+            self.waiting.discard(decode_loop)
+            del decode_loop  # a cycle with its own traceback would keep pixels alive
 
 
 class DecodePool:
-    """Divide the decode threads and processes of a frontend between requests. Must be made in the event loop."""
+    """The decode threads and processes of a frontend, divided between its requests. Create it in the event loop."""
 
     def __init__(self, threads: int, pictures: Quota, metrics: Metrics) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._threads = threads
         self._decoders = Decoders(threads)
         self._pictures = pictures
         self._metrics = metrics
 
     def close(self) -> None:
-        """To be called when no request is left."""
-        self._pool.shutdown()
+        """Stop the threads and processes. Call it when no request is left."""
+        self._executor.shutdown()
         self._decoders.close()
 
     async def read_sizes(
         self, sources: list[Source], failures: dict[int, ServingError], deadline: float | None
     ) -> None:
-        """Read the headers of files whose size counts; `failures` learns which images are at fault.
+        """Read the size of the files whose size decides the shape of a row, and set their rows.
 
-        Raises like `decode`.
+        Images that fail are added to `failures`. Raises like `decode`.
         """
         loop = asyncio.get_running_loop()
-        for index, cost in await loop.run_in_executor(self._pool, self._probe, sources, failures):
+        for index, cost in await loop.run_in_executor(self._executor, self._read_plain_sizes, sources, failures):
             file, image = sources[index].file, sources[index].image
             assert file is not None
             try:
@@ -142,8 +167,8 @@ class DecodePool:
                 self._metrics.images.inc("expired", value=sum(len(source.rows) for source in sources))
                 raise
 
-    def _probe(self, sources: list[Source], failures: dict[int, ServingError]) -> list[tuple[int, Cost]]:
-        """The plain ones; the others are returned. Takes up to a millisecond a file."""
+    def _read_plain_sizes(self, sources: list[Source], failures: dict[int, ServingError]) -> list[tuple[int, Cost]]:
+        """Read the sizes of plain files; return index and cost of the others. Takes up to a millisecond per file."""
         others = []
         for index, source in enumerate(sources):
             if source.rows_with_size and source.file and source.cost:
@@ -160,121 +185,125 @@ class DecodePool:
         return others
 
     async def decode(
-        self, works: Sequence[DecodeTask], failures: dict[int, ServingError], deadline: float | None
+        self, tasks: Sequence[DecodeTask], failures: dict[int, ServingError], deadline: float | None
     ) -> None:
-        """Write all `works`; `failures` learns which images are at fault.
+        """Write the pixels of all `tasks`. Images that fail are added to `failures`.
 
-        Returns or raises when no thread writes any more. Raises DeadlineExceeded once `deadline` (of time.monotonic())
-        has passed; Overloaded or Unavailable where there was no memory or no process for an image.
+        Returns or raises only when no thread writes any more.
+
+        Raises:
+            DeadlineExceeded: `deadline` (of time.monotonic()) has passed.
+            Overloaded: there was no memory for an image in time.
+            Unavailable: there was no decode process for an image.
         """
-        job = _Job(deque(works), failures, deadline)
-        rows = sum(work.rows_left for work in works)
-        del works
+        request = _RequestTasks(deque(tasks), failures, deadline)
+        rows = sum(task.rows_left for task in tasks)
+        del tasks
         try:
-            if all(work.source.cost is None for work in job.works):
-                await self._copy(job)
+            if all(task.source.cost is None for task in request.tasks):
+                await self._copy(request)
             else:
-                lanes = range(min(self._threads, len(job.works)))
-                await _finish([asyncio.create_task(self._lane(job)) for _ in lanes], job)
+                loops = range(min(self._threads, len(request.tasks)))
+                await _join([asyncio.create_task(self._decode_loop(request)) for _ in loops], request)
         except asyncio.CancelledError:
             self._metrics.images.inc("cancelled", value=rows)
             raise
         finally:
-            for work in job.works:
-                work.release()
-        if job.expired:
+            for task in request.tasks:
+                task.release()
+        if request.is_expired:
             self._metrics.images.inc("expired", value=rows)
-            raise DeadlineExceeded("the deadline passed while the images of the request were being decoded")
+            raise DeadlineExceeded(_EXPIRED)
 
-    async def _copy(self, job: _Job) -> None:
-        self._take_turn(job, COPY_SECONDS)
-        while job.works:
+    async def _copy(self, request: _RequestTasks) -> None:
+        self._run_slice(request, COPY_SECONDS)
+        while request.tasks:
             await asyncio.sleep(0)
-            self._take_turn(job, COPY_SECONDS)
+            self._run_slice(request, COPY_SECONDS)
 
-    async def _lane(self, job: _Job) -> None:
+    async def _decode_loop(self, request: _RequestTasks) -> None:
         loop = asyncio.get_running_loop()
-        while job.works:
-            work = await loop.run_in_executor(self._pool, self._take_turn, job, SLICE_SECONDS)
-            if work is None or job.over:
+        while request.tasks:
+            task = await loop.run_in_executor(self._executor, self._run_slice, request, SLICE_SECONDS)
+            if task is None or request.is_over:
                 continue
-            with job.may_be_cancelled():
-                await self._serve(job, work)
-            del work  # or an error that ends this would keep it
+            with request.cancellable():
+                await self._continue_in_loop(request, task)
+            del task  # an error that ends this loop would keep it alive
 
-    async def _serve(self, job: _Job, work: DecodeTask) -> None:
-        """Give a work what no thread can wait for: room for its picture, or a decode process."""
-        cost, file = work.cost, work.source.file
+    async def _continue_in_loop(self, request: _RequestTasks, task: DecodeTask) -> None:
+        """Wait for what a thread must not wait for: memory for the picture, or a decode process and its result."""
+        cost, file = task.cost, task.source.file
         assert cost is not None
         started = time.monotonic()
         try:
             if cost.plain or file is None:
-                work.grant = await self._pictures.acquire(cost.nbytes, job.deadline)
-                job.works.appendleft(work)
+                task.grant = await self._pictures.acquire(cost.nbytes, request.deadline)
+                request.tasks.appendleft(task)
                 return
-            rows = [(row.field, row.transform) for row in work.source.rows]
-            write = partial(self._decoders.write, file, cost, rows, work.outs)
-            await self._in_process(write, cost, job.deadline)
+            rows = [(row.field, row.transform) for row in task.source.rows]
+            write = partial(self._decoders.write, file, cost, rows, task.outs)
+            await self._in_process(write, cost, request.deadline)
         except InvalidInput as error:
-            job.failures[work.image] = without_traceback(file.blamed(error) if file else error)
-        self._metrics.stage_seconds.observe(work.seconds + time.monotonic() - started, "decode")
+            request.failures[task.image] = without_traceback(file.blamed(error) if file else error)
+        self._metrics.stage_seconds.observe(task.seconds + time.monotonic() - started, "decode")
 
-    async def _in_process(self, ask: Callable[[], Awaitable[T]], cost: Cost, deadline: float | None) -> T:
-        """What `ask` returns, which uses a decode process: once one is free, and memory for what it will hold."""
+    async def _in_process(self, use_decoder: Callable[[], Awaitable[T]], cost: Cost, deadline: float | None) -> T:
+        """Return the result of `use_decoder`, called when a decode process and memory for its picture are free."""
         try:
             async with asyncio.timeout_at(deadline), self._decoders.slots:
                 with await self._pictures.acquire(cost.nbytes, deadline):
-                    return await ask()
+                    return await use_decoder()
         except TimeoutError:
-            raise DeadlineExceeded("the deadline passed while the images of the request were being decoded") from None
+            raise DeadlineExceeded(_EXPIRED) from None
 
-    def _take_turn(self, job: _Job, seconds: float) -> DecodeTask | None:
-        """For about `seconds`, a row at least. Of a job that is over, all that is left is dropped.
+    def _run_slice(self, request: _RequestTasks, seconds: float) -> DecodeTask | None:
+        """Write rows for about `seconds`, at least one. Drop all tasks of a request that is over.
 
-        Ends with a work that the event loop must see to.
+        Returns a task that has to wait, which only the event loop can do; else None.
         """
         end = time.monotonic() + seconds
         while True:
             try:
-                work = job.works.popleft()
+                task = request.tasks.popleft()
             except IndexError:
                 return None
-            if not self._write(job, work, end):
-                return work
-            if time.monotonic() >= end and not job.over:
+            if not self._write_rows(request, task, end):
+                return task
+            if time.monotonic() >= end and not request.is_over:
                 return None
 
-    def _write(self, job: _Job, work: DecodeTask, end: float) -> bool:
-        """Rows of `work` up to its last; or to `end`, where it is put back. False where it cannot be begun here."""
+    def _write_rows(self, request: _RequestTasks, task: DecodeTask, end: float) -> bool:
+        """Write the rows of `task`, or park it at the time `end`. Return False if it cannot be started here."""
         started = now = time.monotonic()
         try:
-            if not (work.grant or work.source.cost is None or job.over or self._begin(work)):
-                work.seconds += time.monotonic() - started
+            if not (task.grant or task.source.cost is None or request.is_over or self._try_start(task)):
+                task.seconds += time.monotonic() - started
                 return False
-            while work.rows_left:
-                if job.over:
+            while task.rows_left:
+                if request.is_over:
                     break
-                next(work.steps)
-                work.rows_left -= 1
+                next(task.writer)
+                task.rows_left -= 1
                 now = time.monotonic()
-                if work.rows_left and now >= end:
-                    work.seconds += now - started
-                    job.works.appendleft(work)
+                if task.rows_left and now >= end:
+                    task.seconds += now - started
+                    request.tasks.appendleft(task)
                     return True
         except Exception as error:
-            job.failures[work.image] = without_traceback(error)
+            request.failures[task.image] = without_traceback(error)
             now = time.monotonic()
-        work.release()
-        self._metrics.stage_seconds.observe(work.seconds + now - started, "decode")
+        task.release()
+        self._metrics.stage_seconds.observe(task.seconds + now - started, "decode")
         return True
 
-    def _begin(self, work: DecodeTask) -> bool:
-        """Whether a thread may decode it now."""
-        assert work.source.cost is not None
-        work.cost = work.source.cost()
-        if work.cost.plain:
-            work.grant = self._pictures.try_acquire(work.cost.nbytes, overtake=True)
-        return work.grant is not None
+    def _try_start(self, task: DecodeTask) -> bool:
+        """Set the cost of `task`; return whether a thread may decode it now, with a memory grant."""
+        assert task.source.cost is not None
+        task.cost = task.source.cost()
+        if task.cost.plain:
+            task.grant = self._pictures.try_acquire(task.cost.nbytes, overtake=True)
+        return task.grant is not None
 
 
 def _set_size(sources: list[Source], index: int, size: tuple[int, int]) -> None:
@@ -283,21 +312,21 @@ def _set_size(sources: list[Source], index: int, size: tuple[int, int]) -> None:
     sources[index] = source._replace(rows=source.rows_with_size(size), rows_with_size=None)
 
 
-async def _finish(lanes: Sequence[asyncio.Task[None]], job: _Job) -> None:
-    """Wait for all lanes, also where the waiting task is cancelled: then threads only end the row they have begun."""
+async def _join(loops: Sequence[asyncio.Task[None]], request: _RequestTasks) -> None:
+    """Wait for all decode loops. If cancelled, wait until each thread has written the row that it has begun."""
     cancelled: asyncio.CancelledError | None = None
-    pending = set(lanes)
+    pending = set(loops)
     while pending:
         try:
             _, pending = await asyncio.wait(pending)
         except asyncio.CancelledError as error:
-            job.cancel()
+            request.cancel()
             cancelled = error
     if cancelled is not None:
         try:
             raise cancelled
         finally:
-            cancelled = None  # or it would be in a cycle with its own traceback
-    for lane in lanes:
-        if not lane.cancelled():
-            lane.result()
+            cancelled = None  # avoids a cycle with its own traceback
+    for decode_loop in loops:
+        if not decode_loop.cancelled():
+            decode_loop.result()

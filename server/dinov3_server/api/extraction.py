@@ -11,11 +11,10 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from itertools import count
 
 from dinov3_server.api.budget import ByteBudget, RequestMemory
 from dinov3_server.api.convert import Query, count_images, read_request
-from dinov3_server.api.decode_pool import DecodePool, DecodeTask
+from dinov3_server.api.decode_pool import DecodePool, decode_tasks
 from dinov3_server.api.outputs import check_answer, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
 from dinov3_server.api.wire import BytesResolver
@@ -129,7 +128,7 @@ class Extraction:
     ) -> bytes:
         failures = query.failures
         started = time.perf_counter()
-        await self._decode_pool.decode(_works(query, placed, lease.memory), failures, deadline)
+        await self._decode_pool.decode(decode_tasks(query.sources, failures, placed, lease.memory), failures, deadline)
         decode_seconds = time.perf_counter() - started
         query.sources.clear()
         request_memory.release_message()
@@ -220,21 +219,6 @@ def _plan(query: Query, model: ModelInfo) -> list[PlacedBlock]:
         placed.append(PlacedBlock(block, images, views if query.has_views else ()))
         base = block.end
     return placed
-
-
-def _works(query: Query, placed: Sequence[PlacedBlock], memory: memoryview) -> list[DecodeTask]:
-    """For all images that have not failed. Rows take the places of their block in the order of the request."""
-    pixels = {one.block.shape: count(one.block.pixels, one.block.shape.nbytes) for one in placed}
-    works = []
-    for source in query.sources:
-        outs = []
-        for row in source.rows:
-            if row.shape is not None:
-                start = next(pixels[row.shape])
-                outs.append(memory[start : start + row.shape.nbytes])
-        if source.image not in query.failures:
-            works.append(DecodeTask(source, outs))
-    return works
 
 
 def _zero(memory: memoryview, block: Block, row: int) -> None:

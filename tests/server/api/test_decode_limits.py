@@ -104,7 +104,7 @@ async def test_a_picture_that_could_never_fit_fails_alone() -> None:
     )
     [error] = answer.errors
     assert error.image_index == 0
-    assert "bytes for its pictures; a server that is idle has" in error.status.message
+    assert "bytes for its pictures; allowed are" in error.status.message
     assert not running()
     service.close()
 
@@ -116,7 +116,7 @@ async def test_no_room_in_time_is_refused_with_a_word_when_to_come_again() -> No
     assert held
     for image in (encoded(picture(16, 16)), pb.Image(encoded=encode(photo(), "TIFF"))):
         request = pb.ExtractRequest(images=[image, image], outputs=CLS)
-        with pytest.raises(Overloaded, match=r"no memory for .* bytes of pictures came free"):
+        with pytest.raises(Overloaded, match=r"no memory for .* bytes of pictures within"):
             await service.extract(request, time.monotonic() + 0.2, NOBODY, request_memory())
         assert engine.untouched()
         assert not budget.pictures.has_waiters
