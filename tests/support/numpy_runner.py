@@ -5,7 +5,7 @@ For uint8 pixels let m be the mean of an image's patch (16x16 pixels, all channe
 and an intermediate layer l adds 2 + l (5 more without norm). Layer 0 has half the channels and patches of 8x8 pixels.
 `expected` computes it for a test; what is sent of it is as numpy_postprocessing.py has it.
 
-The first pixel of an image can script what happens to its batch (`KILL`, `FAIL`, `NAN`, `SLOW`, `OOM`).
+The first pixel of an image can script what happens to its batch (`DIE`, `KILL`, `FAIL`, `NAN`, `SLOW`, `OOM`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ DIMS = (32, 64, 64, 64)
 STRIDES = (8, 16, 16, 16)
 
 # RGB of the first pixel -> what happens.
-KILL = (255, 0, 1)  # the worker process dies by SIGKILL
+DIE = (255, 0, 1)  # the worker process ends by itself
+KILL = (255, 0, 7)  # the worker process dies by SIGKILL
 FAIL = (255, 0, 2)  # the batch raises
 NAN = (255, 0, 3)  # this image's features are not finite
 BLOCK = (255, 0, 4)  # the batch waits until the file named by TEST_GATE_FILE exists
@@ -113,6 +114,8 @@ class NumpyRunner:
             gate = threading.Event()
             while not Path(os.environ["TEST_GATE_FILE"]).exists():
                 gate.wait(0.005)
+        if DIE in orders:
+            os._exit(3)
         if KILL in orders:
             os.kill(os.getpid(), signal.SIGKILL)
         if LOST in orders:

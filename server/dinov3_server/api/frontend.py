@@ -55,8 +55,8 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
                         except OSError as error:  # callers may hold every descriptor that we may have
                             log.error("worker %d cannot be connected yet: %s", index, error.strerror)
                             send(NotConnected(index))
-                    case WorkerGone(index, back_in):
-                        engine.worker_gone(index, back_in)
+                    case WorkerGone(index, back_in, killed):
+                        engine.worker_gone(index, back_in, killed)
                     case Reload():
                         server.reload()
                     case Drain(grace):

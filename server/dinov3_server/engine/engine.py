@@ -96,6 +96,7 @@ class _Part:
     call: _Call
     rows: set[int]
     solo: bool = False
+    killed: bool = False  # a worker was killed by SIGKILL while it ran this part alone
     worker: _Worker | None = None
     tokens: int = 0  # of a row, once a worker has it
     started: set[int] = field(default_factory=set)
@@ -320,8 +321,11 @@ class Engine:
         self._loop.add_reader(channel.fileno(), self._read, index, channel)
         self._flush(channel)
 
-    def worker_gone(self, index: int, back_in: float) -> None:
-        """The supervisor has reaped worker `index`: its rows are ours again, if it ever had any."""
+    def worker_gone(self, index: int, back_in: float, killed: bool = False) -> None:
+        """Take back the rows of worker `index`, which the supervisor has reaped, and place them anew.
+
+        `killed`: by SIGKILL, which may have come from outside. One such death does not show that a row caused it.
+        """
         self._expected[index] = time.monotonic() + back_in
         channel = self._channels.pop(index, None)
         if channel is None:
@@ -342,10 +346,12 @@ class Engine:
             if part.call.over:
                 continue
             untouched = part.rows - part.started
-            if part.solo and part.started:
+            if part.solo and part.started and (part.killed or not killed):
                 self._blame(part)
             elif part.started:
-                suspects.append(self._new_part(part.call, sorted(part.started), solo=True))
+                suspect = self._new_part(part.call, sorted(part.started), solo=True)
+                suspect.killed = part.solo
+                suspects.append(suspect)
             if untouched:
                 self._place(self._new_part(part.call, sorted(untouched), part.solo))
         for part in suspects:
@@ -353,7 +359,7 @@ class Engine:
 
     def _blame(self, part: _Part) -> None:
         for row in part.started:
-            error = InternalError("a worker process died twice while it computed this image, the second time alone")
+            error = InternalError("worker processes died while they computed this image, the last one alone with it")
             log.error("image %d of a request killed a worker alone (error id %s)", row, error.error_id)
             part.call.failed[row] = error
         part.call.resolve(tuple(part.started))

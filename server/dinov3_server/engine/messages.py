@@ -68,6 +68,7 @@ class WorkerGone:
 
     index: int
     back_in: float  # seconds until its successor is expected to serve
+    killed: bool = False  # by SIGKILL, which may have come from outside: an operator, or the kernel for want of memory
 
 
 @dataclass(frozen=True)

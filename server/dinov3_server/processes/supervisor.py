@@ -297,7 +297,7 @@ class Supervisor:
         is_over = self._workers_ending if child.role == "worker" else self._drain_until is not None
         if not is_over and (child.role != "provisioner" or self._provisioned is None):
             self._restart(child, code, now, pause)
-        self._report_gone(child, pause)
+        self._report_gone(child, pause, killed=code == -signal.SIGKILL)
 
     def _restart(self, child: Child, code: int, now: float, pause: float) -> None:
         """Schedule a child's successor, or end the server."""
@@ -319,11 +319,11 @@ class Supervisor:
     def _has_failed(self, child: Child) -> bool:
         return child.has_failed(self._settings.worker_restart_limit)
 
-    def _report_gone(self, child: Child, pause: float) -> None:
+    def _report_gone(self, child: Child, pause: float, killed: bool = False) -> None:
         """Report to frontends that a worker has no process now, and when its successor is expected to be ready."""
         if child.role == "worker":
             for frontend in self._frontends:
-                self._send(frontend, WorkerGone(child.index, pause + child.load_seconds))
+                self._send(frontend, WorkerGone(child.index, pause + child.load_seconds, killed))
 
     def _send(self, child: Child, message: object) -> None:
         if child.channel is not None:

@@ -96,8 +96,8 @@ class PlayedWorker:
     def die(self) -> None:
         self.channel.close()
 
-    def reaped(self, back_in: float = 0.0) -> None:
-        self.engine.worker_gone(self.index, back_in)
+    def reaped(self, back_in: float = 0.0, killed: bool = False) -> None:
+        self.engine.worker_gone(self.index, back_in, killed)
 
 
 @pytest_asyncio.fixture
@@ -304,6 +304,35 @@ async def test_announced_rows_run_again_alone_and_only_the_one_that_kills_alone_
     for lease, _ in calls:
         lease.release()
     assert engine.admission.arena.used_bytes == 0
+
+
+async def kill_with_the_row_on_the_device(engine: Engine, worker: PlayedWorker, killed: bool) -> PlayedWorker:
+    """Kill the worker of a single row, and return its successor."""
+    worker.start(await worker.hear(Submit))
+    worker.die()
+    worker.reaped(killed=killed)
+    return await PlayedWorker(engine).hello()
+
+
+@pytest.mark.parametrize("last_killed", [True, False])
+async def test_one_sigkill_of_a_worker_alone_with_a_row_may_have_come_from_outside(engine, last_killed):
+    worker = await PlayedWorker(engine).hello()
+    lease, task = run(engine, 1)
+    for killed in (True, True, last_killed):
+        assert not task.done()
+        worker = await kill_with_the_row_on_the_device(engine, worker, killed)
+    assert list((await task).failed) == [0]
+    lease.release()
+
+
+async def test_a_row_whose_worker_was_killed_twice_from_outside_is_answered(engine):
+    worker = await PlayedWorker(engine).hello()
+    lease, task = run(engine, 1)
+    for _ in range(2):
+        worker = await kill_with_the_row_on_the_device(engine, worker, killed=True)
+    worker.finish(await worker.hear(Submit))
+    assert (await task).failed == {}
+    lease.release()
 
 
 async def test_results_that_a_worker_sent_before_it_died_count(engine):

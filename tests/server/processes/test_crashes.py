@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dinov3_client import Client, DeadlineExceeded
 from dinov3_server.models.interface import Output
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.support.numpy_runner import BLOCK, KILL, expected
+from tests.support.numpy_runner import BLOCK, DIE, KILL, expected
 from tests.support.server import Server
 from tests.support.waiting import LIMIT, until
 
@@ -134,10 +134,11 @@ def test_a_process_that_is_stuck_is_killed_and_replaced(role: str) -> None:
         assert [line for line in server.log if f"{role}-0 has sent nothing" in line]
 
 
-def test_a_request_that_kills_its_worker_fails_alone() -> None:
+@pytest.mark.parametrize(("order", "workers"), [(DIE, 2), (KILL, 3)], ids=["exit", "SIGKILL"])
+def test_an_image_that_ends_its_worker_fails_alone(order: tuple[int, int, int], workers: int) -> None:
     with Server() as server, server.client() as client:
         poison = photo(1, 32, 32)
-        poison[0, 0] = KILL
+        poison[0, 0] = order
         with Load(server) as load:
             load.more(4)
             images = [photo(2, 32, 32), poison, photo(3, 32, 32)]
@@ -148,7 +149,7 @@ def test_a_request_that_kills_its_worker_fails_alone() -> None:
         assert not features.cls[1].any(), "a failed image has zeros, not what lay in the arena before"
         for i in (0, 2):
             np.testing.assert_array_equal(features.cls[i], expected(images[i], Output("cls")))
-        assert server.metric("dinov3_worker_restarts_total", device="cpu") == 2
+        assert server.metric("dinov3_worker_restarts_total", device="cpu") == workers
 
 
 def test_cancels_under_load_never_reach_a_neighbours_answer() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.processes.test_crashes import Load, ask, photo
 from tests.server.processes.test_lifecycle import SCRIPTED, start
-from tests.support.numpy_runner import KILL
+from tests.support.numpy_runner import DIE
 from tests.support.server import Server
 from tests.support.waiting import until
 
@@ -35,7 +35,7 @@ def test_a_process_that_was_ready_is_replaced_at_once_however_often_it_is_killed
 def test_poisonous_images_never_end_the_server() -> None:
     with Server("--worker-restart-limit", "1") as server, server.client() as client:
         poison = photo(1, 32, 32)
-        poison[0, 0] = KILL
+        poison[0, 0] = DIE
         for _ in range(4):
             features = client.extract([poison], preset="none", on_error="return")
             assert "died" in str(features.errors[0])

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinov3_server.models.interface import Output
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.support.numpy_runner import KILL, NAN, expected
+from tests.support.numpy_runner import DIE, NAN, expected
 from tests.support.server import Server
 from tests.support.waiting import LIMIT, until
 
@@ -44,8 +44,8 @@ def test_a_view_that_fails_on_the_device_fails_its_image_alone() -> None:
     photos = [np.random.default_rng(seed).integers(0, 250, (70, 90, 3), np.uint8) for seed in range(5)]
     # Only view 2 of these begins with that pixel, as nearest takes it: the centre of its first 3 rows and 5 columns.
     photos[1][1, 2] = NAN
-    photos[3][1, 2] = KILL
-    for bad, order in ((1, NAN), (3, KILL)):
+    photos[3][1, 2] = DIE
+    for bad, order in ((1, NAN), (3, DIE)):
         assert [tuple(shown(photos[bad], view)[0, 0]) == order for view in range(4)] == [False, False, True, False]
     outputs = pb.Outputs(cls=True, patches=True, dtype=pb.DATA_TYPE_FLOAT32)
     request = pb.ExtractRequest(images=map(image, photos), outputs=outputs)
@@ -57,7 +57,7 @@ def test_a_view_that_fails_on_the_device_fails_its_image_alone() -> None:
                 response_deserializer=pb.ExtractResponse.FromString,
             )
             answer: pb.ExtractResponse = call(request, timeout=LIMIT)
-        until(lambda: server.metric("dinov3_worker_restarts_total") == 2)  # one killed beside others, one alone
+        until(lambda: server.metric("dinov3_worker_restarts_total") == 2)  # one died beside others, one alone
     assert [(error.image_index, error.status.code) for error in answer.errors] == [(1, 13), (3, 13)]  # INTERNAL
     assert [block.input_size.height for block in answer.blocks] == [32, 16]
     for block in answer.blocks:
