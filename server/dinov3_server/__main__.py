@@ -1,6 +1,6 @@
-"""The command `dinov3-server` begins here: it looks whether the packages of the server are there at all.
+"""The entry point of `dinov3-server`: check that the server's packages are installed, then run the command.
 
-A plain install is the client alone, and has this command without them.
+A plain install has only the client's packages, but has this command, too.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-# What the extra "server" adds to a plain install and is not there without it, by the names that are imported.
-NEEDED = ("grpc_health", "grpc_reflection", "huggingface_hub", "prometheus_client", "torch", "yaml")
+# The import names of the packages that only the extra "server" installs.
+NEEDED = ("grpc_health", "grpc_reflection", "huggingface_hub", "prometheus_client", "safetensors", "torch", "yaml")
 
 
 def main() -> int:
-    """As `cli.main`, and also 2 where the server is not installed."""
+    """Run `cli.main`; return 2 if the server's packages are not installed."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         sys.stderr.write(
@@ -21,7 +21,7 @@ def main() -> int:
             "Install it with `pip install 'dinov3-serving[server]'`, in a checkout `pip install '.[server]'`\n"
         )
         return 2
-    from dinov3_server import cli  # Not before: it imports them.
+    from dinov3_server import cli  # not earlier: it imports those packages
 
     return cli.main()
 

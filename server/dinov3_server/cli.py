@@ -1,5 +1,5 @@
-"""The command `dinov3-server`: `serve`, what start-up needs done apart (`prepare`, `vendor`, `weights`), `config` and
-`models`."""
+"""The command `dinov3-server`: `serve`, its preparations as commands of their own (`prepare`, `vendor`, `weights`),
+`config` and `models`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import NoReturn
 from dinov3_server import __version__, log
 from dinov3_server.config import load as config_load
 from dinov3_server.config import settings as config
-from dinov3_server.config.kinds import BOOLEAN
-from dinov3_server.config.settings import Declared, Settings
+from dinov3_server.config.settings import Setting, Settings
+from dinov3_server.config.types import BOOLEAN
 from dinov3_server.errors import ConfigError, StartupError
 from dinov3_server.families import registry
 from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
@@ -28,9 +28,9 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
-    """Run the command and return its exit code: that of the StartupError (see errors.py) where it could not start.
+    """Run the command and return its exit code, after a StartupError that of the error (see errors.py).
 
-    `runner` names what builds the model on a device ("module:function"); tests serve another one.
+    `runner` is the "module:function" that builds the model on a device; tests serve another one.
     """
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     command = arguments.pop("command")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
 
 
 def _check_sizes(settings: Settings, variant: Variant) -> None:
-    """What settings say of image sizes must suit the model. Raises ConfigError."""
+    """Check that the settings' image sizes suit the model. Raises ConfigError."""
     for height, width in settings.warm_up_sizes:
         rows, odd_height = divmod(height, variant.patch_size)
         columns, odd_width = divmod(width, variant.patch_size)
@@ -80,14 +80,14 @@ def _check_sizes(settings: Settings, variant: Variant) -> None:
 
 
 def _serve(settings: Settings, runner: str) -> int:
-    from dinov3_server.processes import supervisor  # Imported here, so that the other commands start fast.
+    from dinov3_server.processes import supervisor  # imported here, so that the other commands start fast
 
     log.configure(settings.log_level, settings.log_format, "supervisor")
     return supervisor.run(settings, runner)
 
 
 def _prepare(settings: Settings) -> None:
-    """All that `serve` would do before it loads the model."""
+    """Do everything that `serve` would do before it loads the model."""
     from dinov3_server.provision.prepare import prepare
 
     _log_here(settings, "prepare")
@@ -127,15 +127,15 @@ def _weights(settings: Settings) -> None:
 
 
 def _log_here(settings: Settings, command: str) -> None:
-    """Log lines of a command that works in this process; and a SIGTERM that unwinds it."""
+    """Configure the log of a command that runs in this process, and let SIGTERM unwind it."""
     log.configure(settings.log_level, settings.log_format, command)
     unwind_on_sigterm()
 
 
 def _effective(settings: Settings, sources: Mapping[str, str]) -> str:
     rows = [
-        (declared.name, declared.show(getattr(settings, declared.name)) or "(unset)", sources[declared.name])
-        for declared in config.SETTINGS
+        (setting.name, setting.show(getattr(settings, setting.name)) or "(unset)", sources[setting.name])
+        for setting in config.SETTINGS
     ]
     return _table(("SETTING", "VALUE", "SOURCE"), rows)
 
@@ -182,30 +182,30 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # One line: the usage, which names every flag, would bury it.
+        # without the usage, which names every flag and would hide the message
         self.exit(2, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
 
 
 def _parse(argv: Sequence[str]) -> dict[str, str]:
-    """`command`, and the text of each flag that was given; exits with 2 where they make no sense."""
+    """Return `command` and the text of each given flag. Exits with code 2 if they are not valid."""
     parser, flags = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        what = unknown[0].partition("=")[0]
-        near = config_load.nearest(what, flags[arguments.command], "--")
+        name = unknown[0].partition("=")[0]
+        near = config_load.nearest(name, flags[arguments.command], "--")
         parser.exit(
-            2, f"{parser.prog}: unknown argument {what}{near} (see `{parser.prog} {arguments.command} --help`)\n"
+            2, f"{parser.prog}: unknown argument {name}{near} (see `{parser.prog} {arguments.command} --help`)\n"
         )
     return {name: text for name, text in vars(arguments).items() if text is not None}
 
 
-# What beside --config and the flags of logging each of the commands listens to.
+# The settings that a command takes, besides --config and those of logging.
 _VENDOR = ("upstream_repo", "upstream_revision", "upstream_dir", "cache_dir", "offline")
 _WEIGHTS = ("model", "weights", "dataset", "weights_url", "cache_dir", "offline", "verify_weights")
 
 
 def _parser() -> tuple[_Parser, dict[str, list[str]]]:
-    """The parser, and the flags of each command."""
+    """Return the parser, and the flags of each command."""
     parser = _Parser(prog="dinov3-server", description="A gRPC feature server for DINOv3.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dinov3-serving {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -222,32 +222,32 @@ def _parser() -> tuple[_Parser, dict[str, list[str]]]:
             allow_abbrev=False,
         )
         command.add_argument("--config", metavar="FILE", help=f"YAML file of settings; also {config_load.CONFIG_ENV}")
-        declared = [each for each in config.SETTINGS if only is None or each.name in only or each.topic == "logging"]
-        groups = {topic: command.add_argument_group(topic) for topic in dict.fromkeys(each.topic for each in declared)}
-        for each in declared:
-            flag = "--source" if (name, each.name) == ("weights", "weights") else each.flag
-            _add_flag(groups[each.topic], flag, each)
+        settings = [each for each in config.SETTINGS if only is None or each.name in only or each.topic == "logging"]
+        groups = {topic: command.add_argument_group(topic) for topic in dict.fromkeys(each.topic for each in settings)}
+        for setting in settings:
+            flag = "--source" if (name, setting.name) == ("weights", "weights") else setting.flag
+            _add_flag(groups[setting.topic], flag, setting)
         flags[name] = [option for action in command._actions for option in action.option_strings]
         return command
 
-    add("serve", "serve a model until SIGTERM; what is missing is fetched first")
-    add("prepare", "fetch all that `serve` with these settings would fetch, and exit")
-    vendor = add("vendor", "fetch Meta's code, or check what is there, and exit", _VENDOR)
-    vendor.add_argument("--force", action="store_const", const="", help="fetch anew what was modified")
-    add("weights", "fetch the weights of --model (or of all), or check what is there, and exit", _WEIGHTS)
-    add("config", "show the effective settings and where each comes from, and exit")
+    add("serve", "serve a model until SIGTERM; missing weights and code are fetched first")
+    add("prepare", "fetch everything that `serve` with these settings would fetch, and exit")
+    vendor = add("vendor", "fetch Meta's code, or check the existing checkout, and exit", _VENDOR)
+    vendor.add_argument("--force", action="store_const", const="", help="fetch again if the checkout was modified")
+    add("weights", "fetch the weights of --model (or of all), or check the existing files, and exit", _WEIGHTS)
+    add("config", "show the effective settings and the source of each, and exit")
     commands.add_parser("models", help="list the models that can be served", allow_abbrev=False)
     flags["vendor"].append("--force")
     return parser, flags
 
 
-def _add_flag(group: argparse._ArgumentGroup, flag: str, declared: Declared) -> None:
-    default = declared.show(declared.default)
-    help = (declared.help + (f" Default: {default}." if default else "")).replace("%", "%%")
-    if declared.kind is BOOLEAN:  # bare, it means true
-        group.add_argument(flag, dest=declared.name, metavar=declared.kind.metavar, help=help, nargs="?", const="true")
+def _add_flag(group: argparse._ArgumentGroup, flag: str, setting: Setting) -> None:
+    default = setting.show(setting.default)
+    help = (setting.help + (f" Default: {default}." if default else "")).replace("%", "%%")
+    if setting.type is BOOLEAN:  # bare, it means true
+        group.add_argument(flag, dest=setting.name, metavar=setting.type.metavar, help=help, nargs="?", const="true")
     else:
-        group.add_argument(flag, dest=declared.name, metavar=declared.kind.metavar, help=help)
+        group.add_argument(flag, dest=setting.name, metavar=setting.type.metavar, help=help)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Every error that a person can meet, and the status it has on the wire.
+"""The errors of requests, with their gRPC statuses, and of the start-up, with their exit codes.
 
-    ServingError                 of a request; has a gRPC status
-      InvalidInput               INVALID_ARGUMENT, names the field at fault
-      Overloaded                 RESOURCE_EXHAUSTED, with the time after which to try again
-      Unavailable                UNAVAILABLE, likewise
+    ServingError                 an error of a request; has a gRPC status
+      InvalidInput               INVALID_ARGUMENT, names the invalid field
+      Overloaded                 RESOURCE_EXHAUSTED, with the time after which to retry
+      Unavailable                UNAVAILABLE, with the time after which to retry
       DeadlineExceeded           DEADLINE_EXCEEDED, says where the request waited
       Unauthenticated            UNAUTHENTICATED
       ModelMismatch              FAILED_PRECONDITION
-      InternalError              INTERNAL, with an id that the log has too
-    StartupError                 of the process: it says so and exits with `exit_code`, 2 where nothing else is said
-      ConfigError            2   a flag, an environment variable or a YAML key
+      InternalError              INTERNAL, with an id that is in the log, too
+    StartupError             2   the process cannot start, and exits with `exit_code`
+      ConfigError            2   an invalid flag, environment variable or YAML key
       Unreachable            3   something is missing and cannot be fetched now; trying again later may help
-      AccessRefused          4   a server refuses: a licence, a token, a signed URL that has expired
-      CheckpointError        5   weights that cannot be used: damaged, of another model, not what was promised
-      StorageError           6   a folder or disk: read-only, full, no permission
-      UpstreamCodeError      7   Meta's code cannot be vendored, or is not what it should be
-      ParityError       8   the served features are not those of Meta's code
+      AccessRefused          4   a server refuses access: a licence, a token, an expired signed URL
+      CheckpointError        5   unusable weights: damaged, of another model, or with an unexpected hash
+      StorageError           6   an unusable folder or disk: read-only, full, no permission
+      UpstreamCodeError      7   Meta's code cannot be vendored, or its checkout is not as expected
+      ParityError            8   the served features are not those of Meta's code
 
-Only `api/status.py` turns the first kind into statuses; only `cli.py` turns the second into exit codes
+Only `api/status.py` turns errors of requests into statuses; only `cli.py` turns errors of the start-up into exit codes
 (docs/provisioning.md lists them).
 """
 
@@ -27,18 +27,15 @@ import secrets
 
 
 class ServingError(Exception):
-    """A request (or one image of it) that gets no features.
-
-    `status` is the name of the gRPC status code.
-    """
+    """A request, or one image of it, gets no features. `status` is the name of the gRPC status code."""
 
     status = "UNKNOWN"
 
 
 class InvalidInput(ServingError):
-    """What was sent cannot be used as it is.
+    """The request is invalid.
 
-    `field` is the protobuf path of the field at fault (`images[3].encoded`), relative to the request.
+    `field` is the protobuf path of the invalid field (`images[3].encoded`), relative to the request.
     """
 
     status = "INVALID_ARGUMENT"
@@ -49,7 +46,7 @@ class InvalidInput(ServingError):
 
 
 class Overloaded(ServingError):
-    """There is no room, or no time before the deadline. `reason` is the label of `dinov3_refused_requests_total`."""
+    """There is no room, or no time before the deadline. `reason` is the label in `dinov3_refused_requests_total`."""
 
     status = "RESOURCE_EXHAUSTED"
 
@@ -60,7 +57,7 @@ class Overloaded(ServingError):
 
 
 class Unavailable(ServingError):
-    """Starting, draining, or no worker in time."""
+    """The server is starting or draining, or has no worker in time."""
 
     status = "UNAVAILABLE"
 
@@ -77,19 +74,19 @@ class DeadlineExceeded(ServingError):
 
 
 class Unauthenticated(ServingError):
-    """No credentials, or wrong ones."""
+    """The call has no credentials, or wrong ones."""
 
     status = "UNAUTHENTICATED"
 
 
 class ModelMismatch(ServingError):
-    """The model asked for is not the one that is served."""
+    """The requested model is not the one that is served."""
 
     status = "FAILED_PRECONDITION"
 
 
 class InternalError(ServingError):
-    """Our fault. The wire gets `message` and an id; whoever raises it logs the same id with the cause."""
+    """The server is at fault. The client gets `message` and an id; the raising code logs the same id with the cause."""
 
     status = "INTERNAL"
 
@@ -99,46 +96,46 @@ class InternalError(ServingError):
 
 
 class StartupError(Exception):
-    """The process cannot start; the message is for the person at the terminal."""
+    """The process cannot start; the message is for the operator."""
 
     exit_code = 2
 
 
 class ConfigError(StartupError):
-    """A setting that cannot be used: what was given, where, and what is allowed."""
+    """A setting is invalid. The message says what was given, where, and what is allowed."""
 
 
 class Unreachable(StartupError):
-    """What is missing cannot be fetched now: no network, a server that fails, or `offline` forbids it."""
+    """Something is missing and cannot be fetched now: no network, a failing server, or `offline` forbids it."""
 
     exit_code = 3
 
 
 class AccessRefused(StartupError):
-    """A server refuses what was asked for: which, and how access is got."""
+    """A server refuses access. The message says which, and how to get access."""
 
     exit_code = 4
 
 
 class CheckpointError(StartupError):
-    """A weights file that cannot be used: which file, which key, and what was expected."""
+    """A weights file is unusable. The message says which file, which key, and what was expected."""
 
     exit_code = 5
 
 
 class StorageError(StartupError):
-    """A folder or disk that cannot be used: read-only, full, no permission."""
+    """A folder or disk is unusable: read-only, full, no permission."""
 
     exit_code = 6
 
 
 class UpstreamCodeError(StartupError):
-    """Meta's code cannot be vendored, or its checkout is not what it should be."""
+    """Meta's code cannot be vendored, or its checkout is not as expected."""
 
     exit_code = 7
 
 
 class ParityError(StartupError):
-    """The served features are not those of Meta's code on the same weights, or that could not be found out."""
+    """The served features are not those of Meta's code on the same weights, or they could not be compared."""
 
     exit_code = 8

@@ -1,4 +1,4 @@
-"""Log lines on stderr: readable text, or one JSON object a line. Each process configures its own."""
+"""Log to stderr as readable text, or as one JSON object a line. Each process configures its own log."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _TEXT_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-8s {process}: %(message)s"
 
 
 def configure(level: str, format: str, process: str) -> None:
-    """Log to stderr, in this process, from now on; a second call takes the place of the first.
+    """Configure logging to stderr in this process; a second call replaces the first.
 
     `level` is "debug", "info", "warning" or "error", `format` "text" or "json", `process` a name such as "worker-0".
-    Other libraries are heard from "warning" on: their debug lines are not about this service. Python's warnings
-    become log lines.
+    Other libraries log from "warning" on, since their debug lines are not about this service. Python's warnings become
+    log lines.
     """
     handler = _StderrHandler()
     if format == "json":
@@ -33,7 +33,7 @@ def configure(level: str, format: str, process: str) -> None:
 
 
 class _StderrHandler(logging.Handler):
-    """One write a record, so that lines of several processes on one stderr do not run into each other."""
+    """Write each record with one system call, so that lines of several processes on one stderr do not mix."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -45,7 +45,8 @@ class _StderrHandler(logging.Handler):
 
 
 class _JsonFormatter(logging.Formatter):
-    """`ts` (UTC, ISO 8601), `level`, `process`, `logger`, `message`; `exc` and `stack` where there is one."""
+    """Format a record as JSON: `ts` (UTC, ISO 8601), `level`, `process`, `logger`, `message`, and if present `exc` and
+    `stack`."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The signals of a server as something that a selector loop can wait for, or as an exception."""
+"""Signals of a server, delivered to a selector loop or as an exception, and the death signal of child processes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
-# What would end a process by itself and means nothing here. (SIGQUIT still ends it, with a core file.)
+# Signals that would end a process by default and are not used here. (SIGQUIT still ends it, with a core file.)
 UNUSED = (signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass
 class Signals:
-    """Signals that have arrived while `caught`, in order; `reader` becomes readable when one does."""
+    """The signals that arrived inside `caught`, in order; `reader` becomes readable when one arrives."""
 
     received: list[int] = field(default_factory=list)
     reader: socket.socket = field(init=False)
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Must be entered on the main thread."""
+        """Catch signals until the end of the block. Call it on the main thread."""
         self.reader, writer = socket.socketpair()
         with self.reader, writer:
             self.reader.setblocking(False)
@@ -51,10 +51,10 @@ class Signals:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Keep signals whose handlers may raise (SIGINT, SIGTERM) until the end of the block.
+    """Delay signals whose handlers may raise (SIGINT, SIGTERM) until the end of the block.
 
-    They are not masked, as a process that is started in the block would inherit the mask. Python runs handlers on the
-    main thread only; on another one this does nothing.
+    They are not masked, because a process that is started in the block would inherit the mask. Python runs handlers on
+    the main thread only; on another thread this does nothing.
     """
     received: list[int] = []
     handlers = {}
@@ -73,8 +73,8 @@ def held() -> Iterator[None]:
 
 
 def unwind_on_sigterm() -> None:
-    """Have the first SIGTERM end this process as an exception does, PID 1 or not: what it started is ended, and what is
-    half done cleared away. A second one must not disturb that."""
+    """Let the first SIGTERM raise SystemExit, also in PID 1, so that child processes are ended and unfinished files are
+    removed. Further ones are ignored, so that they do not interrupt that."""
 
     def unwind(number: int, _: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)
@@ -84,9 +84,9 @@ def unwind_on_sigterm() -> None:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread of process `parent` that started it ends.
+    """Let the kernel kill this process when the thread that started it, of the process with pid `parent`, ends.
 
-    `parent` is the pid that the starter had; if that is dead already, this process ends here.
+    If that process is dead already, this process ends here.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

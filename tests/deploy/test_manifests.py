@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dinov3_server.config.kinds import size
 from dinov3_server.config.load import CONFIG_ENV, load
 from dinov3_server.config.settings import SETTINGS, Settings
+from dinov3_server.config.types import size
 from dinov3_server.processes import supervisor
 from tests.deploy.files import DEPLOY, ROOT, compose, dockerfile, dockerfile_env, kubernetes
 
@@ -227,5 +227,5 @@ def test_token_of_compose() -> None:
 
 @pytest.mark.parametrize("name", ["Dockerfile", "deploy/kubernetes.yaml", "deploy/compose.yaml", "docs/deployment.md"])
 def test_variables_in_the_texts_exist(name: str) -> None:
-    known = {declared.env for declared in SETTINGS} | {CONFIG_ENV, "DINOV3_TARGET", "DINOV3_TOKEN"}
+    known = {setting.env for setting in SETTINGS} | {CONFIG_ENV, "DINOV3_TARGET", "DINOV3_TOKEN"}
     assert set(re.findall(r"\bDINOV3_[A-Z_]*[A-Z]\b", (ROOT / name).read_text())) <= known

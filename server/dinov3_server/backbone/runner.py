@@ -23,7 +23,7 @@ from dinov3_server.backbone.runners.self_test import run_image
 from dinov3_server.backbone.weights.checkpoint import Checkpoint, load_checkpoint
 from dinov3_server.backbone.weights.fingerprint import BACKBONE, fingerprint
 from dinov3_server.backbone.weights.random_weights import random_tensors
-from dinov3_server.config.kinds import without_secrets
+from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError, UpstreamCodeError
 from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.families.registry import lookup

@@ -1,4 +1,4 @@
-"""Where the values of the settings come from: flags, the environment and a YAML file, told apart by name and line."""
+"""Load the settings from flags, the environment and a YAML file, and record the source of each value."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dinov3_server.config.settings import BY_NAME, ENV_PREFIX, SETTINGS, Declared, Settings
+from dinov3_server.config.settings import BY_NAME, ENV_PREFIX, SETTINGS, Setting, Settings
 from dinov3_server.errors import ConfigError
 
 CONFIG_ENV = "DINOV3_CONFIG"
-# Variables of this prefix that are no settings: what names the YAML file, and what others of the project read.
+# Variables with this prefix that are not settings: the one that names the YAML file, and those of other commands.
 _OTHER_ENV = frozenset({CONFIG_ENV, "DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM"})
-# What Kubernetes puts into every pod beside a Service that is called "dinov3" or "dinov3-...".
+# Variables that Kubernetes sets in every pod if there is a Service called "dinov3" or "dinov3-...".
 _SERVICE_LINK = re.compile(r"DINOV3_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
 _SCALAR_TAGS = frozenset(f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", "timestamp"))
@@ -30,10 +30,13 @@ class _Given(NamedTuple):
 
 
 def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> tuple[Settings, dict[str, str]]:
-    """The effective settings, and of each where it came from. A value that another overrides must be good, too.
+    """Return the effective settings and the source of each. Overridden values are checked, too.
 
-    `flags` holds the text of the flags that were given, by setting name, and under `config` that of `--config`.
-    A source is "flag --port", "environment DINOV3_PORT", "config.yaml:7" or "default". Raises ConfigError.
+    `flags` holds the text of the given flags by setting name, and that of `--config` under `config`. A source is
+    "flag --port", "environment DINOV3_PORT", "config.yaml:7" or "default".
+
+    Raises:
+        ConfigError: a name or a value is not allowed, settings contradict each other, or the file cannot be read.
     """
     given: dict[str, _Given] = {}
     if "config" in flags:
@@ -52,24 +55,24 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> tuple[Settings
 
 
 def nearest(unknown: str, known: Iterable[str], prefix: str = "") -> str:
-    """ "; did you mean X?" for a message about an unknown name, or nothing where no known one is near.
+    """Return "; did you mean X?" for a message about an unknown name, or "" if no known name is similar.
 
-    `prefix` is what all of them begin with, and no likeness.
+    `prefix` is the common beginning of all names, which does not count as similar.
     """
     bare = [name.removeprefix(prefix) for name in known]
     close = difflib.get_close_matches(unknown.removeprefix(prefix), bare, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _parse(declared: Declared, text: str, source: str) -> _Given:
+def _parse(setting: Setting, text: str, source: str) -> _Given:
     try:
-        return _Given(declared.kind.parse(text), source)
+        return _Given(setting.type.parse(text), source)
     except ValueError:
-        raise ConfigError(f"{declared.name} is {text!r} ({source}); allowed: {declared.kind.allowed}") from None
+        raise ConfigError(f"{setting.name} is {text!r} ({source}); allowed: {setting.type.allowed}") from None
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
-    by_env = {declared.env: declared for declared in SETTINGS}
+    by_env = {setting.env: setting for setting in SETTINGS}
     given = {}
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in _OTHER_ENV or _is_service_link(variable, text):
@@ -88,7 +91,7 @@ def _is_service_link(variable: str, text: str) -> bool:
 
 def _read_yaml(path: str, source: str) -> dict[str, _Given]:
     try:
-        # Composed, not constructed: scalars stay the text they were written as, and know their line.
+        # compose, not load: nodes keep the text of their scalars and their line
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"cannot read {path!r} ({source}): {error.strerror}") from None
@@ -113,18 +116,18 @@ def _read_yaml(path: str, source: str) -> dict[str, _Given]:
     return given
 
 
-def _yaml_text(node: yaml.Node, declared: Declared, line: str) -> str:
-    if isinstance(node, yaml.SequenceNode) and declared.kind.many:
-        return ",".join(_yaml_scalar(item, declared, line) for item in node.value)
-    return _yaml_scalar(node, declared, line)
+def _yaml_text(node: yaml.Node, setting: Setting, line: str) -> str:
+    if isinstance(node, yaml.SequenceNode) and setting.type.is_list:
+        return ",".join(_yaml_scalar(item, setting, line) for item in node.value)
+    return _yaml_scalar(node, setting, line)
 
 
-def _yaml_scalar(node: yaml.Node, declared: Declared, line: str) -> str:
+def _yaml_scalar(node: yaml.Node, setting: Setting, line: str) -> str:
     if not isinstance(node, yaml.ScalarNode):
         found = "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
-        raise ConfigError(f"{line}: {declared.name} holds {found}; allowed: {declared.kind.allowed}")
+        raise ConfigError(f"{line}: {setting.name} holds {found}; allowed: {setting.type.allowed}")
     if node.tag == _NULL:
-        raise ConfigError(f"{line}: {declared.name} has no value; leave the key out to take the default")
+        raise ConfigError(f"{line}: {setting.name} has no value; leave the key out to take the default")
     if node.tag not in _SCALAR_TAGS:
-        raise ConfigError(f"{line}: {declared.name} has the YAML tag {node.tag}; a plain value is allowed")
+        raise ConfigError(f"{line}: {setting.name} has the YAML tag {node.tag}; a plain value is allowed")
     return str(node.value)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from dinov3_server.config.kinds import (
+from dinov3_server.config.types import (
     BOOLEAN,
     COMMIT,
     DEVICES,
@@ -24,7 +24,7 @@ from dinov3_server.config.kinds import (
     PROJECTIONS,
     SOURCE,
     TEXT,
-    Kind,
+    SettingType,
     choice,
     integer,
     seconds,
@@ -41,12 +41,12 @@ _ADDRESS = TEXT._replace(metavar="ADDRESS")
 T = TypeVar("T")
 
 
-class Declared(NamedTuple):
+class Setting(NamedTuple):
     """The declaration of one setting, with its flag and its environment variable."""
 
     name: str
     default: Any
-    kind: Kind
+    type: SettingType
     topic: str
     help: str
 
@@ -60,11 +60,11 @@ class Declared(NamedTuple):
 
     def show(self, value: Any) -> str:
         """Return `value` as text, as a user would write it; empty if the setting is not set."""
-        return "" if value in (None, "") else self.kind.show(value)
+        return "" if value in (None, "") else self.type.show(value)
 
 
-def _setting(default: T, kind: Kind, topic: str, help: str) -> T:
-    return field(default=default, metadata={"kind": kind, "topic": topic, "help": help})
+def _setting(default: T, type: SettingType, topic: str, help: str) -> T:
+    return field(default=default, metadata={"type": type, "topic": topic, "help": help})
 
 
 @dataclass(frozen=True)
@@ -348,10 +348,10 @@ class Settings:
             try:
                 Path(path).expanduser()
             except RuntimeError:
-                declared = BY_NAME[name]
+                setting = BY_NAME[name]
                 raise ConfigError(
-                    f"{name} is {declared.show(path)!r} and no such home directory is known; set {declared.flag} "
-                    f"({declared.env}) to a full path"
+                    f"{name} is {setting.show(path)!r} and no such home directory is known; set {setting.flag} "
+                    f"({setting.env}) to a full path"
                 ) from None
 
     @property
@@ -359,6 +359,6 @@ class Settings:
         return Path(self.cache_dir).expanduser()
 
 
-SETTINGS: tuple[Declared, ...] = tuple(Declared(f.name, f.default, **f.metadata) for f in fields(Settings))
-BY_NAME = {declared.name: declared for declared in SETTINGS}
-TOPICS: tuple[str, ...] = tuple(dict.fromkeys(declared.topic for declared in SETTINGS))
+SETTINGS: tuple[Setting, ...] = tuple(Setting(f.name, f.default, **f.metadata) for f in fields(Settings))
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+TOPICS: tuple[str, ...] = tuple(dict.fromkeys(setting.topic for setting in SETTINGS))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from dinov3_server.config.kinds import without_secrets
+from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError, Unreachable
 from dinov3_server.models.weight_files import is_web_page
 from dinov3_server.provision.http import HttpBody

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from dinov3_server.config.kinds import without_secrets
+from dinov3_server.config.types import without_secrets
 from dinov3_server.signals import held
 
 # A transfer of fewer bytes a second than this, for so many seconds, is given up by git itself, over HTTP.

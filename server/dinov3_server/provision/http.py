@@ -22,7 +22,7 @@ from typing import NoReturn
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urljoin, urlsplit
 
 from dinov3_server import __version__
-from dinov3_server.config.kinds import without_secrets
+from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StartupError, Unreachable
 from dinov3_server.provision.source import BLOCK, NoSuchRange, Transient, Version
 

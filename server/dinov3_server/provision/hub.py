@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import quote
 
-from dinov3_server.config.kinds import without_secrets
+from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError
 from dinov3_server.models.variant import DatasetName
 from dinov3_server.models.weight_files import INDEX, SINGLE, read_weight_map

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
-from dinov3_server.config.kinds import without_secrets
+from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import AccessRefused, ConfigError, StartupError, Unreachable
 from dinov3_server.provision.download import Expected, download
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from dinov3_server.config.kinds import without_secrets
+from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import AccessRefused, StartupError, StorageError, Unreachable, UpstreamCodeError
 from dinov3_server.provision.checkout import Found, State, is_nothing, look
 from dinov3_server.provision.git import GitMissing

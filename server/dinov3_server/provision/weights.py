@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from dinov3_server.config.kinds import without_secrets
 from dinov3_server.config.settings import Settings
+from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import AccessRefused, ConfigError, StorageError, Unreachable
 from dinov3_server.models.variant import DatasetName, Variant
 from dinov3_server.provision import hub, manifest

@@ -1,4 +1,4 @@
-"""The command `dinov3-server`, without the server behind it."""
+"""The command `dinov3-server`, with a fake supervisor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import pytest
 
 from dinov3_server import cli
-from dinov3_server.config.kinds import BOOLEAN
 from dinov3_server.config.settings import SETTINGS, Settings
+from dinov3_server.config.types import BOOLEAN
 from dinov3_server.errors import StartupError
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting from the developer's environment; the root logger as it was."""
+    """Remove settings from the environment, and restore the root logger afterwards."""
     for variable in os.environ:
         if variable.startswith("DINOV3_"):
             monkeypatch.delenv(variable)
@@ -35,7 +35,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class FakeSupervisor(SimpleNamespace):
-    """Stands where `dinov3_server.processes.supervisor` does, and keeps what it was called with."""
+    """Replaces `dinov3_server.processes.supervisor` and records its calls."""
 
     def __init__(self, outcome: int | Exception = 0) -> None:
         super().__init__(calls=[])
@@ -56,20 +56,20 @@ def supervisor(monkeypatch: pytest.MonkeyPatch) -> FakeSupervisor:
 
 
 def exits(*argv: str) -> int:
-    """The exit code, whether returned or raised by argparse."""
+    """Return the exit code, which argparse raises."""
     try:
         return cli.main(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
 
 
-def test_serve_hands_the_settings_to_the_supervisor(supervisor: FakeSupervisor) -> None:
+def test_serve_passes_the_settings_to_the_supervisor(supervisor: FakeSupervisor) -> None:
     supervisor.outcome = 143
     assert cli.main(["serve", "--weights", "random:1", "--port=0", "--devices", "cpu"], runner="tests.x:build") == 143
     assert supervisor.calls == [(Settings(weights="random:1", port=0, devices=("cpu",)), "tests.x:build")]
 
 
-def test_serve_uses_the_real_runner_unless_told(supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_uses_the_real_runner_by_default(supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DINOV3_WEIGHTS", "random:1")
     monkeypatch.setattr(sys, "argv", ["dinov3-server", "serve", "--drain-seconds", "1"])
     assert cli.main() == 0
@@ -105,7 +105,7 @@ def test_serve_uses_the_real_runner_unless_told(supervisor: FakeSupervisor, monk
         ([], "the following arguments are required: COMMAND (see `dinov3-server --help`)"),
     ],
 )
-def test_what_cannot_start_says_so_in_one_line_and_exits_with_2(
+def test_an_invalid_command_exits_with_2_and_one_line(
     argv: list[str], message: str, supervisor: FakeSupervisor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exits(*argv) == 2
@@ -139,7 +139,7 @@ def test_config_shows_values_and_sources(
     assert exits("config", "--warm-up-sizes", "none", "--host", "0.0.0.0") == 0
     out, err = capsys.readouterr()
     rows = dict(line.split(maxsplit=1) for line in out.splitlines())
-    assert list(rows) == ["SETTING", *(declared.name for declared in SETTINGS)]
+    assert list(rows) == ["SETTING", *(setting.name for setting in SETTINGS)]
     shown = {name: rest.split(maxsplit=1) for name, rest in rows.items()}
     assert shown["arena_bytes"] == ["1GiB", f"{path}:2"]
     assert shown["devices"] == ["cpu,cuda:0", "environment DINOV3_DEVICES"]
@@ -201,11 +201,11 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert exits("serve", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for declared in SETTINGS:
-        metavar = declared.kind.metavar
-        assert f"{declared.flag} {f'[{metavar}]' if declared.kind is BOOLEAN else metavar} " in text
-        assert declared.help in text
-        if default := declared.show(declared.default):
+    for setting in SETTINGS:
+        metavar = setting.type.metavar
+        assert f"{setting.flag} {f'[{metavar}]' if setting.type is BOOLEAN else metavar} " in text
+        assert setting.help in text
+        if default := setting.show(setting.default):
             assert f"Default: {default}." in text
     for topic in ("network:", "security:", "logging:", "--config FILE"):
         assert topic in text

@@ -1,4 +1,4 @@
-"""The command in an install that is the client alone."""
+"""The command in an install without the server's packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["serve", "--weights", "random:0"]])
-def test_without_the_server_s_packages_it_names_the_extra(argv: list[str]) -> None:
+def test_without_the_packages_of_the_server_the_extra_is_named(argv: list[str]) -> None:
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({NEEDED}))\n"  # None: as if not installed
         "from dinov3_server.__main__ import main; sys.exit(main())"
@@ -26,7 +26,7 @@ def test_without_the_server_s_packages_it_names_the_extra(argv: list[str]) -> No
     assert "pip install 'dinov3-serving[server]'" in done.stderr
 
 
-def test_with_them_it_is_the_command() -> None:
+def test_with_them_the_command_runs() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dinov3_server", "models"], capture_output=True, text=True, check=False
     )
@@ -34,7 +34,7 @@ def test_with_them_it_is_the_command() -> None:
     assert "dinov3_vits16" in done.stdout
 
 
-def test_it_is_what_gets_installed_and_needs_what_the_extra_has() -> None:
+def test_the_checked_packages_are_those_of_the_extra() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["dinov3-server"] == "dinov3_server.__main__:main"
     extras = project["optional-dependencies"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from dinov3_server.config.settings import SETTINGS, TOPICS, Declared
+from dinov3_server.config.settings import SETTINGS, TOPICS, Setting
 from dinov3_server.metrics import SPECS
 from tests.support.paths import ROOT
 
@@ -18,7 +18,7 @@ def settings_tables() -> str:
     for topic in TOPICS:
         lines += [f"\n### {topic.capitalize()}\n", "| setting | default | allowed | |", "|---|---|---|---|"]
         lines += [
-            f"| `{each.name}` | {_code(each.show(each.default))} | {each.kind.allowed} | {each.help} |"
+            f"| `{each.name}` | {_code(each.show(each.default))} | {each.type.allowed} | {each.help} |"
             for each in SETTINGS
             if each.topic == topic
         ]
@@ -66,8 +66,8 @@ def _code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
-def _example(declared: Declared) -> str:
-    return declared.show(declared.default) or declared.kind.metavar
+def _example(setting: Setting) -> str:
+    return setting.show(setting.default) or setting.type.metavar
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def test_example_config_has_every_setting_with_its_default(tmp_path: Path) -> No
     example = (ROOT / "deploy/config.yaml").read_text()
     assert load({"config": str(ROOT / "deploy/config.yaml")}, {})[0] == Settings()  # All comments.
 
-    unset = [f"#{declared.name}: " for declared in SETTINGS if declared.default in (None, "")]
+    unset = [f"#{setting.name}: " for setting in SETTINGS if setting.default in (None, "")]
     lines = [
         line.removeprefix("#")
         if line[:1] == "#" and line[1:2].isalpha() and not line.startswith(tuple(unset))
@@ -32,5 +32,5 @@ def test_example_config_has_every_setting_with_its_default(tmp_path: Path) -> No
     settings, sources = load({"config": str(path)}, {})
     assert settings == Settings()
     assert [name for name, source in sources.items() if source == "default"] == [
-        declared.name for declared in SETTINGS if declared.default in (None, "")
+        setting.name for setting in SETTINGS if setting.default in (None, "")
     ]

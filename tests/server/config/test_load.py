@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from dinov3_server.config.kinds import without_secrets
 from dinov3_server.config.load import load, nearest
 from dinov3_server.config.settings import SETTINGS, Settings
+from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import ConfigError
 
-# For each setting, a text that is not its default, and its value. "FILE" stands for a file that exists.
+# For each setting, a text that differs from its default, and its value. "FILE" stands for a file that exists.
 EXAMPLES: dict[str, tuple[str, Any]] = {
     "host": ("::1", "::1"),
     "port": ("6000", 6000),
@@ -71,21 +71,21 @@ def existing(tmp_path: Path) -> str:
 
 
 def named(value: Any, existing: str) -> Any:
-    """A value of EXAMPLES, with the file that exists."""
+    """Return a value of EXAMPLES with the path of an existing file."""
     if isinstance(value, tuple):
         return tuple(named(part, existing) for part in value)
     return existing if value == "FILE" else value
 
 
 def yaml_file(folder: Path, text: str) -> dict[str, str]:
-    """The flags that name a YAML file holding `text`."""
+    """Write a YAML file and return the flags that name it."""
     path = folder / "config.yaml"
     path.write_text(text)
     return {"config": str(path)}
 
 
-def test_examples_are_complete_and_no_defaults() -> None:
-    assert list(EXAMPLES) == [declared.name for declared in SETTINGS]
+def test_examples_are_complete_and_differ_from_the_defaults() -> None:
+    assert list(EXAMPLES) == [setting.name for setting in SETTINGS]
     assert [name for name, (_, value) in EXAMPLES.items() if value == getattr(Settings(), name)] == []
 
 
@@ -134,11 +134,11 @@ def test_config_flag_wins_over_its_variable(tmp_path: Path) -> None:
     assert load(yaml_file(tmp_path, "port: 2"), {"DINOV3_CONFIG": str(other)})[0].port == 2
 
 
-def test_nothing_given_is_the_default() -> None:
+def test_defaults_apply_without_any_source() -> None:
     settings, sources = load({}, {"HOME": "/root", "DINOV3": "no prefix", "dinov3_port": "lower case"})
     assert settings == Settings()
     assert set(sources.values()) == {"default"}
-    assert list(sources) == [declared.name for declared in SETTINGS]
+    assert list(sources) == [setting.name for setting in SETTINGS]
 
 
 def test_http_host_follows_host_unless_set() -> None:
@@ -154,13 +154,13 @@ def test_settings_are_frozen_and_picklable() -> None:
         settings.port = 1  # type: ignore[misc]
 
 
-def test_kinds_show_what_they_parse(existing: str) -> None:
-    for declared in SETTINGS:
-        kind = declared.kind
-        value = kind.parse(EXAMPLES[declared.name][0].replace("FILE", existing))
-        assert kind.parse(kind.show(value)) == value
-        if declared.default not in (None, ""):
-            assert kind.parse(declared.show(declared.default)) == declared.default
+def test_setting_types_show_values_as_they_parse_them(existing: str) -> None:
+    for setting in SETTINGS:
+        setting_type = setting.type
+        value = setting_type.parse(EXAMPLES[setting.name][0].replace("FILE", existing))
+        assert setting_type.parse(setting_type.show(value)) == value
+        if setting.default not in (None, ""):
+            assert setting_type.parse(setting.show(setting.default)) == setting.default
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("name", "text"), BAD_VALUES)
 def test_bad_value_names_setting_source_value_and_what_is_allowed(name: str, text: str, existing: str) -> None:
     text = text.replace("FILE", existing)
-    allowed = next(declared.kind.allowed for declared in SETTINGS if declared.name == name)
+    allowed = next(setting.type.allowed for setting in SETTINGS if setting.name == name)
     for flags, environ, source in (
         ({name: text}, {}, f"flag --{name.replace('_', '-')}"),
         ({}, {f"DINOV3_{name.upper()}": text}, f"environment DINOV3_{name.upper()}"),
@@ -248,7 +248,7 @@ def test_bad_value_names_setting_source_value_and_what_is_allowed(name: str, tex
         assert str(caught.value) == f"{name} is {text!r} ({source}); allowed: {allowed}"
 
 
-def test_a_bad_value_is_an_error_even_where_another_overrides_it(tmp_path: Path) -> None:
+def test_a_bad_value_is_an_error_even_if_another_overrides_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="port is 'http'"):
         load({**yaml_file(tmp_path, "port: http"), "port": "1"}, {})
     with pytest.raises(ConfigError, match="port is 'x'"):
@@ -275,7 +275,7 @@ def test_settings_that_contradict_each_other(flags: dict[str, str], message: str
     assert message in str(caught.value)
 
 
-def test_settings_that_only_seem_to_contradict() -> None:
+def test_equal_ports_are_allowed_if_0_or_on_other_hosts() -> None:
     load({"port": "0", "http_port": "0"}, {})
     load({"port": "8080", "http_host": "127.0.0.2"}, {})
 
@@ -294,10 +294,10 @@ def test_unknown_variable(variable: str, hint: str) -> None:
     assert str(caught.value).startswith(f"environment {variable} is not a setting{hint}")
 
 
-def test_variables_that_are_no_settings() -> None:
+def test_variables_that_are_not_settings() -> None:
     names = ("DINOV3_TARGET", "DINOV3_TOKEN", "DINOV3_UPSTREAM")
     others = dict.fromkeys(names, "x")
-    # Of Services called "dinov3", "dinov3-server" and "dinov3-http", as Kubernetes writes them.
+    # For Services called "dinov3", "dinov3-server" and "dinov3-http", as Kubernetes writes them.
     links = {
         "DINOV3_SERVICE_HOST": "10.0.0.1",
         "DINOV3_SERVICE_PORT": "50051",
@@ -402,18 +402,18 @@ def test_nearest() -> None:
 )
 def test_a_url_is_shown_without_its_secrets(given: str, shown: str) -> None:
     assert without_secrets(given) == shown
-    for declared in SETTINGS:
-        if declared.name in ("weights", "weights_url", "upstream_repo"):
-            assert declared.show(given) == shown
+    for setting in SETTINGS:
+        if setting.name in ("weights", "weights_url", "upstream_repo"):
+            assert setting.show(given) == shown
 
 
-def test_home_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert Settings().cache_folder == Path("/home/somebody/.cache/dinov3-serving")
+def test_the_cache_folder_is_in_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/user")
+    assert Settings().cache_folder == Path("/home/user/.cache/dinov3-serving")
     assert Settings(cache_dir="/srv").cache_folder == Path("/srv")
 
 
 @pytest.mark.parametrize("name", ["cache_dir", "upstream_dir", "weights"])
-def test_a_home_directory_that_nobody_has(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is '~nobody-of-this-name/x.*' and no such home directory is known"):
-        Settings(**{name: "~nobody-of-this-name/x"})  # type: ignore[arg-type]
+def test_an_unknown_home_directory(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is '~unknown-user/x.*' and no such home directory is known"):
+        Settings(**{name: "~unknown-user/x"})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What the text of a setting may be, and the value it makes."""
+"""The types of settings: which texts are allowed, and how they are parsed and shown."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-_PATCH = 16  # Of every ViT variant; the stride of the ConvNeXts is a multiple of it.
+_PATCH = 16  # the patch size of every ViT variant; the stride of the ConvNeXts is a multiple of it
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 N = TypeVar("N", int, float)
 
 
-class Kind(NamedTuple):
-    """What the text of a setting may be.
+class SettingType(NamedTuple):
+    """The type of a setting's value.
 
-    `parse` makes the value, or raises ValueError; `show` writes a value as `parse` reads it; `many` tells that
-    commas part several values, which YAML may write as a list.
+    `parse` turns a text into the value, or raises ValueError; `show` turns a value into a text that `parse` reads. If
+    `is_list`, the text is comma-separated, and YAML may have a list instead.
     """
 
     metavar: str
     allowed: str
     parse: Callable[[str], Any]
     show: Callable[[Any], str] = str
-    many: bool = False
+    is_list: bool = False
 
 
-def integer(least: int, most: int) -> Kind:
+def integer(least: int, most: int) -> SettingType:
     def parse(text: str) -> int:
         return _within(int(text), least, most)
 
-    return Kind("N", f"an integer from {least} to {most}", parse)
+    return SettingType("N", f"an integer from {least} to {most}", parse)
 
 
-def seconds(least: float, most: float) -> Kind:
+def seconds(least: float, most: float) -> SettingType:
     def parse(text: str) -> float:
         return _within(float(text), least, most)
 
-    return Kind("SECONDS", f"seconds from {least:g} to {most:g}", parse, lambda value: f"{value:g}")
+    return SettingType("SECONDS", f"seconds from {least:g} to {most:g}", parse, lambda value: f"{value:g}")
 
 
-def size(least: int, most: int) -> Kind:
-    """Bytes, with or without a unit."""
+def size(least: int, most: int) -> SettingType:
+    """Return the type of a number of bytes, with or without a unit."""
 
     def parse(text: str) -> int:
         found = re.fullmatch(r"([0-9][0-9_]*) *([A-Za-z]*)", text)
@@ -53,29 +53,29 @@ def size(least: int, most: int) -> Kind:
         return _within(int(found[1]) * _UNITS[found[2]], least, most)
 
     allowed = f"bytes from {_show_size(least)} to {_show_size(most)}, written as 1048576, 512MiB, 1GiB or 64MB"
-    return Kind("BYTES", allowed, parse, _show_size)
+    return SettingType("BYTES", allowed, parse, _show_size)
 
 
-def choice(*choices: str) -> Kind:
+def choice(*choices: str) -> SettingType:
     def parse(text: str) -> str:
         if text not in choices:
             raise ValueError
         return text
 
-    return Kind("|".join(choices), "one of " + ", ".join(choices), parse)
+    return SettingType("|".join(choices), "one of " + ", ".join(choices), parse)
 
 
 def without_secrets(text: str) -> str:
-    """A URL as it may be shown and logged: what signs it (its query) and who asks (user and password) are left out.
+    """Return a URL without its query (which may hold a signature), user and password, to be shown and logged.
 
-    Anything that is no URL stays as it is.
+    Any text that is not a URL is returned unchanged.
     """
     try:
         parts = urlsplit(text)
-    except ValueError:  # what might be secret in it cannot be told
+    except ValueError:  # the secret parts cannot be found
         return text.partition("://")[0] + "://..."
     if not parts.netloc:
-        # A path; or a URL that lost its https:// on the way, and has what signs it still.
+        # A path; or a URL without its https://, which may still hold a signature.
         path, _, query = text.partition("?")
         return f"{path}?..." if "=" in query else text
     host = parts.netloc.rpartition("@")[2]
@@ -83,7 +83,7 @@ def without_secrets(text: str) -> str:
 
 
 def _within(value: N, least: N, most: N) -> N:
-    if not least <= value <= most:  # NaN is within no range.
+    if not least <= value <= most:  # NaN is within no range
         raise ValueError
     return value
 
@@ -134,7 +134,7 @@ def _devices(text: str) -> tuple[str, ...]:
 
 
 def _image_sizes(text: str) -> tuple[tuple[int, int], ...]:
-    if text in ("", "none"):  # "" is the YAML list without items.
+    if text in ("", "none"):  # "" is an empty YAML list
         return ()
     sizes = []
     for part in text.split(","):
@@ -147,7 +147,7 @@ def _image_sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def _projections(text: str) -> tuple[tuple[str, str], ...]:
-    if text in ("", "none"):  # "" is the YAML list without items.
+    if text in ("", "none"):  # "" is an empty YAML list
         return ()
     named = []
     for part in text.split(","):
@@ -161,28 +161,28 @@ def _projections(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(named)
 
 
-TEXT = Kind("TEXT", "a text that is not empty", _text)
-# Of a file or a place that may be a URL with secrets in it.
+TEXT = SettingType("TEXT", "a text that is not empty", _text)
+# A file or a location, which may be a URL with secrets in it.
 SOURCE = TEXT._replace(show=without_secrets)
-BOOLEAN = Kind("true|false", "true or false", _boolean, lambda value: "true" if value else "false")
-COMMIT = Kind("SHA", "the 40 hex digits of a git commit", _commit)
-FILE = Kind("FILE", "a file that exists and can be read", _file)
+BOOLEAN = SettingType("true|false", "true or false", _boolean, lambda value: "true" if value else "false")
+COMMIT = SettingType("SHA", "the 40 hex digits of a git commit", _commit)
+FILE = SettingType("FILE", "a file that exists and can be read", _file)
 PORT = integer(0, 65535)
-DEVICES = Kind(
-    "DEVICES", "auto, or a comma-separated list of cpu and cuda:N, each cuda:N once", _devices, ",".join, many=True
+DEVICES = SettingType(
+    "DEVICES", "auto, or a comma-separated list of cpu and cuda:N, each cuda:N once", _devices, ",".join, is_list=True
 )
-IMAGE_SIZES = Kind(
+IMAGE_SIZES = SettingType(
     "SIZES",
     f"none, or a comma-separated list of HEIGHTxWIDTH, both multiples of {_PATCH}",
     _image_sizes,
     lambda sizes: ",".join(f"{height}x{width}" for height, width in sizes) or "none",
-    many=True,
+    is_list=True,
 )
-PROJECTIONS = Kind(
+PROJECTIONS = SettingType(
     "NAME=FILE",
     "none, or a comma-separated list of NAME=FILE: each NAME once, of letters, digits, - and _; each FILE a .npy or "
     ".safetensors file that exists and can be read",
     _projections,
     lambda named: ",".join(f"{name}={file}" for name, file in named) or "none",
-    many=True,
+    is_list=True,
 )
