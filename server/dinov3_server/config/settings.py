@@ -215,13 +215,13 @@ class Settings:
         4096,
         integer(1, 2**31 - 1),
         "limits",
-        "Most images that a frontend holds, waiting or running. Further requests are refused and told when to retry.",
+        "Most images that a frontend holds, waiting or running. Further requests are refused with the time to retry.",
     )
     max_wait_seconds: float = _setting(
         60.0,
         seconds(0.1, 86400),
         "limits",
-        "Longest expected wait of a request without a deadline; beyond it the request is refused and told when to "
+        "Longest expected wait of a request without a deadline; beyond it the request is refused with the time to "
         "retry. A request with a deadline is refused if the expected wait would pass the deadline.",
     )
     max_images_per_request: int = _setting(
@@ -238,14 +238,14 @@ class Settings:
         size(2**20, 2**40),
         "limits",
         "Shared memory of each frontend for pixels and features. All of it is allocated at start; while it is full, "
-        "requests are refused and told when to retry.",
+        "requests are refused with the time to retry.",
     )
     frontend_bytes: int = _setting(
         2**30,
         size(2**22, 2**40),
         "limits",
         "Memory of each frontend, beside its arena, for received messages, pictures being decoded and answers not "
-        "read yet. While it is full, requests wait for room, and are then refused and told when to retry. Of it, "
+        "read yet. While it is full, requests wait for room, and are then refused with the time to retry. Of it, "
         "max_message_bytes are reserved for messages, and as much for answers (each of which counts twice). At least "
         "4 x max_message_bytes.",
     )
