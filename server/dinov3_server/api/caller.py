@@ -1,4 +1,4 @@
-"""Tell callers apart, so that each gets its share of the server."""
+"""Identify the caller of a call, so that the scheduler can divide the device fairly."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dinov3_server.engine.shares import Caller
 
 
 def caller_of(context: Context, by_token: bool) -> Caller:
-    """Return the caller of a call: its token where every call brings one, else the address of its peer.
+    """Return the caller of a call: the group is its token if the server requires one, else the address of its peer.
 
-    Callers of one group are told apart by their connection.
+    Within a group, each connection is a caller.
     """
     peer = context.peer()
     if by_token:
@@ -25,15 +25,15 @@ def caller_of(context: Context, by_token: bool) -> Caller:
 
 @lru_cache(maxsize=1024)
 def _digest(token: str | bytes) -> str:
-    """Name a token without telling it: callers' names reach other processes."""
+    """Return a name for a token that does not reveal it: names are sent to other processes."""
     return hashlib.blake2b(token.encode() if isinstance(token, str) else token, digest_size=8).hexdigest()
 
 
 @lru_cache(maxsize=4096)
 def _address(peer: str) -> str:
-    """Return the address in gRPC's name of a peer, without the port: `ipv4:127.0.0.1:50000`, `ipv6:[::1]:50000`.
+    """Return the address of a peer without its port. `peer` is `ipv4:127.0.0.1:50000` or `ipv6:[::1]:50000`.
 
-    Of IPv6 the first 64 bits: one machine has the rest to itself.
+    An IPv6 address is cut to its first 64 bits, as one machine can use all addresses of the rest.
     """
     scheme, _, address = peer.partition(":")
     if scheme == "ipv6":

@@ -1,7 +1,7 @@
-"""Tokens, and the TLS certificate, key and authorities: read at start, and again when their files change.
+"""Read tokens and the TLS certificate, key and authorities at start, and again when their files change.
 
-Contents are compared, not times or inodes: so a file that is overwritten, one that another is renamed over, and the
-symbolic links that Kubernetes swaps are all alike. A new content that is of no use leaves the one before in use.
+Contents are compared, not times or inodes: a file may be overwritten, replaced by a rename, or reached through the
+symbolic links that Kubernetes swaps. If the new content is invalid, the previous one stays in use.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ T = TypeVar("T")
 Contents = dict[str, bytes]
 
 
-class Watched(Generic[T]):
-    """What files hold: `value`. `paths` is by setting; `parse` makes the value of their contents.
+class ReloadableFiles(Generic[T]):
+    """Files and the `value` that `parse` makes of their contents. Paths and contents are by setting.
 
-    Raises ConfigError, as `parse` may, where they are of no use.
+    The constructor raises ConfigError if a file cannot be read, or as `parse` does.
     """
 
     def __init__(self, kind: str, paths: Mapping[str, str], parse: Callable[[Contents], T], metrics: Metrics) -> None:
@@ -40,92 +40,96 @@ class Watched(Generic[T]):
         self._paths = paths
         self._parse = parse
         self._failed = metrics.reload_failed
-        self._seen: Contents | str = self._read()
-        self.value = parse(self._seen)
+        self._contents: Contents | str = self._read()
+        self.value = parse(self._contents)
         self._failed.set(0, kind)
 
     def reload(self, forced: bool = False) -> bool:
-        """Whether there is a new value. Contents that were seen before are left alone unless `forced`."""
-        found: Contents | str
+        """Read the files again and return whether `value` is new. Unchanged contents are ignored unless `forced`."""
+        found: Contents | str  # contents, or why they cannot be read
         try:
             found = self._read()
         except ConfigError as error:
             found = str(error)
-        if found == self._seen and not forced:
+        if found == self._contents and not forced:
             return False
-        self._seen = found
+        self._contents = found
         try:
             if isinstance(found, str):
                 raise ConfigError(found)
             self.value = self._parse(found)
         except ConfigError as error:
             self._failed.set(1, self._kind)
-            log.error("%s; what was read before stays in use until the file changes again or SIGHUP comes", error)
+            log.error("%s; the previous content stays in use until the file changes again or SIGHUP is received", error)
             return False
         self._failed.set(0, self._kind)
-        log.info("read again: %s", ", ".join(self._paths.values()))
+        log.info("reloaded %s", ", ".join(self._paths.values()))
         return True
 
     def _read(self) -> Contents:
-        return {setting: _content(path, setting) for setting, path in self._paths.items()}
+        return {setting: _read_file(path, setting) for setting, path in self._paths.items()}
 
 
 class Tls(NamedTuple):
-    configuration: Any  # gRPC's
+    configuration: Any  # of gRPC
     lifetime: Lifetime
 
 
 class Credentials:
-    """Of a frontend. `tokens` and `port` are for the server; `reload` may be called from any thread."""
+    """The tokens and TLS files of a frontend. `reload` may be called from any thread."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        """Raises ConfigError for a file that the settings name and that is of no use."""
+        """Raises ConfigError for a file that cannot be read or is invalid."""
         self._metrics = metrics
         self._lock = threading.Lock()
-        self._told = ""
-        self._pending: deque[Any] = deque(maxlen=1)  # what gRPC has not taken yet
+        self._last_warning = ""
+        self._pending: deque[Any] = deque(maxlen=1)  # a new configuration that gRPC has not fetched yet
         self.tokens: Tokens | None = None
-        self._tls: Watched[Tls] | None = None
+        self._tls: ReloadableFiles[Tls] | None = None
         self._certificate = settings.tls_cert_file
         self._mutual = settings.tls_client_ca_file is not None
         if settings.token_file is not None:
             self.tokens = Tokens(
-                Watched("tokens", {"token_file": settings.token_file}, partial(_tokens, settings.token_file), metrics)
+                ReloadableFiles(
+                    "tokens", {"token_file": settings.token_file}, partial(_parse_tokens, settings.token_file), metrics
+                )
             )
         if settings.tls_cert_file is not None:
             names = ("tls_cert_file", "tls_key_file", "tls_client_ca_file")
             self._paths = {name: path for name in names if (path := getattr(settings, name)) is not None}
-            self._tls = Watched("tls", self._paths, self._read_tls, metrics)
+            self._tls = ReloadableFiles("tls", self._paths, self._read_tls, metrics)
         self.update_gauges()
 
-    def port(self) -> grpc.ServerCredentials | None:
-        """What the port is opened with; None for plain text."""
+    def server_credentials(self) -> grpc.ServerCredentials | None:
+        """Return the credentials to open the port with; None for plain text."""
         if self._tls is None:
             return None
-        return grpc.dynamic_ssl_server_credentials(self._tls.value.configuration, self._changed, self._mutual)
+        return grpc.dynamic_ssl_server_credentials(
+            self._tls.value.configuration, self._next_configuration, self._mutual
+        )
 
     def reload(self, forced: bool = False) -> None:
-        """Read files again that have changed; `forced`, all."""
+        """Read files again if they have changed, or all of them if `forced`."""
         with self._lock:
             if self.tokens is not None:
-                self.tokens.watched.reload(forced)
+                self.tokens.file.reload(forced)
             if self._tls is not None and self._tls.reload(forced):
                 self._pending.append(self._tls.value.configuration)
 
     def update_gauges(self) -> None:
-        """Set the gauge of the certificate's rest, and log once when it comes to its end."""
+        """Set the gauge of the seconds until the certificate expires, and warn once when it is about to."""
         if self._tls is None:
             return
-        now, of = time.time(), self._tls.value.lifetime
-        self._metrics.tls_expiry_seconds.set(of.end - now)
-        complaint = of.complaint(now)
-        # By its first word: in how many days it expires changes all the time.
-        if complaint and complaint.split()[0] != self._told:
-            log.warning("the TLS certificate %s %s", self._certificate, complaint)
-        self._told = complaint and complaint.split()[0]
+        now, certificate = time.time(), self._tls.value.lifetime
+        self._metrics.tls_expiry_seconds.set(certificate.end - now)
+        warning = certificate.warning(now)
+        # Compare the first word only: the number of days until it expires changes all the time.
+        if warning and warning.split()[0] != self._last_warning:
+            log.warning("the TLS certificate %s %s", self._certificate, warning)
+        self._last_warning = warning and warning.split()[0]
 
-    def _changed(self) -> Any:
-        """gRPC asks before each handshake; None: as it was."""
+    def _next_configuration(self) -> Any:
+        """Return a new configuration, or None if it has not changed. gRPC calls this before each handshake."""
         try:
             return self._pending.pop()
         except IndexError:
@@ -134,48 +138,48 @@ class Credentials:
     def _read_tls(self, contents: Contents) -> Tls:
         certificate, key = contents["tls_cert_file"], contents["tls_key_file"]
         authorities = contents.get("tls_client_ca_file")
-        named = self._paths
+        paths = self._paths
         check_files(
-            (named["tls_cert_file"], named["tls_key_file"], named.get("tls_client_ca_file", "")),
+            (paths["tls_cert_file"], paths["tls_key_file"], paths.get("tls_client_ca_file", "")),
             certificate, key, authorities,
         )  # fmt: skip
         try:
             dates = lifetime(certificate)
         except ValueError as error:
-            raise ConfigError(f"tls_cert_file {named['tls_cert_file']} has a date of no use: {error}") from None
+            raise ConfigError(f"tls_cert_file {paths['tls_cert_file']} has an invalid date: {error}") from None
         return Tls(grpc.ssl_server_certificate_configuration([(key, certificate)], authorities), dates)
 
 
 class Tokens:
-    """Whether a call's metadata has one of them. The file may change between any two questions."""
+    """Checks the tokens of calls. The file may change between two checks."""
 
-    def __init__(self, watched: Watched[list[bytes]]) -> None:
-        self.watched = watched
+    def __init__(self, file: ReloadableFiles[list[bytes]]) -> None:
+        self.file = file
 
-    def refusal(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        """Why a call with this metadata is refused; empty where it is not."""
-        given = [value for key, value in metadata if key == "authorization"]
-        if len(given) == 1 and self._known(given[0]):
+    def reject_reason(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
+        """Return why a call with this metadata is refused; an empty string if it has a valid token."""
+        values = [value for key, value in metadata if key == "authorization"]
+        if len(values) == 1 and self._is_valid(values[0]):
             return ""
-        return "the token is not one of this server's" if given else "this server wants a token"
+        return "the token is not valid" if values else "this server requires a token"
 
-    def _known(self, given: str | bytes) -> bool:
-        scheme, _, token = (given.encode() if isinstance(given, str) else given).partition(b" ")
-        # Every one of them is compared, in constant time: how long it takes tells nothing of a token.
-        tokens = self.watched.value
+    def _is_valid(self, value: str | bytes) -> bool:
+        scheme, _, token = (value.encode() if isinstance(value, str) else value).partition(b" ")
+        # Compare with every token, in constant time, so that the duration reveals nothing about any of them.
+        tokens = self.file.value
         return scheme.lower() == b"bearer" and sum(hmac.compare_digest(token, known) for known in tokens) > 0
 
 
-def _tokens(path: str, contents: Contents) -> list[bytes]:
+def _parse_tokens(path: str, contents: Contents) -> list[bytes]:
     content = contents["token_file"]
     if not content.isascii():
-        raise ConfigError(f"token_file {path} holds other characters than ASCII, which no client can send")
+        raise ConfigError(f"token_file {path} contains characters other than ASCII, which no client can send")
     if not content.split():
-        raise ConfigError(f"token_file {path} is empty: it must hold a token, or several, one a line")
+        raise ConfigError(f"token_file {path} is empty: it must contain one token per line")
     return content.split()
 
 
-def _content(path: str, setting: str) -> bytes:
+def _read_file(path: str, setting: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:

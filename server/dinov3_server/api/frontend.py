@@ -1,4 +1,4 @@
-"""The frontend process: one gRPC server on the shared port, one engine, one channel to the supervisor."""
+"""Run a frontend process: a gRPC server on the shared port, an engine, and a control channel to the supervisor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(start: StartFrontend, control: Channel) -> None:
-    """Serve until the supervisor says drain or is gone."""
+    """Serve until the supervisor asks to drain, or is gone."""
     keep_freed_memory()
     asyncio.run(_serve(start, control))
 
@@ -52,7 +52,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
                     case Connected(index):
                         try:
                             engine.connect(index, fds[0])
-                        except OSError as error:  # callers may hold every descriptor that we may have
+                        except OSError as error:  # callers may hold all descriptors of this process
                             log.error("worker %d cannot be connected yet: %s", index, error.strerror)
                             send(NotConnected(index))
                     case WorkerGone(index, back_in, killed):
@@ -77,13 +77,13 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
             loop.remove_writer(control.fileno())
 
     def on_model() -> None:
-        engine.on_model = lambda: None  # once: while workers are restarted, calls queue
+        engine.on_model = lambda: None  # only the first worker: later, calls queue while workers restart
         server.set_serving(not drain.done())
         send(Ready())
 
     async def report() -> None:
         while True:
-            if control.flush():  # to a peer that does not read nothing is piled up
+            if control.flush():  # do not pile messages up if the supervisor does not read
                 server.update_gauges()
                 engine.show()
                 send(MetricsSnapshot(metrics.snapshot()))
@@ -103,22 +103,23 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
 
 
 def _exit_on_own_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """End the process where a callback of ours failed.
+    """Exit if a callback of this package failed; the supervisor starts a new frontend.
 
-    asyncio would log it and go on, with a message from a worker or the supervisor lost: requests would wait for ever.
+    asyncio would log the error and go on. A message from a worker or the supervisor would be lost, and requests would
+    wait for ever.
     """
     error = context.get("exception")
-    if "handle" in context and error is not None and _is_ours(error):
-        log.critical("this frontend ends by an error of ours and is replaced", exc_info=error)
+    if "handle" in context and error is not None and _is_own(error):
+        log.critical("this frontend exits after an unexpected error and is replaced", exc_info=error)
         os._exit(1)
     loop.default_exception_handler(context)
 
 
-def _is_ours(error: BaseException) -> bool:
+def _is_own(error: BaseException) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").startswith("dinov3_server.") for frame, _ in frames)
 
 
 def _not_client_disconnect(record: logging.LogRecord) -> bool:
-    """False for what gRPC logs, with a traceback, where a caller was gone before its answer could be sent."""
+    """Return False for the traceback that gRPC logs when a caller is gone before its answer is sent."""
     return not record.exc_info or getattr(record.exc_info[0], "__name__", "") != "ExecuteBatchError"

@@ -1,7 +1,7 @@
-"""grpc.health.v1, for the whole server ("") and for FeatureService: both are serving, or neither is.
+"""Serve grpc.health.v1, for the whole server ("") and for FeatureService, which always have the same status.
 
-grpcio-health-checking brings a servicer too; its Watch never ends, so one watching client would hold every drain up
-until the grace is over.
+The servicer of grpcio-health-checking is not used: its Watch never ends, so one watching client would delay every drain
+until the grace period is over.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _Response = health_pb2.HealthCheckResponse
 
 
 class Health:
-    """Not serving until `set_serving(True)`; after `close` never again."""
+    """The health service. Its status is NOT_SERVING until `set_serving(True)`, and for ever after `close`."""
 
     def __init__(self) -> None:
         self._serving = False
         self._closed = False
-        self._changed = asyncio.Event()  # replaced by a new one at each change
+        self._changed = asyncio.Event()  # a new one after each change
 
     def handlers(self) -> grpc.GenericRpcHandler:
         def serialize(message: Any) -> bytes:
@@ -36,20 +36,20 @@ class Health:
             "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=serialize),
             "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=serialize),
         }
-        if hasattr(health_pb2, "HealthListRequest"):  # older packages know no List
+        if hasattr(health_pb2, "HealthListRequest"):  # older packages do not have List
             methods["List"] = grpc.unary_unary_rpc_method_handler(self._list, response_serializer=serialize)
         return grpc.method_handlers_generic_handler(HEALTH, methods)
 
     def set_serving(self, serving: bool) -> None:
         if serving != self._serving and not self._closed:
             self._serving = serving
-            self._tell()
+            self._notify()
 
     def close(self) -> None:
-        """Not serving; watchers are told so and their calls end."""
+        """Set NOT_SERVING for ever, send it to watchers, and end their calls."""
         self._serving = False
         self._closed = True
-        self._tell()
+        self._notify()
 
     async def _check(self, data: bytes, context: Any) -> Any:
         request: Any = await parse_or_abort(health_pb2.HealthCheckRequest, data, context)
@@ -57,7 +57,7 @@ class Health:
         if status == _Response.SERVICE_UNKNOWN:
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
-                f"there is no service {request.service[:100]!r}; known are '' and {SERVICE!r}",
+                f"there is no service {request.service[:100]!r}; allowed are '' and {SERVICE!r}",
             )
         return _Response(status=status)
 
@@ -69,12 +69,12 @@ class Health:
 
     async def _watch(self, data: bytes, context: Any) -> None:
         request: Any = await parse_or_abort(health_pb2.HealthCheckRequest, data, context)
-        told = None
+        sent = None
         while True:
             changed, status, closed = self._changed, self._status(request.service), self._closed
-            if status != told:
+            if status != sent:
                 await context.write(_Response(status=status))
-                told = status
+                sent = status
             if closed:
                 return
             await changed.wait()
@@ -84,6 +84,6 @@ class Health:
             return int(_Response.SERVICE_UNKNOWN)
         return int(_Response.SERVING if self._serving else _Response.NOT_SERVING)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()

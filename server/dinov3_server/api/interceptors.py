@@ -1,4 +1,4 @@
-"""What every call goes through before and after its handler: credentials, errors to statuses, counting."""
+"""gRPC interceptors: authenticate calls, turn errors into statuses, count and time requests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dinov3_server.metrics import Metrics
 
 SERVICE = "dinov3_serving.v1.FeatureService"
 EXTRACT, STREAM, GET_MODEL = (f"/{SERVICE}/{name}" for name in ("Extract", "ExtractStream", "GetModel"))
-# `method` of dinov3_requests_total. Health and reflection are not counted; whatever does not exist is "other".
+# Label `method` of dinov3_requests_total. Health and reflection are not counted; unknown methods are "other".
 _LABELS = {EXTRACT: "Extract", STREAM: "ExtractStream", GET_MODEL: "GetModel"}
 _OTHER = "other"
-# Who asks a probe for its health has no credentials.
-_OPEN = "/grpc.health.v1.Health/"
+# Health checks need no authentication.
+_WITHOUT_TOKEN = "/grpc.health.v1.Health/"
 SEND_A_TOKEN = "send the metadata `authorization: Bearer TOKEN`"
 
 # Generic in the stubs only.
@@ -31,9 +31,9 @@ Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler
 
 
 class RequestMetrics:
-    """`with RequestMetrics(...)` counts and times one request.
+    """A context manager that counts and times one request.
 
-    `expired` tells, when the request is cancelled, whether its deadline is why.
+    `expired` returns whether a cancellation was caused by the deadline.
     """
 
     __slots__ = ("_expired", "_method", "_metrics", "_started")
@@ -45,7 +45,7 @@ class RequestMetrics:
         self._started = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Time from now on: how long a message takes to come is up to the caller."""
+        """Measure from now on: the time that a message takes to arrive is the caller's."""
         self._started = time.perf_counter()
 
     def __enter__(self) -> RequestMetrics:
@@ -69,10 +69,10 @@ class RequestMetrics:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Errors of FeatureService become statuses; its calls are counted, and known while they last.
+    """Turns errors of FeatureService into statuses, counts its calls, and keeps track of the active ones.
 
-    Unary methods are served by handlers of streams, which is the same on the wire. For any other handler gRPC receives
-    the message before it calls an interceptor's: who may call at all would be known only then.
+    Unary methods are served by stream handlers, which look the same on the wire: for a unary handler gRPC receives the
+    message before it calls the handler, so before the call is authenticated.
     """
 
     def __init__(self, metrics: Metrics, receiver: Receiver) -> None:
@@ -81,8 +81,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._active: set[asyncio.Task[Any]] = set()
         self._handlers: dict[str, Handler] = {}  # by method
 
-    async def idle(self) -> None:
-        """Return when no call is left, including what cancelled ones have to clean up."""
+    async def wait_idle(self) -> None:
+        """Wait until no call is active; cancelled calls are active until they have cleaned up."""
         while self._active:
             await asyncio.wait(self._active)
 
@@ -90,24 +90,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
         method = handler_call_details.method
-        ours = self._handlers.get(method)
-        if ours is None:
+        wrapped = self._handlers.get(method)
+        if wrapped is None:
             handler = await continuation(handler_call_details)
             if handler is None:
                 self._metrics.requests.inc(_OTHER, "UNIMPLEMENTED")
                 return None
-            ours = self._handlers[method] = self._wrapped(handler, method)
-        return ours
+            wrapped = self._handlers[method] = self._wrap(handler, method)
+        return wrapped
 
-    def _wrapped(self, handler: Handler, method: str) -> Handler:
+    def _wrap(self, handler: Handler, method: str) -> Handler:
         if method not in _LABELS:
-            return self._reading(handler)
+            return self._wrap_uncounted(handler)
         if method == STREAM:
-            return grpc.stream_stream_rpc_method_handler(self._stream(handler))
-        return grpc.stream_unary_rpc_method_handler(self._unary(handler, _LABELS[method]))
+            return grpc.stream_stream_rpc_method_handler(self._wrap_stream(handler))
+        return grpc.stream_unary_rpc_method_handler(self._wrap_unary(handler, _LABELS[method]))
 
-    def _unary(self, handler: Handler, label: str) -> Any:
-        call: Any = handler.unary_unary  # the stubs know handlers of the threaded server only
+    def _wrap_unary(self, handler: Handler, label: str) -> Any:
+        call: Any = handler.unary_unary  # the type stubs describe the synchronous server only
 
         async def unary(_: object, context: Context) -> bytes:
             task = self._begin()
@@ -120,22 +120,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         deadline = None if remaining is None else time.monotonic() + remaining
                         context.add_done_callback(request_memory.release)  # type: ignore[arg-type]  # untyped
                         answering = call(data, context, deadline, request_memory)
-                        del data  # what was sent need not wait in memory for the device
+                        del data  # so that the message is freed while the request waits for the device
                         answer: bytes = await answering
                         request_memory.start_sending(context)
                         return answer
                 except Exception as error:
                     status = status_of(serving_error(error))
-                # Outside of `except`: grpc keeps what abort raises, in a cycle.
+                # Outside `except`: gRPC keeps the exception that abort raises, in a reference cycle.
                 return await abort(context, status)
             finally:
                 self._active.discard(task)
 
         return unary
 
-    def _reading(self, handler: Handler) -> Handler:
-        """Health and reflection: handlers of streams, which read as ours do."""
-        given: Any = handler
+    def _wrap_uncounted(self, handler: Handler) -> Handler:
+        """Serve a method of health or reflection by a stream handler that reads through the Receiver."""
+        methods: Any = handler
 
         async def requests(context: Context) -> AsyncIterator[bytes]:
             while (received := await self._receiver.read(context, None, rank=2)) is not None:
@@ -143,10 +143,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 request_memory.release()
                 yield data
 
-        async def reading(_: object, context: Context) -> Any:
+        async def serve(_: object, context: Context) -> Any:
             try:
                 if handler.request_streaming:
-                    async for answer in given.stream_stream(requests(context), context):
+                    async for answer in methods.stream_stream(requests(context), context):
                         await context.write(answer)
                     return None
                 data, request_memory = await self._receiver.message(context, rank=2)
@@ -154,15 +154,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             except ServingError as error:
                 status = status_of(error)
             else:
-                return await (given.unary_stream or given.unary_unary)(data, context)
+                return await (methods.unary_stream or methods.unary_unary)(data, context)
             return await abort(context, status)
 
         if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(reading, response_serializer=handler.response_serializer)
-        return grpc.stream_unary_rpc_method_handler(reading, response_serializer=handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(serve, response_serializer=handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(serve, response_serializer=handler.response_serializer)
 
-    def _stream(self, handler: Handler) -> Any:
-        """Of a stream each message is counted, by `RequestMetrics`; the call itself only where it fails as a whole."""
+    def _wrap_stream(self, handler: Handler) -> Any:
+        """Count the call only if it fails as a whole; stream.py counts its messages."""
         call: Any = handler.stream_stream
 
         async def stream(requests: Any, context: Context) -> None:
@@ -183,7 +183,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return stream
 
     def _begin(self) -> asyncio.Task[Any]:
-        """Add the current call to those that `idle` waits for. The caller discards what is returned."""
+        """Add the current call to the active ones and return its task, which the caller removes."""
         task = asyncio.current_task()
         assert task is not None
         self._active.add(task)
@@ -191,7 +191,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Outermost. Lets calls through that bring `authorization: Bearer TOKEN` with one of `tokens`; health is open."""
+    """Refuses calls without one of `tokens`, except health checks. The outermost interceptor."""
 
     def __init__(self, tokens: Tokens, metrics: Metrics) -> None:
         self._tokens = tokens
@@ -202,18 +202,18 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_OPEN):
+        if handler is None or method.startswith(_WITHOUT_TOKEN):
             return handler
-        reason = self._tokens.refusal(handler_call_details.invocation_metadata)
+        reason = self._tokens.reject_reason(handler_call_details.invocation_metadata)
         if not reason:
             return handler
-        refuse = self._refusal(reason, method)
-        # Handlers of streams: nothing of a message is received.
+        refuse = self._refuse(reason, method)
+        # Stream handlers receive no message unless they read it.
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(refuse)
         return grpc.stream_unary_rpc_method_handler(refuse)
 
-    def _refusal(self, reason: str, method: str) -> Any:
+    def _refuse(self, reason: str, method: str) -> Any:
         async def refuse(request: Any, context: Context) -> NoReturn:
             if method in _LABELS:
                 self._metrics.requests.inc(_LABELS[method], Unauthenticated.status)

@@ -1,4 +1,4 @@
-"""A frontend's look at itself, many times a second: how late its event loop is, and what memory it holds."""
+"""Measure the event-loop lag and the memory of a frontend, many times a second, and act on both."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from dinov3_server.metrics import Metrics
 
 CHECK_SECONDS = 0.025
 _CHECKS_PER_SECOND = round(1 / CHECK_SECONDS)
-# What a frontend may allocate of its own beyond what it had at its start: caches, small pictures that threads decode.
+# What a frontend may allocate for itself after its start: caches, small pictures that threads decode.
 OWN_BYTES = 64 << 20
 
 
 class FrontendMonitor:
-    """Measures how late the event loop is, ends reads that take too much memory, returns memory after a peak.
+    """Measures event-loop lag, ends reads when gRPC holds too much, and returns freed memory after a peak.
 
-    `allocated` tells what malloc has given to this process, where it does nothing but serve; else it is None.
+    `allocated` returns the bytes that malloc has given to this process. None if the process does more than serve, as
+    in tests: then memory is not checked.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class FrontendMonitor:
         self._most_allocated = 0
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Check every CHECK_SECONDS until cancelled."""
         loop = asyncio.get_running_loop()
         checks = 0
         while True:
@@ -52,7 +53,7 @@ class FrontendMonitor:
                     close_connection(peer)
 
     def _check_memory(self, allocated: Callable[[], int], each_second: bool) -> None:
-        # To ask malloc costs 40 us. What is allocated is no more than what the system has given.
+        # `allocated` costs 40 us, and is never more than the anonymous memory of the process.
         if each_second or anonymous_bytes() > self._own + OWN_BYTES + self._receiver.limit:
             now = allocated()
             self._most_allocated = max(self._most_allocated, now)

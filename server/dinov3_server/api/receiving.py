@@ -1,9 +1,9 @@
-"""Messages on their way in: what gRPC holds of them is bounded, over all calls and connections.
+"""Receive messages, and bound what gRPC holds of incomplete ones, over all calls and connections.
 
-The length of a message is not known before it is there, and an idle stream has a read pending for as long as it lives.
-Grants for the longest message would allow a handful of reads. So the memory that the process has allocated is measured
-instead, many times a second (api/monitor.py): gRPC holds the part that is neither the process's own nor counted in the
-byte budget. Over the limit pending reads are ended, first those that look most like an upload that is held open.
+gRPC does not say how long a message is before all of it has arrived, and an idle stream always has a read pending. With
+grants for the longest message only a handful of reads would fit the budget. So allocated memory is measured instead,
+many times a second (api/monitor.py): gRPC holds what is neither the process's own nor counted in the byte budget. Over
+the limit, pending reads are ended, first those that look most like an upload that is held open.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dinov3_server.api.budget import ByteBudget, RequestMemory
 from dinov3_server.errors import InvalidInput, Overloaded
 
 EOF: object = grpc.aio.EOF
-# A unary call has its message on the way when it arrives. A read that pends for longer has a slow sender.
+# The message of a unary call follows its headers at once. If a read is pending for longer, the sender is slow.
 _SLOW_SENDER_SECONDS = 1.0
 
 
 class _PendingRead:
-    """A read that is pending."""
+    """A pending read."""
 
     __slots__ = ("context", "ended", "rank", "since", "task")
 
@@ -37,21 +37,22 @@ class _PendingRead:
 
 
 class Receiver:
-    """Where calls read. `limit` is how many bytes gRPC may hold of messages that have no grant yet."""
+    """Reads messages for all calls. gRPC may hold `limit` bytes of messages without a grant."""
 
     def __init__(self, budget: ByteBudget, limit: int) -> None:
         self._budget = budget
         self.limit = limit
         self._reads: set[_PendingRead] = set()
-        self._end = 1  # how many reads the next look ends if it must
+        self._reads_to_end = 1  # at the next check that is over the limit
 
     async def read(self, context: Any, deadline: float | None, rank: int = 0) -> tuple[bytes, RequestMemory] | None:
-        """Return the next message and what it holds; None where the caller sends no more.
+        """Return the next message and its memory; None if the caller has closed its side.
 
-        `deadline` is of time.monotonic(), None where there is none or it is the caller's alone. A `rank` is ended after
-        those above it: 0 of a unary call, 1 of a stream, 2 where no token is asked for.
+        Args:
+            deadline: in seconds of time.monotonic(). For a unary call, None stands for the deadline of the call.
+            rank: reads of a higher rank are ended first: 0 for unary calls, 1 for streams, 2 for calls without a token.
 
-        Raises Overloaded where there was no room for it in time, or it came slowly while memory ran out.
+        Raises Overloaded if there was no memory in time, or the message came slowly while memory ran out.
         """
         read = _PendingRead(context, rank)
         self._reads.add(read)
@@ -76,25 +77,25 @@ class Receiver:
             self._reads.discard(read)
 
     async def message(self, context: Any, rank: int = 0) -> tuple[bytes, RequestMemory]:
-        """Return the one message of a unary call. Raises InvalidInput where there is none, and as `read`."""
+        """Return the message of a unary call and its memory. Raises as `read`, and InvalidInput without a message."""
         received = await self.read(context, None, rank)
         if received is None:
-            raise InvalidInput("the call ended before its message came")
+            raise InvalidInput("the call ended without a message: a unary call needs exactly one")
         return received
 
     def end_slow_reads(self, held: int) -> None:
-        """End reads where the `held` bytes of gRPC are over the limit, more with every look that finds them so."""
+        """End pending reads if gRPC holds `held` bytes, over the limit: twice as many at each call until it is not."""
         if held <= self.limit:
-            self._end = 1
+            self._reads_to_end = 1
             return
-        for read in self._by_priority()[: self._end]:
+        for read in self._by_priority()[: self._reads_to_end]:
             assert read.task is not None
             read.ended = True
             read.task.cancel()
-        self._end *= 2
+        self._reads_to_end *= 2
 
     def _by_priority(self) -> list[_PendingRead]:
-        """Slow senders first, then by rank, then the callers with most reads pending, then the oldest."""
+        """Return pending reads: slow senders first, then by rank, then callers with the most reads, then the oldest."""
         reads = [read for read in self._reads if not read.ended]
         callers = {read: _address(read.context.peer()) for read in reads}
         counts = Counter(callers.values())
@@ -103,5 +104,5 @@ class Receiver:
 
 
 def _address(peer: str) -> str:
-    """`peer` without its port: one that opens many connections is one caller still."""
+    """Return `peer` without its port: a caller may open many connections."""
     return peer.rpartition(":")[0]

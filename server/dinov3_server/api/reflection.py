@@ -1,4 +1,4 @@
-"""gRPC reflection, under its present name and under the one that older clients ask for."""
+"""Serve gRPC reflection, as v1 and as v1alpha, which older clients use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from dinov3_server.api.wire import parse_or_abort
 
-# grpcio-reflection knows v1alpha alone. v1 is the same file in a package of another name.
+# grpcio-reflection has v1alpha only. v1 is the same file in another package.
 _V1ALPHA = reflection.SERVICE_NAME
 _V1 = _V1ALPHA.replace("v1alpha", "v1")
 
 
 class Reflection:
-    """Tells of `services` and of itself."""
+    """The reflection service, which describes `services` and itself."""
 
     def __init__(self, services: Sequence[str]) -> None:
         _add_v1_to_pool()
@@ -43,7 +43,7 @@ class Reflection:
 
 
 def _add_v1_to_pool() -> None:
-    """Let reflection describe v1 too. Adding it twice does nothing."""
+    """Add the file of v1 to the descriptor pool, so that reflection describes itself. A second call does nothing."""
     v1alpha, v1 = FileDescriptorProto(), FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(v1alpha)
     text_format.Parse(text_format.MessageToString(v1alpha).replace("v1alpha", "v1"), v1)

@@ -1,4 +1,4 @@
-"""The gRPC server of one frontend process: services, interceptors, transport settings, and how it ends."""
+"""The gRPC server of a frontend process: its services, interceptors, transport settings and shutdown."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from dinov3_server.errors import StartupError
 from dinov3_server.host import available_threads
 from dinov3_server.metrics import Metrics
 
-# Pings find a client that vanished without a word (a pulled cable, a dropped NAT entry); its calls are cancelled.
+# Pings detect a client that vanished (a pulled cable, a dropped NAT entry); its calls are cancelled.
 _KEEPALIVE_SECONDS = 60
 _KEEPALIVE_TIMEOUT_SECONDS = 20
-# Clients may ping as often as this, also without a call; gRPC's own limit of 5 minutes cuts off most who do.
+# Clients may ping this often, even without a call; gRPC's default of 5 minutes disconnects most clients that ping.
 _CLIENT_PING_SECONDS = 5
 # Connections of a frontend, and the descriptors that they leave to it: channels to workers, decode processes, files.
 _MOST_CONNECTIONS = 4096
 _OWN_DESCRIPTORS = 256
-# Calls that gRPC holds until our handlers take them. Above its own 1,000 it ends some, above 3,000 all, as CANCELLED:
-# nothing counts these, and the caller learns nothing. Below this limit admission answers. Calls that are reset at once
-# are held too, with up to 60 KB each.
+# Calls that gRPC queues for the handlers. By default it ends some above 1,000 and all above 3,000, as CANCELLED: they
+# are not counted, and the caller does not learn why. Below this limit admission answers. Calls that are reset at once
+# are queued too, with up to 60 KB each.
 _MOST_PENDING_CALLS = 4096
-# The bit of "identity". gRPC unpacks a message before anything of ours sees the call: 130 KB become 128 MiB.
+# The bit of "identity". gRPC unpacks a message before it calls an interceptor: 130 KB become 128 MiB.
 _NO_COMPRESSION = 1
-# Between two looks at the files of tokens and TLS.
+# Interval of checks whether the token and TLS files have changed.
 RELOAD_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
 
 class FrontendServer:
-    """To be made in the running event loop. `start`, `set_serving` as the engine comes and goes, `drain` at the end."""
+    """A gRPC server over an engine. Create it in the event loop; call `start`, then `set_serving`, finally `drain`."""
 
     def __init__(
         self,
@@ -58,9 +58,10 @@ class FrontendServer:
         frontends: int,
         allocated: Callable[[], int] | None = None,
     ) -> None:
-        """`allocated` is that of FrontendMonitor.
+        """`allocated` is passed to FrontendMonitor.
 
-        Raises ConfigError for a file that the settings name and that is of no use."""
+        Raises ConfigError for a token or TLS file that cannot be read or is invalid.
+        """
         threads = settings.decode_threads or max(1, available_threads() // frontends)
         self._credentials = Credentials(settings, metrics)
         self._reload = asyncio.Event()
@@ -85,13 +86,13 @@ class FrontendServer:
         )
 
     async def start(self, host: str, port: int) -> int:
-        """Listen, beside other frontends on the same port. Returns the port (`port` 0 takes a free one).
+        """Listen, and return the port; other frontends may listen on the same one. `port` 0 takes a free one.
 
-        Raises StartupError where the address cannot be had.
+        Raises StartupError if the address cannot be used.
         """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            credentials = self._credentials.port()
+            credentials = self._credentials.server_credentials()
             if credentials is None:
                 bound = self._server.add_insecure_port(address)
             else:
@@ -103,27 +104,27 @@ class FrontendServer:
         return bound
 
     def set_serving(self, serving: bool) -> None:
-        """What health says."""
+        """Set the status of the health service."""
         self._health.set_serving(serving)
 
     def update_gauges(self) -> None:
-        """Set the gauges that are read once a second."""
+        """Set the gauges of memory and of the certificate."""
         self.budget.update_gauges(self._metrics)
         self._credentials.update_gauges()
 
     def reload(self) -> None:
-        """Read the files of tokens and TLS again soon, whether they have changed or not."""
+        """Read the token and TLS files again soon, even if they have not changed."""
         self._reload.set()
 
     async def drain(self, grace: float) -> None:
-        """Refuse what is new, let what is in flight finish for `grace` seconds, cancel the rest.
+        """Refuse new calls, give active ones `grace` seconds to finish, and cancel the rest.
 
-        When it returns, no call and no thread of ours is left.
+        Returns when no call and no decode thread is left.
         """
         self._health.close()
         self._service.drain()
         await self._server.stop(grace)
-        await self._calls.idle()
+        await self._calls.wait_idle()
         for task in self._tasks:
             task.cancel()
         self._extraction.close()
@@ -135,10 +136,10 @@ class FrontendServer:
             forced = self._reload.is_set()
             self._reload.clear()
             try:
-                # In a thread: a disk may be a network's.
+                # In a thread: the files may be on a network disk.
                 await asyncio.to_thread(self._credentials.reload, forced)
             except Exception:
-                log.exception("the files of tokens and TLS could not be read again")
+                log.exception("cannot reload the token and TLS files")
 
 
 def _most_connections() -> int:
@@ -164,6 +165,6 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", _CLIENT_PING_SECONDS * 1000),
     ]
     if settings.max_connection_age_seconds:
-        # No grace is set: calls in flight finish, however long they are.
+        # Without a grace period, active calls finish however long they take.
         options.append(("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)))
     return options

@@ -1,4 +1,4 @@
-"""The methods of dinov3_serving.v1.FeatureService. Messages are bytes here: what is hot frames its own."""
+"""The methods of dinov3_serving.v1.FeatureService, which take and return serialized messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dinov3_serving.v1.enums import FEATURE_DTYPES, preset_message
 
 
 class FeatureService:
-    """Errors leave as ServingError; `interceptors.CallInterceptor` makes statuses of them."""
+    """The service. Its methods raise ServingError; `interceptors.CallInterceptor` turns them into statuses."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class FeatureService:
         )
 
     def drain(self) -> None:
-        """Refuse new calls, and read no further messages of the streams there are."""
+        """Refuse new calls, and stop reading messages of open streams."""
         self._draining = True
         for stream in self._streams:
             stream.stop_reading()
@@ -72,7 +72,7 @@ class FeatureService:
         request, content = parse(pb.ExtractRequest, data, self._settings.max_images_per_request)
         caller = caller_of(context, by_token=self._tokens is not None)
         extract = self._extraction.extract(request, deadline, caller, request_memory, content=content)
-        del data, request, content  # what was sent need not wait in memory for the device
+        del data, request, content  # so that the message is freed while the request waits for the device
         return await extract
 
     async def extract_stream(self, _: object, context: Context) -> None:
@@ -124,9 +124,7 @@ class FeatureService:
 
     def _check_open(self) -> None:
         if self._draining:
-            raise Unavailable(
-                "the server is shutting down; another one, or its successor, can answer", reason="draining"
-            )
+            raise Unavailable("the server is shutting down: try again, or call another server", reason="draining")
 
 
 def _parity_check(parity_check: ParityCheck) -> pb.ParityCheck:

@@ -1,7 +1,4 @@
-"""Errors as a person at the other end of the wire meets them: `ServingError` to google.rpc.Status.
-
-`docs/errors.md` is this table in words.
-"""
+"""Turn a ServingError into the google.rpc.Status that clients receive, as docs/errors.md describes."""
 
 from __future__ import annotations
 
@@ -21,14 +18,14 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-# A status travels as HTTP/2 trailers, of which peers take 8 KiB by default. It holds the message three times: percent-
-# encoded (up to 3 bytes a byte) and twice in base64 (4/3).
+# A status is sent as HTTP/2 trailers, of which peers accept 8 KiB by default. They contain the message three times:
+# once percent-encoded (up to 3 bytes per byte) and twice in base64 (4/3).
 _MOST_MESSAGE_BYTES = 1000
 _MOST_FIELD_BYTES = 200
 
 
 def status_of(error: ServingError) -> pb.Status:
-    """The status of a call, of a message of a stream, or of one image."""
+    """Return the status of a call, of a message of a stream, or of one image that failed with `error`."""
     message = _cut(str(error), _MOST_MESSAGE_BYTES)
     status = pb.Status(code=code_of(error).value[0], message=message)
     if isinstance(error, InvalidInput) and error.field:
@@ -46,7 +43,7 @@ def code_of(error: ServingError) -> grpc.StatusCode:
 
 
 def serving_error(error: Exception) -> ServingError:
-    """`error` itself if it is one; else it is our fault: the log gets its traceback, the wire only an id."""
+    """Return `error` if it is a ServingError; else log its traceback and return an InternalError with the log's id."""
     if isinstance(error, ServingError):
         return error
     internal = InternalError("the server failed on this request")
@@ -55,9 +52,9 @@ def serving_error(error: Exception) -> ServingError:
 
 
 def without_traceback(error: Exception) -> ServingError:
-    """`error` to be kept until the answer is made: without the frames that it came through, which hold pixels."""
-    # From Python 3.12 on a frame of contextlib's is part of a cycle with the traceback that passed through it: without
-    # this the frames, and the views of the arena in them, would live until the next garbage collection.
+    """Return `error` as a ServingError to be stored until the answer is built, without frames that refer to pixels."""
+    # Since Python 3.12 a frame of contextlib is in a reference cycle with the traceback that passed through it. If the
+    # frames were not cleared, they and their views of the arena would live until the next garbage collection.
     traceback.clear_frames(error.__traceback__)
     failure = serving_error(error).with_traceback(None)
     failure.__cause__ = failure.__context__ = None

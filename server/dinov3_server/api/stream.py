@@ -1,4 +1,4 @@
-"""One ExtractStream call: messages in, answers out as they complete."""
+"""Serve one ExtractStream call: read messages, and answer each when it is complete."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 
-class _Asked(NamedTuple):
-    """One message. `fresh` says that no other with its id is unanswered; `error` is why it cannot be served."""
+class _Received(NamedTuple):
+    """A message. `has_new_id` if no unanswered message has its id; `error` is set if it cannot be served."""
 
     message: pb.ExtractStreamRequest
     content: BytesResolver
     request_memory: RequestMemory
     arrived: float
-    fresh: bool
+    has_new_id: bool
     error: ServingError | None
 
 
 class Stream:
-    """Reads on only while fewer than `stream_window` messages are unanswered.
+    """A stream, which is read only while fewer than `stream_window` messages are unanswered.
 
-    An answer counts as given when the transport has taken it, so a caller that does not read its answers soon finds
-    that its messages are not read either.
+    A message is answered when the transport has accepted the answer. So if a caller does not read its answers, its
+    messages are soon not read either.
     """
 
     def __init__(
@@ -69,9 +69,11 @@ class Stream:
     async def serve(self) -> None:
         """Return when the caller has closed its side and every message is answered.
 
-        Raises InvalidInput after a message that is none, Unauthenticated after one that came when the call's token was
-        no longer one of `tokens`, and Unavailable after `stop_reading`, in all cases when everything before it is
-        answered.
+        Raises, when all earlier messages are answered:
+            InvalidInput: a message cannot be parsed.
+            Overloaded: there was no memory for a message.
+            Unauthenticated: a message came when the token of the call was not valid any more.
+            Unavailable: `stop_reading` was called.
         """
         async with asyncio.TaskGroup() as group:
             self._reader = group.create_task(self._read(group))
@@ -79,7 +81,8 @@ class Stream:
             return
         if self._reader.cancelled():
             raise Unavailable(
-                "the server is shutting down; what it had read is answered, send the rest again", reason="draining"
+                "the server is shutting down: messages without an answer were not computed, send them again",
+                reason="draining",
             )
         error = self._reader.result()
         if error is not None:
@@ -98,68 +101,68 @@ class Stream:
                 return error
             if received is None:
                 return None
-            if self._tokens and (reason := self._tokens.refusal(self._context.invocation_metadata() or ())):
+            if self._tokens and (reason := self._tokens.reject_reason(self._context.invocation_metadata() or ())):
                 received[1].release()
                 return Unauthenticated(f"{reason} any more: {SEND_A_TOKEN}")
             try:
-                asked = self._asked(*received)
+                message = self._parse(*received)
             except InvalidInput as error:
                 received[1].release()
                 return error
-            # Not in `_answer` alone: a task that is cancelled before it begins runs nothing of it.
-            group.create_task(self._answer(asked)).add_done_callback(asked.request_memory.release)
-            del received, asked  # the next one may be long in coming
+            # As a callback, because a task that is cancelled before its first step runs none of `_answer`.
+            group.create_task(self._answer(message)).add_done_callback(message.request_memory.release)
+            del received, message  # free them while waiting for the next one
 
-    def _asked(self, data: bytes, request_memory: RequestMemory) -> _Asked:
-        """Raises InvalidInput where `data` are no message, or it cannot be told which one is at fault."""
+    def _parse(self, data: bytes, request_memory: RequestMemory) -> _Received:
+        """Parse a message. Raises InvalidInput if it has no readable id to answer under."""
         error: ServingError | None = None
         try:
             parsed = parse(pb.ExtractStreamRequest, data, self._most_images)
         except TooManyElements as too_many:
             error = without_traceback(too_many)
             parsed = ParsedMessage(pb.ExtractStreamRequest(id=message_id(data)), bytes)
-        fresh = parsed.message.id not in self._unanswered
+        has_new_id = parsed.message.id not in self._unanswered
         self._unanswered.add(parsed.message.id)
-        return _Asked(*parsed, request_memory, time.monotonic(), fresh, error)
+        return _Received(*parsed, request_memory, time.monotonic(), has_new_id, error)
 
-    async def _answer(self, asked: _Asked) -> None:
-        message_id, fresh, request_memory = asked.message.id, asked.fresh, asked.request_memory
-        extract = self._extract(asked)
-        del asked  # what was sent need not wait in memory for the device
+    async def _answer(self, received: _Received) -> None:
+        message_id, has_new_id, request_memory = received.message.id, received.has_new_id, received.request_memory
+        extract = self._extract(received)
+        del received  # so that the message is freed while the request waits for the device
         try:
             answer = await extract
             async with self._writing:
-                if fresh:
+                if has_new_id:
                     self._unanswered.discard(message_id)
                 request_memory.start_sending(self._context)
                 await self._context.write(answer)
         except grpc.aio.BaseError:
-            # The connection is gone; the cancellation of the whole call is on its way.
+            # The connection is gone; gRPC is about to cancel the call.
             self._caller_left = True
             self.stop_reading()
         finally:
-            request_memory.release()  # before the window lets the next message in
+            request_memory.release()  # before the next message is read
             self._window.release()
 
-    async def _extract(self, asked: _Asked) -> bytes:
-        message = asked.message
+    async def _extract(self, received: _Received) -> bytes:
+        message = received.message
         message_id = message.id
         try:
             with RequestMetrics(self._metrics, "ExtractStream", expired=self._expired):
-                if not asked.fresh:
+                if not received.has_new_id:
                     raise InvalidInput(
-                        f"message {message_id} of this stream is not answered yet: give every message an id of its own",
+                        f"a message with id {message_id} is still unanswered: give each message of a stream its own id",
                         field="id",
                     )
-                if asked.error is not None:
-                    raise asked.error
-                deadline = self._deadline_of(message.timeout_seconds, asked.arrived)
+                if received.error is not None:
+                    raise received.error
+                deadline = self._deadline_of(message.timeout_seconds, received.arrived)
                 if not message.HasField("request"):
-                    raise InvalidInput("request is not set", field="request")
+                    raise InvalidInput("request is not set: every message of a stream needs one", field="request")
                 extract = self._extraction.extract(
-                    message.request, deadline, self._caller, asked.request_memory, message_id, asked.content
+                    message.request, deadline, self._caller, received.request_memory, message_id, received.content
                 )
-                del asked, message
+                del received, message
                 return await extract
         except Exception as error:
             failed = pb.ExtractStreamResponse(id=message_id, error=status_of(serving_error(error)))
@@ -168,7 +171,7 @@ class Stream:
     def _deadline_of(self, timeout: float, arrived: float) -> float | None:
         if not (math.isfinite(timeout) and timeout >= 0):
             raise InvalidInput(
-                f"timeout_seconds is {timeout:g}; allowed are positive numbers, and 0 for the stream's own deadline",
+                f"timeout_seconds is {timeout:g}; allowed are positive numbers, and 0 for the deadline of the call",
                 field="timeout_seconds",
             )
         if not timeout:

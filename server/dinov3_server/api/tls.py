@@ -1,7 +1,7 @@
-"""The TLS certificate of the gRPC port: whether its files are of use, and how long it is valid.
+"""Check the TLS files of the gRPC port, and read how long the certificate is valid.
 
-OpenSSL checks the files, by Python's ssl, which tells the dates of a peer's certificate alone. So they are read here:
-two fields at a fixed place of a certificate that OpenSSL has accepted, for which a dependency would be too much.
+OpenSSL checks the files. Python's ssl module gives the dates of a peer's certificate only, so this module parses them:
+two fields at a fixed place in a certificate that OpenSSL has accepted, which is not worth a dependency.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ _VERSION, _UTC_TIME = 0xA0, 0x17  # tags
 
 
 class Lifetime(NamedTuple):
-    """From when until when a certificate is valid, in seconds since 1970."""
+    """The first and last moment that a certificate is valid, in seconds since 1970."""
 
     begin: float
     end: float
 
-    def complaint(self, now: float) -> str:
-        """What is wrong with it at the time `now`; empty where it is valid for SOON_SECONDS more."""
+    def warning(self, now: float) -> str:
+        """Return what is wrong with it at the time `now`; empty if it stays valid for SOON_SECONDS."""
         if now < self.begin:
-            return f"is valid from {_date(self.begin)} on: clients refuse it until then (or this clock is wrong)"
+            return f"is not valid before {_date(self.begin)}: clients refuse it until then (or this clock is wrong)"
         if now > self.end:
-            return f"has expired on {_date(self.end)}: clients refuse it"
+            return f"expired on {_date(self.end)}: clients refuse it"
         if now > self.end - SOON_SECONDS:
             return f"expires on {_date(self.end)}, in {(self.end - now) / 86400:.1f} days"
         return ""
 
 
 def lifetime(certificate: bytes) -> Lifetime:
-    """Of the first certificate, the server's own, of a PEM file that `check_files` has accepted.
+    """Return the lifetime of the server's own certificate, the first in a PEM file that `check_files` has accepted.
 
-    Raises ValueError for dates that are not written as RFC 5280 demands, which OpenSSL does not look at so early.
+    Raises ValueError for dates that do not follow RFC 5280, which OpenSSL does not check when it loads a file.
     """
     found = _FIRST.search(certificate)
-    assert found is not None, "OpenSSL has read one"
-    # RFC 5280, section 4.1: Certificate holds TBSCertificate, and that, behind its version, the serial number, the
-    # algorithm, the issuer and the validity.
+    assert found is not None, "OpenSSL has read a certificate"
+    # RFC 5280, section 4.1: a Certificate begins with its TBSCertificate, which has a version, a serial number, an
+    # algorithm, an issuer and then the validity.
     _, whole = next(_elements(base64.b64decode(found[1])))
     _, signed = next(_elements(whole))
     fields = [content for tag, content in _elements(signed) if tag != _VERSION]
@@ -57,29 +57,31 @@ def lifetime(certificate: bytes) -> Lifetime:
 
 
 def check_files(names: tuple[str, str, str], certificate: bytes, key: bytes, authorities: bytes | None) -> None:
-    """Raises ConfigError for contents that are of no use; gRPC says of those only that it cannot listen.
+    """Raise ConfigError if the contents are not valid PEM; of those, gRPC would only say that it cannot listen.
 
-    `names` are those of the files, of the authorities' last.
+    `names` are the paths of the certificate, the key and the authorities, for the message.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         with _as_file(certificate) as cert_file, _as_file(key) as key_file:
-            context.load_cert_chain(cert_file, key_file, password="")  # or a passphrase would be asked of the terminal
+            context.load_cert_chain(
+                cert_file, key_file, password=""
+            )  # without it OpenSSL would prompt for a passphrase
     except ssl.SSLError as error:
         raise ConfigError(
-            f"tls_cert_file {names[0]} and tls_key_file {names[1]} are no PEM certificate with its private key "
-            f"(without passphrase): {error.reason or error}"
+            f"tls_cert_file {names[0]} and tls_key_file {names[1]} are not a PEM certificate and its private key "
+            f"without a passphrase: {error.reason or error}"
         ) from None
     try:
         if authorities is not None:
             context.load_verify_locations(cadata=authorities.decode("ascii"))
     except (ssl.SSLError, ValueError):
-        raise ConfigError(f"tls_client_ca_file {names[2]} holds no certificate in PEM") from None
+        raise ConfigError(f"tls_client_ca_file {names[2]} contains no PEM certificate") from None
 
 
 @contextmanager
 def _as_file(content: bytes) -> Iterator[str]:
-    """ssl reads keys from files alone; the file on the disk may be another by now."""
+    """Yield the path of a memory file with `content`: ssl reads keys from files only, and those on disk may change."""
     descriptor = os.memfd_create("pem")
     try:
         with open(descriptor, "wb", closefd=False) as file:
@@ -90,7 +92,7 @@ def _as_file(content: bytes) -> Iterator[str]:
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Tag and content of each element of DER (X.690)."""
+    """Yield the tag and content of each DER element (X.690)."""
     position = 0
     while position < len(data):
         tag, length = data[position : position + 2]

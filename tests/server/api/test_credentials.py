@@ -59,7 +59,7 @@ def swap_links(path: Path, content: bytes) -> None:
 def known(rig: Rig) -> list[bytes]:
     tokens = rig.server._credentials.tokens
     assert tokens is not None
-    return tokens.watched.value
+    return tokens.file.value
 
 
 async def is_refused(rig: Rig, token: str) -> bool:
@@ -136,7 +136,7 @@ async def test_a_stream_ends_at_its_next_message_once_its_token_is_taken_away(tm
         await call.write(pb.ExtractStreamRequest(id=3, request=REQUEST))
         run.go.set_result(None)
         assert (await call.read()).id == 2  # what was taken is answered
-        with pytest.raises(grpc.aio.AioRpcError, match="is not one of this server's any more"):
+        with pytest.raises(grpc.aio.AioRpcError, match="the token is not valid any more"):
             await call.read()
         assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
         assert rig.engine.runs.empty()
@@ -212,23 +212,23 @@ def test_a_date_that_is_none_is_an_error_of_the_file(tmp_path: Path) -> None:
     assert der.count(date) == 1
     files = put(tmp_path, FIRST)
     (tmp_path / "tls.crt").write_text(ssl.DER_cert_to_PEM_cert(der.replace(date, b"991399" + date[6:])))
-    with pytest.raises(ConfigError, match=r"tls\.crt has a date of no use"):
+    with pytest.raises(ConfigError, match=r"tls\.crt has an invalid date"):
         credentials.Credentials(Settings(**files), Metrics())
 
 
 @pytest.mark.parametrize(
     ("now", "words"),
     [
-        (-1.0, "is valid from 1970-01-01 00:00 UTC on"),
+        (-1.0, "is not valid before 1970-01-01 00:00 UTC"),
         (1.0, ""),
         (86 * DAY - 1, ""),
         (98 * DAY, "expires on 1970-04-11 00:00 UTC, in 2.0 days"),
-        (101 * DAY, "has expired on 1970-04-11 00:00 UTC"),
+        (101 * DAY, "expired on 1970-04-11 00:00 UTC"),
     ],
 )
 def test_what_is_said_of_dates(now: float, words: str) -> None:
-    assert Lifetime(0.0, 100 * DAY).complaint(now).startswith(words)
-    assert bool(Lifetime(0.0, 100 * DAY).complaint(now)) == bool(words)
+    assert Lifetime(0.0, 100 * DAY).warning(now).startswith(words)
+    assert bool(Lifetime(0.0, 100 * DAY).warning(now)) == bool(words)
 
 
 async def test_a_certificate_that_comes_to_its_end_is_told_once_and_counted(
@@ -249,7 +249,7 @@ async def test_a_certificate_that_comes_to_its_end_is_told_once_and_counted(
         [told] = warnings()
         assert "tls.crt expires on 1972-09-27 00:00 UTC, in 5.0 days" in told
         now = 1001 * DAY
-        assert "has expired" in warnings()[1]
+        assert "expired on" in warnings()[1]
         assert rig.metrics.snapshot().series["dinov3_tls_expiry_seconds"] == {(): (-DAY,)}
         monkeypatch.setattr(credentials, "lifetime", lambda _: Lifetime(0.0, 2000 * DAY))
         put(tmp_path, RENEWED)

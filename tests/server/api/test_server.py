@@ -76,14 +76,14 @@ async def test_a_token_of_the_file_opens_everything(tokens: str, token: str) -> 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ((), "this server wants a token"),
-        (bearer("secret-three"), "the token is not one"),
-        (bearer("secret-one "), "the token is not one"),
-        (bearer(""), "the token is not one"),
-        ((("authorization", "secret-one"),), "the token is not one"),
-        ((("authorization", "Basic secret-one"),), "the token is not one"),
-        (bearer("secret-three") + bearer("secret-one"), "the token is not one"),
-        (bearer("secret-one") + bearer("secret-three"), "the token is not one"),
+        ((), "this server requires a token"),
+        (bearer("secret-three"), "the token is not valid"),
+        (bearer("secret-one "), "the token is not valid"),
+        (bearer(""), "the token is not valid"),
+        ((("authorization", "secret-one"),), "the token is not valid"),
+        ((("authorization", "Basic secret-one"),), "the token is not valid"),
+        (bearer("secret-three") + bearer("secret-one"), "the token is not valid"),
+        (bearer("secret-one") + bearer("secret-three"), "the token is not valid"),
     ],
 )
 async def test_who_has_no_token_is_refused(tokens: str, metadata: Any, message: str) -> None:
@@ -130,7 +130,7 @@ async def test_a_call_that_ends_before_its_message_came() -> None:
         for name in (f"/{SERVICE}/Extract", f"/{SERVICE}/GetModel", "/grpc.health.v1.Health/Check"):
             error = await failure_of(rig.channel.stream_unary(name)(iter(())))
             assert error.code == grpc.StatusCode.INVALID_ARGUMENT
-            assert error.message == "the call ended before its message came"
+            assert error.message == "the call ended without a message: a unary call needs exactly one"
         assert rig.count("dinov3_requests_total", "Extract", "INVALID_ARGUMENT") == 1
 
 
@@ -182,11 +182,11 @@ async def test_mutual_tls() -> None:
     [
         (
             {"tls_cert_file": "garbage"},
-            "tls_cert_file .*garbage and tls_key_file .*localhost.key are no PEM certificate",
+            "tls_cert_file .*garbage and tls_key_file .*localhost.key are not a PEM certificate",
         ),
-        ({"tls_key_file": "garbage"}, "tls_key_file .*garbage are no PEM certificate with its private key"),
-        ({"tls_key_file": "other.key"}, "tls_key_file .*other.key are no PEM .*KEY_VALUES_MISMATCH"),
-        ({"tls_client_ca_file": "garbage"}, "tls_client_ca_file .*garbage holds no certificate in PEM"),
+        ({"tls_key_file": "garbage"}, "tls_key_file .*garbage are not a PEM certificate and its private key"),
+        ({"tls_key_file": "other.key"}, "tls_key_file .*other.key are not a PEM .*KEY_VALUES_MISMATCH"),
+        ({"tls_client_ca_file": "garbage"}, "tls_client_ca_file .*garbage contains no PEM certificate"),
     ],
     ids=["certificate", "key", "key of another", "authorities"],
 )

@@ -202,7 +202,7 @@ async def test_an_id_that_is_unanswered_is_refused_and_one_that_is_answered_is_n
         assert refused.id == 7
         told = failure_of_status(refused.error)
         assert (told.code.name, told.field) == ("INVALID_ARGUMENT", "id")
-        assert "message 7 of this stream is not answered yet" in told.message
+        assert "a message with id 7 is still unanswered" in told.message
         # The refusal is not the answer: the id is still taken.
         await call.write(message(7, photo=8))
         assert (await read(call)).WhichOneof("result") == "error"
