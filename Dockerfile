@@ -26,7 +26,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     cd /opt/dinov3/lib/python3.*/site-packages/torch && \
     rm -r include test && find bin -mindepth 1 ! -name torch_shm_manager -delete
 
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY protos protos
 COPY client client
 COPY server server

@@ -6,7 +6,10 @@ GPU_PYTHON ?= python3
 BIN := .venv/bin
 PROTO := protos/dinov3_serving/v1/feature_service.proto
 
-.PHONY: install demo test lint format bench fuzz fuzz-coverage chaos gpu-check gpu-bench protos clean
+# What the documentation shows or links to.
+PAGES := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md LICENSE docs deploy bench constraints examples protos
+
+.PHONY: install demo test test-fast lint format docs bench fuzz fuzz-coverage chaos gpu-check gpu-bench protos clean
 
 install: .venv/installed
 
@@ -30,7 +33,12 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 test: install .venv-protoc/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Needs no server process: half a minute on two cores.
+FAST := tests/project tests/deploy tests/client tests/server/config tests/server/cli tests/server/engine
+test-fast: install .venv-protoc/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal $(FAST) --ignore tests/client/torch --ignore tests/client/bulk
 
 lint: install
 	$(BIN)/ruff check .
@@ -42,6 +50,18 @@ lint: install
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+.venv-docs/installed: constraints/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r constraints/docs.txt
+	@touch $@
+
+# Writes build/site. Fails where a page or an anchor that a link names is missing, or a page is in no menu.
+docs: .venv-docs/installed
+	rm -rf build/docs build/site
+	mkdir -p build/docs
+	ln -s $(addprefix ../../,$(PAGES)) build/docs/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 bench: install
 	$(BIN)/python -m bench
@@ -71,4 +91,4 @@ gpu-bench:
 	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m bench.gpu
 
 clean:
-	rm -rf .venv .venv-protoc .venv-pytriton .venv-atheris demo-out build dist
+	rm -rf .venv .venv-protoc .venv-docs .venv-pytriton .venv-atheris demo-out build dist

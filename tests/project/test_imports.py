@@ -6,11 +6,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, tracked
 
 SERVER = ROOT / "server" / "dinov3_server"
 CLIENT = ROOT / "client" / "dinov3_client"
@@ -27,7 +28,8 @@ FLOORS = {
 }  # fmt: skip
 
 
-def imports(path: Path) -> Iterator[str]:
+@cache
+def imports(path: Path) -> tuple[str, ...]:
     """Full names of the modules that a file imports, also inside functions, but not for type checkers alone."""
 
     def walk(node: ast.AST) -> Iterator[str]:
@@ -44,7 +46,7 @@ def imports(path: Path) -> Iterator[str]:
                 case _:
                     yield from walk(child)
 
-    yield from walk(ast.parse(path.read_text()))
+    return tuple(walk(ast.parse(path.read_text())))
 
 
 def room(path: Path) -> str:
@@ -108,8 +110,7 @@ def test_the_supervisor_speaks_no_grpc() -> None:
 
 
 def test_nothing_refers_to_what_is_not_in_the_project() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    for name in tracked:
+    for name in tracked():
         if name.endswith((".py", ".md", ".toml", ".yaml", ".yml", ".proto", "Makefile", "Dockerfile")):
             text = (ROOT / name).read_text()
             assert "../shared" not in text or name == "tests/project/test_imports.py", name
