@@ -1,4 +1,4 @@
-"""The instruments, what the supervisor makes of their snapshots, and the page that Prometheus reads."""
+"""The instruments, the merging of their snapshots, and the page for Prometheus."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def parsed(page: bytes) -> Samples:
-    """Every sample of a page, by name and sorted labels; a sample that is there twice fails."""
+    """Return every sample of a page by name and sorted labels; fail on duplicates."""
     samples: Samples = {}
     for family in text_string_to_metric_families(page.decode()):
         for sample in family.samples:
@@ -38,7 +38,7 @@ def page_of(**children: Metrics) -> Samples:
 
 
 def everything() -> Metrics:
-    """Metrics with a series of each."""
+    """Return metrics with a series of each."""
     metrics = Metrics()
     metrics.requests.inc("Extract", "OK")
     metrics.request_seconds.observe(0.2, "Extract")
@@ -154,7 +154,7 @@ def test_buckets_reach_from_half_a_millisecond_to_a_minute_and_to_the_largest_ba
     assert buckets["dinov3_batch_tokens"] == tuple(2**power for power in range(8, 18))
 
 
-def test_metrics_without_labels_are_there_before_anything_happened() -> None:
+def test_histograms_without_labels_start_at_0() -> None:
     page = page_of(only=Metrics())
     assert page["dinov3_batch_images_count", ()] == 0
     assert page["dinov3_queue_seconds_count", ()] == 0
@@ -180,7 +180,7 @@ def test_wrong_number_of_labels() -> None:
     assert "dinov3_requests_total" not in {name for name, _ in page_of(only=metrics)}
 
 
-def test_a_snapshot_is_picklable_small_and_not_changed_later() -> None:
+def test_a_snapshot_is_picklable_small_and_immutable() -> None:
     metrics = everything()
     snapshot = metrics.snapshot()
     data = pickle.dumps(snapshot)
@@ -193,17 +193,17 @@ def test_a_snapshot_is_picklable_small_and_not_changed_later() -> None:
 
 
 class Interrupted(float):
-    """A number: while it is added, another thread counts 10, unless a lock keeps that waiting."""
+    """A number that, while it is added, lets another thread count 10, unless a lock delays that."""
 
     thread: threading.Thread
 
     def __radd__(self, other: float) -> float:
         self.thread.start()
-        self.thread.join(0.05)  # Waits in vain where there is a lock: the thread ends after us.
+        self.thread.join(0.05)  # times out if there is a lock: the thread then ends later
         return float(self) + other
 
 
-def test_threads_lose_no_count() -> None:
+def test_no_count_is_lost_between_threads() -> None:
     metrics = Metrics()
     metrics.images.inc("ok")
     count, observation = Interrupted(100), Interrupted(100)
@@ -219,7 +219,7 @@ def test_threads_lose_no_count() -> None:
     assert page["dinov3_batch_images_count", ()] == 2
 
 
-def test_instruments_do_without_prometheus_client() -> None:
+def test_instruments_do_not_import_prometheus_client() -> None:
     code = (
         "import sys, dinov3_server.metrics as m; m.Metrics().snapshot(); sys.exit('prometheus_client' in sys.modules)"
     )
@@ -249,11 +249,11 @@ def test_living_processes_are_merged() -> None:
 
 
 def cumulative(page: Samples) -> Samples:
-    """What may never go down."""
+    """Return the samples that may never decrease."""
     return {key: value for key, value in page.items() if re.search("_(total|bucket|count|sum)$", key[0])}
 
 
-def test_a_dead_process_leaves_its_counters_and_takes_its_gauges() -> None:
+def test_the_counters_of_a_dead_process_are_kept_and_its_gauges_dropped() -> None:
     aggregate = Aggregate()
     aggregate.update("worker-0", everything().snapshot())
     before = parsed(aggregate.render())
@@ -261,13 +261,13 @@ def test_a_dead_process_leaves_its_counters_and_takes_its_gauges() -> None:
     after = parsed(aggregate.render())
     assert after == cumulative(before)
     assert len(after) < len(before)
-    aggregate.retire("worker-0")  # Of one that is already dead, or never was.
+    aggregate.retire("worker-0")  # already dead, or never alive
     aggregate.retire("worker-7")
     assert parsed(aggregate.render()) == after
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["retired", "not retired"])
-def test_a_restarted_process_adds_to_its_predecessor(told: bool) -> None:
+@pytest.mark.parametrize("retired", [True, False])
+def test_a_restarted_process_adds_to_its_predecessor(retired: bool) -> None:
     aggregate = Aggregate()
     key = "dinov3_images_total", (("outcome", "ok"),)
     expected = 0
@@ -281,13 +281,13 @@ def test_a_restarted_process_adds_to_its_predecessor(told: bool) -> None:
             page = parsed(aggregate.render())
             assert page[key] == expected
             assert page["dinov3_queue_images", ()] == 2
-        if told:
+        if retired:
             aggregate.retire("worker-0")
             assert parsed(aggregate.render())[key] == expected
 
 
 @pytest.mark.parametrize("successor", [True, False])
-def test_late_words_of_a_dead_process_are_not_counted_twice(successor: bool) -> None:
+def test_a_late_snapshot_of_a_dead_process_is_not_counted_twice(successor: bool) -> None:
     aggregate = Aggregate()
     dead = everything()
     aggregate.update("worker-0", dead.snapshot())
@@ -300,11 +300,11 @@ def test_late_words_of_a_dead_process_are_not_counted_twice(successor: bool) -> 
     assert parsed(aggregate.render()) == before
 
 
-def test_nothing_known_yet() -> None:
+def test_the_page_is_empty_without_snapshots() -> None:
     assert parsed(Aggregate().render()) == {}
 
 
-# --- judged by Prometheus' own tool ------------------------------------------------------------------------------
+# --- checked by Prometheus' own tool ------------------------------------------------------------------------------
 
 promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
@@ -315,14 +315,14 @@ def run_promtool(*arguments: str, page: bytes = b"") -> None:
 
 
 @promtool
-def test_promtool_finds_no_fault_with_the_page() -> None:
+def test_promtool_accepts_the_page() -> None:
     aggregate = Aggregate()
     aggregate.update("worker-0", everything().snapshot())
     run_promtool("check", "metrics", page=aggregate.render())
 
 
 @promtool
-def test_promtool_finds_no_fault_with_the_scrape_configuration() -> None:
+def test_promtool_accepts_the_scrape_configuration() -> None:
     run_promtool("check", "config", str(ROOT / "deploy/prometheus.yml"))
 
 
@@ -342,7 +342,7 @@ def test_documented_queries_name_metrics_that_exist() -> None:
 
 
 @promtool
-def test_promtool_reads_the_documented_queries(tmp_path: Path) -> None:
+def test_promtool_accepts_the_documented_queries(tmp_path: Path) -> None:
     rules = "".join(f"  - record: q:{n}\n    expr: '{query}'\n" for n, query in enumerate(documented_queries()))
     path = tmp_path / "rules.yml"
     path.write_text("groups:\n- name: documented\n  rules:\n" + rules)

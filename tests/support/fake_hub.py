@@ -1,6 +1,6 @@
-"""A stand-in for Hugging Face on loopback, which the real huggingface_hub speaks to.
+"""A fake Hugging Face on loopback, for the real huggingface_hub.
 
-It answers what the library asks for model repositories: `/api/models/OWNER/REPO/revision/REVISION` with the files,
+It answers the library's requests for model repositories: `/api/models/OWNER/REPO/revision/REVISION` with the files,
 their sizes and LFS hashes, and `/OWNER/REPO/resolve/REVISION/FILE` with the hub's headers; large files are redirected
 to a second server, as the hub does to its CDN. Refusals have the status, body and X-Error-Code of the real hub.
 
@@ -54,7 +54,7 @@ class FakeHub:
         commit: str = COMMIT,
         wrong_hashes: bool = False,
     ) -> None:
-        """Serve `files` at `revision`, which is `commit`. JSON is kept by git itself, all else by LFS."""
+        """Serve `files` at `revision`, which is `commit`. JSON files are plain git files, all others are in LFS."""
         siblings = []
         for name, data in files.items():
             sha256 = hashlib.sha256(b"another" if wrong_hashes else data).hexdigest()
@@ -77,20 +77,20 @@ class FakeHub:
             self.hub.put(self.api(repository, each), json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def api(self, repository: str, revision: str = "main") -> str:
-        """The path at which the repository is described."""
+        """Return the path of the repository's description."""
         return f"/api/models/{repository}/revision/{revision}"
 
     def blob(self, data: bytes) -> str:
-        """The path of these bytes on the CDN."""
+        """Return the path of these bytes on the CDN."""
         return f"/blobs/{hashlib.sha256(data).hexdigest()}"
 
     def gate(self, repository: str, status: int = 403) -> None:
-        """Refuse the files, but not the description: 401 without a token, 403 with one that has no access."""
+        """Refuse the files, but not the description: 401 without a token, 403 with one without access."""
         for path in self._paths[repository]:
             self.hub.always(path, self.refusal(status, "GatedRepo", "Access to this model is restricted."))
 
     def refuse_token(self, repository: str) -> None:
-        """As the hub does to a token that it does not know."""
+        """Answer as the hub does to an unknown token."""
         words = "Invalid credentials in Authorization header"
         self.hub.always(self.api(repository), self.refusal(401, None, words))
 
@@ -101,9 +101,9 @@ class FakeHub:
         return Answer(status, body=json.dumps({"error": words}).encode(), headers=headers)
 
     def asked(self) -> list[Seen]:
-        """Every request to the API and to `resolve`, but not the library's own question about its user agent."""
+        """Return the requests to the API and to `resolve`, without the library's own one about its user agent."""
         return [seen for seen in self.hub.requests if seen.path != "/api/agent-harnesses"]
 
     def fetched(self) -> list[str]:
-        """The names of the large files that were fetched, a name a request."""
+        """Return the names of the fetched large files, one per request."""
         return [self._names[seen.path] for seen in self.cdn.requests if seen.method == "GET"]

@@ -1,8 +1,8 @@
-"""An HTTP server on loopback that serves files properly, ranges and all, until a script tells it to misbehave.
+"""An HTTP server on loopback that serves files, also ranges of them, with scripted faults.
 
 with FileServer() as server:
     server.put("/weights.pth", data, {"ETag": '"1"'})
-    server.script("/weights.pth", Answer(cut_after=1000), Answer(status=503))  # then it serves it properly
+    server.script("/weights.pth", Answer(cut_after=1000), Answer(status=503))  # then without faults
     server.always("/gone", Answer(status=404))
     ... server.url("/weights.pth?Policy=secret") ...
     assert server.ranges("/weights.pth") == [None, "bytes=1000-", "bytes=1000-"]
@@ -28,18 +28,18 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Answer:
-    """What becomes of one request. Each field changes one thing of a proper answer.
+    """How to answer one request. Each field changes one thing of a regular answer.
 
-    `status` and `body` stand in for the file's; `headers` are added to the answer's or take their place (None takes
-    one away). Counts of bytes are of this answer's body.
+    `status` and `body` replace those of the file; `headers` are added to the answer's or replace them (None removes
+    one). Numbers of bytes count in this answer's body.
     """
 
     status: int | None = None
     body: bytes | None = None
     headers: Mapping[str, str | None] = field(default_factory=dict)
-    cut_after: int | None = None  # the connection is closed after so many bytes
+    cut_after: int | None = None  # the connection is closed after this many bytes
     reset: bool = False  # closed by RST
-    hold_after: int | None = None  # so many bytes, then none until `release`
+    hold_after: int | None = None  # this many bytes, then none until `release`
     ignore_range: bool = False
     ignore_if_range: bool = False
     hang_up: bool = False  # closed without an answer
@@ -48,12 +48,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Seen:
-    """A request that came."""
+    """A received request."""
 
     method: str
     path: str
     query: str
-    headers: Mapping[str, str]  # names in small letters
+    headers: Mapping[str, str]  # names in lower case
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class _File:
 
 
 class FileServer:
-    """Serves from threads of its own while its `with` block lasts, at `url(path)`; over TLS with a `certificate`,
-    a PEM file with its key."""
+    """Serves at `url(path)` from its own threads inside its `with` block; over TLS with a `certificate`, a PEM file
+    with its key."""
 
     def __init__(self, certificate: Path | None = None) -> None:
-        self.requests: list[Seen] = []  # in the order in which they came
+        self.requests: list[Seen] = []  # in order of arrival
         self._files: dict[str, _File] = {}
         self._scripts: defaultdict[str, list[Answer]] = defaultdict(list)
         self._always: dict[str, Answer] = {}
@@ -79,7 +79,7 @@ class FileServer:
             self._scheme = "https"
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(certificate)
-            # The handshake is done by the connection's own thread, at its first read.
+            # The thread of the connection does the handshake, at its first read.
             self._server.socket = context.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
             )
@@ -106,24 +106,24 @@ class FileServer:
         return f"{self._scheme}://127.0.0.1:{self.port}{path}"
 
     def put(self, path: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
-        """Serve `data` at `path`, with an ETag and whatever else `headers` say."""
+        """Serve `data` at `path`, with these headers."""
         self._files[path] = _File(data, dict(headers or {}))
 
     def script(self, path: str, *answers: Answer) -> None:
-        """The next requests for `path` get these, one each."""
+        """Answer the next requests for `path` with these, one each."""
         with self._lock:
             self._scripts[path] += answers
 
     def always(self, path: str, answer: Answer) -> None:
-        """Every request for `path` that no script is for gets this."""
+        """Answer every request for `path` that has no scripted answer with this."""
         self._always[path] = answer
 
     def release(self) -> None:
-        """Let what is held back go on."""
+        """Let held answers go on."""
         self._released.set()
 
     def ranges(self, path: str) -> list[str | None]:
-        """The `Range` of each request for `path` so far."""
+        """Return the `Range` of each request for `path` so far."""
         return [seen.headers.get("range") for seen in self.requests if seen.path == path]
 
     def _next(self, path: str) -> Answer:
@@ -134,7 +134,7 @@ class FileServer:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # They are joined at the end: a test leaves nothing behind.
+    daemon_threads = False  # joined at the end, so that a test leaves nothing behind
     request_queue_size = 64
 
     def __init__(self, files: FileServer) -> None:
@@ -151,13 +151,13 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def hang_up(self) -> None:
-        """End the connections that clients keep open for more requests."""
+        """Close the connections that clients keep open."""
         for each in list(self._open):
-            with suppress(OSError):  # It ended by itself.
+            with suppress(OSError):  # closed already
                 each.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):  # A client may go away.
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):  # clients may disconnect
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _proper(self, answer: Answer, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body as a good server would send them."""
+        """Return status, headers and body of a regular answer."""
         file = self.server.files._files.get(path)
         if answer.status is not None or file is None:
             status = answer.status or 404

@@ -1,4 +1,4 @@
-"""A git repository behind HTTP on loopback: git's own `http-backend`, and servers that misbehave."""
+"""A git repository over HTTP on loopback, served by git's own `http-backend`, or with scripted faults."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ STALL = -1
 
 
 class GitServer:
-    """Repositories under `root`. `answers` are statuses that the next requests get instead of git's answer; STALL is
-    none at all, until the server ends. With `modern` false it is a server of the first protocol, which gives nothing
-    by an id that is not the tip of a branch. `paths` are what was asked for."""
+    """A server of the repositories under `root`.
+
+    `answers` are the statuses of the next requests, instead of git's answer; STALL means no answer until the server
+    ends. If `modern` is false it speaks the first protocol, which serves no id that is not the tip of a branch. `paths`
+    are the requested paths.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -1,4 +1,4 @@
-"""What is sent of features, in numpy and from the definitions alone: poolings as matrices, quantisation by token."""
+"""Postprocessing of features in numpy, from the definitions: poolings as matrices, quantisation per token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloa
 def sent(
     features: Floats, wanted: OutputSpec, grid: tuple[int, int], projections: Mapping[str, Floats]
 ) -> list[NDArray[Any]]:
-    """The sections of one row: `features` are [D] (cls) or [tokens, D], `grid` that of the patches among them."""
+    """Return the output buffers of one row. `features` are [D] (cls) or [tokens, D], `grid` is that of the patches."""
     if wanted.pooling:
         method, rows, columns = wanted.pooling
         weights = _area if method == "area" else _bilinear
@@ -40,7 +40,7 @@ def _laid_out(tokens: NDArray[Any], wanted: OutputSpec, grid: tuple[int, int]) -
 
 
 def _area(size: int, cells: int) -> Floats:
-    """[cells, size]: each cell is the mean of what it covers, in whole or in part."""
+    """Return the weights [cells, size]: each cell is the mean of the values that it covers, also in part."""
     weights = np.zeros((cells, size), np.float32)
     for cell in range(cells):
         covered = slice(cell * size // cells, math.ceil((cell + 1) * size / cells))
@@ -49,7 +49,7 @@ def _area(size: int, cells: int) -> Floats:
 
 
 def _bilinear(size: int, cells: int) -> Floats:
-    """[cells, size]: each cell's middle lies between two neighbours."""
+    """Return the weights [cells, size]: the centre of each cell is between two values."""
     weights = np.zeros((cells, size), np.float32)
     for cell in range(cells):
         place = max((cell + 0.5) * size / cells - 0.5, 0)

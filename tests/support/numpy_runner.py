@@ -1,11 +1,11 @@
-"""A runner without a model: features are a formula of the pixels, so a row in the wrong place is seen.
+"""A runner without a model: features are a formula of the pixels, which reveals rows in a wrong place.
 
 For uint8 pixels let m be the mean of an image's patch (16x16 pixels, all channels) as float32. Then
     patches[p, d] = m[p] + d / 1024,  cls[d] = mean(m) + d / 1024,  registers[g, d] = cls[d] + 1 + g,
 and an intermediate layer l adds 2 + l (5 more without norm). Layer 0 has half the channels and patches of 8x8 pixels.
-`expected` computes it for a test; what is sent of it is as numpy_postprocessing.py has it.
+`expected` computes it for a test; numpy_postprocessing.py computes the output buffers.
 
-The first pixel of an image can script what happens to its batch (`DIE`, `KILL`, `FAIL`, `NAN`, `SLOW`, `OOM`).
+The first pixel of an image can script an event for its batch (`DIE`, `KILL`, `FAIL`, `NAN`, `BLOCK`, `OOM`, `LOST`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.support.numpy_postprocessing import Floats, sent
 DIMS = (32, 64, 64, 64)
 STRIDES = (8, 16, 16, 16)
 
-# RGB of the first pixel -> what happens.
+# RGB of the first pixel, and the event.
 DIE = (255, 0, 1)  # the worker process ends by itself
 KILL = (255, 0, 7)  # the worker process dies by SIGKILL
 FAIL = (255, 0, 2)  # the batch raises
@@ -49,7 +49,7 @@ LOST = (255, 0, 6)  # the device is lost
 
 
 def expected(pixels: NDArray[np.uint8], output: Output) -> NDArray[np.float32]:
-    """Features of one image [H, W, 3]: [D] for cls, else [tokens, D]."""
+    """Return the features of one image [H, W, 3]: [D] for cls, else [tokens, D]."""
     height, width, _ = pixels.shape
     layer = -1 if output.layer is None else output.layer
     side = STRIDES[layer]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def children(module: str) -> set[int]:
-    """The pids of living children that run `python -m MODULE`."""
+    """Return the pids of living children that run `python -m MODULE`."""
     found = set()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                # pid (command) state parent ...; the command may hold anything
+                # pid (command) state parent ...; the command may contain anything
                 state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
                 command = (folder / "cmdline").read_bytes().split(b"\0")
             except (OSError, ValueError):
@@ -23,7 +23,7 @@ def children(module: str) -> set[int]:
 
 
 def resident_bytes(pid: int) -> int:
-    """0 where it has ended."""
+    """Return the resident memory of a process in bytes; 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):

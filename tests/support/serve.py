@@ -1,7 +1,7 @@
-"""`dinov3-server` with the numpy runner in place of a model: `python -m tests.support.serve serve --port 0 ...`.
+"""Run `dinov3-server` with the numpy runner instead of a model: `python -m tests.support.serve serve --port 0 ...`.
 
-TEST_RUNNER names another runner, TEST_SILENT_SECONDS how long a child may be silent, TEST_LONG_PAUSE the pause before a
-child that has failed is tried again, TEST_NOFILE how many descriptors each process may have.
+Environment: TEST_RUNNER is another runner, TEST_SILENT_SECONDS how long a child may be silent, TEST_LONG_PAUSE the
+pause before a failed child is tried again, TEST_NOFILE the limit of descriptors of each process.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A real server in processes of its own, with the numpy runner: started, watched from outside, and seen off."""
+"""A real server with the numpy runner, started and observed from outside."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from tests.support.waiting import LIMIT, until
 
 
 class Server:
-    """`with Server("--frontends", "2") as server:`; on leaving it is terminated, must exit with 0, and must have
-    left no process behind."""
+    """A running server: `with Server("--frontends", "2") as server:`.
+
+    At the end of the block it is terminated, must exit with 0, and must leave no process behind.
+    """
 
     def __init__(
         self, *flags: str, module: str = "tests.support.serve", limit: float = LIMIT, **environment: str
@@ -58,13 +60,13 @@ class Server:
             self.log.append(line)
 
     def family(self) -> list[psutil.Process]:
-        """The children that live now (and remembers all that ever were seen)."""
+        """Return the living descendants, and remember all that were ever seen."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         self._family |= {child.pid: child for child in children}
         return children
 
     def children(self, role: str) -> list[psutil.Process]:
-        """Live children of a role: "worker" or "frontend"."""
+        """Return the living children of a role, "worker" or "frontend"."""
         found = []
         for child in self.family():
             try:
@@ -86,7 +88,7 @@ class Server:
                 return error.code, error.read().decode()
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one series, 0 where it does not exist (yet)."""
+        """Return the sum of the series with these labels, 0 if there is none (yet)."""
         total = 0.0
         for line in self.get("/metrics")[1].splitlines():
             match = re.fullmatch(r"([a-z0-9_]+)(?:\{(.*)\})? (\S+)", line)

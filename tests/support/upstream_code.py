@@ -1,7 +1,7 @@
-"""Code with the names of Meta's, small and our own: a checkout of it stands for theirs where theirs is not there.
+"""A small model with the names of Meta's code, for tests without a checkout of that.
 
-`write_checkout` makes a folder with `dinov3/hub/backbones.py`, which is this file with the dimensions of a variant put
-in. The model is written from the paper (arXiv:2508.10104), apart from the one that it checks.
+`write_checkout` writes a folder with `dinov3/hub/backbones.py`, a copy of this file. The model is written from the
+paper (arXiv:2508.10104), independently of the model that it checks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH, DEPTH, HEADS, HIDDEN, REGISTERS, PATCH = 64, 2, 2, 128, 4, 16
-SCALE = 1.0  # of the features; any other is wrong
+SCALE = 1.0  # of the features; any other value is wrong
 
 
 class Qkv(nn.Linear):
@@ -92,7 +92,7 @@ class Rope(nn.Module):
         self.register_buffer("periods", torch.empty(WIDTH // HEADS // 4))
 
     def forward(self, rows: int, columns: int) -> Tensor:
-        """[P, d/2] angles."""
+        """Return the angles, [P, d/2]."""
         y, x = (2 * (torch.arange(count) + 0.5) / count - 1 for count in (rows, columns))
         centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
         return (2 * math.pi * centres[:, :, None] / self.periods).flatten(1)
@@ -140,12 +140,12 @@ class Model(nn.Module):
 
 
 def dinov3_vits16(*, pretrained: bool = True, **_: Any) -> Model:
-    assert not pretrained, "weights are to be loaded by whoever asks"
+    assert not pretrained, "the caller loads the weights"
     return Model()
 
 
 def write_checkout(folder: Path, changes: str = "") -> Path:
-    """A checkout in `folder`, which is returned. `changes` is code that runs last when it is imported."""
+    """Write a checkout into `folder` and return it. `changes` is code that runs last when it is imported."""
     hub = folder / "dinov3" / "hub"
     hub.mkdir(parents=True)
     for package in (hub.parent, hub):

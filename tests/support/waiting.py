@@ -1,4 +1,4 @@
-"""Looking from outside: waiting for something to become true, and what a process holds open."""
+"""Wait for a condition, and list the open descriptors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _pause = threading.Event()
 
 
 def until(condition: Callable[[], object], what: str = "", limit: float = LIMIT) -> None:
-    """Poll until `condition()` is true; fail after `limit` seconds. For other processes, which cannot notify us."""
+    """Poll until `condition()` is true; fail after `limit` seconds. For conditions in other processes."""
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end, f"still not true after {limit} s: {what or condition}"
@@ -21,6 +21,7 @@ def until(condition: Callable[[], object], what: str = "", limit: float = LIMIT)
 
 
 async def until_async(condition: Callable[[], object], what: str = "", limit: float = LIMIT) -> None:
+    """Poll until `condition()` is true, as `until` does, without blocking the event loop."""
     end = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < end, f"still not true after {limit} s: {what or condition}"
@@ -28,5 +29,5 @@ async def until_async(condition: Callable[[], object], what: str = "", limit: fl
 
 
 def open_descriptors() -> set[str]:
-    """The descriptors of this process."""
+    """Return the open descriptors of this process."""
     return {path.name for path in Path("/proc/self/fd").iterdir()}

@@ -1,4 +1,4 @@
-"""Runners that never come to run, or end badly."""
+"""Runners that fail in a scripted way, and runners for single tests."""
 
 import os
 import signal
@@ -28,13 +28,13 @@ def hangs(model: str, weights: str, **_: object) -> NoReturn:
 
 
 def fails_beside_a_thread(model: str, weights: str, **_: object) -> NoReturn:
-    """As where a library's own thread never ends: the interpreter would wait for it at exit."""
+    """Fail beside a thread that never ends, as some libraries have one: the interpreter would wait for it at exit."""
     threading.Thread(target=threading.Event().wait).start()
     raise RuntimeError("scripted")
 
 
 def leaves_a_child(model: str, weights: str, **_: object) -> NoReturn:
-    """Its control channel lives on in a process that nobody knows, until TEST_GATE_FILE exists."""
+    """Die and leave the control channel open in an unknown process, until TEST_GATE_FILE exists."""
     for path in Path("/proc/self/fd").iterdir():
         if path.is_symlink() and str(path.readlink()).startswith("socket:"):
             os.set_inheritable(int(path.name), True)
@@ -71,8 +71,8 @@ def proven(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner
     return runner
 
 
-def tells(model: str, weights: str, *, device: str, **arguments: object) -> NumpyRunner:
-    """Writes what it is called with to TEST_REPORT."""
+def reports(model: str, weights: str, *, device: str, **arguments: object) -> NumpyRunner:
+    """Write the arguments of the call to TEST_REPORT."""
     named = {"model": model, "weights": weights, "device": device, **arguments}
     lines = [f"{name} = {value!r}\n" for name, value in named.items()]
     Path(os.environ["TEST_REPORT"]).write_text("".join(lines))
@@ -85,12 +85,12 @@ class _FailsToAttach(NumpyRunner):
 
 
 def fails_to_attach(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
-    """It is ready, and dies as soon as a frontend is connected."""
+    """Become ready, and die as soon as a frontend is connected."""
     return _FailsToAttach(device)
 
 
 def one_dead_device(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
-    """cuda:1 fails to start while TEST_GATE_FILE does not exist, cuda:2 fails as soon as it is ready."""
+    """Fail to start on cuda:1 until TEST_GATE_FILE exists, and fail on cuda:2 as soon as it is ready."""
     if device == "cuda:1" and not Path(os.environ["TEST_GATE_FILE"]).exists():
         raise RuntimeError("scripted: uncorrectable ECC error encountered")
     return _FailsToAttach(device) if device == "cuda:2" else NumpyRunner(device)
@@ -103,7 +103,7 @@ class _DiesIdle(NumpyRunner):
 
 
 def dies_idle(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
-    """It is ready and attached, and dies with nothing to do."""
+    """Become ready and attached, and die idle."""
     return _DiesIdle(device)
 
 
@@ -116,5 +116,5 @@ class _AttachesSlowly(NumpyRunner):
 
 
 def attaches_slowly(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner:
-    """All but the first two frontends wait until TEST_GATE_FILE exists."""
+    """Let all but the first two frontends wait until TEST_GATE_FILE exists."""
     return _AttachesSlowly(device)

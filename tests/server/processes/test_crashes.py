@@ -1,4 +1,4 @@
-"""Real processes killed under load: nothing is lost, nobody gets another's features, nothing is left behind."""
+"""Processes killed under load: no request is lost, no features are mixed up, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def photo(seed: int, height: int, width: int) -> NDArray[np.uint8]:
 
 
 def check(features: Any, images: list[NDArray[np.uint8]], layers: Sequence[int] = ()) -> None:
-    """Every image has the features of its own pixels; of these `layers`, too."""
+    """Check that every image has the features of its own pixels, also of these `layers`."""
     assert len(features) == len(images)
     for one, image in zip(features, images, strict=True):
         np.testing.assert_array_equal(one.cls, expected(image, Output("cls")))
@@ -41,17 +41,17 @@ def check(features: Any, images: list[NDArray[np.uint8]], layers: Sequence[int] 
 
 
 def ask(client: Client, seed: int) -> None:
-    """One request of one to four images of one size, its answer checked."""
+    """Send a request of one to four images of one size, and check its answer."""
     height, width = SIZES[seed % len(SIZES)]
     images = [photo(seed * 10 + i, height, width) for i in range(1 + seed % 4)]
     check(client.extract(images, preset="none", dtype="float32", layers=0), images, layers=[0])
 
 
 class Load:
-    """Threads that ask until told to stop; `asked` counts the answers, all of them checked."""
+    """Threads that send requests and check the answers until the end of the block. `answered` counts the answers."""
 
     def __init__(self, server: Server, threads: int = 4, ask: Callable[[Client, int], None] = ask) -> None:
-        self.asked = 0
+        self.answered = 0
         self._server, self._ask, self._threads = server, ask, threads
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -67,12 +67,12 @@ class Load:
                 self._ask(client, seed)
                 seed += self._threads
                 with self._lock:
-                    self.asked += 1
+                    self.answered += 1
 
     def more(self, count: int = 20) -> None:
-        """Wait until `count` further requests are answered."""
-        goal = self.asked + count
-        until(lambda: self.asked >= goal or any(one.done() for one in self._done))
+        """Wait until `count` more requests are answered."""
+        goal = self.answered + count
+        until(lambda: self.answered >= goal or any(one.done() for one in self._done))
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -85,7 +85,7 @@ def descriptors(process: psutil.Process) -> int:
     return process.num_fds()
 
 
-def test_a_worker_killed_again_and_again_under_load_loses_no_request() -> None:
+def test_no_request_is_lost_when_the_worker_is_killed_repeatedly_under_load() -> None:
     with Server("--frontends", "2") as server:
         supervisor = psutil.Process(server.process.pid)
         with Load(server) as load:
@@ -97,7 +97,7 @@ def test_a_worker_killed_again_and_again_under_load_loses_no_request() -> None:
                 until(lambda dead=worker.pid: [w for w in server.children("worker") if w.pid != dead])
                 load.more()
         until(lambda: server.metric("dinov3_worker_restarts_total", device="cpu") == 3)
-        # The successor's channels took the place of the dead one's: nothing has piled up.
+        # The successor's channels replaced those of the dead worker: no descriptors have accumulated.
         until(lambda: descriptors(supervisor) <= before[0] + 1, "descriptors of the supervisor")
         after = [descriptors(frontend) for frontend in server.children("frontend")]
         assert all(now <= then + 2 for now, then in zip(after, before[1], strict=True))
@@ -105,12 +105,12 @@ def test_a_worker_killed_again_and_again_under_load_loses_no_request() -> None:
 
 
 def ask_for_many(client: Client, seed: int) -> None:
-    """A request that is spread over workers."""
+    """Send a request that is split over the workers, and check its answer."""
     images = [photo(seed * 100 + i, 32, 32) for i in range(80)]
     check(client.extract(images, preset="none", dtype="float32", layers=0), images, layers=[0])
 
 
-def test_of_two_workers_one_is_killed_and_the_other_serves_on() -> None:
+def test_when_one_of_two_workers_is_killed_the_other_serves() -> None:
     with Server("--frontends", "2", "--devices", "cpu,cpu") as server:
         with Load(server, threads=2), Load(server, threads=2, ask=ask_for_many) as load:
             for turn in range(3):
@@ -124,12 +124,12 @@ def test_of_two_workers_one_is_killed_and_the_other_serves_on() -> None:
 
 
 @pytest.mark.parametrize("role", ["worker", "frontend"])
-def test_a_process_that_is_stuck_is_killed_and_replaced(role: str) -> None:
-    """Stopped, it can do nothing by itself: neither end a hung batch nor close its connections."""
+def test_a_stuck_process_is_killed_and_replaced(role: str) -> None:
+    """A stopped process can neither end a hung batch nor close its connections."""
     with Server(TEST_SILENT_SECONDS="2.5") as server, server.client() as client:
         stuck = server.children(role)[0]
         stuck.suspend()
-        ask(client, 1)  # bridged: by resubmission where it was a worker, by the client's retries where a frontend
+        ask(client, 1)  # after a worker's death it is submitted again, after a frontend's the client retries
         assert not stuck.is_running()
         assert [line for line in server.log if f"{role}-0 has sent nothing" in line]
 
@@ -146,14 +146,14 @@ def test_an_image_that_ends_its_worker_fails_alone(order: tuple[int, int, int], 
             load.more(4)
         assert list(features.errors) == [1]
         assert "died" in str(features.errors[1])
-        assert not features.cls[1].any(), "a failed image has zeros, not what lay in the arena before"
+        assert not features.cls[1].any(), "a failed image has zeros, not the arena's earlier content"
         for i in (0, 2):
             np.testing.assert_array_equal(features.cls[i], expected(images[i], Output("cls")))
         assert server.metric("dinov3_worker_restarts_total", device="cpu") == workers
 
 
-def test_cancels_under_load_never_reach_a_neighbours_answer() -> None:
-    """Calls are given up at random moments while others, checked bit by bit, share batches and arenas with them."""
+def test_cancelled_calls_do_not_change_the_answers_of_others() -> None:
+    """Calls are cancelled at random moments while others, checked bit by bit, share batches and arenas with them."""
     with Server("--frontends", "2") as server:
         channel = grpc.insecure_channel(server.grpc)
         call = channel.unary_unary(
@@ -163,7 +163,7 @@ def test_cancels_under_load_never_reach_a_neighbours_answer() -> None:
         )
         cancelled = 0
 
-        def give_up(seed: int) -> bool:
+        def cancel(seed: int) -> bool:
             image = photo(seed, 32, 32)
             tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=[1, 32, 32, 3], data=image.tobytes())
             pending = call.future(
@@ -176,15 +176,15 @@ def test_cancels_under_load_never_reach_a_neighbours_answer() -> None:
 
         with Load(server) as load:
             for seed in range(400):
-                cancelled += give_up(seed)
+                cancelled += cancel(seed)
             load.more()
         channel.close()
         assert cancelled > 50
-        until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0, "ranges of cancelled calls come back")
+        until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0, "ranges of cancelled calls are freed")
 
 
-def test_a_cancelled_call_on_the_device_keeps_its_memory(tmp_path: Path) -> None:
-    """The batch of a cancelled call still runs: the arena's range is not given to the next request."""
+def test_the_memory_of_a_cancelled_call_is_not_reused_while_it_is_on_the_device(tmp_path: Path) -> None:
+    """The batch of a cancelled call still runs, so its range of the arena is not given to the next request."""
     gate = tmp_path / "gate"
     with Server("--arena-bytes", "1MiB", TEST_GATE_FILE=str(gate)) as server, server.client() as client:
         held = photo(1, 32, 32)
@@ -201,9 +201,9 @@ def test_a_cancelled_call_on_the_device_keeps_its_memory(tmp_path: Path) -> None
         ask(client, 1)
 
 
-def test_a_frontend_killed_the_others_serve_on_and_it_comes_back() -> None:
+def test_when_a_frontend_is_killed_the_others_serve_and_it_is_replaced() -> None:
     with Server("--frontends", "2") as server:
-        with Load(server) as load:  # the client's own retries bridge the connections that died
+        with Load(server) as load:  # the client retries the calls whose connections died
             load.more()
             before = descriptors(server.children("worker")[0])
             victim = server.children("frontend")[0]
@@ -218,7 +218,7 @@ def test_a_frontend_killed_the_others_serve_on_and_it_comes_back() -> None:
         assert descriptors(worker) <= before
 
 
-def test_the_supervisor_killed_takes_its_children_with_it() -> None:
+def test_children_die_with_a_killed_supervisor() -> None:
     server = Server()
     server.signal(signal.SIGKILL)
     assert server.wait() == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""A frontend process' loop, in this process: the test plays its supervisor."""
+"""The event loop of a frontend, run in this process; the test takes the supervisor's part."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ async def control(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Channel]:
     theirs.close()
 
 
-async def test_it_is_heard_also_when_nothing_happens(control: Channel) -> None:
-    heard: list[Any] = []
+async def test_a_frontend_sends_snapshots_even_when_idle(control: Channel) -> None:
+    received: list[Any] = []
 
     def listen() -> int:
-        heard.extend(message for message, _ in control.receive())
-        return len(heard)
+        received.extend(message for message, _ in control.receive())
+        return len(received)
 
     await until_async(lambda: listen() >= 5)
-    assert all(isinstance(message, MetricsSnapshot) for message in heard)
+    assert all(isinstance(message, MetricsSnapshot) for message in received)
 
 
-async def test_an_error_in_a_callback_ends_it(control: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """asyncio would only log it; the message from the supervisor would be lost, and its requests wait for ever."""
+async def test_an_error_in_a_callback_ends_the_frontend(control: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio would only log it; the message would be lost, and requests would wait for ever."""
     exits: list[int] = []
     monkeypatch.setattr(frontend.os, "_exit", exits.append)
     control.send(Connected(0))  # without its descriptor
@@ -52,15 +52,19 @@ async def test_an_error_in_a_callback_ends_it(control: Channel, monkeypatch: pyt
     await until_async(lambda: exits == [1])
 
 
-async def test_an_error_of_somebody_elses_callback_does_not(control: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_in_the_callback_of_a_library_does_not_end_it(
+    control: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(frontend.os, "_exit", pytest.fail)
     asyncio.get_running_loop().call_soon(int, "no number")
     await asyncio.sleep(0)
 
 
-async def test_callers_that_left_are_no_errors_in_the_log(control: Channel, caplog: pytest.LogCaptureFixture) -> None:
+async def test_disconnected_clients_are_not_logged_as_errors(
+    control: Channel, caplog: pytest.LogCaptureFixture
+) -> None:
     logger = logging.getLogger("grpc._cython.cygrpc")
-    await until_async(lambda: control.receive())  # it runs
+    await until_async(lambda: control.receive())  # it is running
     for error in (grpc._cython.cygrpc.ExecuteBatchError("the peer is gone", "", ""), ValueError("ours")):
         logger.error("%s raised", type(error).__name__, exc_info=error)
     assert [record.getMessage() for record in caplog.records] == ["ValueError raised"]

@@ -1,4 +1,4 @@
-"""/metrics, /healthz and /readyz as their callers see them."""
+"""/metrics, /healthz and /readyz over real connections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.waiting import until
 
 
 class State:
-    """What the supervisor would answer."""
+    """The supervisor's answers."""
 
     page = b"dinov3_queue_images 3.0\n"
     ready = (True, "serving")
@@ -59,7 +59,7 @@ def test_pages(endpoints: HttpEndpoints) -> None:
     assert ask(endpoints, "/readyz?verbose=1")[::2] == (200, b"serving\n")
 
 
-def test_probes_say_why_not(endpoints: HttpEndpoints, state: State) -> None:
+def test_a_failed_check_answers_503_with_the_reason(endpoints: HttpEndpoints, state: State) -> None:
     state.ready = (False, "draining")
     assert ask(endpoints, "/readyz")[::2] == (503, b"draining\n")
     assert ask(endpoints, "/healthz")[0] == 200
@@ -76,11 +76,11 @@ def test_head_is_get_without_the_body(endpoints: HttpEndpoints, path: str) -> No
     assert head[1]["Content-Length"] == get[1]["Content-Length"] == str(len(get[2]))
     with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
         connection.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
-        assert connection.makefile("rb").read().endswith(b"\r\n\r\n")  # http.client would not show a body.
+        assert connection.makefile("rb").read().endswith(b"\r\n\r\n")  # http.client would not return a body
 
 
 @pytest.mark.parametrize("path", ["/", "/metricsx", "/metrics/", "/../metrics"])
-def test_unknown_path_names_the_three(endpoints: HttpEndpoints, path: str) -> None:
+def test_an_unknown_path_names_the_pages(endpoints: HttpEndpoints, path: str) -> None:
     status, _, body = ask(endpoints, path)
     assert status == 404
     assert all(known in body for known in (b"/metrics", b"/healthz", b"/readyz"))
@@ -92,13 +92,13 @@ def test_other_methods(endpoints: HttpEndpoints, method: str) -> None:
     assert (status, headers["Allow"]) == (405, "GET, HEAD")
 
 
-def test_what_http_does_not_know_is_refused_in_text(endpoints: HttpEndpoints) -> None:
+def test_an_unknown_method_is_refused_in_plain_text(endpoints: HttpEndpoints) -> None:
     status, headers, body = ask(endpoints, "/metrics", "BREW")
     assert (status, headers["Content-Type"]) == (501, "text/plain; charset=utf-8")
     assert body == b"Unsupported method ('BREW')\n"
 
 
-def test_a_page_that_fails_is_logged_and_disturbs_nothing(
+def test_a_page_that_fails_is_logged_and_the_others_work(
     endpoints: HttpEndpoints, state: State, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delattr(State, "page")
@@ -109,7 +109,7 @@ def test_a_page_that_fails_is_logged_and_disturbs_nothing(
     assert ask(endpoints, "/healthz")[0] == 200
 
 
-def test_requests_are_logged_only_for_debugging(endpoints: HttpEndpoints, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_are_logged_at_debug_level(endpoints: HttpEndpoints, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="dinov3_server"):
         ask(endpoints, "/healthz")
         ask(endpoints, "/%s%d")
@@ -117,7 +117,7 @@ def test_requests_are_logged_only_for_debugging(endpoints: HttpEndpoints, caplog
     assert any("/%s%d" in record.getMessage() for record in caplog.records)
 
 
-def test_slow_clients_keep_nobody_waiting(endpoints: HttpEndpoints) -> None:
+def test_slow_clients_do_not_delay_others(endpoints: HttpEndpoints) -> None:
     slow = [socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) for _ in range(20)]
     try:
         for connection in slow:
@@ -130,7 +130,7 @@ def test_slow_clients_keep_nobody_waiting(endpoints: HttpEndpoints) -> None:
             connection.close()
 
 
-def test_a_flood_of_slow_clients_holds_a_few_descriptors_and_keeps_no_probe_waiting(endpoints: HttpEndpoints) -> None:
+def test_a_flood_of_slow_clients_holds_few_descriptors_and_delays_no_health_check(endpoints: HttpEndpoints) -> None:
     before, threads = len(descriptors()), threading.active_count()
     slow = []
     try:
@@ -139,7 +139,7 @@ def test_a_flood_of_slow_clients_holds_a_few_descriptors_and_keeps_no_probe_wait
             slow[-1].sendall(b"GET /met")
             if count % 16 == 0:
                 assert ask(endpoints, "/healthz")[0] == 200
-        assert slow[0].recv(1) == b"", "the oldest makes room"
+        assert slow[0].recv(1) == b"", "the oldest connection is closed"
         assert len(descriptors()) - before <= len(slow) + MAX_CONNECTIONS
         assert threading.active_count() == threads
     finally:
@@ -147,7 +147,7 @@ def test_a_flood_of_slow_clients_holds_a_few_descriptors_and_keeps_no_probe_wait
             connection.close()
 
 
-def test_a_flood_from_one_address_hangs_up_on_no_other(endpoints: HttpEndpoints) -> None:
+def test_a_flood_from_one_address_closes_no_connection_of_another(endpoints: HttpEndpoints) -> None:
     address = ("127.0.0.1", endpoints.port)
     with socket.create_connection(address, timeout=30, source_address=("127.0.0.2", 0)) as other:
         other.sendall(b"GET /healthz HTTP/1.0\r\n")
@@ -161,10 +161,10 @@ def test_a_flood_from_one_address_hangs_up_on_no_other(endpoints: HttpEndpoints)
 
 
 @pytest.mark.parametrize("request_so_far", [b"", b"GET /metrics HTTP/1.0\r\n", b"GET /metrics HTTP/1.0\r\n\r\n"])
-def test_a_connection_ends_in_time_whatever_its_client_does(
+def test_a_connection_is_closed_in_time_despite_its_client(
     state: State, monkeypatch: pytest.MonkeyPatch, request_so_far: bytes
 ) -> None:
-    """One says nothing, one sends a byte now and then, one never takes its answer."""
+    """One client sends nothing, one sends a few bytes now and then, one never reads its answer."""
     monkeypatch.setattr(http_endpoints, "CONNECTION_SECONDS", 0.2)
     state.page = b"x" * (64 << 20)  # more than sockets hold
     endpoints = HttpEndpoints("127.0.0.1", 0, lambda: state.page, lambda: state.ready, lambda: state.healthy)
@@ -181,7 +181,7 @@ def test_a_connection_ends_in_time_whatever_its_client_does(
     endpoints.stop()
 
 
-def test_a_request_without_end_is_answered_by_its_beginning(endpoints: HttpEndpoints) -> None:
+def test_an_endless_request_is_answered_from_its_first_bytes(endpoints: HttpEndpoints) -> None:
     with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
         connection.sendall(b"GET /healthz HTTP/1.0\r\n" + b"X: " + b"y" * 20000)
         assert connection.recv(100).startswith(b"HTTP/1.0 ")
@@ -224,15 +224,15 @@ def test_stop_leaves_no_thread_and_no_socket(state: State, monkeypatch: pytest.M
     endpoints = HttpEndpoints("127.0.0.1", 0, lambda: state.page, lambda: state.ready, lambda: state.healthy)
     endpoints.start()
     with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as idle:
-        assert ask(endpoints, "/metrics")[0] == 200  # The idle one was accepted before.
+        assert ask(endpoints, "/metrics")[0] == 200  # the idle connection was accepted before
         endpoints.stop()
         assert idle.recv(1) == b""
     assert set(threading.enumerate()) == threads
     assert descriptors() == sockets
-    endpoints.stop()  # A second time does nothing.
+    endpoints.stop()  # has no effect
 
 
-def test_stop_waits_for_a_page_that_is_being_made() -> None:
+def test_stop_waits_for_a_page_that_is_being_rendered() -> None:
     entered, release = threading.Event(), threading.Event()
 
     def render() -> bytes:
@@ -248,7 +248,7 @@ def test_stop_waits_for_a_page_that_is_being_made() -> None:
         assert entered.wait(30)
         stopping = threading.Thread(target=endpoints.stop)
         stopping.start()
-        stopping.join(0.4)  # In vain: the page is not made yet.
+        stopping.join(0.4)  # times out: the page is not rendered yet
         assert stopping.is_alive()
         release.set()
         stopping.join()
@@ -282,7 +282,7 @@ def test_address_of_another_machine() -> None:
         bind("192.0.2.1", 0)()
 
 
-def test_host_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -292,7 +292,7 @@ def test_host_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 80])
-def test_host_that_is_no_name(host: str) -> None:
+def test_invalid_host_name(host: str) -> None:
     with pytest.raises(StartupError, match=f"http_host '{host}' is not an address of this machine: not a host name"):
         bind(host, 0)()
 

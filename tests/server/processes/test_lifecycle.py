@@ -1,4 +1,4 @@
-"""Starting and ending: clear words when it cannot start, drain on the first signal, out on the second."""
+"""Start and end of a server: clear errors, a drain on the first signal, an immediate end on the second."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
-from dinov3_client import Client, Dinov3Error, Unauthenticated
+from dinov3_client import Client, Dinov3Error, Features, Unauthenticated
 from dinov3_server.errors import CheckpointError
 from tests.server.processes.test_crashes import ask, photo
 from tests.support.numpy_runner import BLOCK
@@ -24,18 +24,20 @@ from tests.support.server import ROOT, Server
 from tests.support.waiting import LIMIT, until
 
 
-def blocking(seed: int) -> np.ndarray:
-    image = photo(seed, 32, 32)
+def hold(server: Server, pool: ThreadPoolExecutor, deadline: float = LIMIT) -> Future[Features]:
+    """Send a request that stays on the device until TEST_GATE_FILE exists, and return once it is there."""
+    image = photo(1, 32, 32)
     image[0, 0] = BLOCK
-    return image
+    in_flight = pool.submit(lambda: server.client(deadline=deadline).extract(image, preset="none"))
+    until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+    return in_flight
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_what_is_in_flight_and_refuses_what_is_new(tmp_path: Path, number: int) -> None:
+def test_a_signal_drains_requests_in_flight_and_refuses_new_ones(tmp_path: Path, number: int) -> None:
     gate = tmp_path / "gate"
     with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
-        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
-        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        in_flight = hold(server, pool)
         server.signal(number)
         until(lambda: server.get("/readyz") == (503, "draining\n"))
         assert server.get("/healthz")[0] == 200
@@ -47,21 +49,20 @@ def test_a_signal_drains_what_is_in_flight_and_refuses_what_is_new(tmp_path: Pat
         assert server.wait() == 0
 
 
-def test_what_is_not_through_within_the_grace_is_cut_and_the_exit_is_still_clean(tmp_path: Path) -> None:
+def test_requests_over_the_drain_time_are_cut_off_and_the_exit_code_is_0(tmp_path: Path) -> None:
     with (
         Server("--drain-seconds", "0.2", TEST_GATE_FILE=str(tmp_path / "never")) as server,
         ThreadPoolExecutor() as pool,
     ):
-        in_flight = pool.submit(lambda: server.client(deadline=2).extract(blocking(1), preset="none"))
-        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        in_flight = hold(server, pool, deadline=2)
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
         with pytest.raises(Dinov3Error):
             in_flight.result()
 
 
-def test_sighup_has_tokens_read_again_and_no_other_signal_ends_a_server(tmp_path: Path) -> None:
-    """`systemctl reload`, for one, sends it to every process of a service."""
+def test_sighup_reloads_the_tokens_and_unused_signals_end_nothing(tmp_path: Path) -> None:
+    """Signals go to every process of the server, as `systemctl reload` sends them."""
     tokens = tmp_path / "tokens"
     tokens.write_text("old")
     with Server("--token-file", str(tokens), "--frontends", "2") as server:
@@ -72,7 +73,7 @@ def test_sighup_has_tokens_read_again_and_no_other_signal_ends_a_server(tmp_path
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE):
             for process in processes:
                 process.send_signal(number)
-        until(lambda: sum("read again: " in line for line in server.log) == 2)  # each frontend says so
+        until(lambda: sum("read again: " in line for line in server.log) == 2)  # one line of each frontend
         until(lambda: any("SIGUSR2 is ignored" in line for line in server.log))
         with Client(server.grpc, token="old") as client, pytest.raises(Unauthenticated):
             client.model()
@@ -81,15 +82,23 @@ def test_sighup_has_tokens_read_again_and_no_other_signal_ends_a_server(tmp_path
         assert {process.pid for process in server.family()} == {process.pid for process in processes[1:]}
 
 
-def test_sighup_does_not_cut_a_drain_short(tmp_path: Path) -> None:
+def send_sighup(server: Server) -> None:
+    server.signal(signal.SIGHUP)
+    until(lambda: any("SIGHUP" in line for line in server.log))
+
+
+def kill_worker(server: Server) -> None:
+    server.children("worker")[0].kill()
+
+
+@pytest.mark.parametrize("disturb", [send_sighup, kill_worker])
+def test_a_drain_finishes_requests_in_flight_despite(disturb: Callable[[Server], None], tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
-        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
-        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        in_flight = hold(server, pool)
         server.signal(signal.SIGTERM)
         until(lambda: server.get("/readyz")[0] == 503)
-        server.signal(signal.SIGHUP)
-        until(lambda: any("SIGHUP" in line for line in server.log))
+        disturb(server)
         gate.touch()
         assert in_flight.result().cls.shape == (1, 64)
         assert server.wait() == 0
@@ -97,27 +106,13 @@ def test_sighup_does_not_cut_a_drain_short(tmp_path: Path) -> None:
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with Server(TEST_GATE_FILE=str(tmp_path / "never")) as server, ThreadPoolExecutor() as pool:
-        in_flight = pool.submit(lambda: server.client(deadline=2).extract(blocking(1), preset="none"))
-        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
+        in_flight = hold(server, pool, deadline=2)
         server.signal(signal.SIGTERM)
         until(lambda: server.get("/readyz")[0] == 503)
         server.signal(signal.SIGTERM)
         assert server.wait() == 128 + signal.SIGTERM
         with pytest.raises(Dinov3Error):
             in_flight.result()
-
-
-def test_the_worker_is_restarted_while_draining_if_somebody_waits_for_it(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
-        in_flight = pool.submit(lambda: server.client().extract(blocking(1), preset="none"))
-        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
-        server.signal(signal.SIGTERM)
-        until(lambda: server.get("/readyz")[0] == 503)
-        server.children("worker")[0].kill()
-        gate.touch()
-        assert in_flight.result().cls.shape == (1, 64)
-        assert server.wait() == 0
 
 
 COMMAND = (sys.executable, "-m", "tests.support.serve", "serve", "--port", "0", "--http-port", "0")
@@ -129,7 +124,7 @@ def environment(runner: str) -> dict[str, str]:
 
 
 def start(*flags: str, runner: str = RUNNER) -> subprocess.CompletedProcess[str]:
-    """A server that is expected not to start."""
+    """Run a server that is expected not to start."""
     return subprocess.run(
         [*COMMAND, *flags],
         cwd=ROOT,
@@ -141,7 +136,7 @@ def start(*flags: str, runner: str = RUNNER) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_taken_port_is_told_with_the_way_out_also_when_it_could_be_shared() -> None:
+def test_a_port_in_use_is_an_error_even_if_it_could_be_shared() -> None:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", 0))
@@ -153,14 +148,14 @@ def test_a_taken_port_is_told_with_the_way_out_also_when_it_could_be_shared() ->
         assert str(port) in ended.stderr
         assert "--port 0" in ended.stderr
         assert "Traceback" not in ended.stderr
-    with Server() as server:  # another one of ours would share it silently
+    with Server() as server:  # another server of this kind would share it silently
         port = int(server.grpc.rpartition(":")[2])
         assert start("--port", str(port)).returncode == 2
         with server.client() as client:
             ask(client, 1)
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason() -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason() -> None:
     ended = start(runner=f"{SCRIPTED}:bad_weights")
     assert ended.returncode == CheckpointError.exit_code
     assert "scripted: no such key" in ended.stderr
@@ -168,7 +163,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("runner", ["dies", "fails_beside_a_thread", "leaves_a_child"])
-def test_a_worker_that_never_starts_makes_the_supervisor_give_up(
+def test_a_worker_that_never_starts_ends_the_server(
     runner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEST_GATE_FILE", str(tmp_path / "gate"))
@@ -182,7 +177,7 @@ def test_a_worker_that_never_starts_makes_the_supervisor_give_up(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_the_start_ends_it_cleanly_without_waiting_for_the_model(number: int) -> None:
+def test_a_signal_during_the_start_ends_the_server_without_waiting_for_the_model(number: int) -> None:
     with subprocess.Popen(
         COMMAND,
         cwd=ROOT,
@@ -197,7 +192,7 @@ def test_a_signal_during_the_start_ends_it_cleanly_without_waiting_for_the_model
         ready, log = process.communicate(timeout=LIMIT)
     assert (process.returncode, ready) == (0, "")
     assert "drained" in log
-    assert "killed" not in log, "it waited for what never comes"
+    assert "killed" not in log, "it waited for a model that never loads"
 
 
 def test_a_worker_that_fails_at_its_end_is_not_started_again() -> None:
@@ -207,7 +202,7 @@ def test_a_worker_that_fails_at_its_end_is_not_started_again() -> None:
     assert not [line for line in server.log if "successor" in line]
 
 
-def test_too_little_memory_for_an_arena_is_told() -> None:
+def test_too_little_memory_for_the_arenas_is_an_error() -> None:
     ended = start("--arena-bytes", "900GiB")
     assert ended.returncode == 2
     assert "--arena-bytes" in ended.stderr

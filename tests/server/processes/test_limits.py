@@ -1,4 +1,4 @@
-"""A server that is full says so, with the time to wait, and is as good as new when it has room again."""
+"""A full server refuses requests with the time to wait, and recovers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.waiting import LIMIT, until
 
 
 class Full:
-    """A server with a request of `images` on its device, until `open`."""
+    """A server with a request of `images` on its device, until `open_again`."""
 
     def __init__(self, server: Server, gate: Path, images: list[np.ndarray]) -> None:
         self.server, self.gate = server, gate
@@ -31,7 +31,7 @@ class Full:
         until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
 
     def refusal(self, images: list[np.ndarray]) -> tuple[str, float]:
-        """The message and the seconds to wait that a request of `images` gets."""
+        """Send a request of `images` that is refused. Return the message and the seconds to wait."""
         pixels = pb.Tensor(
             dtype=pb.DATA_TYPE_UINT8, shape=[len(images), *images[0].shape], data=np.stack(images).tobytes()
         )
@@ -51,7 +51,7 @@ class Full:
         return refused.value.details(), retry.retry_delay.ToTimedelta().total_seconds()
 
     def open_again(self, images: list[np.ndarray]) -> None:
-        """Let go; what was held and a further request of `images` get their features."""
+        """Let the device go on, and check the answers of the held request and of another one of `images`."""
         client = self.server.client()
         before = self.server.metric("dinov3_refused_requests_total")
         waiting = self._pool.submit(lambda: client.extract(images, preset="none", dtype="float32"))
@@ -64,7 +64,7 @@ class Full:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
-    """A new one for each test: one that was held has learned that its device is slow."""
+    """A new server for each test: one with a held request has measured that its device is slow."""
     gate = tmp_path / "gate"
     flags = ("--arena-bytes", "1MiB", "--max-queue-images", "8", "--max-images-per-request", "6")
     with Server(*flags, TEST_GATE_FILE=str(gate)) as server:
@@ -72,10 +72,10 @@ def server(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
 
 
 @pytest.mark.parametrize(("held", "wanted", "size", "limit"), [(6, 3, 32, "8"), (3, 2, 256, "1048576")])
-def test_a_full_server_says_so_and_recovers(
+def test_a_full_server_refuses_and_recovers(
     server: tuple[Server, Path], held: int, wanted: int, size: int, limit: str
 ) -> None:
-    """Once the queue is full, once the arena."""
+    """The queue is full, or the arena."""
     running, gate = server
     full = Full(running, gate, [photo(seed, size, size) for seed in range(held)])
     images = [photo(seed, size, size) for seed in range(100, 100 + wanted)]

@@ -1,4 +1,4 @@
-"""What a server shows of its parity_check: on /metrics, in GetModel and in its log."""
+"""The parity check on /metrics, in GetModel and in the log, and its arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.server import Server
 from tests.support.waiting import until
 
 
-def test_a_proof_is_shown_to_everybody() -> None:
+def test_a_passed_check_is_in_the_metrics_the_model_and_the_log() -> None:
     with Server(TEST_RUNNER="tests.server.processes.scripted_runners:proven") as server, server.client() as client:
         until(lambda: server.metric("dinov3_parity_cosine", output="cls"))
         assert server.metric("dinov3_parity_cosine", output="cls") == 0.999
@@ -24,7 +24,7 @@ def test_a_proof_is_shown_to_everybody() -> None:
     assert "cls in float32: cosine 0.999000, relative error 1.0e-03" in line
 
 
-def test_what_is_not_proven_is_a_warning() -> None:
+def test_a_missing_check_is_a_warning() -> None:
     with Server() as server, server.client() as client:
         assert not client.model().parity_check.verified
         assert "dinov3_parity_cosine{" not in server.get("/metrics")[1]
@@ -34,7 +34,7 @@ def test_what_is_not_proven_is_a_warning() -> None:
 
 
 @pytest.mark.parametrize(("flags", "kept"), [((), True), (("--parity-check", "false"), False)])
-def test_what_the_worker_gives_its_runner(tmp_path: Path, flags: tuple[str, ...], kept: bool) -> None:
+def test_the_arguments_of_the_runner(tmp_path: Path, flags: tuple[str, ...], kept: bool) -> None:
     report = tmp_path / "arguments"
     with Server(
         "--cache-dir",
@@ -42,11 +42,15 @@ def test_what_the_worker_gives_its_runner(tmp_path: Path, flags: tuple[str, ...]
         "--dataset",
         "lvd1689m",
         *flags,
-        TEST_RUNNER="tests.server.processes.scripted_runners:tells",
+        TEST_RUNNER="tests.server.processes.scripted_runners:reports",
         TEST_REPORT=str(report),
     ):
         pass
-    told = dict(line.split(" = ") for line in report.read_text().splitlines())
-    assert told["parity_folder"] == repr(str(tmp_path / "parity") if kept else None)
-    assert (told["dataset"], told["backbone"], told["weights"]) == ("'lvd1689m'", "'native'", "'random:0'")
-    assert told["provisioned"].startswith("Provisioned(weights='random:0'")
+    arguments = dict(line.split(" = ") for line in report.read_text().splitlines())
+    assert arguments["parity_folder"] == repr(str(tmp_path / "parity") if kept else None)
+    assert (arguments["dataset"], arguments["backbone"], arguments["weights"]) == (
+        "'lvd1689m'",
+        "'native'",
+        "'random:0'",
+    )
+    assert arguments["provisioned"].startswith("Provisioned(weights='random:0'")

@@ -1,4 +1,4 @@
-"""The provisioner's process as the supervisor sees it: its progress, its death, its end, and what it fails with."""
+"""The provisioner process under a supervisor: its progress, death, end and errors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.git_server import STALL, git_server
 from tests.support.server import ROOT
 from tests.support.waiting import LIMIT, until
 
-FILE, DATA = "/w.pth", bytes(range(256)) * 8192  # the numpy runner does not look into it
+FILE, DATA = "/w.pth", bytes(range(256)) * 8192  # the numpy runner does not read it
 HELD = 1 << 20
 
 
 class Starting:
-    """A server that is watched before it is ready."""
+    """A server that can be watched before it is ready."""
 
     def __init__(self, home: Path, *flags: str) -> None:
         self._log = home.parent / "log"
@@ -57,7 +57,7 @@ class Starting:
         return [child for child in psutil.Process(self.process.pid).children() if role in child.cmdline()]
 
     def ready(self) -> str:
-        """The address, once it is ready."""
+        """Wait until the server is ready, and return its address."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("ready grpc="), self.log
@@ -68,7 +68,7 @@ class Starting:
         return self.wait()
 
     def kill(self) -> None:
-        """Where a test has failed before its end."""
+        """End the server if the test has failed before its end."""
         if self.process.returncode is None:
             self.process.kill()
             self.wait()
@@ -113,7 +113,7 @@ def start(home: Path) -> Iterator[Start]:
         server.kill()
 
 
-def test_readiness_tells_how_far_it_is_and_workers_wait(start: Start, files: FileServer, home: Path) -> None:
+def test_readiness_shows_the_progress_and_workers_wait(start: Start, files: FileServer, home: Path) -> None:
     files.script(FILE, Answer(hold_after=HELD))
     server = start("--weights", files.url(FILE))
     until(lambda: server.readyz() == "provisioning: fetching 2.1 MB\n")
@@ -126,7 +126,7 @@ def test_readiness_tells_how_far_it_is_and_workers_wait(start: Start, files: Fil
     assert server.end() == 0
 
 
-def test_one_that_is_killed_goes_on_where_it_stopped(start: Start, files: FileServer, home: Path) -> None:
+def test_a_killed_provisioner_resumes_its_download(start: Start, files: FileServer, home: Path) -> None:
     files.script(FILE, Answer(hold_after=HELD))
     server = start("--weights", files.url(FILE))
     until(lambda: [part for part in home.rglob("w.pth.part") if part.stat().st_size == HELD])
@@ -139,7 +139,7 @@ def test_one_that_is_killed_goes_on_where_it_stopped(start: Start, files: FileSe
     assert server.end() == 0
 
 
-def test_a_signal_ends_it_at_once(start: Start, files: FileServer, home: Path) -> None:
+def test_a_signal_ends_the_provisioner_at_once(start: Start, files: FileServer, home: Path) -> None:
     files.script(FILE, Answer(hold_after=HELD))
     server = start("--weights", files.url(FILE))
     until(lambda: [*home.rglob("w.pth.part")])
@@ -149,10 +149,10 @@ def test_a_signal_ends_it_at_once(start: Start, files: FileServer, home: Path) -
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_signal_ends_git_too_and_removes_what_is_half_done(
+def test_a_signal_also_ends_git_and_removes_unfinished_files(
     start: Start, tmp_path: Path, home: Path, signals: int
 ) -> None:
-    """git has a session of its own: a provisioner that was killed would leave it behind."""
+    """git has its own session: a killed provisioner would leave it running."""
     with git_server(tmp_path) as git:
         git.answers = [STALL]
         server = start("--parity-check", "true", "--weights", "w.pth", "--upstream-repo", git.url("dinov3.git"))
@@ -169,7 +169,7 @@ def test_a_signal_ends_git_too_and_removes_what_is_half_done(
 @pytest.mark.parametrize(
     ("status", "code", "words"), [(403, 4, "the server answers 403 Forbidden"), (404, 2, "the server answers 404")]
 )
-def test_what_a_person_must_mend_ends_the_start(
+def test_an_error_that_the_operator_must_fix_ends_the_start(
     start: Start, files: FileServer, home: Path, status: int, code: int, words: str
 ) -> None:
     files.always(FILE, Answer(status=status))
@@ -181,7 +181,7 @@ def test_what_a_person_must_mend_ends_the_start(
     assert "Traceback" not in server.log
 
 
-def test_offline_says_what_is_missing_and_starts_with_what_is_there(
+def test_offline_names_the_missing_file_and_starts_with_existing_ones(
     start: Start, files: FileServer, home: Path
 ) -> None:
     missing = start("--model", "vitb16", "--offline")

@@ -1,4 +1,4 @@
-"""What is decided before any process starts."""
+"""Choices before any process starts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from dinov3_server.processes.topology import hold_port
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 80])
-def test_a_host_that_is_no_name_is_an_error_for_the_person_who_gave_it(host: str) -> None:
+def test_an_invalid_host_name_is_a_startup_error(host: str) -> None:
     with pytest.raises(StartupError, match=f"cannot listen on {host}:0: not a host name; .*--host"), hold_port(host, 0):
         pass

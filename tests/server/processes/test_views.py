@@ -1,4 +1,4 @@
-"""Views through a whole server: rows of one image lie in several batches, and share its fate."""
+"""Views through a whole server: the rows of an image are in several batches, and fail together."""
 
 from __future__ import annotations
 
@@ -33,20 +33,25 @@ def image(pixels: np.ndarray) -> pb.Image:
     return message
 
 
-def shown(pixels: np.ndarray, view: int) -> np.ndarray:
+def view_pixels(pixels: np.ndarray, view: int) -> np.ndarray:
     (top, left, height, width), size, flip = VIEWS[view]
     part = Image.fromarray(pixels).crop((left, top, left + width, top + height))
     part = part.resize((size, size), Image.Resampling.NEAREST)
     return np.asarray(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part)
 
 
-def test_a_view_that_fails_on_the_device_fails_its_image_alone() -> None:
+def test_a_view_that_fails_on_the_device_fails_only_its_image() -> None:
     photos = [np.random.default_rng(seed).integers(0, 250, (70, 90, 3), np.uint8) for seed in range(5)]
-    # Only view 2 of these begins with that pixel, as nearest takes it: the centre of its first 3 rows and 5 columns.
+    # Only view 2 begins with that pixel: nearest takes the centre of the first 3 rows and 5 columns.
     photos[1][1, 2] = NAN
     photos[3][1, 2] = DIE
     for bad, order in ((1, NAN), (3, DIE)):
-        assert [tuple(shown(photos[bad], view)[0, 0]) == order for view in range(4)] == [False, False, True, False]
+        assert [tuple(view_pixels(photos[bad], view)[0, 0]) == order for view in range(4)] == [
+            False,
+            False,
+            True,
+            False,
+        ]
     outputs = pb.Outputs(cls=True, patches=True, dtype=pb.DATA_TYPE_FLOAT32)
     request = pb.ExtractRequest(images=map(image, photos), outputs=outputs)
     with Server("--frontends", "1") as server:
@@ -67,6 +72,6 @@ def test_a_view_that_fails_on_the_device_fails_its_image_alone() -> None:
                 if index in (1, 3):
                     assert not row.any()
                 else:
-                    np.testing.assert_array_equal(row, expected(shown(photos[index], view), Output(kind)))
+                    np.testing.assert_array_equal(row, expected(view_pixels(photos[index], view), Output(kind)))
     keys = [list(zip(block.image_indices, block.view_indices, strict=True)) for block in answer.blocks]
     assert keys == [[(i, v) for i in range(5) for v in (0, 1)], [(i, v) for i in range(5) for v in (2, 3)]]
