@@ -136,7 +136,9 @@ def our_batch(runner: TorchRunner, size: int, images: int) -> Work:
     memory[: images * shape.nbytes] = pixels.numpy().tobytes()
     arena = size * 1000 + images
     runner.attach(arena, memoryview(memory))
-    batch = Batch(shape, tuple(Row(arena, block.row_pixels(i), block.row_sections(i), SPEC) for i in range(images)))
+    batch = Batch(
+        shape, tuple(Row(arena, block.row_pixel_offset(i), block.row_output_offsets(i), SPEC) for i in range(images))
+    )
 
     def work() -> None:
         assert all(runner.finish(runner.launch(batch)).finite)

@@ -131,7 +131,9 @@ def _rounds(runner: TorchRunner, images: list[Tensor]) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in SPECS}
     for _ in range(ROUNDS + 1):
         for name, block in blocks.items():
-            rows = tuple(Row(ARENA, block.row_pixels(i), block.row_sections(i), block.spec) for i in range(BATCH))
+            rows = tuple(
+                Row(ARENA, block.row_pixel_offset(i), block.row_output_offsets(i), block.spec) for i in range(BATCH)
+            )
             started = time.perf_counter()
             finished = runner.finish(runner.launch(Batch(SHAPE, rows)))
             seconds[name].append(time.perf_counter() - started)

@@ -43,10 +43,15 @@ def _loop(plan: Plan, runner: TorchRunner, config: Config, spec: FeatureSpec) ->
     generator = torch.Generator().manual_seed(0)
     for block in blocks:
         pixels = torch.randint(0, 256, (config.batch * shape.nbytes,), dtype=torch.uint8, generator=generator)
-        memory[block.pixels : block.pixels + len(pixels)] = pixels.numpy().tobytes()
+        memory[block.pixel_offset : block.pixel_offset + len(pixels)] = pixels.numpy().tobytes()
     runner.attach(ARENA, memoryview(memory))
     batches = [
-        Batch(shape, tuple(Row(ARENA, block.row_pixels(i), block.row_sections(i), spec) for i in range(config.batch)))
+        Batch(
+            shape,
+            tuple(
+                Row(ARENA, block.row_pixel_offset(i), block.row_output_offsets(i), spec) for i in range(config.batch)
+            ),
+        )
         for block in blocks
     ]
     for _ in range(CAPTURE_AT):

@@ -75,7 +75,7 @@ def decode_tasks(
     arena: memoryview,
 ) -> list[DecodeTask]:
     """Return a task for each image that has not failed. Rows fill their block in the order of the request."""
-    starts = {one.block.shape: count(one.block.pixels, one.block.shape.nbytes) for one in placed}
+    starts = {one.block.shape: count(one.block.pixel_offset, one.block.shape.nbytes) for one in placed}
     tasks = []
     for source in sources:
         outs = []

@@ -1,8 +1,8 @@
 """One request from parsed message to response bytes: reserve, decode into the arena, compute, answer.
 
-What a request holds (its lease) is let go on every way out. One way out needs care: a caller that leaves while threads
-write pixels. The lease stays until they are through, or they would write over the request that has the range next.
-(That is soon: what threads decode is small. What decode processes have at that time is lost with them.)
+Every way out releases the reservation of the request. One needs care: where a caller leaves while threads write pixels,
+the reservation stays until they are done, or they would overwrite the request that gets the range next. That is soon:
+what threads decode is small. Decode processes are killed, and what they were decoding is lost.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dinov3_server.api.outputs import check_answer, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
 from dinov3_server.api.wire import BytesResolver
 from dinov3_server.config.settings import Settings
-from dinov3_server.engine.admission import Lease
+from dinov3_server.engine.admission import Reservation
 from dinov3_server.engine.block import Block
-from dinov3_server.engine.engine import Engine, JobResult
+from dinov3_server.engine.engine import BlockResult, Engine
 from dinov3_server.engine.forecast import Demand
 from dinov3_server.engine.shares import Caller
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, Overloaded, ServingError, Unavailable
@@ -103,12 +103,12 @@ class Extraction:
                 caller=caller,
                 bulk=query.bulk,
             )
-            lease = self._engine.reserve(demand, deadline)
+            reservation = self._engine.reserve(demand, deadline)
             try:
-                placed = [one._replace(block=one.block.moved(lease.offset)) for one in placed]
-                return await self._extract(query, placed, model, lease, deadline, message_id, request_memory)
+                placed = [one._replace(block=one.block.moved(reservation.offset)) for one in placed]
+                return await self._extract(query, placed, model, reservation, deadline, message_id, request_memory)
             finally:
-                lease.release()
+                reservation.release()
         except ServingError as error:
             if not isinstance(error, DeadlineExceeded):
                 self._metrics.images.inc(_OUTCOMES[error.status], value=images)
@@ -121,19 +121,21 @@ class Extraction:
         query: Query,
         placed: Sequence[PlacedBlock],
         model: ModelInfo,
-        lease: Lease,
+        reservation: Reservation,
         deadline: float | None,
         message_id: int | None,
         request_memory: RequestMemory,
     ) -> bytes:
         failures = query.failures
         started = time.perf_counter()
-        await self._decode_pool.decode(decode_tasks(query.sources, failures, placed, lease.memory), failures, deadline)
+        await self._decode_pool.decode(
+            decode_tasks(query.sources, failures, placed, reservation.memory), failures, deadline
+        )
         decode_seconds = time.perf_counter() - started
         query.sources.clear()
         request_memory.release_message()
 
-        results = await self._run(lease, placed, failures, deadline, query.bulk)
+        results = await self._run(reservation, placed, failures, deadline, query.bulk)
         for one, result in zip(placed, results, strict=True):
             for row, error in result.failed.items():
                 failures.setdefault(one.images[row], error)
@@ -144,20 +146,22 @@ class Extraction:
             batch_images=max(result.batch_images for result in results),
             batches=sum(result.batches for result in results),
         )
-        return await self._respond(lease.memory, model, query, placed, timings, message_id, deadline, request_memory)
+        return await self._respond(
+            reservation.memory, model, query, placed, timings, message_id, deadline, request_memory
+        )
 
     async def _run(
         self,
-        lease: Lease,
+        reservation: Reservation,
         placed: Sequence[PlacedBlock],
         failures: dict[int, ServingError],
         deadline: float | None,
         bulk: bool,
-    ) -> list[JobResult]:
+    ) -> list[BlockResult]:
         runs = []
         for one in placed:
             rows = [row for row, image in enumerate(one.images) if image not in failures]
-            runs.append(self._engine.run(lease, one.block, rows, deadline, bulk))
+            runs.append(self._engine.run(reservation, one.block, rows, deadline, bulk))
         if len(runs) == 1:
             return [await runs[0]]
         try:
@@ -183,7 +187,7 @@ class Extraction:
         for one in placed:
             for row, image in enumerate(one.images):
                 if image in failures:
-                    _zero(memory, one.block, row)
+                    one.block.zero_features(memory, row)
         pieces = response_pieces(memory, model, placed, failures, timings, self._index, query.fingerprint)
         if message_id is not None:
             pieces = stream_answer(message_id, pieces)
@@ -219,8 +223,3 @@ def _plan(query: Query, model: ModelInfo) -> list[PlacedBlock]:
         placed.append(PlacedBlock(block, images, views if query.has_views else ()))
         base = block.end
     return placed
-
-
-def _zero(memory: memoryview, block: Block, row: int) -> None:
-    for start, nbytes in zip(block.row_sections(row), block.strides, strict=True):
-        memory[start : start + nbytes] = bytes(nbytes)

@@ -55,8 +55,8 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
                         except OSError as error:  # callers may hold all descriptors of this process
                             log.error("worker %d cannot be connected yet: %s", index, error.strerror)
                             send(NotConnected(index))
-                    case WorkerGone(index, back_in, killed):
-                        engine.worker_gone(index, back_in, killed)
+                    case WorkerGone(index, restart_seconds, killed):
+                        engine.worker_gone(index, restart_seconds, killed)
                     case Reload():
                         server.reload()
                     case Drain(grace):
@@ -85,7 +85,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
         while True:
             if control.flush():  # do not pile messages up if the supervisor does not read
                 server.update_gauges()
-                engine.show()
+                engine.update_gauges()
                 send(MetricsSnapshot(metrics.snapshot()))
             await asyncio.sleep(SNAPSHOT_SECONDS)
 

@@ -172,7 +172,7 @@ def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[Sequence[int], Sequence[in
 
 def _section(memory: memoryview, run: _Run, section: int) -> memoryview:
     stride = run.block.strides[section]
-    base = run.block.sections[section]
+    base = run.block.output_offsets[section]
     return memory[base + run.start * stride : base + run.end * stride]
 
 

@@ -34,7 +34,7 @@ from dinov3_server.errors import ConfigError
 
 ENV_PREFIX = "DINOV3_"
 # The share of a frontend's queue and arena that bulk requests may hold; the rest is kept for interactive ones.
-BULK_PART = 0.75
+BULK_FRACTION = 0.75
 
 _ADDRESS = TEXT._replace(metavar="ADDRESS")
 
@@ -333,10 +333,11 @@ class Settings:
             )
         if self.port and (self.host, self.port) == (self.http_host, self.http_port):
             raise ConfigError(f"port and http_port are both {self.port}: gRPC and HTTP need a port each")
-        if self.max_images_per_request > BULK_PART * self.max_queue_images:
+        if self.max_images_per_request > BULK_FRACTION * self.max_queue_images:
             raise ConfigError(
-                f"max_images_per_request ({self.max_images_per_request}) is over {BULK_PART:.0%} of max_queue_images "
-                f"({self.max_queue_images}), the part that bulk requests may hold: the largest could never be admitted"
+                f"max_images_per_request ({self.max_images_per_request}) is over {BULK_FRACTION:.0%} of "
+                f"max_queue_images ({self.max_queue_images}), the most that bulk requests "
+                "may hold: a bulk request of that size could never be admitted"
             )
         if self.frontend_bytes < 4 * self.max_message_bytes:
             raise ConfigError(

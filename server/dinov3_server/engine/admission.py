@@ -14,22 +14,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dinov3_server.config.settings import BULK_PART
+from dinov3_server.config.settings import BULK_FRACTION
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.forecast import Demand, Forecast, Waiting
 from dinov3_server.errors import InvalidInput, Overloaded
 from dinov3_server.metrics import Metrics
 
 # The part that a caller may hold of what the others leave.
-CALLER_PART = 0.875
-# While no more than this is taken, nobody is over a limit: with P for CALLER_PART and T for all room, a connection has
-# P (P (T - others) - rest of its group) at least, which is not less than P^2 T - all others.
-_FREE_PART = min(BULK_PART, CALLER_PART**2)
+CALLER_FRACTION = 0.875
+# While no more than this is taken, no limit is exceeded: with P for CALLER_FRACTION and T for the total, a connection
+# may hold at least P (P (T - others) - rest of its group), which is not less than P^2 T - all others.
+_FREE_FRACTION = min(BULK_FRACTION, CALLER_FRACTION**2)
 # Bounds of the pause that a refused caller is told, in seconds.
 SHORTEST_RETRY, LONGEST_RETRY = 0.05, 30.0
 
 
-class Lease:
+class Reservation:
     """Slots for images, and a range of the arena. `memory` is the whole arena: offsets index it."""
 
     def __init__(self, admission: Admission, demand: Demand, offset: int) -> None:
@@ -94,9 +94,11 @@ class Admission:
         self._bulk = _Room()
         self._groups: dict[str, _Room] = {}
         self._metrics = metrics
-        self.show()
+        self.update_gauges()
 
-    def reserve(self, demand: Demand, deadline: float | None, forecast: Callable[[Demand, bool], Forecast]) -> Lease:
+    def reserve(
+        self, demand: Demand, deadline: float | None, forecast: Callable[[Demand, bool], Forecast]
+    ) -> Reservation:
         """Take slots for the images of `demand` and a range of the arena, or say at once why it cannot be.
 
         `deadline` is of time.monotonic(). `forecast` is given the demand, and whether a quick answer will do, which may
@@ -120,12 +122,12 @@ class Admission:
             )
         self._hold(demand, 1)
         self.waiting.add(demand, demand.tokens)
-        return Lease(self, demand, offset)
+        return Reservation(self, demand, offset)
 
-    def end(self, lease: Lease) -> None:
-        """Called by the lease, once nobody holds it."""
-        self.arena.free(lease.offset)
-        self._hold(lease.demand, -1)
+    def end(self, reservation: Reservation) -> None:
+        """Called by the reservation, once nobody holds it."""
+        self.arena.free(reservation.offset)
+        self._hold(reservation.demand, -1)
 
     def _hold(self, demand: Demand, sign: int) -> None:
         """Count the room of a request as taken (1) or as free again (-1)."""
@@ -148,7 +150,7 @@ class Admission:
                 del self._groups[name]
 
     def _check_size(self, demand: Demand) -> None:
-        part = BULK_PART if demand.bulk else CALLER_PART**2
+        part = BULK_FRACTION if demand.bulk else CALLER_FRACTION**2
         most = int(self._max_images * part)
         if demand.images > most:
             raise InvalidInput(
@@ -190,8 +192,8 @@ class Admission:
 
     def _check_room(self, demand: Demand, retry_after: float) -> None:
         if (
-            self._all.images + demand.images <= _FREE_PART * self._max_images
-            and self._all.nbytes + demand.nbytes <= _FREE_PART * self.arena.nbytes
+            self._all.images + demand.images <= _FREE_FRACTION * self._max_images
+            and self._all.nbytes + demand.nbytes <= _FREE_FRACTION * self.arena.nbytes
         ):
             return
         group = self._groups.get(demand.caller.group) or _Room()
@@ -205,15 +207,15 @@ class Admission:
                 return room.images if resource == 0 else room.nbytes
 
             others = held(self._all) - held(group)
-            of_group = CALLER_PART * (total[resource] - others)
-            of_connection = CALLER_PART * (of_group - (held(group) - held(connection)))
+            of_group = CALLER_FRACTION * (total[resource] - others)
+            of_connection = CALLER_FRACTION * (of_group - (held(group) - held(connection)))
             limits = [
                 ("queue", "all callers hold", held(self._all), total[resource]),
                 ("share", "this caller's address or token holds", held(group), of_group),
                 ("share", "this connection holds", held(connection), of_connection),
             ]
             if demand.bulk:
-                limits.append(("bulk", "bulk requests hold", held(self._bulk), BULK_PART * total[resource]))
+                limits.append(("bulk", "bulk requests hold", held(self._bulk), BULK_FRACTION * total[resource]))
             for reason, who, used, most in limits:
                 if used + wanted > most:
                     if reason == "queue" and resource == 1:
@@ -225,7 +227,7 @@ class Admission:
                         retry_after=retry_after,
                     )
 
-    def show(self) -> None:
+    def update_gauges(self) -> None:
         """Set the gauges of the arena."""
         used = self.arena.used_bytes
         self._metrics.arena_bytes.set(used, "used")

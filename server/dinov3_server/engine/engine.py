@@ -1,6 +1,6 @@
 """The frontend's side of the engine: admission, submitting rows to workers, and what happens when one dies.
 
-A request holds a *lease*: slots in the queue and a range of the arena, both taken before anything is
+A request holds a *reservation*: slots in the queue and a range of the arena, both taken before anything is
 decoded. Its rows go to workers in *parts*. A range is freed only when the request has released it and
 every row that a worker was given is answered or that worker is reaped: a cancelled call whose batch is
 running keeps its range until then, or the next request would be written over.
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dinov3_server.config.settings import Settings
-from dinov3_server.engine.admission import Admission, Lease, retry_in
+from dinov3_server.engine.admission import Admission, Reservation, retry_in
 from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, ChannelClosed
@@ -42,7 +42,7 @@ from dinov3_server.engine.messages import (
     Submit,
 )
 from dinov3_server.engine.pace import BatchTime, Pace
-from dinov3_server.engine.shares import NOBODY
+from dinov3_server.engine.shares import ANONYMOUS
 from dinov3_server.errors import DeadlineExceeded, InternalError, Overloaded, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import ModelInfo, PixelShape
@@ -50,7 +50,7 @@ from dinov3_server.models.interface import ModelInfo, PixelShape
 log = logging.getLogger(__name__)
 
 
-class JobResult(NamedTuple):
+class BlockResult(NamedTuple):
     """What became of the rows of a block. `failed` maps a row to its error; the others have features."""
 
     failed: dict[int, ServingError]
@@ -65,7 +65,7 @@ class _Call:
     """One `run`: rows of a block that somebody waits for."""
 
     block: Block
-    lease: Lease
+    reservation: Reservation
     deadline: float | None
     bulk: bool
     enqueued: float
@@ -150,7 +150,7 @@ class Engine:
 
     # --- requests --------------------------------------------------------------------------------
 
-    def reserve(self, demand: Demand, deadline: float | None) -> Lease:
+    def reserve(self, demand: Demand, deadline: float | None) -> Reservation:
         """Take room for a request; see `Admission.reserve`. Raises Unavailable before the first worker."""
         if self.model is None:
             raise Unavailable("the model is still being loaded", reason="starting")
@@ -183,19 +183,19 @@ class Engine:
         full = min(settings.max_batch_images * demand.tokens // demand.images, settings.max_batch_tokens)
         return predict(demand, ahead, paces, full, self._back_in(now), now)
 
-    def show(self) -> None:
+    def update_gauges(self) -> None:
         """Set the gauges of the arena and of the expected wait."""
-        self.admission.show()
+        self.admission.update_gauges()
         if self.model is not None:
             size = self._settings.warm_up_sizes[0] if self._settings.warm_up_sizes else (224, 224)
             tokens = self.model.tokens(PixelShape(*size, "uint8"))
-            expected = self.forecast(Demand(images=1, nbytes=0, tokens=tokens, caller=NOBODY, bulk=False))
+            expected = self.forecast(Demand(images=1, nbytes=0, tokens=tokens, caller=ANONYMOUS, bulk=False))
             self._metrics.expected_wait_seconds.set(expected.wait)
 
     async def run(
-        self, lease: Lease, block: Block, rows: Sequence[int], deadline: float | None, bulk: bool
-    ) -> JobResult:
-        """Compute features of `rows` of `block`, whose pixels lie in the lease's range.
+        self, reservation: Reservation, block: Block, rows: Sequence[int], deadline: float | None, bulk: bool
+    ) -> BlockResult:
+        """Compute features of `rows` of `block`, whose pixels lie in the reservation's range.
 
         `deadline` is in CLOCK_MONOTONIC seconds. Cancelling the caller cancels the rows.
 
@@ -204,9 +204,9 @@ class Engine:
             Overloaded: the rows cannot end before the deadline, and were not started.
             Unavailable: no worker lives, and none is expected before the deadline.
         """
-        call = _Call(block, lease, deadline, bulk, time.monotonic(), self._loop.create_future(), set(rows))
+        call = _Call(block, reservation, deadline, bulk, time.monotonic(), self._loop.create_future(), set(rows))
         if not rows:
-            return JobResult({}, 0.0, 0.0, 0, 0)
+            return BlockResult({}, 0.0, 0.0, 0, 0)
         self._check_worker(deadline)
         for chunk in self._spread(list(rows)):
             self._place(self._new_part(call, chunk, solo=False))
@@ -220,7 +220,7 @@ class Engine:
                 self._abandon(call)
                 if not call.done.cancelled():
                     call.done.exception()  # seen, also where the caller was cancelled at the same moment
-        return JobResult(call.failed, call.queue_seconds, call.inference_seconds, call.batch_images, call.batches)
+        return BlockResult(call.failed, call.queue_seconds, call.inference_seconds, call.batch_images, call.batches)
 
     def _back_in(self, now: float) -> float:
         """Return the seconds until a worker is expected to live; 0 while one does."""
@@ -254,7 +254,7 @@ class Engine:
         worker.parts[part.index] = part
         part.tokens = worker.info.tokens(call.block.shape)
         worker.own_tokens += part.tokens * len(part.rows)
-        call.lease.hold(len(part.rows))
+        call.reservation.hold(len(part.rows))
         worker.channel.send(
             Submit(
                 part=part.index,
@@ -264,7 +264,7 @@ class Engine:
                 deadline=call.deadline,
                 bulk=call.bulk,
                 solo=part.solo,
-                caller=call.lease.demand.caller,
+                caller=call.reservation.demand.caller,
             )
         )
         self._flush(worker.channel)
@@ -338,7 +338,7 @@ class Engine:
         if worker is None:
             return
         for part in worker.parts.values():
-            part.call.lease.let_go(len(part.rows))
+            part.call.reservation.let_go(len(part.rows))
         # In the order of their requests, the untouched ones before the suspects.
         parts = sorted(worker.parts.values(), key=lambda part: (part.call.enqueued, part.index))
         suspects = []
@@ -401,15 +401,15 @@ class Engine:
         before = len(part.started)
         part.started.update(rows)
         worker.running_tokens += part.tokens * (len(part.started) - before)
-        part.call.lease.stop_waiting(part.tokens * len(rows))
+        part.call.reservation.stop_waiting(part.tokens * len(rows))
 
     def _drop(self, worker: _Worker, index: int, rows: Sequence[int], reason: str) -> None:
         """The worker has dropped rows: they were cancelled, or their time is up, or will be before they could end."""
         part = self._answered(worker, index, rows)
-        part.call.lease.stop_waiting(part.tokens * len(rows))
+        part.call.reservation.stop_waiting(part.tokens * len(rows))
         call = part.call
         if reason == "late" and not call.over:
-            expected = self.forecast(call.lease.demand)
+            expected = self.forecast(call.reservation.demand)
             left = max(0.0, (call.deadline or 0.0) - time.monotonic())
             error = Overloaded(
                 f"after {time.monotonic() - call.enqueued:.2f} s of waiting, {left:.2f} s are left before the deadline "
@@ -445,7 +445,7 @@ class Engine:
         worker.running_tokens -= part.tokens * (before - len(part.started))
         if not part.rows:
             del worker.parts[index]
-        part.call.lease.let_go(len(rows))
+        part.call.reservation.let_go(len(rows))
         return part
 
     def _flush(self, channel: Channel) -> None:

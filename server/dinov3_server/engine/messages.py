@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.block import Block, unpickled
 from dinov3_server.engine.pace import BatchTime
-from dinov3_server.engine.shares import NOBODY, Caller
+from dinov3_server.engine.shares import ANONYMOUS, Caller
 from dinov3_server.errors import StartupError
 from dinov3_server.models.interface import ModelInfo, PixelShape, Provisioned
 
@@ -67,7 +67,7 @@ class WorkerGone:
     """
 
     index: int
-    back_in: float  # seconds until its successor is expected to serve
+    restart_seconds: float  # seconds until its successor is expected to serve
     killed: bool = False  # by SIGKILL, which may have come from outside: an operator, or the kernel for want of memory
 
 
@@ -98,13 +98,13 @@ class StartFailed:
 
 
 @dataclass(frozen=True)
-class LastWords:
+class ExitReason:
     """F -> S and W -> S: why the process is about to end, one line."""
 
-    why: str
+    reason: str
 
     @classmethod
-    def of(cls, error: BaseException) -> LastWords:
+    def of(cls, error: BaseException) -> ExitReason:
         first_line = str(error).partition("\n")[0]
         return cls(f"{type(error).__name__}: {first_line}"[:300])
 
@@ -172,7 +172,7 @@ class Submit(NamedTuple):
     deadline: float | None
     bulk: bool
     solo: bool  # every row in a batch of its own: it is suspected of having killed a worker
-    caller: Caller = NOBODY
+    caller: Caller = ANONYMOUS
 
 
 class Cancel(NamedTuple):

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dinov3_server.engine.pace import Pace
-from dinov3_server.engine.shares import NOBODY, Caller, Shares
+from dinov3_server.engine.shares import ANONYMOUS, Caller, Shares
 
 JobKey = tuple[int, int]  # (frontend, job id)
 
@@ -70,7 +70,7 @@ class Job:
     bulk: bool  # gives way to jobs that are not
     solo: bool = False  # each row runs in a batch of its own: it may have killed a worker
     payload: Any = None  # the caller's; never looked at here
-    caller: Caller = NOBODY
+    caller: Caller = ANONYMOUS
 
 
 class BatchRow(NamedTuple):

@@ -24,7 +24,7 @@ class Caller(NamedTuple):
     connection: str
 
 
-NOBODY = Caller("", "")
+ANONYMOUS = Caller("", "")
 
 
 @dataclass(slots=True)

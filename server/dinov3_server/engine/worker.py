@@ -27,8 +27,8 @@ from dinov3_server.engine.messages import (
     Cancel,
     Connected,
     Drain,
+    ExitReason,
     Hello,
-    LastWords,
     Load,
     MetricsSnapshot,
     PartResult,
@@ -267,7 +267,7 @@ class Worker:
 
     def _arena_row(self, row: BatchRow) -> Row:
         block = row.job.payload.block
-        return Row(row.job.key[0], block.row_pixels(row.row), block.row_sections(row.row), block.spec)
+        return Row(row.job.key[0], block.row_pixel_offset(row.row), block.row_output_offsets(row.row), block.spec)
 
     def _exit_if_hung(self, now: float) -> None:
         if self._device.running and now - self._head_since > self._batch_timeout:
@@ -276,7 +276,7 @@ class Worker:
     def _exit(self, reason: str) -> None:
         """End this process at once; what it has still to say is said, or finished rows would be suspects."""
         log.critical("%s; this process is replaced", reason)
-        self._control.send(LastWords(reason[:300]))
+        self._control.send(ExitReason(reason[:300]))
         self._flush()
         os._exit(DEVICE_LOST)
 

@@ -16,7 +16,7 @@ import sys
 from typing import Any, Literal
 
 from dinov3_server.engine.channel import Channel
-from dinov3_server.engine.messages import LastWords, Prepared, Progress, StartFailed, StartProvisioner
+from dinov3_server.engine.messages import ExitReason, Prepared, Progress, StartFailed, StartProvisioner
 from dinov3_server.errors import StartupError
 from dinov3_server.log import configure
 from dinov3_server.signals import UNUSED, die_with, unwind_on_sigterm
@@ -55,7 +55,7 @@ def main() -> int:
         return START_FAILED
     except Exception as error:
         log.critical("%s failed with an unexpected error", name, exc_info=True)
-        control.send(LastWords.of(error))
+        control.send(ExitReason.of(error))
         control.flush_within(1.0)
         os._exit(1)  # a regular exit would wait for non-daemon threads, possibly for ever
     return 0

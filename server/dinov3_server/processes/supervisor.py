@@ -28,7 +28,7 @@ from dinov3_server.engine.channel import ChannelClosed
 from dinov3_server.engine.messages import (
     SNAPSHOT_SECONDS,
     Drain,
-    LastWords,
+    ExitReason,
     MetricsSnapshot,
     NotConnected,
     Prepared,
@@ -251,7 +251,7 @@ class Supervisor:
                         self._aggregate.update(child.name, snapshot)
                     case StartFailed(error):
                         child.start_error = error
-                    case LastWords(reason):
+                    case ExitReason(reason):
                         child.last_words = reason
                     case Reached(step):
                         child.reached = step

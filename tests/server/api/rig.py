@@ -22,7 +22,7 @@ from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.block import Block
-from dinov3_server.engine.engine import JobResult
+from dinov3_server.engine.engine import BlockResult
 from dinov3_server.engine.forecast import Demand
 from dinov3_server.errors import ServingError
 from dinov3_server.metrics import Metrics
@@ -54,7 +54,7 @@ def features(pixels: bytes, output: Output, nbytes: int) -> bytes:
     return np.random.default_rng(seed).bytes(nbytes)
 
 
-class FakeLease:
+class FakeReservation:
     def __init__(self, engine: FakeEngine, images: int, offset: int, nbytes: int) -> None:
         self._engine = engine
         self.images = images
@@ -63,10 +63,10 @@ class FakeLease:
         self.nbytes = nbytes
 
     def release(self) -> None:
-        if self in self._engine.leases:
-            self._engine.leases.remove(self)
+        if self in self._engine.reservations:
+            self._engine.reservations.remove(self)
             self.memory[self.offset : self.offset + self.nbytes] = bytes([FREE]) * self.nbytes
-            if not self._engine.leases:
+            if not self._engine.reservations:
                 self._engine.idle.set()
 
 
@@ -90,7 +90,7 @@ class FakeEngine:
         self.devices = ("cpu", "cpu")
         self.buffer = bytearray([FREE]) * ARENA_BYTES
         self.memory = memoryview(self.buffer)
-        self.leases: list[FakeLease] = []
+        self.reservations: list[FakeReservation] = []
         self.idle = asyncio.Event()
         self.hold = False
         self.runs: asyncio.Queue[Run] = asyncio.Queue()
@@ -105,27 +105,27 @@ class FakeEngine:
         if self.refuse_early is not None:
             raise self.refuse_early
 
-    def reserve(self, demand: Demand, deadline: float | None) -> FakeLease:
+    def reserve(self, demand: Demand, deadline: float | None) -> FakeReservation:
         images, nbytes = demand.images, demand.nbytes
         if self.refuse is not None:
             raise self.refuse
         offset = 4096
-        for lease in sorted(self.leases, key=lambda lease: lease.offset):
-            if offset + nbytes <= lease.offset:
+        for reservation in sorted(self.reservations, key=lambda reservation: reservation.offset):
+            if offset + nbytes <= reservation.offset:
                 break
-            offset = lease.offset + -(-lease.nbytes // 4096) * 4096
+            offset = reservation.offset + -(-reservation.nbytes // 4096) * 4096
         assert offset + nbytes <= ARENA_BYTES, "the test needs a larger arena"
-        lease = FakeLease(self, images, offset, nbytes)
-        self.leases.append(lease)
+        reservation = FakeReservation(self, images, offset, nbytes)
+        self.reservations.append(reservation)
         self.idle.clear()
-        return lease
+        return reservation
 
     async def run(
-        self, lease: FakeLease, block: Block, rows: Sequence[int], deadline: float | None, bulk: bool
-    ) -> JobResult:
-        assert lease in self.leases
-        assert lease.offset <= block.pixels
-        assert block.end <= lease.offset + lease.nbytes
+        self, reservation: FakeReservation, block: Block, rows: Sequence[int], deadline: float | None, bulk: bool
+    ) -> BlockResult:
+        assert reservation in self.reservations
+        assert reservation.offset <= block.pixel_offset
+        assert block.end <= reservation.offset + reservation.nbytes
         run = Run(block, list(rows), deadline, bulk)
         if self.hold:
             self.runs.put_nowait(run)
@@ -142,15 +142,15 @@ class FakeEngine:
         for row in rows:
             if row in self.bad_rows:
                 continue
-            pixels = bytes(self.memory[block.row_pixels(row) :][: block.shape.nbytes])
-            for section, start in zip(sections, block.row_sections(row), strict=True):
+            pixels = bytes(self.memory[block.row_pixel_offset(row) :][: block.shape.nbytes])
+            for section, start in zip(sections, block.row_output_offsets(row), strict=True):
                 self.memory[start : start + section.nbytes] = features(pixels, section.output, section.nbytes)
         failed = {row: error for row, error in self.bad_rows.items() if row in rows}
-        return JobResult(failed, 0.25, 0.5, 3 + len(rows), 2)
+        return BlockResult(failed, 0.25, 0.5, 3 + len(rows), 2)
 
     def untouched(self) -> bool:
         """Nobody holds anything, and nobody has written where nobody holds anything."""
-        return not self.leases and self.buffer.count(FREE) == len(self.buffer)
+        return not self.reservations and self.buffer.count(FREE) == len(self.buffer)
 
 
 @dataclass

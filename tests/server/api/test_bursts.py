@@ -52,7 +52,7 @@ def held(rig: Rig) -> dict[str, int]:
         "bytes": sum(
             quota.used for quota in (rig.server.budget.messages, rig.server.budget.pictures, rig.server.budget.answers)
         ),
-        "leases": len(rig.engine.leases),
+        "reservations": len(rig.engine.reservations),
         "calls": len(rig.server._calls._active),
         "streams": len(rig.server._service._streams),
     }

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3_server.engine.shares import NOBODY
+from dinov3_server.engine.shares import ANONYMOUS
 from dinov3_server.errors import DeadlineExceeded
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -63,16 +63,16 @@ async def turn_the_loop() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-async def test_the_lease_stays_while_threads_write(gate: Gate, threads: int) -> None:
+async def test_the_reservation_stays_while_threads_write(gate: Gate, threads: int) -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics, threads)
-    task = asyncio.create_task(service.extract(TWO, None, NOBODY, request_memory()))
+    task = asyncio.create_task(service.extract(TWO, None, ANONYMOUS, request_memory()))
     await gate.entered.wait()
     for _ in range(3):  # whoever cancels may do so again
         task.cancel()
         await turn_the_loop()
         assert not task.done()
-        assert len(engine.leases) == 1
+        assert len(engine.reservations) == 1
     gate.open.set()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -90,12 +90,14 @@ async def test_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None
     service = extraction(engine, metrics)
     images = np.stack([picture(16, 16, seed) for seed in range(5)])
     request = pb.ExtractRequest(pixels=tensor(images), preprocessing=AS_IS)
-    task = asyncio.create_task(service.extract(request, None, NOBODY, request_memory()))
+    task = asyncio.create_task(service.extract(request, None, ANONYMOUS, request_memory()))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    [lease] = engine.leases
+    [reservation] = engine.reservations
     size = images[0].nbytes
-    copied = [bytes(lease.memory[lease.offset + row * size :][:size]) == images[row].tobytes() for row in range(5)]
+    copied = [
+        bytes(reservation.memory[reservation.offset + row * size :][:size]) == images[row].tobytes() for row in range(5)
+    ]
     assert copied == [True, True, False, False, False]
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -113,11 +115,11 @@ async def test_pixels_are_copied_without_a_thread() -> None:
     floats = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     for pixels in (picture(32, 32)[None], floats):
         await service.extract(
-            pb.ExtractRequest(pixels=tensor(pixels), preprocessing=AS_IS), None, NOBODY, request_memory()
+            pb.ExtractRequest(pixels=tensor(pixels), preprocessing=AS_IS), None, ANONYMOUS, request_memory()
         )
     resized = pb.ExtractRequest(pixels=tensor(picture(32, 32)[None]))  # to the preset's 256x256
     with pytest.raises(RuntimeError, match="after shutdown"):
-        await service.extract(resized, None, NOBODY, request_memory())
+        await service.extract(resized, None, ANONYMOUS, request_memory())
 
 
 async def test_cancelled_by_the_client_while_decoding(gate: Gate) -> None:
@@ -130,7 +132,7 @@ async def test_cancelled_by_the_client_while_decoding(gate: Gate) -> None:
         # A second request while the first one's thread is in its range.
         second = asyncio.create_task(rig.error(pb.ExtractRequest(pixels=tensor(np.zeros((1, 16, 16, 4), np.uint8)))))
         assert (await second).code == grpc.StatusCode.INVALID_ARGUMENT
-        assert len(rig.engine.leases) == 1
+        assert len(rig.engine.reservations) == 1
         gate.open.set()
         await rig.engine.idle.wait()
         await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "CANCELLED") == 1)
@@ -165,7 +167,7 @@ async def test_a_deadline_that_passes_while_decoding(gate: Gate) -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     deadline = time.monotonic() + 0.05
-    task = asyncio.create_task(service.extract(TWO, deadline, NOBODY, request_memory()))
+    task = asyncio.create_task(service.extract(TWO, deadline, ANONYMOUS, request_memory()))
     await gate.entered.wait()
     await until_async(lambda: time.monotonic() >= deadline)
     gate.open.set()
@@ -193,7 +195,8 @@ async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkey
     large = pb.ExtractRequest(images=[encoded(picture(16, 16, 1))] * 20, outputs=pb.Outputs(cls=True))
     small = pb.ExtractRequest(images=[encoded(picture(16, 16, 2))], outputs=pb.Outputs(cls=True))
     await asyncio.gather(
-        service.extract(large, None, NOBODY, request_memory()), service.extract(small, None, NOBODY, request_memory())
+        service.extract(large, None, ANONYMOUS, request_memory()),
+        service.extract(small, None, ANONYMOUS, request_memory()),
     )
     assert order.index(small.images[0].encoded) <= 2
     service.close()

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dinov3_server.api.budget import ByteBudget
-from dinov3_server.engine.shares import NOBODY
+from dinov3_server.engine.shares import ANONYMOUS
 from dinov3_server.errors import DeadlineExceeded, Overloaded
 from dinov3_server.images import decode_process
 from dinov3_server.metrics import Metrics
@@ -39,7 +39,7 @@ def running() -> set[int]:
 async def test_a_deadline_ends_a_decode() -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
-    task = asyncio.create_task(service.extract(LONG, time.monotonic() + 1.0, NOBODY, request_memory()))
+    task = asyncio.create_task(service.extract(LONG, time.monotonic() + 1.0, ANONYMOUS, request_memory()))
     with pytest.raises(DeadlineExceeded, match="while the images of the request were being decoded"):
         await asyncio.wait_for(task, LIMIT)
     assert engine.untouched()
@@ -51,7 +51,7 @@ async def test_a_deadline_ends_a_decode() -> None:
 async def test_a_caller_that_leaves_ends_a_decode() -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
-    task = asyncio.create_task(service.extract(LONG, None, NOBODY, request_memory()))
+    task = asyncio.create_task(service.extract(LONG, None, ANONYMOUS, request_memory()))
     await until_async(running)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -100,7 +100,7 @@ async def test_a_picture_that_could_never_fit_fails_alone() -> None:
     service = extraction(engine, Metrics(), budget=budget)
     images = [pb.Image(encoded=one_bit_png(10_000)), encoded(picture(16, 16))]
     answer = pb.ExtractResponse.FromString(
-        await service.extract(pb.ExtractRequest(images=images, outputs=CLS), None, NOBODY, request_memory())
+        await service.extract(pb.ExtractRequest(images=images, outputs=CLS), None, ANONYMOUS, request_memory())
     )
     [error] = answer.errors
     assert error.image_index == 0
@@ -117,11 +117,11 @@ async def test_no_room_in_time_is_refused_with_a_word_when_to_come_again() -> No
     for image in (encoded(picture(16, 16)), pb.Image(encoded=encode(photo(), "TIFF"))):
         request = pb.ExtractRequest(images=[image, image], outputs=CLS)
         with pytest.raises(Overloaded, match=r"no memory for .* bytes of pictures within"):
-            await service.extract(request, time.monotonic() + 0.2, NOBODY, request_memory())
+            await service.extract(request, time.monotonic() + 0.2, ANONYMOUS, request_memory())
         assert engine.untouched()
         assert not budget.pictures.has_waiters
     held.release()
-    await service.extract(request, None, NOBODY, request_memory())
+    await service.extract(request, None, ANONYMOUS, request_memory())
     service.close()
 
 
@@ -131,7 +131,7 @@ async def test_many_large_pictures_stay_within_the_budget() -> None:
     service = extraction(engine, Metrics(), threads=4, budget=budget)
     bomb = one_bit_png(7000)  # 49 million pixels: 245 MB
     request = pb.ExtractRequest(images=[pb.Image(encoded=bomb)] * 2, outputs=CLS)
-    tasks = [asyncio.create_task(service.extract(request, None, NOBODY, request_memory())) for _ in range(4)]
+    tasks = [asyncio.create_task(service.extract(request, None, ANONYMOUS, request_memory())) for _ in range(4)]
     most_counted = most_resident = 0
     while not all(task.done() for task in tasks):
         most_counted = max(most_counted, budget.pictures.used)

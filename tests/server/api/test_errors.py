@@ -207,7 +207,7 @@ async def test_failed_by_the_engine(error: Exception, code: str) -> None:
         rig.engine.fail = error
         told = await rig.error(pb.ExtractRequest(images=[PHOTO]))
         assert (told.code.name, told.message) == (code, str(error))
-        assert not rig.engine.leases
+        assert not rig.engine.reservations
 
 
 async def test_one_block_that_fails_cancels_the_others() -> None:
@@ -219,7 +219,7 @@ async def test_one_block_that_fails_cancels_the_others() -> None:
         runs[1].go.set_exception(Overloaded("lost its place", reason="queue"))
         assert (await call).code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert rig.engine.cancelled_runs == 2
-        assert not rig.engine.leases
+        assert not rig.engine.reservations
 
 
 async def test_a_bug_is_internal_with_an_id_and_nothing_of_it_on_the_wire(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.stream import Stream
 from dinov3_server.config.settings import Settings
-from dinov3_server.engine.shares import NOBODY
+from dinov3_server.engine.shares import ANONYMOUS
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.server.api.rig import AS_IS, FakeEngine, Rig, extraction, failure_of_status, picture, serving, tensor
@@ -192,7 +192,7 @@ async def test_a_caller_that_leaves_at_once_gives_the_room_of_its_messages_back(
 
     receiver = Receiver(room, 1 << 20)
     service = extraction(FakeEngine(), Metrics())
-    stream = Stream(Leaving(), service, receiver, Metrics(), Settings(), NOBODY)  # type: ignore[arg-type]
+    stream = Stream(Leaving(), service, receiver, Metrics(), Settings(), ANONYMOUS)  # type: ignore[arg-type]
     serve = asyncio.create_task(stream.serve())
     with pytest.raises(asyncio.CancelledError):
         await serve

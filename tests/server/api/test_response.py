@@ -138,7 +138,7 @@ def _packed(memory: memoryview, places: list[tuple[Block, int]], section: int) -
     """A section of the rows at `places`, one behind the other."""
     data = b""
     for block, row in places:
-        start = block.sections[section] + row * block.strides[section]
+        start = block.output_offsets[section] + row * block.strides[section]
         data += memory[start : start + block.strides[section]]
     return data
 
@@ -166,7 +166,7 @@ def test_the_bound_is_one_and_is_near(answer) -> None:
         )
     )
     bound = most_nbytes([block for block, *_ in placed], model.fingerprint)
-    tensors = sum(len(block.sections) for block, *_ in placed)
+    tensors = sum(len(block.output_offsets) for block, *_ in placed)
     rows = sum(block.count for block, *_ in placed)
     assert actual <= bound <= actual + 128 + 64 * len(placed) + 64 * tensors + 10 * rows
 

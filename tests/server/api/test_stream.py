@@ -13,7 +13,7 @@ from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.stream import Stream
 from dinov3_server.config.settings import Settings
-from dinov3_server.engine.shares import NOBODY
+from dinov3_server.engine.shares import ANONYMOUS
 from dinov3_server.errors import InternalError, Overloaded
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import Output
@@ -98,7 +98,7 @@ async def test_no_more_than_the_window_is_read() -> None:
             for _ in range(50):
                 await asyncio.sleep(0)
             assert rig.engine.runs.empty()
-            assert len(rig.engine.leases) == len(runs)
+            assert len(rig.engine.reservations) == len(runs)
             runs.pop(0).go.set_result(None)
             await read(call)
             answered += 1
@@ -133,7 +133,7 @@ class SlowCaller:
 async def test_a_caller_that_does_not_read_is_not_read_either() -> None:
     engine, caller, receiver = FakeEngine(), SlowCaller(10), Receiver(ByteBudget(64 << 20, 16 << 20), 1 << 20)
     service, settings = extraction(engine, Metrics()), Settings(stream_window=3)
-    serve = asyncio.create_task(Stream(caller, service, receiver, Metrics(), settings, NOBODY).serve())  # type: ignore[arg-type]
+    serve = asyncio.create_task(Stream(caller, service, receiver, Metrics(), settings, ANONYMOUS).serve())  # type: ignore[arg-type]
     await until_async(lambda: len(engine.done_runs) == 3)
     for _ in range(50):
         await asyncio.sleep(0)

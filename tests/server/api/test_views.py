@@ -18,7 +18,7 @@ from PIL import Image
 from dinov3_server.api import sources
 from dinov3_server.api.budget import ByteBudget
 from dinov3_server.engine.forecast import Demand
-from dinov3_server.engine.shares import NOBODY
+from dinov3_server.engine.shares import ANONYMOUS
 from dinov3_server.errors import DeadlineExceeded, InternalError
 from dinov3_server.images import decode
 from dinov3_server.metrics import Metrics
@@ -442,14 +442,14 @@ async def test_views_that_are_only_copied_take_no_thread() -> None:
     views = [V((1, 2, 32, 32), flip=True), V((0, 0, 32, 32), size=(32, 32)), V(flip=True, size=(48, 64))]
     image = with_views(pb.Image(pixels=tensor(photo)), views)
     answer = await service.extract(
-        pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY, request_memory()
+        pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, ANONYMOUS, request_memory()
     )
     found = rows(pb.ExtractResponse.FromString(answer))
     for view, how in enumerate(views):
         assert found[0, view][1] == cls_of(at_the_client(Image.fromarray(photo), how, None))
     image.views.append(V((0, 0, 32, 32), size=(16, 16)).message)
     with pytest.raises(RuntimeError, match="after shutdown"):
-        await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, NOBODY, request_memory())
+        await service.extract(pb.ExtractRequest(images=[image], preprocessing=AS_IS), None, ANONYMOUS, request_memory())
 
 
 class Gate:
@@ -490,13 +490,13 @@ FIVE = pb.ExtractRequest(images=[with_views(encoded(picture(40, 40, seed)), [V(s
 async def test_a_caller_that_leaves_between_two_views(gate: Any, decodes: Counter[bytes]) -> None:
     stop, engine, metrics = gate(), FakeEngine(), Metrics()
     service = extraction(engine, metrics)
-    task = asyncio.create_task(service.extract(FIVE, None, NOBODY, request_memory()))
+    task = asyncio.create_task(service.extract(FIVE, None, ANONYMOUS, request_memory()))
     await stop.entered.wait()
     task.cancel()
     for _ in range(20):
         await asyncio.sleep(0)
     assert not task.done()
-    assert len(engine.leases) == 1
+    assert len(engine.reservations) == 1
     stop.open.set()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -512,7 +512,7 @@ async def test_a_deadline_that_passes_between_two_views(gate: Any) -> None:
     stop, engine, metrics = gate(), FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     deadline = time.monotonic() + 0.2
-    task = asyncio.create_task(service.extract(FIVE, deadline, NOBODY, request_memory()))
+    task = asyncio.create_task(service.extract(FIVE, deadline, ANONYMOUS, request_memory()))
     await stop.entered.wait()
     await until_async(lambda: time.monotonic() >= deadline)
     stop.open.set()
@@ -555,7 +555,8 @@ async def test_an_image_of_many_views_does_not_keep_others_from_the_threads(
     large = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 20)])
     small = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
     answers = await asyncio.gather(
-        service.extract(large, None, NOBODY, request_memory()), service.extract(small, None, NOBODY, request_memory())
+        service.extract(large, None, ANONYMOUS, request_memory()),
+        service.extract(small, None, ANONYMOUS, request_memory()),
     )
     assert sorted(turns) == [1] * 20 + [2]
     assert turns.index(2) <= 2
@@ -578,7 +579,7 @@ async def test_a_picture_has_its_room_until_its_last_row_is_written(turns: list[
     requests = [pb.ExtractRequest(images=[with_views(colour(of), [SIXTEEN] * 6)]) for of in (1, 2, 3)]
     for times in (1, 2):
         turns.clear()
-        await asyncio.gather(*(service.extract(request, None, NOBODY, request_memory()) for request in requests))
+        await asyncio.gather(*(service.extract(request, None, ANONYMOUS, request_memory()) for request in requests))
         assert sorted(turns) == [1] * 6 + [2] * 6 + [3] * 6
         assert sum(before != after for before, after in itertools.pairwise(turns)) == 2  # one after the other
         assert set(decodes.values()) == {times}
@@ -592,9 +593,9 @@ async def test_a_caller_that_leaves_gives_the_room_of_its_picture_back(turns: li
     request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 400)], outputs=pb.Outputs(cls=True))
     waiting = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
     for _ in range(2):
-        task = asyncio.create_task(service.extract(request, None, NOBODY, request_memory()))
+        task = asyncio.create_task(service.extract(request, None, ANONYMOUS, request_memory()))
         await until_async(lambda: len(turns) >= 3)
-        other = asyncio.create_task(service.extract(waiting, None, NOBODY, request_memory()))
+        other = asyncio.create_task(service.extract(waiting, None, ANONYMOUS, request_memory()))
         await until_async(lambda: budget.pictures.has_waiters)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -614,7 +615,7 @@ async def test_a_caller_that_leaves_while_it_waits_for_room(turns: list[int]) ->
     held = budget.pictures.try_acquire(budget.pictures.limit)
     assert held
     request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN])])
-    task = asyncio.create_task(service.extract(request, None, NOBODY, request_memory()))
+    task = asyncio.create_task(service.extract(request, None, ANONYMOUS, request_memory()))
     await until_async(lambda: budget.pictures.has_waiters)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

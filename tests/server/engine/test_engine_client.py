@@ -13,11 +13,11 @@ import pytest
 import pytest_asyncio
 
 from dinov3_server.config.settings import Settings
-from dinov3_server.engine.admission import Lease
+from dinov3_server.engine.admission import Reservation
 from dinov3_server.engine.arena import PAGE, Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, pair
-from dinov3_server.engine.engine import SPREAD_IMAGES, Engine, JobResult
+from dinov3_server.engine.engine import SPREAD_IMAGES, BlockResult, Engine
 from dinov3_server.engine.forecast import Demand
 from dinov3_server.engine.messages import (
     NO_LOAD,
@@ -33,7 +33,7 @@ from dinov3_server.engine.messages import (
     Started,
     Submit,
 )
-from dinov3_server.engine.shares import NOBODY, Caller
+from dinov3_server.engine.shares import ANONYMOUS, Caller
 from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import FeatureSpec, Output, PixelShape
@@ -109,20 +109,20 @@ async def engine() -> AsyncIterator[Engine]:
         PlayedWorker.played.pop().channel.close()
 
 
-def demand(images: int, nbytes: int = 1, caller: Caller = NOBODY, bulk: bool = False) -> Demand:
+def demand(images: int, nbytes: int = 1, caller: Caller = ANONYMOUS, bulk: bool = False) -> Demand:
     return Demand(images, nbytes, images * INFO.tokens(SHAPE), caller, bulk)
 
 
-def reserve(engine: Engine, images: int) -> tuple[Lease, Block]:
-    lease = engine.reserve(demand(images, Block.plan(INFO, SHAPE, images, SPEC).end), None)
-    return lease, Block.plan(INFO, SHAPE, images, SPEC, lease.offset)
+def reserve(engine: Engine, images: int) -> tuple[Reservation, Block]:
+    reservation = engine.reserve(demand(images, Block.plan(INFO, SHAPE, images, SPEC).end), None)
+    return reservation, Block.plan(INFO, SHAPE, images, SPEC, reservation.offset)
 
 
 def run(
     engine: Engine, images: int, deadline: float | None = None, bulk: bool = False
-) -> tuple[Lease, asyncio.Task[JobResult]]:
-    lease, block = reserve(engine, images)
-    return lease, asyncio.create_task(engine.run(lease, block, range(images), deadline, bulk))
+) -> tuple[Reservation, asyncio.Task[BlockResult]]:
+    reservation, block = reserve(engine, images)
+    return reservation, asyncio.create_task(engine.run(reservation, block, range(images), deadline, bulk))
 
 
 async def test_before_the_first_worker_everything_is_unavailable(engine):
@@ -133,11 +133,11 @@ async def test_before_the_first_worker_everything_is_unavailable(engine):
 
 async def test_rows_in_features_out_and_the_range_comes_back(engine):
     worker = await PlayedWorker(engine).hello()
-    lease, task = run(engine, 3, deadline=time.monotonic() + 60, bulk=True)
+    reservation, task = run(engine, 3, deadline=time.monotonic() + 60, bulk=True)
     submit = await worker.hear(Submit)
     assert submit.rows == (0, 1, 2)
     assert submit.bulk
-    assert submit.block.pixels == lease.offset
+    assert submit.block.pixel_offset == reservation.offset
     worker.start(submit, 0)
     worker.finish(submit, 0, images=7)
     worker.finish(submit, 1, 2, failed={2: "the model failed on this image"}, images=2)
@@ -147,12 +147,12 @@ async def test_rows_in_features_out_and_the_range_comes_back(engine):
     assert (result.queue_seconds, result.inference_seconds) == (0.5, 0.5)
     assert (result.batch_images, result.batches) == (7, 2)
     assert engine.admission.arena.used_bytes
-    lease.release()
-    lease.release()
+    reservation.release()
+    reservation.release()
     assert engine.admission.arena.used_bytes == 0
 
 
-async def test_admission_counts_images_and_bytes_until_the_lease_ends(engine):
+async def test_admission_counts_images_and_bytes_until_the_reservation_ends(engine):
     await PlayedWorker(engine).hello()
     with pytest.raises(InvalidInput, match="max-queue-images"):
         engine.reserve(demand(50), None)
@@ -176,7 +176,7 @@ async def test_while_requests_are_refused_an_estimate_from_below_is_enough_to_re
     worker = await PlayedWorker(engine).hello()
     least = demand(1)._replace(tokens=1)
     soon = time.monotonic() + 0.05
-    lease, task = run(engine, 40)  # at the pace of a device that is not known yet, this takes longer than that
+    reservation, task = run(engine, 40)  # at the pace of a device that is not known yet, this takes longer than that
     submit = await worker.hear(Submit)
     worker.start(submit, *range(40))
     await until_async(lambda: engine.forecast(least).wait)
@@ -190,18 +190,18 @@ async def test_while_requests_are_refused_an_estimate_from_below_is_enough_to_re
     engine.check_time(least, soon)  # until the next one is refused
     worker.finish(submit)
     await task
-    lease.release()
+    reservation.release()
 
 
 async def test_a_cancelled_call_keeps_its_range_until_the_worker_has_answered(engine):
     worker = await PlayedWorker(engine).hello()
-    lease, task = run(engine, 2)
+    reservation, task = run(engine, 2)
     submit = await worker.hear(Submit)
     worker.start(submit, 0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    lease.release()
+    reservation.release()
     assert await worker.hear(Cancel) == Cancel(submit.part)
     assert engine.admission.arena.used_bytes, "a batch that runs still writes to the range"
     worker.say(Dropped(submit.part, (1,), "cancelled"))
@@ -212,14 +212,14 @@ async def test_a_cancelled_call_keeps_its_range_until_the_worker_has_answered(en
 async def test_a_passed_deadline_fails_the_call_and_says_where_it_waited(engine):
     worker = await PlayedWorker(engine).hello()
     for start, where in ((False, "waiting for the device"), (True, "on the device")):
-        lease, task = run(engine, 2, deadline=time.monotonic() + 0.05)
+        reservation, task = run(engine, 2, deadline=time.monotonic() + 0.05)
         submit = await worker.hear(Submit)
         if start:
             worker.start(submit)
             await until_async(lambda part=submit.part: engine._workers[0].parts[part].started)
         with pytest.raises(DeadlineExceeded, match=where):
             await task
-        lease.release()
+        reservation.release()
         await worker.hear(Cancel)
         assert engine.admission.arena.used_bytes
         worker.say(Dropped(submit.part, submit.rows, "expired"))
@@ -228,12 +228,12 @@ async def test_a_passed_deadline_fails_the_call_and_says_where_it_waited(engine)
 
 async def test_the_workers_own_expiry_ends_the_call_too(engine):
     worker = await PlayedWorker(engine).hello()
-    lease, task = run(engine, 1, deadline=time.monotonic() + 60)
+    reservation, task = run(engine, 1, deadline=time.monotonic() + 60)
     submit = await worker.hear(Submit)
     worker.say(Dropped(submit.part, submit.rows, "expired"))
     with pytest.raises(DeadlineExceeded):
         await task
-    lease.release()
+    reservation.release()
     assert engine.admission.arena.used_bytes == 0
 
 
@@ -246,28 +246,28 @@ async def test_queued_rows_of_a_dead_worker_go_to_its_successor_in_their_order(e
     later = run(engine, 1)  # while nobody lives: it queues
     successor = await PlayedWorker(engine).hello()
     again = [await successor.hear(Submit) for _ in range(4)]
-    assert [submit.block.pixels for submit in again[:3]] == [submit.block.pixels for submit in first]
+    assert [submit.block.pixel_offset for submit in again[:3]] == [submit.block.pixel_offset for submit in first]
     assert [submit.enqueued for submit in again[:3]] == [submit.enqueued for submit in first]
     assert not any(submit.solo for submit in again)
     for submit in again:
         successor.finish(submit)
-    for lease, task in (*calls, later):
+    for reservation, task in (*calls, later):
         assert (await task).failed == {}
-        lease.release()
+        reservation.release()
     assert engine.admission.arena.used_bytes == 0
 
 
 async def test_nothing_is_taken_back_before_the_worker_is_reaped(engine):
     """A closed channel is not death: until the process is reaped it may still write to the arena."""
     worker = await PlayedWorker(engine).hello()
-    lease, task = run(engine, 1)
+    reservation, task = run(engine, 1)
     submit = await worker.hear(Submit)
     worker.start(submit)
     worker.die()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    lease.release()
+    reservation.release()
     await asyncio.sleep(0)
     assert engine.admission.arena.used_bytes
     worker.reaped()
@@ -301,8 +301,8 @@ async def test_announced_rows_run_again_alone_and_only_the_one_that_kills_alone_
     results = [await task for _, task in calls]
     assert list(results[0].failed) == [2]
     assert results[1].failed == {}
-    for lease, _ in calls:
-        lease.release()
+    for reservation, _ in calls:
+        reservation.release()
     assert engine.admission.arena.used_bytes == 0
 
 
@@ -317,34 +317,34 @@ async def kill_with_the_row_on_the_device(engine: Engine, worker: PlayedWorker, 
 @pytest.mark.parametrize("last_killed", [True, False])
 async def test_one_sigkill_of_a_worker_alone_with_a_row_may_have_come_from_outside(engine, last_killed):
     worker = await PlayedWorker(engine).hello()
-    lease, task = run(engine, 1)
+    reservation, task = run(engine, 1)
     for killed in (True, True, last_killed):
         assert not task.done()
         worker = await kill_with_the_row_on_the_device(engine, worker, killed)
     assert list((await task).failed) == [0]
-    lease.release()
+    reservation.release()
 
 
 async def test_a_row_whose_worker_was_killed_twice_from_outside_is_answered(engine):
     worker = await PlayedWorker(engine).hello()
-    lease, task = run(engine, 1)
+    reservation, task = run(engine, 1)
     for _ in range(2):
         worker = await kill_with_the_row_on_the_device(engine, worker, killed=True)
     worker.finish(await worker.hear(Submit))
     assert (await task).failed == {}
-    lease.release()
+    reservation.release()
 
 
 async def test_results_that_a_worker_sent_before_it_died_count(engine):
     worker = await PlayedWorker(engine).hello()
-    lease, task = run(engine, 1)
+    reservation, task = run(engine, 1)
     submit = await worker.hear(Submit)
     worker.start(submit)
     worker.finish(submit)
     worker.die()
     worker.reaped()
     assert (await task).failed == {}
-    lease.release()
+    reservation.release()
     assert engine.admission.arena.used_bytes == 0
 
 
@@ -352,18 +352,18 @@ async def test_no_worker_before_the_deadline_is_unavailable_at_once_with_the_tim
     worker = await PlayedWorker(engine).hello()
     worker.die()
     worker.reaped(back_in=20.0)
-    lease, task = run(engine, 1, deadline=time.monotonic() + 10)
+    reservation, task = run(engine, 1, deadline=time.monotonic() + 10)
     with pytest.raises(Unavailable) as refused:
         await task
     assert 15 < refused.value.retry_after <= 20
-    lease.release()
-    lease, task = run(engine, 1, deadline=time.monotonic() + 60)
+    reservation.release()
+    reservation, task = run(engine, 1, deadline=time.monotonic() + 60)
     await asyncio.sleep(0)
     assert not task.done()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    lease.release()
+    reservation.release()
     assert engine.admission.arena.used_bytes == 0
 
 
@@ -371,10 +371,10 @@ async def test_a_call_that_waits_for_a_worker_ends_at_its_deadline(engine):
     worker = await PlayedWorker(engine).hello()
     worker.die()
     worker.reaped()
-    lease, task = run(engine, 1, deadline=time.monotonic() + 0.05)
+    reservation, task = run(engine, 1, deadline=time.monotonic() + 0.05)
     with pytest.raises(DeadlineExceeded, match="waiting for a worker"):
         await task
-    lease.release()
+    reservation.release()
     assert engine.admission.arena.used_bytes == 0
 
 
@@ -391,8 +391,8 @@ async def test_rows_go_to_the_worker_with_the_least_to_do_and_large_requests_are
     await second[1]
     workers[0].say(Results((), NO_LOAD, None))
     await until_async(lambda: not engine._workers[0].others.tokens)
-    for lease, _ in (small, second):
-        lease.release()
+    for reservation, _ in (small, second):
+        reservation.release()
     large = run(engine, SPREAD_IMAGES + 5)
     parts = [await worker.hear(Submit) for worker in workers]
     assert sorted(len(part.rows) for part in parts) == [5, SPREAD_IMAGES]
@@ -409,11 +409,11 @@ async def test_a_worker_that_this_frontend_never_met_may_go_too(engine):
     worker = await PlayedWorker(engine).hello()
     worker.die()
     worker.reaped(back_in=30.0)
-    lease, task = run(engine, 1, deadline=time.monotonic() + 10)
+    reservation, task = run(engine, 1, deadline=time.monotonic() + 10)
     with pytest.raises(Unavailable) as refused:
         await task
     assert 15 < refused.value.retry_after <= 20
-    lease.release()
+    reservation.release()
 
 
 async def test_of_several_dead_workers_the_first_one_back_counts(engine):
@@ -421,13 +421,13 @@ async def test_of_several_dead_workers_the_first_one_back_counts(engine):
     for worker, back_in in zip(workers, (1.0, 30.0), strict=True):
         worker.die()
         worker.reaped(back_in=back_in)
-    lease, task = run(engine, 1, deadline=time.monotonic() + 10)
+    reservation, task = run(engine, 1, deadline=time.monotonic() + 10)
     await asyncio.sleep(0)
     assert not task.done(), "a worker is expected in time: the call waits for it"
     worker = await PlayedWorker(engine).hello()
     worker.finish(await worker.hear(Submit))
     assert (await task).failed == {}
-    lease.release()
+    reservation.release()
 
 
 async def test_a_backlog_of_others_that_is_gone_is_forgotten(engine):
@@ -435,10 +435,10 @@ async def test_a_backlog_of_others_that_is_gone_is_forgotten(engine):
     workers[0].say(Backlog(Load(bulk=10_000), None))
     await until_async(lambda: engine._workers[0].others.tokens)
     for busy, free in ((0, 1), (1, 0)):
-        lease, task = run(engine, 1)
+        reservation, task = run(engine, 1)
         workers[free].finish(await workers[free].hear(Submit))
         await task
-        lease.release()
+        reservation.release()
         workers[busy].say(Backlog(NO_LOAD, None))
         workers[free].say(Backlog(Load(bulk=10_000), None))
         await until_async(lambda now=busy: not engine._workers[now].others.tokens)

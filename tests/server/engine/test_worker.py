@@ -80,7 +80,7 @@ def test_a_suspect_has_the_device_for_itself(start):
     for _ in range(10):
         running.runner.steps.put(None)
     assert set(frontend.answers(*normal, suspect, *after).values()) == {"ok"}
-    alone = {suspect.block.row_pixels(row) for row in suspect.rows}
+    alone = {suspect.block.row_pixel_offset(row) for row in suspect.rows}
     with_suspect = [together for together in running.runner.together if together & alone]
     assert with_suspect == [{pixels} for pixels in sorted(alone)]
 
@@ -115,9 +115,9 @@ def test_a_batch_that_fails_is_bisected_so_that_one_poisoned_row_fails_alone(sta
     running.runner.stepping = True
     frontend = running.frontend()
     submit = frontend.submit(7)
-    poison = submit.block.row_pixels(4)
+    poison = submit.block.row_pixel_offset(4)
     running.runner.failing = lambda batch: (
-        RuntimeError("scripted") if any(row.pixels == poison for row in batch.rows) else None
+        RuntimeError("scripted") if any(row.pixel_offset == poison for row in batch.rows) else None
     )
     other = frontend.submit(7)
     for _ in range(20):
@@ -158,10 +158,10 @@ def test_rows_of_a_failed_batch_that_nobody_waits_for_any_more_are_not_run_again
     for _ in range(8):
         running.runner.steps.put(None)
     answers = frontend.answers(gone, gone2, kept, barrier)
-    rows_after = [row.pixels for batch in running.runner.batches[2:] for row in batch.rows]
-    ran_again = {gone2.block.row_pixels(row) for row in gone2.rows} & set(rows_after)
+    rows_after = [row.pixel_offset for batch in running.runner.batches[2:] for row in batch.rows]
+    ran_again = {gone2.block.row_pixel_offset(row) for row in gone2.rows} & set(rows_after)
     dropped = {row for row in gone2.rows if answers[gone2.part, row] == "dropped: cancelled"}
-    assert ran_again == {gone2.block.row_pixels(row) for row in gone2.rows if row not in dropped}
+    assert ran_again == {gone2.block.row_pixel_offset(row) for row in gone2.rows if row not in dropped}
     assert all(answers[kept.part, row] == "ok" for row in kept.rows)
     assert dropped == set(gone2.rows)
 

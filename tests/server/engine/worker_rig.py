@@ -56,7 +56,7 @@ class SteppedRunner(NumpyRunner):
         self.launching(batch)
         self.batches.append(batch)
         self.in_flight.append(batch)
-        self.together.append({row.pixels for one in self.in_flight for row in one.rows})
+        self.together.append({row.pixel_offset for one in self.in_flight for row in one.rows})
         return super().launch(batch)
 
     def finish(self, launched: _Launched) -> BatchResult:
@@ -124,7 +124,7 @@ class PlayedFrontend:
         self.parts += 1
         pixels = np.random.default_rng(self.parts).integers(0, 250, (images, shape.height, shape.width, 3), np.uint8)
         self.images[self.parts] = pixels
-        self.arena.memory[block.pixels : block.pixels + pixels.nbytes] = pixels.tobytes()
+        self.arena.memory[block.pixel_offset : block.pixel_offset + pixels.nbytes] = pixels.tobytes()
         submit = Submit(self.parts, block, tuple(range(images)), time.monotonic(), deadline, False, solo)
         self.say(submit)
         return submit
@@ -132,7 +132,7 @@ class PlayedFrontend:
     def check(self, submit: Submit, rows: tuple[int, ...]) -> None:
         """The features of `rows` are those of their own pixels."""
         for row in rows:
-            starts = submit.block.row_sections(row)
+            starts = submit.block.row_output_offsets(row)
             for output, start, stride in zip(SPEC.outputs, starts, submit.block.strides, strict=True):
                 got = np.frombuffer(bytes(self.arena.memory[start : start + stride]), np.float32)
                 assert np.array_equal(got, expected(self.images[submit.part][row], output).ravel())
