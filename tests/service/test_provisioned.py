@@ -1,7 +1,7 @@
-"""From an empty home to a verified, serving model, by `dinov3-server serve` alone: code from a git repository, weights
-from a URL, the parity check, and a restart that finds everything.
+"""`dinov3-server serve` with an empty cache folder: it fetches code from a git repository and weights from a URL,
+verifies the model and serves it; a restart fetches nothing.
 
-With a stand-in for Meta's code everywhere, and with Meta's own where DINOV3_UPSTREAM names a copy of it.
+Runs with a stand-in for Meta's code, and with Meta's own if DINOV3_UPSTREAM is set to a copy of it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ METAS = pytest.param(
 
 
 class Outside(NamedTuple):
-    """What a first start finds on the network."""
+    """The servers and files for a first start."""
 
     folder: Path
     repository: str
     revision: str
     weights: str
 
-    def flags(self, home: Path) -> tuple[str, ...]:
+    def flags(self, cache_dir: Path) -> tuple[str, ...]:
         return (
-            *("--cache-dir", str(home), "--upstream-repo", self.repository, "--upstream-revision", self.revision),
+            *("--cache-dir", str(cache_dir), "--upstream-repo", self.repository, "--upstream-revision", self.revision),
             *("--weights", self.weights, "--dtype", "float32", "--warm-up-sizes", "none"),
         )
 
@@ -74,9 +74,9 @@ def outside(request: pytest.FixtureRequest, tmp_path: Path, weights: Path) -> Ou
     return Outside(folder, repository, revision, (folder / weights.name).as_uri())
 
 
-def test_an_empty_home_ends_in_a_verified_model_and_a_restart_needs_nothing(outside: Outside, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    with Server(*outside.flags(home), module="dinov3_server.cli", limit=90) as server:
+def test_a_first_start_fetches_and_verifies_and_a_restart_fetches_nothing(outside: Outside, tmp_path: Path) -> None:
+    cache_dir = tmp_path / "cache_dir"
+    with Server(*outside.flags(cache_dir), module="dinov3_server.cli", limit=90) as server:
         with server.client() as client:
             model = client.model()
             assert client.extract(torch.zeros(224, 224, 3, dtype=torch.uint8).numpy()).cls.shape == (1, 384)
@@ -91,10 +91,10 @@ def test_an_empty_home_ends_in_a_verified_model_and_a_restart_needs_nothing(outs
         log = "".join(server.log)
         assert log.count("DINOv3 License") == 1
         assert f"parity check: verified against Meta's code at {outside.revision}" in log
-    before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.suffix != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in cache_dir.rglob("*") if path.suffix != ".lock"}
 
     shutil.rmtree(outside.folder)
-    with Server(*outside.flags(home), "--offline", module="dinov3_server.cli") as server:
+    with Server(*outside.flags(cache_dir), "--offline", module="dinov3_server.cli") as server:
         with server.client() as client:
             again = client.model()
         assert again == model
@@ -102,26 +102,28 @@ def test_an_empty_home_ends_in_a_verified_model_and_a_restart_needs_nothing(outs
         assert "load: build took" in log
         assert "load: upstream took" not in log
         assert "DINOv3 License" not in log
-    assert {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.suffix != ".lock"} == before
+    assert {path: path.stat().st_mtime_ns for path in cache_dir.rglob("*") if path.suffix != ".lock"} == before
 
 
 def start(flags: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """A start that is expected to fail."""
+    """Run a start that fails."""
     command = [sys.executable, "-m", "dinov3_server.cli", "serve", "--port", "0", "--http-port", "0", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
 
 
 def test_features_that_are_not_metas_are_not_served(tmp_path: Path, weights: Path) -> None:
     repository, revision = stand_in(tmp_path, "SCALE = 1.01")
-    ended = start(Outside(tmp_path, repository, revision, str(weights)).flags(tmp_path / "home"))
+    ended = start(Outside(tmp_path, repository, revision, str(weights)).flags(tmp_path / "cache_dir"))
     assert ended.returncode == ParityError.exit_code
     assert ended.stdout == ""
     assert "are not those of Meta's code" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_a_machine_without_a_network_is_told_everything_at_once(tmp_path: Path) -> None:
-    ended = start(("--cache-dir", str(tmp_path / "home"), "--offline", "--backbone", "reference", "--model", "vitb16"))
+def test_without_a_network_one_error_lists_everything_missing(tmp_path: Path) -> None:
+    ended = start(
+        ("--cache-dir", str(tmp_path / "cache_dir"), "--offline", "--backbone", "reference", "--model", "vitb16")
+    )
     assert ended.returncode == Unreachable.exit_code
     assert "dinov3_vitb16_pretrain_lvd1689m-73cec8be.pth" in ended.stderr
     assert "git clone" in ended.stderr

@@ -1,8 +1,8 @@
-"""Asking an HTTP server for a file, and what its refusals mean to a person.
+"""Request a file from an HTTP server, and explain its refusals.
 
-The standard library's client, without the parts that know better: redirects are followed here (its own would carry
-tokens to other hosts), and every status comes back as an answer. Proxies (HTTPS_PROXY, NO_PROXY) and certificates
-(SSL_CERT_FILE) are the environment's. No message has the query of a URL, a token or a password in it.
+This uses the standard library's client, but follows redirects itself (the library would send tokens to other hosts) and
+handles every status itself. Proxies (HTTPS_PROXY, NO_PROXY) and certificates (SSL_CERT_FILE) come from the environment.
+No message contains a URL's query, a token or a password.
 """
 
 from __future__ import annotations
@@ -26,24 +26,22 @@ from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StartupError, Unreachable
 from dinov3_server.provision.source import BLOCK, NoSuchRange, Transient, Version
 
-META_ASKS = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
+META_REQUESTS = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 USER_AGENT = f"dinov3-serving/{__version__}"
 REDIRECTS = 10
-# A server that asks for more is asked again after this, in seconds.
-LONGEST_WAIT = 300.0
-# Of an error's body, in bytes; and of what it says, in letters, where that is short enough to be quoted.
-_ERROR_BYTES = 8192
-_QUOTED = 160
+LONGEST_WAIT = 300.0  # seconds, also if a server asks for more
+_ERROR_BYTES = 8192  # read of an error's body
+_LONGEST_QUOTE = 160  # characters of the server's own message
 
 
 class HttpBody:
-    """The answer to a GET for a file from `start` on; it begins at 0 where the server would not or should not go on.
+    """The response to a GET for a file from `start` on; from 0 if the server cannot continue there.
 
-    `headers` are the caller's: they are not sent to another host than the URL's. `version` is the one that the bytes
-    before `start` are of. `stall_seconds` is how long the server may be silent.
+    `headers` are sent to the URL's own host only. `version` is the version of the bytes before `start`. `stall_seconds`
+    is how long the server may be silent.
 
-    Raises Transient for what can pass; AccessRefused, ConfigError, CheckpointError or Unreachable for what cannot;
-    NoSuchRange.
+    Raises Transient for failures that may be temporary; AccessRefused, ConfigError, CheckpointError or Unreachable for
+    others; NoSuchRange.
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class HttpBody:
         ranged = {"Range": f"bytes={start}-", **_present("If-Range", version.if_range)} if start else {}
         self._response = self._follow(parts, headers, ranged)
         try:
-            self._understand(start, version)
+            self._check_status(start, version)
         except BaseException:
             self.close()
             raise
@@ -74,7 +72,7 @@ class HttpBody:
     def _follow(
         self, parts: SplitResult, headers: Mapping[str, str], ranged: Mapping[str, str]
     ) -> http.client.HTTPResponse:
-        """The answer of the server that redirects lead to."""
+        """Send the request, follow redirects, and return the final response."""
         opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.ProxyHandler(),
@@ -91,7 +89,7 @@ class HttpBody:
                 )
         own = {**_login(parts), **headers}
         for _ in range(REDIRECTS + 1):
-            response = self._ask(opener, parts, {**own, **ranged})
+            response = self._send(opener, parts, {**own, **ranged})
             if response.status not in (301, 302, 303, 307, 308) or not response.headers["Location"]:
                 return response
             response.close()
@@ -100,19 +98,19 @@ class HttpBody:
                 target = _checked(urljoin(parts.geturl(), location))
             except (ConfigError, ValueError):
                 shown = without_secrets(location.partition("?")[0])
-                raise Unreachable(f"{self._shown}: redirects to what cannot be followed: {shown}") from None
+                raise Unreachable(f"{self._shown}: redirects to an unusable URL: {shown}") from None
             if parts.scheme == "https" and target.scheme != "https":
                 raise Unreachable(
-                    f"{self._shown}: redirects to {without_secrets(target.geturl())}, which is not encrypted; that is "
-                    "not followed"
+                    f"{self._shown}: redirects to {without_secrets(target.geturl())}, which is not encrypted; it "
+                    "is not followed"
                 )
             if _origin(target) != _origin(parts):
                 own = _login(target)
             self._secrets |= _secrets(target, {})
             parts = target
-        raise Unreachable(f"{self._shown}: redirects more than {REDIRECTS} times, perhaps in a circle")
+        raise Unreachable(f"{self._shown}: redirects more than {REDIRECTS} times, perhaps in a loop")
 
-    def _ask(
+    def _send(
         self, opener: urllib.request.OpenerDirector, parts: SplitResult, headers: Mapping[str, str]
     ) -> http.client.HTTPResponse:
         address = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
@@ -126,7 +124,7 @@ class HttpBody:
         assert isinstance(response, http.client.HTTPResponse)
         return response
 
-    def _understand(self, start: int, version: Version) -> None:
+    def _check_status(self, start: int, version: Version) -> None:
         response = self._response
         etag, last_modified = _plain(response.headers["ETag"]), _plain(response.headers["Last-Modified"])
         match response.status:
@@ -145,13 +143,13 @@ class HttpBody:
         encoding = response.headers["Content-Encoding"] or "identity"
         if encoding != "identity":
             raise CheckpointError(
-                f"{self._shown}: the server sends the file encoded ({encoding!r}), though it was asked not to; have it "
+                f"{self._shown}: the server sends the file encoded ({encoding!r}), which was not requested; have it "
                 "serve the file as it is"
             )
         self.content_type = response.headers.get_content_type() if response.headers["Content-Type"] else ""
 
     def _range(self) -> tuple[int, int | None]:
-        """Offset and whole size that a 206 says."""
+        """Return the offset and the whole size in a 206 response."""
         said = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", self._response.headers["Content-Range"] or "")
         if not said:
             raise NoSuchRange(None)
@@ -165,31 +163,31 @@ class HttpBody:
         if status in (401, 403) or (status == 400 and self._signed):
             raise AccessRefused(f"{where}. {self._how_to_get_access()}")
         if status in (404, 410):
-            raise ConfigError(f"{where}: nothing is there under this name; compare the URL letter by letter")
+            raise ConfigError(f"{where}: nothing exists at this URL; compare it letter by letter")
         if status == 407:
-            raise Unreachable(f"{where}: the proxy wants HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT")
-        raise Unreachable(f"{where}, which is no answer to a request for a file; is it the right URL?")
+            raise Unreachable(f"{where}: the proxy needs HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT")
+        raise Unreachable(f"{where}, which is not a response to a request for a file; is it the right URL?")
 
     def _how_to_get_access(self) -> str:
         if self._signed:
             return (
-                "A signed URL lasts about a week and must be given whole (in a shell: between quotes). If it has "
-                f"expired, ask Meta for a new mail at {META_ASKS}"
+                "A signed URL is valid for about a week and must be complete (in a shell: quoted). If it has expired, "
+                f"request a new e-mail at {META_REQUESTS}"
             )
         return (
-            "A gated repository wants the token (HF_TOKEN) of an account that was granted access; Meta's own files "
-            f"want the signed URL out of a mail, to be had at {META_ASKS}"
+            "A gated repository needs the token (HF_TOKEN) of an account that was granted access; Meta's own files "
+            f"need the signed URL in an e-mail, which you can request at {META_REQUESTS}"
         )
 
     def _quote(self) -> str:
-        """What the server says in words, if that is short and does not repeat secrets."""
+        """Quote the server's own message, if it is short and has no secrets in it."""
         try:
             text = self._response.read(_ERROR_BYTES).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             return ""
         found = re.search(r"<(message|title)>(.*?)</\1>", text, re.IGNORECASE | re.DOTALL)
         line = next((line.strip() for line in (found[2] if found else text).splitlines() if line.strip()), "")
-        shown = line.isprintable() and 0 < len(line) <= _QUOTED and not line.startswith("<")
+        shown = line.isprintable() and 0 < len(line) <= _LONGEST_QUOTE and not line.startswith("<")
         return f" ({line})" if shown and not any(secret in line for secret in self._secrets) else ""
 
     def _unreachable(self, error: Exception, host: str) -> StartupError:
@@ -197,15 +195,15 @@ class HttpBody:
             error = error.reason
         if isinstance(error, ssl.SSLCertVerificationError):
             return Unreachable(
-                f"{self._shown}: the certificate of {host} is not trusted ({error.verify_message}); where a proxy or a "
-                "mirror has its own authority, name its certificates with SSL_CERT_FILE"
+                f"{self._shown}: the certificate of {host} is not trusted ({error.verify_message}); if a proxy or a "
+                "mirror has its own authority, set SSL_CERT_FILE to its certificates"
             )
         if isinstance(error, ssl.SSLError):
-            return Unreachable(f"{self._shown}: {host} speaks no TLS that is understood here ({error.reason})")
+            return Unreachable(f"{self._shown}: no TLS connection to {host} is possible ({error.reason})")
         if isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
             return Unreachable(
-                f"{self._shown}: no address is known for {host} ({error.strerror}); check the name, and the network or "
-                "its proxy (HTTPS_PROXY)"
+                f"{self._shown}: the host {host} is unknown ({error.strerror}); check the name, and the network or its "
+                "proxy (HTTPS_PROXY)"
             )
         return self._broken(error, f"{host} cannot be reached")
 
@@ -213,18 +211,18 @@ class HttpBody:
         if isinstance(error, TimeoutError):
             return Transient(f"{self._shown}: {what}: not a byte for {self._stall_seconds:g} s")
         if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
-            return Transient(f"{self._shown}: {what}: the answer is no whole HTTP ({type(error).__name__})")
+            return Transient(f"{self._shown}: {what}: the response is not complete HTTP ({type(error).__name__})")
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
         return Transient(f"{self._shown}: {what} ({reason}); check the network or its proxy (HTTPS_PROXY)")
 
 
 def _checked(url: str) -> SplitResult:
-    """The parts of an http or https URL, what must be escaped escaped. Raises ConfigError."""
+    """Split an http or https URL into its parts, escaped. Raises ConfigError."""
     try:
         parts = urlsplit(quote(url, safe=string.punctuation))
         port = parts.port
     except ValueError:
-        raise ConfigError(f"{without_secrets(url)}: is no URL: the host or its port cannot be read") from None
+        raise ConfigError(f"{without_secrets(url)}: is not a URL: its host or port is malformed") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         raise ConfigError(f"{without_secrets(url)}: a URL looks like https://HOST[:PORT]/PATH")
     return parts
@@ -235,7 +233,7 @@ def _origin(parts: SplitResult) -> tuple[str, str | None, int]:
 
 
 def _login(parts: SplitResult) -> dict[str, str]:
-    """Basic authentication (RFC 7617) for the user and password that a URL has."""
+    """Return Basic authentication (RFC 7617) for the user and password in a URL."""
     if parts.username is None:
         return {}
     pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
@@ -243,7 +241,7 @@ def _login(parts: SplitResult) -> dict[str, str]:
 
 
 def _plain(text: str | None) -> str:
-    """A validator as it can be sent back."""
+    """Return a validator that can be sent back, or an empty one."""
     return text if text and text.isprintable() else ""
 
 
@@ -252,7 +250,7 @@ def _present(name: str, value: str) -> dict[str, str]:
 
 
 def _secrets(parts: SplitResult, headers: Mapping[str, str]) -> set[str]:
-    """Everything that a server may have been told and must not be shown when it says it back."""
+    """List the secrets that a server gets, which must not be shown if it quotes them."""
     login = [parts.username or "", parts.password or ""]
     values = [*headers.values(), *login, *map(unquote, login), *parts.query.split("&")]
     values += [value for _, value in parse_qsl(parts.query)]
@@ -261,7 +259,7 @@ def _secrets(parts: SplitResult, headers: Mapping[str, str]) -> set[str]:
 
 
 def _retry_after(text: str | None) -> float:
-    """Seconds to wait (RFC 9110, 10.2.3: a number of them, or a date)."""
+    """Parse the seconds to wait (RFC 9110, 10.2.3: a number of them, or a date)."""
     if not text:
         return 0.0
     if text.strip().isdecimal():

@@ -1,9 +1,8 @@
-"""Meta's own code, fetched by git and verified at every start, in a folder of its own.
+"""Fetch Meta's own code with git into a folder, and verify it at every start.
 
-A folder is never seen half done: a commit is fetched into `.NAME.XXXXXXXX.part` beside it, verified there, and renamed.
-Where another checkout is in the way, that is renamed to `.NAME.old` first and removed last; a process that was killed
-in between is put right by the next. All of it happens under the lock `NAME.lock`; a checkout that is good needs
-neither lock nor network.
+A folder is never half done: a commit is fetched into `.NAME.XXXXXXXX.part` beside it, verified there, and renamed. A
+checkout to be replaced is renamed to `.NAME.old` first and removed last; the next process repairs what a killed one
+left. All of it happens under the lock `NAME.lock`; a good checkout needs neither lock nor network.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from pathlib import Path
 
 from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import AccessRefused, StartupError, StorageError, Unreachable, UpstreamCodeError
-from dinov3_server.provision.checkout import Found, State, is_nothing, look
-from dinov3_server.provision.git import GitMissing
-from dinov3_server.provision.git_fetch import BACKOFF, FetchFailed, Reason, fetch
+from dinov3_server.provision.checkout import BACKOFF, Found, State, fetch, is_nothing, look
+from dinov3_server.provision.git import GitFailed, GitMissing, Reason
 from dinov3_server.storage import locked, storage_errors
 
 log = logging.getLogger(__name__)
@@ -38,21 +36,22 @@ def vendor(
     offline: bool = False,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Have the commit `revision` (40 hex digits) of Meta's repository in `target`, whole and unmodified.
+    """Make `target` hold the commit `revision` (40 hex digits) of Meta's repository, complete and unmodified.
 
-    A good checkout is left alone, another commit's is replaced, unless somebody works in it. `force` fetches anew
-    whatever Meta's code in `target` is like. `offline` fetches nothing. `sleep` waits between attempts.
+    A good checkout stays as it is. One of another commit is replaced, unless it is on a branch: that may be someone's
+    work. `force` fetches again in any case, also over modified code. `offline` fetches nothing. `sleep` waits between
+    attempts.
 
-    Raises UpstreamCodeError (`target` holds what must not be replaced, or the repository is not what is wanted),
-    Unreachable, AccessRefused or StorageError.
+    Raises UpstreamCodeError (`target` holds something that must not be replaced, or the repository is not the right
+    one), Unreachable, AccessRefused or StorageError.
     """
     target = target.resolve()
     try:
-        fetched = _have(_Vendoring(upstream_repo, revision, target), force, offline, sleep)
+        fetched = _Vendoring(upstream_repo, revision, target, force, offline, sleep).run()
     except GitMissing:
         raise UpstreamCodeError(
             f"git is not installed, and Meta's code (in {target}) is fetched and checked with it: "
-            "`apt-get install git`; or serve without the proof that it is for: --parity-check false "
+            "`apt-get install git`; or serve without the parity check, which needs it: --parity-check false "
             "(DINOV3_PARITY_CHECK=false)"
         ) from None
     if fetched:
@@ -64,154 +63,167 @@ def vendor(
         )
 
 
-def _have(vendoring: _Vendoring, force: bool, offline: bool, sleep: Callable[[float], None]) -> bool:
-    """Whether anything had to be fetched."""
-    target, revision = vendoring.target, vendoring.revision
-    with suppress(OSError):  # also of files that go while another process puts a new checkout in place
-        if not force and look(target, revision).state is State.GOOD and not vendoring.leftovers():
-            return False
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(target.with_name(target.name + ".lock"), f"Meta's code in {target}"))
-        except StorageError:
-            with storage_errors(target):
-                found = look(target, revision)
-            if found.state is State.GOOD and not force:
-                return False
-            vendoring.refuse(found, force, offline)  # what is wrong with it says more
-            raise
-        with storage_errors(target):
-            vendoring.recover()
-            found = look(target, revision)  # another process may just have put it there
-            if found.state is State.GOOD and not force:
-                return False
-            vendoring.refuse(found, force, offline)
-            vendoring.fetch(sleep)
-    return True
-
-
 class _Vendoring:
-    """What is done to one target, by whoever holds its lock."""
+    """The work on one target."""
 
-    def __init__(self, url: str, revision: str, target: Path) -> None:
+    def __init__(
+        self, url: str, revision: str, target: Path, force: bool, offline: bool, sleep: Callable[[float], None]
+    ) -> None:
         self._url = url
-        self.revision = revision
-        self.target = target
+        self._shown = without_secrets(url)
+        self._revision = revision
+        self._target = target
         self._old = target.with_name(f".{target.name}.old")
+        self._force = force
+        self._offline = offline
+        self._sleep = sleep
 
-    def leftovers(self) -> list[Path]:
-        """What processes left beside the target that were killed, or are at work now."""
-        unfinished = re.compile(re.escape(f".{self.target.name}.") + r"([0-9a-f]{8}\.part|old)")
-        return [path for path in self.target.parent.iterdir() if unfinished.fullmatch(path.name)]
+    def run(self) -> bool:
+        """Return whether anything was fetched."""
+        with suppress(OSError):  # files may disappear while another process replaces the checkout
+            if self._is_good(look(self._target, self._revision)) and not self._leftovers():
+                return False
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(
+                    locked(self._target.with_name(self._target.name + ".lock"), f"Meta's code in {self._target}")
+                )
+            except StorageError:
+                if self._is_in_place():  # on a read-only disk; else its own error says more than the lock's
+                    return False
+                raise
+            with storage_errors(self._target):
+                self._recover()
+                if self._is_in_place():  # another process may have just fetched it
+                    return False
+                self._fetch()
+        return True
 
-    def recover(self) -> None:
-        """Put right what a process left that was killed."""
-        if self._old.exists() and is_nothing(self.target):
-            self._old.rename(self.target)
-        for path in self.leftovers():
-            if path == self._old:  # renamed first, so that no part of it is ever taken for the whole
+    def _is_good(self, found: Found) -> bool:
+        return found.state is State.GOOD and not self._force
+
+    def _is_in_place(self) -> bool:
+        """Tell whether the target is good; raise if it must not be replaced, or nothing may be fetched."""
+        with storage_errors(self._target):
+            found = look(self._target, self._revision)
+        if self._is_good(found):
+            return True
+        self._refuse(found)
+        return False
+
+    def _leftovers(self) -> list[Path]:
+        """List what processes left beside the target: killed ones, or others at work now."""
+        unfinished = re.compile(re.escape(f".{self._target.name}.") + r"([0-9a-f]{8}\.part|old)")
+        return [path for path in self._target.parent.iterdir() if unfinished.fullmatch(path.name)]
+
+    def _recover(self) -> None:
+        """Repair what a killed process left."""
+        if self._old.exists() and is_nothing(self._target):
+            self._old.rename(self._target)
+        for path in self._leftovers():
+            if path == self._old:  # renamed first, so that a part of it is never taken for the whole
                 path = path.rename(self._unfinished())
-            shutil.rmtree(path, ignore_errors=True)  # a git that outlived its starter may still write there
+            shutil.rmtree(path, ignore_errors=True)  # a git process that outlived its parent may still write there
 
-    def refuse(self, found: Found, force: bool, offline: bool) -> None:
-        """Raise where what was found must be left alone, or nothing may be fetched."""
-        target = shlex.quote(str(self.target))
-        # With its repository: where there is a mirror, Meta's own is mostly out of reach.
-        source = f"--upstream-repo {shlex.quote(without_secrets(self._url))} --upstream-revision {self.revision}"
+    def _refuse(self, found: Found) -> None:
+        """Raise if what was found must be left alone, or nothing may be fetched."""
+        target = shlex.quote(str(self._target))
+        # With the repository: where a mirror is used, Meta's own is mostly out of reach.
+        source = f"--upstream-repo {shlex.quote(self._shown)} --upstream-revision {self._revision}"
         again = f"`dinov3-server vendor --force {source} --upstream-dir {target}`"
         if found.state is State.FOREIGN:
             raise UpstreamCodeError(
-                f"{self.target} {found.detail}. It is left alone: name another folder for Meta's code with "
+                f"{self._target} {found.detail}. It is left alone: choose another folder for Meta's code with "
                 f"--upstream-dir (DINOV3_UPSTREAM_DIR), or remove this one: `rm -r {target}`"
             )
-        if found.state is State.MODIFIED and not force:
+        if found.state is State.MODIFIED and not self._force:
             raise UpstreamCodeError(
-                f"{self.target} {found.detail}. Meta's code is used unmodified only. {again} fetches it anew; so does "
-                f"the next start once the folder is gone: `rm -r {target}`"
+                f"{self._target} {found.detail}. Meta's code is used unmodified only. To fetch it again: {again}, or "
+                f"remove the folder before the next start: `rm -r {target}`"
             )
-        if found.state is State.ON_BRANCH and not force:
+        if found.state is State.ON_BRANCH and not self._force:
             raise UpstreamCodeError(
-                f"{self.target} {found.detail}, and {self.revision} is wanted. On a branch it may be somebody's "
-                f"work, so it is not replaced: `git -C {target} checkout --detach {self.revision}`, or {again}"
+                f"{self._target} {found.detail}; needed is {self._revision}. A branch may be someone's work, so it is "
+                f"not replaced: `git -C {target} checkout --detach {self._revision}`, or {again}"
             )
-        if offline:
-            there = "is not there" if found.state is State.NOTHING else found.detail or "is to be fetched anew"
+        if self._offline:
+            there = "is not there" if found.state is State.NOTHING else found.detail or "is to be fetched again"
             raise Unreachable(
-                f"{self.target} {there}; wanted is commit {self.revision} of Meta's code, and --offline "
+                f"{self._target} {there}; needed is commit {self._revision} of Meta's code, and --offline "
                 f"(DINOV3_OFFLINE) forbids fetching it. {self._by_hand()}"
             )
 
-    def fetch(self, sleep: Callable[[float], None]) -> None:
-        """Fetch, verify, put in place."""
-        if self.target.is_mount():
+    def _fetch(self) -> None:
+        """Fetch into a folder beside the target, verify, and rename."""
+        if self._target.is_mount():
             raise StorageError(
-                f"{self.target} is a mount point, so that nothing can be renamed to it: name a folder in it, as "
-                f"--upstream-dir {self.target / 'dinov3'} (DINOV3_UPSTREAM_DIR)"
+                f"{self._target} is a mount point, which cannot be replaced: choose a folder in it, for example "
+                f"--upstream-dir {self._target / 'dinov3'} (DINOV3_UPSTREAM_DIR)"
             )
-        log.info("fetching Meta's code, commit %s of %s", self.revision, without_secrets(self._url))
+        log.info("fetching Meta's code, commit %s of %s", self._revision, self._shown)
         staging = self._unfinished()
         try:
             staging.mkdir()
             try:
-                fetch(self._url, self.revision, staging, sleep)
-            except FetchFailed as failed:
+                fetch(self._url, self._revision, staging, self._sleep)
+            except GitFailed as failed:
                 raise self._error(failed) from None
-            found = look(staging, self.revision)
+            found = look(staging, self._revision)
             if found.state is not State.GOOD:
                 raise UpstreamCodeError(
-                    f"{without_secrets(self._url)}: what was fetched {found.detail}; it is not used. Check "
+                    f"{self._shown}: the fetched commit {found.detail}; it is not used. Check "
                     "--upstream-repo (DINOV3_UPSTREAM_REPO) and --upstream-revision (DINOV3_UPSTREAM_REVISION)"
                 )
-            if self.target.exists():
-                self.target.rename(self._old)
-            staging.rename(self.target)
+            if self._target.exists():
+                self._target.rename(self._old)
+            staging.rename(self._target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            self.recover()
+            self._recover()
 
-    def _error(self, failed: FetchFailed) -> StartupError | OSError:
-        url, words = without_secrets(self._url), failed.words
+    def _error(self, failed: GitFailed) -> StartupError | OSError:
+        url = self._shown
         check = f"Check --upstream-repo (DINOV3_UPSTREAM_REPO) with `git ls-remote {shlex.quote(url)}`"
         match failed.reason:
             case Reason.NO_SPACE:
-                return OSError(errno.ENOSPC, words, str(self.target.parent))
+                return OSError(errno.ENOSPC, str(failed), str(self._target.parent))
             case Reason.READ_ONLY:
-                return OSError(errno.EROFS, words, str(self.target.parent))
+                return OSError(errno.EROFS, str(failed), str(self._target.parent))
             case Reason.NO_COMMIT:
                 return UpstreamCodeError(
-                    f"{url} has no commit {self.revision} ({words}). Check --upstream-revision "
-                    "(DINOV3_UPSTREAM_REVISION), and that --upstream-repo (DINOV3_UPSTREAM_REPO) is "
-                    " Meta's repository or a mirror that is up to date"
+                    f"{url} has no commit {self._revision} ({failed}). Check --upstream-revision "
+                    "(DINOV3_UPSTREAM_REVISION), and that --upstream-repo (DINOV3_UPSTREAM_REPO) is Meta's repository "
+                    "or an up-to-date mirror"
                 )
             case Reason.REFUSED:
                 return AccessRefused(
-                    f"{url} refuses access: {words}. It is private, or not there (GitHub asks for a password then, "
-                    f"too). {check}; for a private one, see `git help credentials`: git must find them without asking"
+                    f"{url} refuses access: {failed}. It is private, or does not exist (GitHub asks for a password "
+                    f"then, too). {check}; for a private one, see `git help credentials`: git must find them without "
+                    "a prompt"
                 )
             case Reason.NO_REPOSITORY:
-                return UpstreamCodeError(f"{url} is no git repository: {words}. {check}")
+                return UpstreamCodeError(f"{url} is no git repository: {failed}. {check}")
             case Reason.UNTRUSTED:
                 return Unreachable(
-                    f"{url} is not trusted: {words}. Where a company's proxy signs what passes, name the file of its "
-                    "certificate: `export GIT_SSL_CAINFO=/path/of/ca.pem`"
+                    f"{url} is not trusted: {failed}. If a company's proxy re-signs TLS connections, name the file of "
+                    "its certificate: `export GIT_SSL_CAINFO=/path/of/ca.pem`"
                 )
             case Reason.UNREACHABLE:
                 return Unreachable(
-                    f"{url} cannot be reached, in {len(BACKOFF) + 1} attempts: {words}. A proxy is named by "
-                    f"`export HTTPS_PROXY=http://HOST:PORT`, a mirror by --upstream-repo (DINOV3_UPSTREAM_REPO). "
+                    f"{url} cannot be reached, in {len(BACKOFF) + 1} attempts: {failed}. Set a proxy with `export "
+                    "HTTPS_PROXY=http://HOST:PORT`, or a mirror with --upstream-repo (DINOV3_UPSTREAM_REPO). "
                     f"{self._by_hand()}"
                 )
-            case Reason.OTHER:
-                return UpstreamCodeError(f"git could not fetch {self.revision} from {url}: {words}. {check}")
+        return UpstreamCodeError(f"git could not fetch {self._revision} from {url}: {failed}. {check}")
 
     def _by_hand(self) -> str:
         return (
             "To bring it by hand, on a machine with a network:\n"
-            f"  git clone {shlex.quote(without_secrets(self._url))} dinov3\n"
-            f"  git -C dinov3 checkout --detach {self.revision}\n"
+            f"  git clone {shlex.quote(self._shown)} dinov3\n"
+            f"  git -C dinov3 checkout --detach {self._revision}\n"
             "and copy that folder here, with the .git in it:\n"
-            f"  rsync -a dinov3/ {shlex.quote(f'HOST:{self.target}/')}"
+            f"  rsync -a dinov3/ {shlex.quote(f'HOST:{self._target}/')}"
         )
 
     def _unfinished(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.{secrets.token_hex(4)}.part")
+        return self._target.with_name(f".{self._target.name}.{secrets.token_hex(4)}.part")

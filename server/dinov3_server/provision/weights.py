@@ -20,7 +20,7 @@ from dinov3_server.errors import AccessRefused, ConfigError, StorageError, Unrea
 from dinov3_server.models.variant import DatasetName, Variant
 from dinov3_server.provision import hub, manifest
 from dinov3_server.provision.download import Expected, download
-from dinov3_server.provision.http import META_ASKS
+from dinov3_server.provision.http import META_REQUESTS
 from dinov3_server.provision.hub_api import Repository, TokenRefused, token
 from dinov3_server.provision.manifest import CheckOptions, ExpectedHash
 from dinov3_server.storage import locked, storage_errors
@@ -120,7 +120,7 @@ class _Search:
         if not repositories:
             raise ConfigError(
                 f"{self._variant.name} ({dataset}) is not on Hugging Face, so `auto` cannot fetch it: ask Meta for "
-                f"access at {META_ASKS} and set weights_url (DINOV3_WEIGHTS_URL) to the URL that they send"
+                f"access at {META_REQUESTS} and set weights_url (DINOV3_WEIGHTS_URL) to the URL in their e-mail"
             )
         gated, ungated = repositories
         anonymous = False
@@ -251,7 +251,7 @@ class _Search:
     def _how_to_bring(self, dataset: DatasetName | None, why: str, target: Path | None = None) -> str:
         """Return the message for missing weights; `why` says why they are not fetched."""
         target = target or self._folder / self._variant.official_file(dataset or "lvd1689m")
-        ways = [self._by_copy(), f"  - the URL that Meta sends ({META_ASKS}):\n    {self._by_curl(target)}"]
+        ways = [self._by_copy(), f"  - the URL in Meta's e-mail ({META_REQUESTS}):\n    {self._by_curl(target)}"]
         if dataset and (known := hub.REPOSITORIES.get((self._variant.name, dataset))):
             ways.append(
                 f"  - from Hugging Face, ungated: hf download {known[1].name} --local-dir FOLDER\n"

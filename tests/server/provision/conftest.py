@@ -12,7 +12,7 @@ from tests.support.file_server import FileServer
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    """A hub on loopback to which HF_ENDPOINT points; no token is set."""
+    """Run a fake hub with HF_ENDPOINT set to it, and no token."""
     weights_rig.clean(monkeypatch, tmp_path)
     with weights_rig.serving(monkeypatch) as serving:
         yield serving
@@ -26,6 +26,6 @@ def files() -> Iterator[FileServer]:
 
 @pytest.fixture
 def no_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whoever opens a socket fails the test."""
+    """Fail the test if it opens a socket."""
     weights_rig.clean(monkeypatch, tmp_path)
     weights_rig.no_sockets(monkeypatch)

@@ -1,4 +1,4 @@
-"""Downloads in tests: a clock that moves only when somebody waits, and what lies beside the target."""
+"""Download in tests, with a clock that only sleeping moves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PRO
 
 @dataclass
 class Rig:
-    """Downloads to `target`, and knows how long each wait was."""
+    """Downloads to `target`, and a record of the waits."""
 
     target: Path
     waits: list[float] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Rig:
     def fails(
         self, error: type[Exception], url: str, expected: Expected = NOTHING, *, stall_seconds: float = 20.0
     ) -> str:
-        """What the error says; the target is not there, or what it was."""
+        """Return the message of the error, after checking that the target is unchanged."""
         before = self.target.read_bytes() if self.target.exists() else None
         with pytest.raises(error) as raised:
             self.download(url, expected, stall_seconds=stall_seconds)
@@ -70,12 +70,12 @@ class Rig:
         return str(raised.value)
 
     def left(self) -> list[str]:
-        """The files in the target's folder."""
+        """List the files in the target's folder."""
         return sorted(path.name for path in self.target.parent.iterdir())
 
 
 def rig(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Rig:
-    """A rig in a folder that is not there yet, where no proxy is set."""
+    """Return a rig with a folder that does not exist yet, and no proxy."""
     for name in NO_PROXIES:
         monkeypatch.delenv(name, raising=False)
     return Rig(folder / "cache_dir" / "weights" / "model.pth")

@@ -23,7 +23,7 @@ _PLAIN = {name: value for name, value in os.environ.items() if not name.startswi
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What git says on standard output, without anybody's configuration."""
+    """Run git without any configuration, and return its output."""
     command = ["git", "-C", str(folder), *arguments]
     done = subprocess.run(command, env=_PLAIN, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (command, done.stderr)
@@ -31,7 +31,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def make_repository(folder: Path, files: dict[str, str] = LAYOUT) -> str:
-    """A repository with one commit, whose id is returned."""
+    """Make a repository with one commit, and return the commit's id."""
     folder.mkdir(parents=True)
     git(folder, "init", "--quiet", "--initial-branch=main")
     return add_commit(folder, files)
@@ -48,7 +48,7 @@ def add_commit(folder: Path, files: dict[str, str]) -> str:
 
 
 def program(folder: Path, name: str, script: str) -> Path:
-    """A shell script that is found as `name` where `folder` is on PATH."""
+    """Write a shell script called `name`, for a `folder` on PATH."""
     folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text(f"#!/bin/sh\n{script}\n")
@@ -57,5 +57,5 @@ def program(folder: Path, name: str, script: str) -> Path:
 
 
 def beside(folder: Path) -> list[str]:
-    """What lies where `folder` lies, itself among it."""
+    """List the folder that contains `folder`."""
     return sorted(path.name for path in folder.parent.iterdir())

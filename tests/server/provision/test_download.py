@@ -1,4 +1,4 @@
-"""A file comes whole, whatever the connection does, and what came is not asked for again."""
+"""Downloads resume and complete, whatever the connection does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
 
 
 def interrupt(here: Rig, files: FileServer, at: int, path: str = PATH) -> None:
-    """Leave a part of `at` bytes, as a process does that is interrupted."""
+    """Leave a part of `at` bytes, like an interrupted process."""
     files.script(path, Answer(cut_after=at))
 
     def stop(_: float) -> None:
@@ -45,7 +45,7 @@ def interrupt(here: Rig, files: FileServer, at: int, path: str = PATH) -> None:
 
 @pytest.mark.parametrize("expected", [Expected(), Expected(len(DATA), SHA), Expected(sha256=SHA[:8].upper())])
 @pytest.mark.parametrize("answer", [Answer(), Answer(chunked=True), Answer(headers={"Content-Length": None})])
-def test_a_whole_file(here: Rig, files: FileServer, answer: Answer, expected: Expected) -> None:
+def test_a_complete_download(here: Rig, files: FileServer, answer: Answer, expected: Expected) -> None:
     files.put(PATH, DATA)
     files.script(PATH, answer)
     done = here.download(files.url(PATH), expected)
@@ -56,7 +56,7 @@ def test_a_whole_file(here: Rig, files: FileServer, answer: Answer, expected: Ex
     assert here.waits == []
 
 
-def test_a_file_of_this_machine(here: Rig, tmp_path: Path) -> None:
+def test_a_file_url(here: Rig, tmp_path: Path) -> None:
     source = tmp_path / "with space.pth"
     source.write_bytes(DATA)
     done = here.download(source.as_uri(), Expected(len(DATA), SHA), offline=True)
@@ -65,7 +65,7 @@ def test_a_file_of_this_machine(here: Rig, tmp_path: Path) -> None:
     assert source.read_bytes() == DATA
 
 
-def test_a_file_of_this_machine_goes_on_while_it_is_the_same(here: Rig, tmp_path: Path) -> None:
+def test_a_file_url_resumes_while_the_file_is_unchanged(here: Rig, tmp_path: Path) -> None:
     source = tmp_path / "source.pth"
     source.write_bytes(DATA)
     here.target.parent.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_a_file_of_this_machine_goes_on_while_it_is_the_same(here: Rig, tmp_path
         assert here.target.read_bytes() == first + DATA[1:]
 
 
-def test_what_is_there_is_replaced_by_a_whole_file_only(here: Rig, files: FileServer) -> None:
+def test_an_existing_file_is_replaced_by_a_complete_one_only(here: Rig, files: FileServer) -> None:
     here.target.parent.mkdir(parents=True)
     here.target.write_bytes(b"old")
     files.put(PATH, DATA, ETAG)
@@ -104,7 +104,7 @@ def test_what_is_there_is_replaced_by_a_whole_file_only(here: Rig, files: FileSe
     ],
     ids=lambda answer: str(answer.status or ("cut" if answer.cut_after else "hang up")),
 )
-def test_what_can_pass_is_tried_again(here: Rig, files: FileServer, bad: Answer) -> None:
+def test_temporary_failures_are_retried(here: Rig, files: FileServer, bad: Answer) -> None:
     files.put(PATH, DATA, ETAG)
     files.script(PATH, bad, bad)
     assert here.download(files.url(PATH)).sha256 == SHA
@@ -114,7 +114,7 @@ def test_what_can_pass_is_tried_again(here: Rig, files: FileServer, bad: Answer)
     assert here.waits == ([0.5, 0.5] if had else [1, 2])
 
 
-def test_a_stall_ends_the_attempt_and_not_the_download(here: Rig, files: FileServer) -> None:
+def test_a_stall_ends_the_attempt_but_not_the_download(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA, ETAG)
     files.script(PATH, Answer(hold_after=50_000))
     assert here.download(files.url(PATH), stall_seconds=0.2).sha256 == SHA
@@ -122,7 +122,7 @@ def test_a_stall_ends_the_attempt_and_not_the_download(here: Rig, files: FileSer
     assert files.requests[1].headers["if-range"] == '"v1"'
 
 
-def test_waits_grow_while_no_byte_comes_and_start_anew_when_one_does(here: Rig, files: FileServer) -> None:
+def test_waits_grow_without_progress_and_restart_with_it(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA, ETAG)
     no = Answer(status=503)
     files.script(PATH, no, no, no, no, Answer(cut_after=10), no, no, no, no)
@@ -133,7 +133,7 @@ def test_waits_grow_while_no_byte_comes_and_start_anew_when_one_does(here: Rig, 
 @pytest.mark.parametrize(
     ("said", "waited"), [("7", 7), ("0", 1), ("nonsense", 1), ("100000", 300), ("Fri, 01 Jan 1999 00:00:00 GMT", 1)]
 )
-def test_retry_after_is_heeded_within_reason(here: Rig, files: FileServer, said: str, waited: float) -> None:
+def test_retry_after_is_followed_up_to_a_limit(here: Rig, files: FileServer, said: str, waited: float) -> None:
     files.put(PATH, DATA)
     files.script(PATH, Answer(status=429, headers={"Retry-After": said}))
     here.download(files.url(PATH))
@@ -146,7 +146,7 @@ def test_retry_after_is_heeded_within_reason(here: Rig, files: FileServer, said:
     validator=st.sampled_from([{}, ETAG, {"Last-Modified": "Fri, 20 Nov 2026 10:00:00 GMT"}, {"ETag": 'W/"w"'}]),
     hashed=st.booleans(),
 )
-def test_any_truncations_yield_the_right_file(
+def test_any_truncations_still_give_the_right_file(
     cuts: list[tuple[int, bool, bool]], validator: dict[str, str], hashed: bool
 ) -> None:
     data = DATA[:3000]
@@ -161,7 +161,7 @@ def test_any_truncations_yield_the_right_file(
         assert here.left() == ["model.pth"]
 
 
-def test_another_signed_url_of_the_same_file_goes_on(here: Rig, files: FileServer) -> None:
+def test_a_new_signed_url_of_the_same_file_resumes(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA, ETAG)
     interrupt(here, files, 60_000, PATH)
     files.requests.clear()
@@ -179,7 +179,7 @@ def test_a_part_of_another_url_is_not_used(here: Rig, files: FileServer) -> None
     assert here.target.read_bytes() == DATA[::-1]
 
 
-def test_a_part_of_another_url_stays_until_something_else_comes(here: Rig, files: FileServer) -> None:
+def test_a_part_of_another_url_stays_until_bytes_arrive(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA, ETAG)
     interrupt(here, files, 60_000)
     here.fails(ConfigError, files.url("/missing.pth"))
@@ -187,7 +187,7 @@ def test_a_part_of_another_url_stays_until_something_else_comes(here: Rig, files
     assert files.ranges(PATH) == ["bytes=60000-"]
 
 
-def test_without_anything_that_tells_versions_apart_it_starts_anew(here: Rig, files: FileServer) -> None:
+def test_without_validators_or_a_hash_it_starts_over(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA)
     interrupt(here, files, 60_000)
     here.download(files.url(PATH))
@@ -211,7 +211,7 @@ def test_without_anything_that_tells_versions_apart_it_starts_anew(here: Rig, fi
         Answer(status=416, headers={"Content-Range": "bytes */50"}),
     ],
 )
-def test_a_server_that_does_not_go_on_is_asked_for_the_whole(here: Rig, files: FileServer, changed: Answer) -> None:
+def test_a_server_without_ranges_is_asked_for_the_whole_file(here: Rig, files: FileServer, changed: Answer) -> None:
     new = DATA[::-1]
     files.put(PATH, DATA, ETAG)
     interrupt(here, files, 60_000)
@@ -222,7 +222,7 @@ def test_a_server_that_does_not_go_on_is_asked_for_the_whole(here: Rig, files: F
     assert files.ranges(PATH) in (["bytes=60000-"], ["bytes=60000-", None])
 
 
-def test_a_part_is_no_progress(here: Rig, files: FileServer) -> None:
+def test_bytes_of_an_earlier_attempt_do_not_count_as_progress(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA, ETAG)
     interrupt(here, files, 60_000)
     files.always(PATH, Answer(status=503))
@@ -231,7 +231,7 @@ def test_a_part_is_no_progress(here: Rig, files: FileServer) -> None:
     assert here.part.read_bytes() == DATA[:60_000]
 
 
-def test_a_weak_etag_is_no_condition_but_the_date_is(here: Rig, files: FileServer) -> None:
+def test_a_weak_etag_is_not_sent_as_if_range_but_the_date_is(here: Rig, files: FileServer) -> None:
     date = "Fri, 20 Nov 2026 10:00:00 GMT"
     files.put(PATH, DATA, {"ETag": 'W/"v1"', "Last-Modified": date})
     interrupt(here, files, 60_000)
@@ -240,7 +240,7 @@ def test_a_weak_etag_is_no_condition_but_the_date_is(here: Rig, files: FileServe
     assert here.target.read_bytes() == DATA
 
 
-def test_no_more_is_taken_than_the_range_that_is_answered(here: Rig, files: FileServer) -> None:
+def test_bytes_beyond_the_range_are_ignored(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA, ETAG)
     interrupt(here, files, 60_000)
     files.script(PATH, Answer(body=DATA + b"more", headers={"Content-Range": "bytes 60000-199999/200000"}))
@@ -249,7 +249,7 @@ def test_no_more_is_taken_than_the_range_that_is_answered(here: Rig, files: File
 
 
 @pytest.mark.parametrize("said", ["bytes */200000", None])
-def test_a_part_that_is_whole_is_checked_and_used(here: Rig, files: FileServer, said: str | None) -> None:
+def test_a_complete_part_is_checked_and_used(here: Rig, files: FileServer, said: str | None) -> None:
     files.put(PATH, DATA, ETAG)
     interrupt(here, files, 60_000)
     here.part.write_bytes(DATA)
@@ -261,7 +261,7 @@ def test_a_part_that_is_whole_is_checked_and_used(here: Rig, files: FileServer, 
 
 
 @pytest.mark.parametrize("about", ["", "{}", "[]", '{"url": 1}', '{"url": "URL", "etag": "", "last_modified": ""}'])
-def test_a_part_of_which_nothing_is_known_is_fetched_anew(here: Rig, files: FileServer, about: str) -> None:
+def test_a_part_without_metadata_is_fetched_again(here: Rig, files: FileServer, about: str) -> None:
     files.put(PATH, DATA)
     here.target.parent.mkdir(parents=True)
     here.part.write_bytes(b"?" * 500_000)
@@ -272,7 +272,7 @@ def test_a_part_of_which_nothing_is_known_is_fetched_anew(here: Rig, files: File
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects_keep_the_range_and_drop_secrets_on_the_way_to_another_host(
+def test_redirects_keep_the_range_but_send_no_secrets_to_another_host(
     here: Rig, files: FileServer, status: int
 ) -> None:
     secret = {"Authorization": "Bearer hf_token", "Cookie": "session=1"}
@@ -290,21 +290,21 @@ def test_redirects_keep_the_range_and_drop_secrets_on_the_way_to_another_host(
     assert here.target.read_bytes() == DATA
 
 
-def test_a_second_host_that_repeats_its_query_is_not_quoted(here: Rig, files: FileServer) -> None:
+def test_an_error_message_with_the_query_in_it_is_not_quoted(here: Rig, files: FileServer) -> None:
     with FileServer() as cdn:
         cdn.always("/cdn", Answer(status=403, body=b"c2lnbmVk~a-b_c has expired"))
         files.always(PATH, Answer(status=302, headers={"Location": cdn.url(f"/cdn?{SECRET}")}))
         assert "c2lnbmVk" not in here.fails(AccessRefused, files.url(PATH))
 
 
-def test_user_and_password_of_the_url(here: Rig, files: FileServer) -> None:
+def test_user_and_password_in_the_url(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA)
     here.download(files.url(PATH).replace("://", "://ann:s%40crt@"))
     assert files.requests[0].headers["authorization"] == "Basic YW5uOnNAY3J0"
     assert files.requests[0].headers["host"] == f"127.0.0.1:{files.port}"
 
 
-def test_a_proxy_of_the_environment_is_used(here: Rig, files: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proxy_in_the_environment_is_used(here: Rig, files: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", files.url("/"))
     monkeypatch.setenv("no_proxy", "")
     files.put("/file", DATA)

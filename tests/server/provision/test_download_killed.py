@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of a download, then a clean start that goes on."""
+"""A download resumes after SIGKILL at any moment."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def start(here: Rig, files: FileServer, die_at: int = 0) -> subprocess.Popen[byt
 
 
 @pytest.mark.parametrize("held", [1, 512, 65_536, len(DATA) - 1])
-def test_killed_between_two_bytes(here: Rig, files: FileServer, held: int) -> None:
+def test_killed_while_bytes_arrive(here: Rig, files: FileServer, held: int) -> None:
     files.put(PATH, DATA, {"ETag": '"1"'})
     files.script(PATH, Answer(hold_after=held))
     process = start(here, files)
@@ -64,7 +64,7 @@ def test_killed_between_two_bytes(here: Rig, files: FileServer, held: int) -> No
 @pytest.mark.parametrize(
     ("die_at", "asked"), [(1, None), (2, f"bytes={len(DATA)}-"), (3, None)], ids=["begin", "before rename", "after"]
 )
-def test_killed_between_two_steps(here: Rig, files: FileServer, die_at: int, asked: str | None) -> None:
+def test_killed_at_any_disk_operation(here: Rig, files: FileServer, die_at: int, asked: str | None) -> None:
     files.put(PATH, DATA, {"ETag": '"1"'})
     assert start(here, files, die_at).wait() == -signal.SIGKILL
     assert here.target.exists() == (die_at == 3)

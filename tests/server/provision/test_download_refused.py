@@ -1,4 +1,4 @@
-"""What cannot be fetched: each cause has its own error, and nothing bad is left under the good name."""
+"""Failing downloads: each cause has its own error, and no bad file is left."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])
-def test_a_signed_url_that_is_refused(here: Rig, files: FileServer, status: int) -> None:
+def test_a_refused_signed_url(here: Rig, files: FileServer, status: int) -> None:
     files.always(PATH, Answer(status=status, body=XML, headers={"Content-Type": "application/xml"}))
     said = here.fails(AccessRefused, files.url(f"{PATH}?{SECRET}"))
     assert f"{files.url(PATH)}?...: the server answers {status}" in said
     assert "(Request has expired)" in said
     assert "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/" in said
-    assert "between quotes" in said
+    assert "quoted" in said
     assert here.waits == []
     assert here.left() == ["model.pth"]
 
@@ -54,26 +54,26 @@ def test_a_gated_repository(here: Rig, files: FileServer, status: int) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"x" * 500, b"\0\1\2", b"<p>", b"\n \n"])
-def test_what_is_not_a_short_line_is_not_quoted(here: Rig, files: FileServer, text: bytes) -> None:
+def test_long_or_multiline_messages_are_not_quoted(here: Rig, files: FileServer, text: bytes) -> None:
     files.always(PATH, Answer(status=403, body=text))
     assert "403 Forbidden. A gated" in here.fails(AccessRefused, files.url(PATH))
 
 
 @pytest.mark.parametrize("status", [404, 410])
-def test_nothing_under_this_name(here: Rig, files: FileServer, status: int) -> None:
+def test_a_url_that_does_not_exist(here: Rig, files: FileServer, status: int) -> None:
     files.always(PATH, Answer(status=status))
-    assert "nothing is there under this name" in here.fails(ConfigError, files.url(PATH))
+    assert "nothing exists at this URL" in here.fails(ConfigError, files.url(PATH))
     assert here.waits == []
 
 
 @pytest.mark.parametrize(("status", "says"), [(405, "405 Method Not Allowed"), (416, "416"), (407, "HTTPS_PROXY")])
-def test_other_refusals_are_not_tried_again(here: Rig, files: FileServer, status: int, says: str) -> None:
+def test_other_refusals_are_not_retried(here: Rig, files: FileServer, status: int, says: str) -> None:
     files.always(PATH, Answer(status=status))
     assert says in here.fails(Unreachable, files.url(PATH))
     assert len(files.requests) == 1
 
 
-def test_a_server_that_stays_broken(here: Rig, files: FileServer) -> None:
+def test_a_server_that_keeps_failing(here: Rig, files: FileServer) -> None:
     files.always(PATH, Answer(status=503, body=b"maintenance until noon"))
     said = here.fails(Unreachable, files.url(PATH))
     assert "503 Service Unavailable (maintenance until noon); given up after 5 attempts" in said
@@ -91,7 +91,7 @@ def test_a_server_that_stays_broken(here: Rig, files: FileServer) -> None:
         (b"<response/>", "application/xml"),
     ],
 )
-def test_a_page_instead_of_a_file(here: Rig, files: FileServer, body: bytes, content_type: str) -> None:
+def test_a_web_page_instead_of_a_file_is_refused(here: Rig, files: FileServer, body: bytes, content_type: str) -> None:
     files.put(PATH, body + b" " * 5_000_000)
     files.script(PATH, Answer(headers={"Content-Type": content_type}))
     # Also where a size is known: that it is a page says more.
@@ -99,7 +99,7 @@ def test_a_page_instead_of_a_file(here: Rig, files: FileServer, body: bytes, con
     assert here.left() == ["model.pth"]
 
 
-def test_a_file_that_is_called_a_page_is_a_file(here: Rig, files: FileServer) -> None:
+def test_binary_content_labelled_as_html_is_accepted(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA)
     files.script(PATH, Answer(headers={"Content-Type": "text/html"}))
     here.download(files.url(PATH))
@@ -117,7 +117,7 @@ def test_a_body_that_always_ends_early(here: Rig, files: FileServer) -> None:
     assert here.part.read_bytes() == DATA[:1000]
 
 
-def test_a_server_that_is_silent(here: Rig, files: FileServer) -> None:
+def test_a_silent_server(here: Rig, files: FileServer) -> None:
     files.always(PATH, Answer(hold_after=0))
     files.put(PATH, DATA)
     said = here.fails(Unreachable, files.url(PATH), stall_seconds=0.05)
@@ -125,7 +125,7 @@ def test_a_server_that_is_silent(here: Rig, files: FileServer) -> None:
     until(lambda: len(files.requests) == 5, "the server's threads record every request")
 
 
-def test_a_server_that_says_more_than_it_has(here: Rig, files: FileServer) -> None:
+def test_a_server_that_changes_its_content_length(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA, {"ETag": '"1"'})
     files.always(PATH, Answer(headers={"Content-Length": "300000"}))
     said = here.fails(Unreachable, files.url(PATH))
@@ -133,7 +133,7 @@ def test_a_server_that_says_more_than_it_has(here: Rig, files: FileServer) -> No
 
 
 @pytest.mark.parametrize("says", ["150000", "250000"])
-def test_a_server_that_says_another_length_than_was_promised(here: Rig, files: FileServer, says: str) -> None:
+def test_a_content_length_other_than_the_expected_size(here: Rig, files: FileServer, says: str) -> None:
     files.put(PATH, DATA)
     files.always(PATH, Answer(headers={"Content-Length": says}))
     said = here.fails(CheckpointError, files.url(PATH), Expected(size=len(DATA)))
@@ -142,7 +142,7 @@ def test_a_server_that_says_another_length_than_was_promised(here: Rig, files: F
     assert here.left() == ["model.pth"]
 
 
-def test_a_body_without_end(here: Rig, files: FileServer) -> None:
+def test_an_endless_body(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA)
     files.always(PATH, Answer(chunked=True, hold_after=100))
     said = here.fails(CheckpointError, files.url(PATH), Expected(size=10))
@@ -156,7 +156,7 @@ def test_an_empty_file(here: Rig, files: FileServer) -> None:
     assert here.left() == ["model.pth"]
 
 
-def test_an_encoded_body(here: Rig, files: FileServer) -> None:
+def test_a_content_encoding_is_refused(here: Rig, files: FileServer) -> None:
     files.put(PATH, DATA, {"Content-Encoding": "gzip"})
     assert "'gzip'" in here.fails(CheckpointError, files.url(PATH))
 
@@ -174,18 +174,18 @@ def test_a_wrong_hash(here: Rig, files: FileServer, digest: str) -> None:
 @pytest.mark.parametrize(
     "location", ["ftp://other/file", "file:///etc/passwd", "http://[::1/", "http://h:99999/", "//:80/"]
 )
-def test_redirects_to_what_is_no_server(here: Rig, files: FileServer, location: str) -> None:
+def test_redirects_to_unusable_urls(here: Rig, files: FileServer, location: str) -> None:
     files.always(PATH, Answer(status=302, headers={"Location": location}))
-    assert "redirects to what cannot be followed" in here.fails(Unreachable, files.url(PATH))
+    assert "redirects to an unusable URL" in here.fails(Unreachable, files.url(PATH))
 
 
-def test_redirects_in_a_circle(here: Rig, files: FileServer) -> None:
+def test_redirects_in_a_loop(here: Rig, files: FileServer) -> None:
     files.always(PATH, Answer(status=302, headers={"Location": f"{PATH}?again"}))
     assert "redirects more than 10 times" in here.fails(Unreachable, files.url(PATH))
     assert len(files.requests) == 11
 
 
-def test_nobody_listens(here: Rig) -> None:
+def test_a_refused_connection(here: Rig) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         url = f"https://127.0.0.1:{held.getsockname()[1]}/model.pth?{SECRET}"
@@ -195,11 +195,9 @@ def test_nobody_listens(here: Rig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "requests", "says"), [(socket.EAI_NONAME, 1, "no address is known"), (socket.EAI_AGAIN, 5, "again")]
+    ("number", "requests", "says"), [(socket.EAI_NONAME, 1, "is unknown"), (socket.EAI_AGAIN, 5, "again")]
 )
-def test_names_without_an_address(
-    here: Rig, monkeypatch: pytest.MonkeyPatch, number: int, requests: int, says: str
-) -> None:
+def test_unknown_hosts(here: Rig, monkeypatch: pytest.MonkeyPatch, number: int, requests: int, says: str) -> None:
     asked = []
 
     def getaddrinfo(host: str, *_: object) -> None:
@@ -212,7 +210,7 @@ def test_names_without_an_address(
 
 
 def test_a_server_without_tls(here: Rig, files: FileServer) -> None:
-    assert "speaks no TLS" in here.fails(Unreachable, files.url(PATH).replace("http:", "https:"))
+    assert "no TLS connection" in here.fails(Unreachable, files.url(PATH).replace("http:", "https:"))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +244,7 @@ def test_certificates_and_redirects_of_tls(here: Rig, certificate: Path, monkeyp
     assert here.target.read_bytes() == DATA
 
 
-def test_too_little_disk(here: Rig, files: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_space(here: Rig, files: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     files.put(PATH, DATA, {"ETag": '"1"'})
     free = 199_999
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
@@ -302,7 +300,7 @@ def test_a_folder_that_cannot_be_written(
     assert files.requests == []
 
 
-def test_a_file_where_the_folder_should_be(here: Rig, files: FileServer) -> None:
+def test_a_file_in_place_of_the_folder(here: Rig, files: FileServer) -> None:
     here.target = here.target / "model.pth"
     with pytest.raises(StorageError, match="a file exists where a folder is needed"):
         here.download(files.url(PATH))
@@ -312,9 +310,9 @@ def test_a_file_where_the_folder_should_be(here: Rig, files: FileServer) -> None
     "url",
     ["weights.pth", "ftp://host/file", "hf://a/b", "https://", "https:///file", "http://host:99999/", "http://[::1/x"],
 )
-def test_what_is_no_url(here: Rig, url: str) -> None:
+def test_malformed_urls(here: Rig, url: str) -> None:
     said = here.fails(ConfigError, url)
-    assert "https://" in said or "is no URL" in said
+    assert "https://" in said or "is not a URL" in said
 
 
 def test_a_token_with_a_line_break_is_not_shown(here: Rig, files: FileServer) -> None:
@@ -332,7 +330,7 @@ def test_offline_opens_no_socket(here: Rig) -> None:
     assert SECRET not in str(raised.value)
 
 
-def test_files_of_this_machine_that_cannot_be_read(here: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_urls_that_cannot_be_read(here: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = here.fails(ConfigError, (tmp_path / "mount" / "file.pth").as_uri())
     assert f"no such file on this machine ({tmp_path} is there, but not 'mount' in it)" in said
     assert "a folder" in here.fails(ConfigError, tmp_path.as_uri())

@@ -1,4 +1,4 @@
-"""Repositories of the hub, through the real huggingface_hub, from a stand-in on loopback."""
+"""Fetching Hugging Face repositories, with the real huggingface_hub and a fake hub on loopback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refuses(cache_dir: Path, kind: type[StartupError], repository: Repository = REPO) -> str:
-    """The message of the one error, which is one line and keeps the token."""
+    """Return the message of the error, after checking that it is one line without the token."""
     with pytest.raises(kind) as caught:
         fetch(cache_dir, repository, OPTIONS)
     message = str(caught.value)
@@ -65,13 +65,13 @@ def test_shards(hub: FakeHub, tmp_path: Path) -> None:
     assert find(tmp_path, REPO, OPTIONS) == folder
 
 
-def test_a_single_file_is_taken_before_shards(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_single_file_is_preferred_to_shards(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX, "model.safetensors": DATA})
     assert fetch(tmp_path, REPO, OPTIONS).name == "model.safetensors"
     assert hub.fetched() == ["model.safetensors"]
 
 
-def test_what_was_fetched_is_found_without_the_hub(
+def test_fetched_weights_are_found_without_the_hub(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX})
@@ -87,9 +87,7 @@ def test_what_was_fetched_is_found_without_the_hub(
 
 @pytest.mark.parametrize("lost", [*INDEX, *SHARDS])
 @pytest.mark.parametrize("what", ["file", "manifest"])
-def test_what_is_missing_is_missed_and_only_that_is_fetched_again(
-    hub: FakeHub, tmp_path: Path, lost: str, what: str
-) -> None:
+def test_only_missing_files_are_fetched_again(hub: FakeHub, tmp_path: Path, lost: str, what: str) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX})
     folder = fetch(tmp_path, REPO, OPTIONS)
     before = len(hub.fetched())
@@ -110,7 +108,7 @@ def test_a_revision(hub: FakeHub, tmp_path: Path) -> None:
     assert find(tmp_path, REPO, OPTIONS) is None
 
 
-def test_a_file_that_changed_is_an_error_and_stays(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_changed_file_is_an_error_and_is_kept(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
     path = fetch(tmp_path, REPO, OPTIONS)
     path.write_bytes(DATA + b"!")
@@ -119,7 +117,7 @@ def test_a_file_that_changed_is_an_error_and_stays(hub: FakeHub, tmp_path: Path)
     assert path.read_bytes() == DATA + b"!"
 
 
-def test_a_file_whose_hash_is_not_the_hubs_is_not_used(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_download_with_another_hash_than_the_hubs_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA}, wrong_hashes=True)
     with pytest.raises(CheckpointError) as caught:
         fetch(tmp_path, REPO, OPTIONS)
@@ -128,7 +126,7 @@ def test_a_file_whose_hash_is_not_the_hubs_is_not_used(hub: FakeHub, tmp_path: P
     assert find(tmp_path, REPO, OPTIONS) is None
 
 
-def test_a_file_that_lies_there_and_is_not_the_hubs(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_existing_file_with_another_hash_than_the_hubs_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
     path = tmp_path / FOLDER / COMMIT / "model.safetensors"
     path.parent.mkdir(parents=True)
@@ -138,7 +136,7 @@ def test_a_file_that_lies_there_and_is_not_the_hubs(hub: FakeHub, tmp_path: Path
     assert hub.fetched() == []
 
 
-def test_the_token_goes_to_the_hub_and_no_further(
+def test_the_token_is_sent_to_the_hub_only(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -182,7 +180,7 @@ def test_a_gated_repository(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Mo
     assert hub.fetched() == []
 
 
-def test_a_token_that_the_hub_does_not_know(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_token(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.publish(TIMM, {"model.safetensors": DATA})
     hub.refuse_token(TIMM)
@@ -192,7 +190,7 @@ def test_a_token_that_the_hub_does_not_know(hub: FakeHub, tmp_path: Path, monkey
     assert "`hf auth logout`" in message
 
 
-def test_a_token_of_too_little_scope_gets_the_hubs_own_words(
+def test_a_token_without_the_permission_gets_the_hubs_own_message(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -215,7 +213,7 @@ def test_a_token_of_too_little_scope_gets_the_hubs_own_words(
         (429, None, Unreachable, "too many requests"),
     ],
 )
-def test_refusals_are_each_their_own_and_not_asked_twice(
+def test_each_refusal_has_its_message_and_is_not_retried(
     hub: FakeHub, tmp_path: Path, status: int, code: str | None, kind: type[StartupError], says: str
 ) -> None:
     hub.hub.always(hub.api(TIMM), hub.refusal(status, code, "Words of the hub."))
@@ -231,7 +229,7 @@ def test_a_disabled_repository(hub: FakeHub, tmp_path: Path) -> None:
     assert "was disabled by Hugging Face" in refuses(tmp_path, AccessRefused)
 
 
-def test_a_file_that_is_listed_and_not_there(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_file_that_is_listed_but_missing(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
     hub.hub.always(f"/{TIMM}/resolve/{COMMIT}/model.safetensors", hub.refusal(404, "EntryNotFound", "Entry not found"))
     assert "does not have the file" in refuses(tmp_path, ConfigError)
@@ -250,7 +248,7 @@ def test_a_repository_without_weights(hub: FakeHub, tmp_path: Path) -> None:
     [Answer(hang_up=True), Answer(503, body=b"{}"), Answer(500, body=b"<html>")],
     ids=["no answer", "503", "500"],
 )
-def test_what_passes_is_tried_again(
+def test_temporary_failures_are_retried(
     hub: FakeHub, tmp_path: Path, answer: Answer, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
@@ -265,7 +263,7 @@ def test_a_hub_that_keeps_failing(hub: FakeHub, tmp_path: Path) -> None:
     assert len(hub.asked()) == 3
 
 
-def test_no_hub_at_all(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:1")
     message = refuses(tmp_path, Unreachable)
     assert "http://127.0.0.1:1 cannot be reached" in message
@@ -274,7 +272,7 @@ def test_no_hub_at_all(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("body", [b"<html>log in</html>", b"[]", b"{}", b'{"id": "x", "sha": "main"}'])
-def test_something_that_is_not_the_hub(hub: FakeHub, tmp_path: Path, body: bytes) -> None:
+def test_an_answer_that_is_not_the_hubs(hub: FakeHub, tmp_path: Path, body: bytes) -> None:
     hub.hub.put(hub.api(TIMM), body)
     message = refuses(tmp_path, Unreachable)
     assert "not like the hub" in message or "does not speak the hub's API" in message
@@ -283,7 +281,7 @@ def test_something_that_is_not_the_hub(hub: FakeHub, tmp_path: Path, body: bytes
 @pytest.mark.parametrize(
     "name", ["../evil.safetensors", "folder/x.safetensors", "..safetensors", "/etc/x.safetensors", "run.py", 1, {}]
 )
-def test_an_index_that_names_what_is_not_beside_it(hub: FakeHub, tmp_path: Path, name: object) -> None:
+def test_an_index_with_unsafe_file_names_is_refused(hub: FakeHub, tmp_path: Path, name: object) -> None:
     index = json.dumps({"weight_map": {"good": next(iter(SHARDS)), "bad": name}}).encode()
     hub.publish(TIMM, {**SHARDS, str(name): b"evil", "model.safetensors.index.json": index})
     message = refuses(tmp_path, CheckpointError)
@@ -292,18 +290,18 @@ def test_an_index_that_names_what_is_not_beside_it(hub: FakeHub, tmp_path: Path,
 
 
 @pytest.mark.parametrize("index", [{"weight_map": {}}, {"weight_map": []}, [], {}, "x"])
-def test_an_index_that_is_none(hub: FakeHub, tmp_path: Path, index: object) -> None:
+def test_a_malformed_index_is_refused(hub: FakeHub, tmp_path: Path, index: object) -> None:
     hub.publish(TIMM, {**SHARDS, "model.safetensors.index.json": json.dumps(index).encode()})
     assert "weight_map" in refuses(tmp_path, CheckpointError)
     assert hub.fetched() == []
 
 
-def test_an_index_that_names_what_is_not_there(hub: FakeHub, tmp_path: Path) -> None:
+def test_an_index_with_a_missing_shard_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, dict([*INDEX.items(), *list(SHARDS.items())[:2]]))
     assert "'model-00003-of-00003.safetensors', which is not in the repository" in refuses(tmp_path, CheckpointError)
 
 
-def test_the_disk_is_asked_for_all_shards_before_any_is_fetched(
+def test_disk_space_is_checked_for_all_shards_before_any_is_fetched(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -356,12 +354,12 @@ def test_urls_of_repositories(url: str, name: str, revision: str) -> None:
         *("hf://a/b@x@y", "hf://a/b%20c", "hf://a/b@\0", "hf://user:secret@host/b"),
     ],
 )
-def test_urls_that_name_no_repository(url: str) -> None:
+def test_malformed_repository_urls(url: str) -> None:
     with pytest.raises(ConfigError, match=r"hf://OWNER/REPO@REVISION"):
         parse(url)
 
 
-def test_a_name_that_only_the_library_refuses(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_repository_name_that_the_library_refuses(hub: FakeHub, tmp_path: Path) -> None:
     assert "does not name a repository" in refuses(tmp_path, ConfigError, Repository("a/" + "b" * 100))
     assert hub.asked() == []
 
@@ -384,7 +382,7 @@ def test_the_repositories_are_those_of_meta_and_timm() -> None:
     assert ("dinov3_vitl16plus", "lvd1689m") not in names
 
 
-def test_a_token_that_is_not_to_be_sent_unasked_is_not(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_not_sent_if_implicit_tokens_are_disabled(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -1,4 +1,4 @@
-"""Manifests: when a file is read, when its manifest is believed, renewed or contradicted."""
+"""Manifests: when a file is hashed, and when its manifest is trusted, renewed or contradicted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that were read."""
+    """Record the files that are hashed."""
     seen: list[Path] = []
     real = manifest.sha256_of
 
@@ -57,7 +57,7 @@ def alter(file: Path, **changes: object) -> None:
     beside(file).write_text(json.dumps({**json.loads(beside(file).read_text()), **changes}))
 
 
-def test_what_it_holds(file: Path) -> None:
+def test_the_content_of_a_manifest(file: Path) -> None:
     manifest.write(file, "https://host/model.pth?...", SHA, "registry")
     held = json.loads(beside(file).read_text())
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", held.pop("time"))
@@ -85,7 +85,7 @@ def test_verify_full_reads_an_unchanged_file(file: Path, hashed: list[Path]) -> 
     assert hashed == [file]
 
 
-def test_bytes_that_changed_with_size_and_time_kept_are_found_by_verify_full(file: Path) -> None:
+def test_verify_full_finds_changed_bytes_with_the_same_size_and_time(file: Path) -> None:
     manifest.write(file, "somewhere", SHA, "nothing")
     status = file.stat()
     file.write_bytes(DATA[:-1] + b"X")
@@ -102,7 +102,7 @@ def test_a_file_without_a_manifest_is_hashed_once(file: Path, hashed: list[Path]
     assert (again.source, again.sha256, again.checked_against) == ("put there by hand", SHA, "registry")
 
 
-def test_another_time_renews_the_manifest_and_keeps_what_it_knew(file: Path, hashed: list[Path]) -> None:
+def test_another_time_renews_the_manifest_and_keeps_its_source(file: Path, hashed: list[Path]) -> None:
     manifest.write(file, "https://host/x", SHA, "hub")
     touch(file)
     for _ in range(2):
@@ -134,7 +134,7 @@ def test_other_bytes_are_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["with a manifest", "without"])
-def test_the_registry_is_believed_before_the_manifest(file: Path, written: bool) -> None:
+def test_the_registry_outweighs_the_manifest(file: Path, written: bool) -> None:
     other = ExpectedHash(hash_source="registry", prefixes=("deadbeef", "0badcafe"))
     if written:
         manifest.write(file, "somewhere", SHA, "nothing")
@@ -145,20 +145,20 @@ def test_the_registry_is_believed_before_the_manifest(file: Path, written: bool)
     assert beside(file).exists() == written
 
 
-def test_a_lying_manifest_does_not_vouch_for_a_wrong_file(file: Path) -> None:
+def test_a_false_manifest_does_not_make_a_wrong_file_pass(file: Path) -> None:
     file.write_bytes(b"X" * len(DATA))
     manifest.write(file, "somewhere", "0" * 64, "registry")
     with pytest.raises(CheckpointError, match=f"begins with {SHA[:8]}"):
         manifest.check(file, REGISTRY, OPTIONS)
 
 
-def test_a_lying_manifest_does_not_condemn_a_good_file(file: Path) -> None:
+def test_a_false_manifest_does_not_make_a_good_file_fail(file: Path) -> None:
     manifest.write(file, "somewhere", "0" * 64, "registry")
     assert manifest.check(file, REGISTRY, OPTIONS).sha256 == SHA
     assert manifest.read(file) == manifest.check(file, REGISTRY, OPTIONS)
 
 
-def test_a_good_file_put_in_place_of_a_bad_one_needs_no_care_for_the_manifest(file: Path) -> None:
+def test_a_good_file_that_replaces_a_bad_one_passes_despite_the_old_manifest(file: Path) -> None:
     manifest.write(file, "somewhere", "0" * 64, "nothing")
     alter(file, size=17)
     assert manifest.check(file, REGISTRY, OPTIONS).size == len(DATA)
@@ -186,7 +186,7 @@ def text(**changes: object) -> bytes:
     ],
     ids=["empty", "not text", "a list", "no keys", "cut", "sha256", "size", "time", "authority", "another key", "deep"],
 )
-def test_a_manifest_that_cannot_be_read_is_made_anew(
+def test_an_unreadable_manifest_is_written_again(
     file: Path, content: bytes, hashed: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     beside(file).write_bytes(content)
@@ -196,7 +196,7 @@ def test_a_manifest_that_cannot_be_read_is_made_anew(
     assert hashed == [file]
 
 
-def test_a_manifest_that_cannot_be_written_is_a_warning(
+def test_a_failure_to_write_a_manifest_is_only_a_warning(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def read_only(path: Path, data: bytes) -> None:
@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         manifest.check(tmp_path / "folder.pth", REGISTRY, OPTIONS)
 
 
-def test_long_reads_are_reported(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_checks_report_progress(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ticks() -> Iterator[float]:
         now = 0.0
         while True:

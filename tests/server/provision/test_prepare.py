@@ -1,4 +1,4 @@
-"""What start-up has ready for workers, and what it says where several things are missing."""
+"""What `prepare` finds or fetches, and its errors if several things are missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def weights(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def vendored(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders that code was vendored to, all of it at once."""
+    """Record the folders that code is fetched into, without fetching."""
     folders: list[Path] = []
     monkeypatch.setattr(vendor, "vendor", lambda url, revision, target, *, offline: folders.append(target))
     return folders
@@ -41,7 +41,7 @@ def test_code_and_weights(tmp_path: Path, weights: Path, vendored: list[Path]) -
     assert list(seconds) == ["vendor", "weights"]
 
 
-def test_the_checkout_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_the_checkout_may_be_in_another_folder(tmp_path: Path) -> None:
     assert checkout_folder(settings(tmp_path, upstream_dir="/srv/code")) == Path("/srv/code")
 
 
@@ -52,7 +52,7 @@ def test_the_checkout_may_lie_elsewhere(tmp_path: Path) -> None:
         ({"parity_check": False}, "the setting `parity_check` is false"),
     ],
 )
-def test_code_that_nobody_needs_is_not_fetched(
+def test_code_that_is_not_needed_is_not_fetched(
     tmp_path: Path, weights: Path, vendored: list[Path], others: dict[str, object], absent: str
 ) -> None:
     found, _ = prepare(settings(tmp_path, **{"weights": str(weights), **others}))
@@ -68,15 +68,15 @@ def test_metas_modules_need_their_code(
     assert found.checkout == str(vendored[0])
 
 
-def test_without_a_network_features_are_served_unproven(tmp_path: Path, weights: Path) -> None:
+def test_offline_the_features_are_served_unverified(tmp_path: Path, weights: Path) -> None:
     found, _ = prepare(settings(tmp_path, weights=str(weights), offline=True))
     assert found.checkout is None
     assert "`offline` forbids fetching it" in found.unavailable_reason
-    with pytest.raises(Unreachable, match="wanted is commit 6876159"):
+    with pytest.raises(Unreachable, match="needed is commit 6876159"):
         prepare(settings(tmp_path, weights=str(weights), offline=True, backbone="reference"))
 
 
-def test_code_that_cannot_be_fetched_ends_the_start_with_the_ways_out(
+def test_unreachable_code_is_an_error_that_says_what_to_do(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -95,7 +95,7 @@ def test_code_that_cannot_be_fetched_ends_the_start_with_the_ways_out(
     assert "dinov3-server prepare --model vitb16 --cache-dir FOLDER" in str(both.value)
 
 
-def test_code_that_is_wrong_is_told_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_code_is_reported_before_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise UpstreamCodeError("it is modified")
 

@@ -1,4 +1,4 @@
-"""What a person is told while bytes come."""
+"""Progress on terminals, in logs and for callbacks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def clock() -> Clock:
 
 
 def run(progress: Progress, clock: Clock, seconds: int, rate: int, done: int = 0, total: int | None = TOTAL) -> int:
-    """Bytes come at `rate`, in ten blocks a second."""
+    """Let bytes arrive at `rate`, in ten blocks a second."""
     for _ in range(10 * seconds):
         clock.now = round(clock.now + 0.1, 1)
         done += rate // 10
@@ -38,7 +38,7 @@ def run(progress: Progress, clock: Clock, seconds: int, rate: int, done: int = 0
     return done
 
 
-def test_lines_of_a_log(clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines(clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("sys.stderr", io.StringIO())
     with Progress("model.pth", None, clock) as progress:
@@ -56,7 +56,7 @@ def test_lines_of_a_log(clock: Clock, caplog: pytest.LogCaptureFixture, monkeypa
     ]
 
 
-def test_a_terminal_has_one_line_that_is_rewritten_and_cleared(
+def test_a_terminal_shows_one_line_that_is_updated_and_cleared(
     clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -85,7 +85,7 @@ def test_reports_come_at_most_once_a_second(clock: Clock) -> None:
     assert reports[-1] == "28 % of 342 MB, 12 MB/s, 20 s left"
 
 
-def test_the_rate_is_that_of_the_last_ten_seconds(clock: Clock) -> None:
+def test_the_rate_is_measured_over_ten_seconds(clock: Clock) -> None:
     reports: list[str] = []
     with Progress("model.pth", reports.append, clock) as progress:
         progress.start(0, TOTAL)
@@ -96,7 +96,7 @@ def test_the_rate_is_that_of_the_last_ten_seconds(clock: Clock) -> None:
         assert "2 MB/s" in reports[-1]
 
 
-def test_a_size_that_nobody_knows(clock: Clock) -> None:
+def test_an_unknown_size(clock: Clock) -> None:
     reports: list[str] = []
     with Progress("model.pth", reports.append, clock) as progress:
         progress.start(0, None)

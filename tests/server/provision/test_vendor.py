@@ -1,4 +1,4 @@
-"""Meta's code in its folder: put there, verified, updated, mended, and never anybody else's folder harmed."""
+"""Meta's code is fetched, verified, replaced and repaired, and other content is never harmed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.server.provision.repositories import (
 
 
 class Rig:
-    """A repository with two commits, and the folder that is to hold one of them."""
+    """A repository with two commits, and the target folder."""
 
     def __init__(self, folder: Path) -> None:
         self.repository = folder / "served"
@@ -42,7 +42,7 @@ class Rig:
         vendor(str(self.repository), revision or self.first, self.target, **options)
 
     def holds(self, revision: str) -> bool:
-        """Whether git itself finds the target whole, and nothing beside it but its lock."""
+        """Tell whether git finds the target unmodified, and only its lock is beside it."""
         assert beside(self.target) == ["code", "code.lock"]
         return git(self.target, "rev-parse", "HEAD") == revision and not git(self.target, "status", "--porcelain")
 
@@ -56,7 +56,7 @@ def rig(tmp_path: Path) -> Rig:
 
 
 @pytest.mark.parametrize("as_url", [str, Path.as_uri])
-def test_code_is_put_in_place_once_with_its_license(rig: Rig, as_url: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_code_is_fetched_once_with_its_license(rig: Rig, as_url: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for _ in range(2):
         vendor(as_url(rig.repository), rig.first, rig.target)
@@ -86,14 +86,14 @@ def test_a_good_checkout_needs_no_lock_and_no_repository(rig: Rig, monkeypatch: 
     assert beside(rig.target) == ["code"]
 
 
-def test_another_commit_takes_its_place_and_the_first_comes_back(rig: Rig) -> None:
+def test_a_checkout_is_replaced_by_another_commit_and_back(rig: Rig) -> None:
     for revision in (rig.first, rig.second, rig.first):
         rig.vendor(revision)
         assert rig.holds(revision)
         assert (rig.target / "dinov3" / "new.py").exists() == (revision == rig.second)
 
 
-def test_an_empty_folder_is_as_good_as_none(rig: Rig) -> None:
+def test_an_empty_folder_counts_as_missing(rig: Rig) -> None:
     rig.target.mkdir(parents=True)
     rig.vendor()
     assert rig.holds(rig.first)
@@ -113,7 +113,7 @@ def test_a_copy_of_a_clone_is_good(rig: Rig, tmp_path: Path) -> None:
     rig.vendor(rig.second, offline=True)
 
 
-def test_what_somebody_may_work_in_is_not_replaced(rig: Rig, tmp_path: Path) -> None:
+def test_a_checkout_on_a_branch_is_not_replaced(rig: Rig, tmp_path: Path) -> None:
     git(tmp_path, "clone", "--quiet", str(rig.repository), str(rig.target))
     before = rig.content()
     with pytest.raises(UpstreamCodeError, match=f"{rig.second} on the branch main") as raised:
@@ -181,7 +181,7 @@ MODIFIED = {
 
 
 @pytest.mark.parametrize("case", MODIFIED)
-def test_a_modified_tree_is_an_error_until_it_is_forced(rig: Rig, case: str) -> None:
+def test_a_modified_checkout_is_an_error_without_force(rig: Rig, case: str) -> None:
     modify, shown = MODIFIED[case]
     rig.vendor()
     modify(rig.target)
@@ -233,7 +233,7 @@ def _cached(target: Path) -> None:
         lambda target: (target / ".git" / "info" / "attributes").write_text("*.py filter=evil eol=crlf\n"),
     ],
 )
-def test_what_is_no_modification(rig: Rig, change: Any) -> None:
+def test_changes_that_do_not_count_as_modification(rig: Rig, change: Any) -> None:
     rig.vendor()
     change(rig.target)
     rig.vendor(offline=True)
@@ -241,7 +241,7 @@ def test_what_is_no_modification(rig: Rig, change: Any) -> None:
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("kind", ["files", "other repository", "git without commits", "code without git"])
-def test_what_is_not_ours_is_never_deleted(rig: Rig, kind: str, force: bool) -> None:
+def test_other_content_is_never_deleted(rig: Rig, kind: str, force: bool) -> None:
     if kind == "other repository":
         make_repository(rig.target, {"thesis.tex": "years of work"})
     else:
@@ -281,7 +281,7 @@ def test_a_repository_that_is_not_metas_is_not_used(rig: Rig, tmp_path: Path, la
     assert not rig.target.exists()
 
 
-def test_bytes_are_those_of_the_commit_whatever_the_repository_asks_for(rig: Rig) -> None:
+def test_files_have_the_bytes_of_the_commit_despite_gitattributes(rig: Rig) -> None:
     asked = {".gitattributes": "*.md text eol=crlf\n*.py ident\n", "dinov3/id.py": "# $Id$\n"}
     commit = add_commit(rig.repository, asked)
     rig.vendor(commit)
@@ -289,7 +289,7 @@ def test_bytes_are_those_of_the_commit_whatever_the_repository_asks_for(rig: Rig
     assert (rig.target / "dinov3" / "id.py").read_text() == "# $Id$\n"
 
 
-def test_neither_configuration_nor_environment_has_a_say(
+def test_configuration_and_environment_have_no_influence(
     rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hooks, ran = tmp_path / "hooks", tmp_path / "ran"
@@ -340,7 +340,7 @@ def test_neither_configuration_nor_environment_has_a_say(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to others")
-def test_folders_may_belong_to_anybody(rig: Rig) -> None:
+def test_folders_may_have_any_owner(rig: Rig) -> None:
     def give_away(folder: Path) -> None:
         for path in (folder, *folder.rglob("*")):
             os.lchown(path, 12345, 12345)
@@ -355,7 +355,7 @@ def test_folders_may_belong_to_anybody(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("found", ["nothing", "another commit"])
-def test_offline_says_what_is_missing_and_how_to_bring_it(rig: Rig, found: str, monkeypatch: Any) -> None:
+def test_offline_errors_say_what_is_missing_and_how_to_get_it(rig: Rig, found: str, monkeypatch: Any) -> None:
     if found == "another commit":
         rig.vendor(rig.second)
     monkeypatch.setattr(vendor_module, "fetch", None)
@@ -369,7 +369,7 @@ def test_offline_says_what_is_missing_and_how_to_bring_it(rig: Rig, found: str, 
     assert (rig.second in said) == (found == "another commit")
 
 
-def test_the_commands_that_bring_it_are_right(rig: Rig, tmp_path: Path) -> None:
+def test_the_commands_in_the_message_work(rig: Rig, tmp_path: Path) -> None:
     with pytest.raises(Unreachable) as raised:
         rig.vendor(offline=True)
     commands = [line.strip() for line in str(raised.value).splitlines() if line.startswith("  ")]
@@ -381,7 +381,7 @@ def test_the_commands_that_bring_it_are_right(rig: Rig, tmp_path: Path) -> None:
 
 
 def refuse_to_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Permissions do not bite root; a file system that is read-only or full would."""
+    """Simulate a read-only or full file system: permissions do not stop root."""
     real = os.open
 
     def open_or_not(path: Any, flags: int, *rest: Any, **options: Any) -> int:
@@ -395,13 +395,13 @@ def refuse_to_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 @pytest.mark.parametrize(
     ("number", "said"), [(errno.EROFS, "read-only"), (errno.ENOSPC, "full"), (errno.EACCES, "permission")]
 )
-def test_a_folder_that_cannot_be_written_is_said(rig: Rig, monkeypatch: Any, number: int, said: str) -> None:
+def test_a_folder_that_cannot_be_written(rig: Rig, monkeypatch: Any, number: int, said: str) -> None:
     refuse_to_write(monkeypatch, number)
     with pytest.raises(StorageError, match=said):
         rig.vendor()
 
 
-def test_on_a_read_only_volume_what_is_wrong_with_the_code_says_more(rig: Rig, monkeypatch: Any) -> None:
+def test_on_a_read_only_volume_errors_about_the_code_come_first(rig: Rig, monkeypatch: Any) -> None:
     rig.vendor()
     refuse_to_write(monkeypatch, errno.EROFS)
     rig.vendor()
@@ -414,14 +414,14 @@ def test_on_a_read_only_volume_what_is_wrong_with_the_code_says_more(rig: Rig, m
         rig.vendor()
 
 
-def test_a_mount_point_is_said_to_be_one(rig: Rig, monkeypatch: Any) -> None:
+def test_a_mount_point_is_refused(rig: Rig, monkeypatch: Any) -> None:
     rig.target.mkdir(parents=True)
     monkeypatch.setattr(Path, "is_mount", lambda path: path == rig.target)
     with pytest.raises(StorageError, match=f"--upstream-dir {rig.target}/dinov3"):
         rig.vendor()
 
 
-def test_a_folder_that_cannot_be_read_is_not_taken_for_a_missing_one(rig: Rig, monkeypatch: Any) -> None:
+def test_an_unreadable_checkout_does_not_count_as_missing(rig: Rig, monkeypatch: Any) -> None:
     rig.vendor()
     real = Path.read_bytes
 
@@ -436,7 +436,7 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_a_missing_one(rig: Rig, m
     assert rig.target.exists()
 
 
-def test_what_was_left_beside_a_good_checkout_is_no_reason_to_write(rig: Rig, monkeypatch: Any) -> None:
+def test_leftovers_beside_a_good_checkout_need_no_write(rig: Rig, monkeypatch: Any) -> None:
     rig.vendor()
     rig.target.with_name(".code.01234567.part").mkdir()
     with monkeypatch.context() as patched:
@@ -446,7 +446,7 @@ def test_what_was_left_beside_a_good_checkout_is_no_reason_to_write(rig: Rig, mo
     assert rig.holds(rig.first)
 
 
-def test_a_checkout_that_changes_under_the_first_look_is_looked_at_again(rig: Rig, monkeypatch: Any) -> None:
+def test_a_checkout_that_changes_during_the_check_is_checked_again(rig: Rig, monkeypatch: Any) -> None:
     rig.vendor()
     real, looks = vendor_module.look, 0
 

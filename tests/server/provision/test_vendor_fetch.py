@@ -1,4 +1,4 @@
-"""Fetching Meta's code: servers and networks that fail, each with its own message, and what is tried again."""
+"""Fetching Meta's code from failing servers: the message of each failure, and retries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Rig:
         vendor(url or self.url, revision or self.first, self.target, sleep=self.waits.append)
 
     def fails(self, url: str | None = None, revision: str | None = None) -> StartupError:
-        """The error of a vendoring that must leave nothing behind."""
+        """Return the error, after checking that nothing is left behind."""
         with pytest.raises(StartupError) as raised:
             self.vendor(url, revision)
         assert beside(self.target) == ["code.lock"]
@@ -56,7 +56,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder at the front of PATH."""
+    """Return a folder at the front of PATH."""
     folder = tmp_path / "programs"
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
@@ -70,7 +70,7 @@ def test_a_commit_is_fetched_by_its_id_over_http(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("dumb", [False, True])
-def test_a_server_that_gives_nothing_by_its_id_gives_everything(rig: Rig, dumb: bool) -> None:
+def test_a_server_that_refuses_ids_is_fetched_completely(rig: Rig, dumb: bool) -> None:
     rig.server.modern, rig.server.dumb = False, dumb
     git(rig.repository, "update-server-info")
     url = rig.url + "/.git" if dumb else rig.url
@@ -81,7 +81,7 @@ def test_a_server_that_gives_nothing_by_its_id_gives_everything(rig: Rig, dumb: 
     assert git(rig.target, "rev-list", "--count", "--all") == "3"
 
 
-def test_a_commit_that_only_a_tag_names_is_found_there(rig: Rig) -> None:
+def test_a_commit_on_a_tag_only_is_found(rig: Rig) -> None:
     rig.server.modern = False
     git(rig.repository, "tag", "released", rig.second)
     git(rig.repository, "reset", "--quiet", "--hard", rig.first)
@@ -91,7 +91,7 @@ def test_a_commit_that_only_a_tag_names_is_found_there(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("modern", [False, True])
-def test_an_unknown_commit_is_said_to_be_one(rig: Rig, modern: bool) -> None:
+def test_an_unknown_commit(rig: Rig, modern: bool) -> None:
     rig.server.modern = modern
     error = rig.fails(revision="0123456789" * 4)
     assert isinstance(error, UpstreamCodeError)
@@ -106,7 +106,7 @@ def test_an_unknown_commit_of_a_local_repository(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_server_that_wants_credentials_is_not_asked_again(rig: Rig, status: int) -> None:
+def test_a_server_that_needs_credentials_is_not_retried(rig: Rig, status: int) -> None:
     rig.server.answers = [status] * 9
     error = rig.fails()
     assert isinstance(error, AccessRefused)
@@ -114,7 +114,7 @@ def test_a_server_that_wants_credentials_is_not_asked_again(rig: Rig, status: in
     assert rig.waits == []
 
 
-def test_credentials_of_the_url_are_used_and_never_shown(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+def test_credentials_in_the_url_are_used_and_never_shown(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     url = rig.url.replace("//", "//user:secret@") + "?token=secret"
     for answers in ([401] * 9, [500] * 9, [404] * 9, [200] * 9):
@@ -129,7 +129,7 @@ def test_credentials_of_the_url_are_used_and_never_shown(rig: Rig, caplog: pytes
 
 
 @pytest.mark.parametrize("status", [404, 410, 200])
-def test_where_no_repository_is(rig: Rig, status: int) -> None:
+def test_a_url_without_a_repository(rig: Rig, status: int) -> None:
     rig.server.answers = [status] * 9
     error = rig.fails()
     assert isinstance(error, UpstreamCodeError)
@@ -143,13 +143,13 @@ def test_where_no_repository_is(rig: Rig, status: int) -> None:
     ["/nonexistent", "file:///nonexistent", "foo://host/x", "http://[bad/x", "http://h:99999/x", " ", "-x", "--all",
      "https://u:secret@ h/x?sign=secret"],
 )  # fmt: skip
-def test_what_is_no_url_of_a_repository(rig: Rig, url: str) -> None:
+def test_malformed_repository_urls(rig: Rig, url: str) -> None:
     assert type(rig.fails(url)) is UpstreamCodeError
     assert rig.waits == []
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
-def test_what_may_pass_is_tried_again(rig: Rig, status: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_temporary_failures_are_retried(rig: Rig, status: int, caplog: pytest.LogCaptureFixture) -> None:
     rig.server.answers = [status] * 3
     rig.vendor()
     assert look(rig.target, rig.first).state is State.GOOD
@@ -157,7 +157,7 @@ def test_what_may_pass_is_tried_again(rig: Rig, status: int, caplog: pytest.LogC
     assert len([line for line in caplog.messages if "trying again" in line]) == 3
 
 
-def test_after_four_attempts_it_is_given_up(rig: Rig) -> None:
+def test_fetching_fails_after_four_attempts(rig: Rig) -> None:
     rig.server.answers = [500] * 9
     error = rig.fails()
     assert isinstance(error, Unreachable)
@@ -176,16 +176,16 @@ def test_a_refused_connection(rig: Rig) -> None:
     assert rig.waits == [1, 2, 4]
 
 
-def test_a_server_that_falls_silent_is_left(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(git_module, "SILENT_SECONDS", 0.2)
     rig.server.answers = [STALL] * 4
     error = rig.fails()
     assert isinstance(error, Unreachable)
-    assert "not a word from git" in str(error)
+    assert "no output from git" in str(error)
     assert rig.waits == [1, 2, 4]
 
 
-def test_git_is_told_to_leave_a_slow_connection_and_to_speak_english(
+def test_git_gets_a_minimum_speed_and_the_c_locale(
     rig: Rig, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
@@ -220,7 +220,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_gits_own_words_are_understood_and_quoted(rig: Rig, programs: Path, tmp_path: Path, words: str) -> None:
+def test_git_messages_are_classified_and_quoted(rig: Rig, programs: Path, tmp_path: Path, words: str) -> None:
     kind, said = WORDS[words]
     real = git(tmp_path, "--exec-path") + "/git"
     (tmp_path / "words").write_text(f"Receiving objects: 50% (1/2)\r{words}\n")
@@ -233,7 +233,7 @@ def test_gits_own_words_are_understood_and_quoted(rig: Rig, programs: Path, tmp_
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_without_git_it_says_how_to_get_it_or_do_without(
+def test_without_git_the_error_says_what_to_do(
     rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     if there:  # then it cannot be checked
@@ -245,7 +245,7 @@ def test_without_git_it_says_how_to_get_it_or_do_without(
     assert "--parity-check false" in str(error.value)
 
 
-def test_ssh_does_not_ask(rig: Rig, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssh_does_not_prompt(rig: Rig, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GIT_SSH_COMMAND", raising=False)
     monkeypatch.delenv("GIT_SSH", raising=False)
     asks = f"if (: < /dev/tty) 2> /dev/null; then echo terminal; fi >> {tmp_path}/calls"
@@ -258,7 +258,7 @@ def test_ssh_does_not_ask(rig: Rig, programs: Path, tmp_path: Path, monkeypatch:
     assert "terminal" not in called
 
 
-def test_no_program_asks_for_a_password(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_program_prompts_for_a_password(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = program(tmp_path / "asking", "ask", f"touch {tmp_path}/asked; echo secret")
     for name in ("GIT_ASKPASS", "SSH_ASKPASS"):
         monkeypatch.setenv(name, str(asks))
@@ -269,7 +269,7 @@ def test_no_program_asks_for_a_password(rig: Rig, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "asked").exists()
 
 
-def test_how_a_repository_is_reached_is_the_users_to_configure(
+def test_the_users_configuration_says_how_a_repository_is_reached(
     rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config").write_text(f'[url "{rig.url}"]\ninsteadOf = https://github.com/facebookresearch/dinov3.git\n')
@@ -279,11 +279,13 @@ def test_how_a_repository_is_reached_is_the_users_to_configure(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_git_dies_with_us(rig: Rig, programs: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    """On Ctrl-C at once, with all that it started; after SIGKILL nobody listens to its next word."""
+def test_git_is_killed_with_its_children(rig: Rig, programs: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    """On Ctrl-C they are killed at once; after SIGKILL of our process, by SIGPIPE at their next output."""
     pids = tmp_path / "pids"
     works = "while echo working; do sleep 0.05; done" if sent == signal.SIGKILL else "exec sleep 60"
-    program(programs, "git", f"echo $$ >> {pids}; ({works}) & echo $! >> {pids}; wait")
+    real = git(tmp_path, "--exec-path") + "/git"
+    hangs = f"echo $$ >> {pids}; ({works}) & echo $! >> {pids}; wait"
+    program(programs, "git", f'case "$*" in *" fetch "*) {hangs};; esac; exec {real} "$@"')
     code = "import sys, pathlib, signal; from dinov3_server.provision.vendor import vendor; "
     # A shell starts what it puts in the background (`make test &`) deaf to SIGINT, and children inherit that.
     code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
@@ -299,8 +301,8 @@ def test_git_dies_with_us(rig: Rig, programs: Path, tmp_path: Path, sent: signal
         assert beside(rig.target) == ["code.lock"]
 
 
-def test_a_signal_that_comes_while_git_starts_ends_it(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its first words and the moment in which Popen returns."""
+def test_a_signal_during_the_start_of_git_kills_it(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal arrives after git's first output and before Popen returns."""
     program(programs, "git", "sleep 60 & echo $!; wait")
     started = []
 
@@ -316,7 +318,7 @@ def test_a_signal_that_comes_while_git_starts_ends_it(programs: Path, monkeypatc
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            git_module.run("fetch", folder=programs)
+            git_module.run_remotely("fetch", folder=programs)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

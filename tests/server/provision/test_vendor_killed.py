@@ -1,4 +1,4 @@
-"""Vendoring that is killed at any step, and several at once: what is in the folder is always whole, and mended."""
+"""Fetching Meta's code in processes that are killed or run at once: the folder is always complete or repaired."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOUND = ("nothing", "another commit", "a modified tree")
 
 
 class Rig:
-    """A repository with two commits; `start` leaves in the target what a test begins with."""
+    """A repository with two commits; `start` prepares the target."""
 
     def __init__(self, folder: Path) -> None:
         self.repository = folder / "served"
@@ -39,7 +39,7 @@ class Rig:
             (self.target / BACKBONES).write_text("modified = True\n")
 
     def process(self, found: str, fatal: int, path: str | None = None) -> subprocess.Popen[str]:
-        """A process that is to put the new commit there, by force where it must."""
+        """Start a process that fetches the new commit, with `force` if necessary."""
         given: list[Any] = [str(self.repository), self.new, str(self.target), {"force": found == "a modified tree"}]
         return subprocess.Popen(
             [sys.executable, "-m", "tests.server.provision.vendor_process", json.dumps([*given, fatal])],
@@ -51,7 +51,7 @@ class Rig:
         )
 
     def check_and_mend(self, found: str) -> None:
-        """What a kill leaves is nothing, what was there before, or what was to be; and the next one mends it."""
+        """Check that a kill left nothing, the old checkout or the new one, and that the next process repairs it."""
         state = look(self.target, self.new)
         if found == "a modified tree" and state.state is State.MODIFIED:
             assert (self.target / BACKBONES).read_text() == "modified = True\n"
@@ -62,7 +62,7 @@ class Rig:
             assert state.state in (State.NOTHING, State.GOOD)
         aside = look(self.target.with_name(".code.old"), self.old)
         if aside.state is not State.NOTHING:  # it may yet come back, so it is what it was
-            wanted = Found(State.MODIFIED, f"is not as its commit has it: {BACKBONES} (changed)")
+            wanted = Found(State.MODIFIED, f"differs from its commit: {BACKBONES} (changed)")
             assert aside == (wanted if found == "a modified tree" else Found(State.GOOD))
         vendor(str(self.repository), self.new, self.target, force=found == "a modified tree")
         assert look(self.target, self.new).state is State.GOOD
@@ -75,7 +75,7 @@ def rig(tmp_path: Path) -> Rig:
 
 
 def steps(rig: Rig, found: str) -> int:
-    """How many steps an undisturbed vendoring takes."""
+    """Count the steps of a process that is not killed."""
     rig.start(found)
     said, errors = rig.process(found, NEVER).communicate()
     assert said, errors
@@ -102,7 +102,7 @@ def test_killed_at_any_step(rig: Rig, found: str, share: int) -> None:
 @pytest.mark.parametrize("when", ["before", "after", "during"])
 @pytest.mark.parametrize("command", ["init", "fetch", "checkout"])
 def test_killed_while_git_runs(rig: Rig, tmp_path: Path, command: str, when: str) -> None:
-    """`during`: git itself lives on and ends its command while the next vendoring is under way."""
+    """`during`: git survives, and ends its command while the next process runs."""
     real = git(tmp_path, "--exec-path") + "/git"
     kill = "kill -9 $PPID"
     runs = {"before": f"{kill}; exit 1", "after": f'{real} "$@"; {kill}; exit 1', "during": f'{kill}; exec {real} "$@"'}
@@ -119,7 +119,7 @@ def test_killed_while_git_runs(rig: Rig, tmp_path: Path, command: str, when: str
     process.communicate()
 
 
-def test_a_good_checkout_that_was_set_aside_comes_back_without_a_network(rig: Rig) -> None:
+def test_a_good_checkout_that_was_renamed_is_restored_offline(rig: Rig) -> None:
     rig.start("another commit")
     rig.target.rename(rig.target.with_name(".code.old"))  # killed between the two renames
     vendor(str(rig.repository), rig.old, rig.target, offline=True)
@@ -127,7 +127,7 @@ def test_a_good_checkout_that_was_set_aside_comes_back_without_a_network(rig: Ri
     assert beside(rig.target) == ["code", "code.lock"]
 
 
-def test_what_the_killed_left_is_removed_and_what_others_have_is_not(rig: Rig) -> None:
+def test_only_leftovers_of_killed_processes_are_removed(rig: Rig) -> None:
     rig.start("another commit")
     left = [".code.01234567.part", ".code.89abcdef.part", ".code.old"]
     others = [".code.2.01234567.part", ".code.01234567", ".code.backup", "code.01234567.part"]
@@ -138,7 +138,7 @@ def test_what_the_killed_left_is_removed_and_what_others_have_is_not(rig: Rig) -
 
 
 @pytest.mark.parametrize("found", ["nothing", "another commit"])
-def test_of_several_at_once_one_fetches(rig: Rig, tmp_path: Path, found: str) -> None:
+def test_of_several_processes_one_fetches(rig: Rig, tmp_path: Path, found: str) -> None:
     real = git(tmp_path, "--exec-path") + "/git"
     script = f'case "$*" in *" fetch "*) echo fetched >> {tmp_path}/calls;; esac; exec {real} "$@"'
     program(tmp_path / "programs", "git", script)

@@ -1,4 +1,4 @@
-"""Meta's own repository as a git URL."""
+"""Fetching Meta's real repository."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-def test_metas_repository_is_vendored_and_can_be_imported(tmp_path: Path) -> None:
+def test_metas_repository_is_fetched_and_can_be_imported(tmp_path: Path) -> None:
     url, commit = served_repository(tmp_path)
     target = tmp_path / "cache_dir" / "upstream" / commit
     vendor(url, commit, target)

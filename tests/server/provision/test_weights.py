@@ -1,4 +1,4 @@
-"""Where weights come from: each source, and the order of `auto`."""
+"""Every source of weights, and the order of `auto`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def find(cache_dir: Path, weights: str = "auto", **settings: object) -> Weights:
 
 
 def refused(kind: type[StartupError], cache_dir: Path, weights: str = "auto", **settings: object) -> str:
-    """The message, which fits one screen and has no secrets."""
+    """Return the message of the error, after checking that it is short and has no secrets."""
     with pytest.raises(kind) as caught:
         find(cache_dir, weights, **settings)
     message = str(caught.value)
@@ -64,14 +64,14 @@ def refused(kind: type[StartupError], cache_dir: Path, weights: str = "auto", **
 # A path.
 
 
-def test_a_file_is_used_where_it_lies(cache_dir: Path, tmp_path: Path, no_sockets: None) -> None:
+def test_a_file_is_used_in_place(cache_dir: Path, tmp_path: Path, no_sockets: None) -> None:
     path = tmp_path / "mine.pth"
     path.write_bytes(b"anything")
     assert find(cache_dir, str(path), offline=True) == (path, "mine.pth")
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_and_an_index_are_used_where_they_lie(cache_dir: Path, tmp_path: Path, no_sockets: None) -> None:
+def test_a_folder_and_an_index_are_used_in_place(cache_dir: Path, tmp_path: Path, no_sockets: None) -> None:
     folder = tmp_path / "timm-large"
     folder.mkdir()
     index = folder / "model.safetensors.index.json"
@@ -87,29 +87,29 @@ def test_a_path_may_begin_with_the_users_home(cache_dir: Path, tmp_path: Path, m
     assert find(cache_dir, "~/mine.pth").path == tmp_path / "mine.pth"
 
 
-def test_a_signed_url_without_its_beginning_is_taken_for_a_path_and_not_shown(cache_dir: Path) -> None:
+def test_a_signed_url_without_its_scheme_is_a_path_and_is_not_shown(cache_dir: Path) -> None:
     said = refused(ConfigError, cache_dir, f"example.org/a/w.pth{SECRET}/secret")
     assert said == "weights is 'example.org/a/w.pth?...', and there is no folder example.org/a that can be read"
 
 
-def test_the_name_that_wget_gives_a_file_is_not_shown_whole(cache_dir: Path, tmp_path: Path) -> None:
+def test_the_signature_in_a_file_name_of_wget_is_not_shown(cache_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / f"w.pth{SECRET}"
     path.write_bytes(DATA)
     assert find(cache_dir, weights=str(path)) == (path, "w.pth?...")
 
 
-def test_a_path_that_cannot_be_looked_at(cache_dir: Path) -> None:
+def test_an_unusable_path(cache_dir: Path) -> None:
     with pytest.raises(StorageError, match=r"weights is '/x+': File name too long \(this process is uid \d+\)"):
         find(cache_dir, weights="/" + "x" * 300)
 
 
 @pytest.mark.parametrize("source", ["auto", "https://host.invalid/x.pth", "hf://me/tuned"])
-def test_a_home_that_cannot_be_looked_at(tmp_path: Path, source: str, no_sockets: None) -> None:
+def test_an_unusable_cache_folder(tmp_path: Path, source: str, no_sockets: None) -> None:
     with pytest.raises(StorageError, match=r"File name too long; choose another folder with --cache-dir"):
         find(tmp_path / ("x" * 300), weights=source)
 
 
-def test_a_missing_file_names_the_near_ones(cache_dir: Path, tmp_path: Path) -> None:
+def test_a_missing_file_gets_suggestions(cache_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "dinov3_vitl16.pth").write_bytes(DATA)
     (tmp_path / ".hidden").write_bytes(DATA)
     message = refused(ConfigError, cache_dir, str(tmp_path / "dinov3_vitl61.pth"))
@@ -121,7 +121,7 @@ def test_a_missing_file_names_the_near_ones(cache_dir: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/x.pth", "https:/x.pth", "ftp://u:secret@host/x.pth?secret"])
-def test_other_urls_are_no_sources(cache_dir: Path, url: str) -> None:
+def test_other_url_schemes_are_refused(cache_dir: Path, url: str) -> None:
     assert "weights is" in refused(ConfigError, cache_dir, url)
 
 
@@ -146,7 +146,9 @@ def test_an_official_file_from_a_signed_url(
 
 
 @pytest.mark.parametrize("name", ["dinov3_vitl16_pretrain.pth", "dinov3_vitl16_pretrain_lvd1689m.pth"])
-def test_older_spellings_in_a_url_are_held_to_the_registry(cache_dir: Path, files: FileServer, name: str) -> None:
+def test_older_file_names_in_a_url_are_checked_against_the_registry(
+    cache_dir: Path, files: FileServer, name: str
+) -> None:
     files.put(f"/good/{name}", DATA)
     files.put(f"/bad/{name}", b"another")
     with pytest.raises(CheckpointError, match=sha(DATA)[:8]):
@@ -155,7 +157,7 @@ def test_older_spellings_in_a_url_are_held_to_the_registry(cache_dir: Path, file
     assert find(cache_dir, offline=True).path == cache_dir / "weights" / LVD_NAME
 
 
-def test_the_dataset_of_a_url_is_that_of_its_name(cache_dir: Path, files: FileServer) -> None:
+def test_the_file_name_of_a_url_determines_the_dataset(cache_dir: Path, files: FileServer) -> None:
     files.put(f"/{SAT_NAME}", SAT)
     assert find(cache_dir, files.url(f"/{SAT_NAME}")) == (cache_dir / "weights" / SAT_NAME, SAT_NAME)
     assert find(cache_dir, weights_url=files.url(f"/{SAT_NAME}")).label == SAT_NAME
@@ -175,7 +177,7 @@ def test_the_dataset_of_a_url_is_that_of_its_name(cache_dir: Path, files: FileSe
         (SAT_NAME, {"dataset": "lvd1689m"}, "Set dataset to sat493m"),
     ],
 )
-def test_another_models_name_is_refused_before_a_byte_is_fetched(
+def test_another_models_file_name_is_refused_before_fetching(
     cache_dir: Path, files: FileServer, name: str, settings: dict[str, str], says: str
 ) -> None:
     files.put(f"/{name}", DATA)
@@ -186,7 +188,7 @@ def test_another_models_name_is_refused_before_a_byte_is_fetched(
     assert not cache_dir.exists()
 
 
-def test_other_names_are_kept_apart_by_where_they_came_from(cache_dir: Path, files: FileServer) -> None:
+def test_files_with_the_same_name_are_kept_apart_by_their_url(cache_dir: Path, files: FileServer) -> None:
     for folder in ("a", "b"):
         files.put(f"/{folder}/model.safetensors", folder.encode() * 1000)
     found = [find(cache_dir, files.url(f"/{folder}/model.safetensors{SECRET}")) for folder in ("a", "b")]
@@ -200,7 +202,7 @@ def test_other_names_are_kept_apart_by_where_they_came_from(cache_dir: Path, fil
     assert known.checked_against == "nothing"
 
 
-def test_the_hash_in_a_name_that_is_not_official_is_checked_too(cache_dir: Path, files: FileServer) -> None:
+def test_the_hash_in_an_unofficial_name_is_checked_too(cache_dir: Path, files: FileServer) -> None:
     files.put("/dinov3_vitl16_pretrain_lvd1689m-deadbeef.pth", DATA)
     with pytest.raises(CheckpointError, match="deadbeef"):
         find(cache_dir, files.url("/dinov3_vitl16_pretrain_lvd1689m-deadbeef.pth"))
@@ -217,14 +219,14 @@ def test_an_escaped_name(cache_dir: Path, files: FileServer) -> None:
     assert find(cache_dir, files.url("/my%20model.pth")).label == "my model.pth"
 
 
-def test_a_file_url_wants_no_network(cache_dir: Path, tmp_path: Path, no_sockets: None) -> None:
+def test_a_file_url_needs_no_network(cache_dir: Path, tmp_path: Path, no_sockets: None) -> None:
     (tmp_path / LVD_NAME).write_bytes(DATA)
     url = (tmp_path / LVD_NAME).as_uri()
     assert find(cache_dir, url, offline=True) == (cache_dir / "weights" / LVD_NAME, LVD_NAME)
     assert find(cache_dir / "other", weights_url=url, offline=True).path.read_bytes() == DATA
 
 
-def test_a_url_that_refuses(cache_dir: Path, files: FileServer, hub: FakeHub) -> None:
+def test_a_refused_url_does_not_fall_back(cache_dir: Path, files: FileServer, hub: FakeHub) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
     files.always(f"/{LVD_NAME}", Answer(403))
     refused(AccessRefused, cache_dir, files.url(f"/{LVD_NAME}{SECRET}"))
@@ -259,7 +261,7 @@ def test_another_models_repository_is_refused(
     assert not hub.asked()
 
 
-def test_a_gated_repository_that_was_named_does_not_fall_through(cache_dir: Path, hub: FakeHub) -> None:
+def test_a_named_gated_repository_does_not_fall_back(cache_dir: Path, hub: FakeHub) -> None:
     hub.publish(FACEBOOK, {"model.safetensors": DATA})
     hub.gate(FACEBOOK, 401)
     hub.publish(TIMM, {"model.safetensors": DATA})
@@ -270,7 +272,7 @@ def test_a_gated_repository_that_was_named_does_not_fall_through(cache_dir: Path
 
 
 @pytest.mark.parametrize("name", [LVD_NAME, "dinov3_vitl16_pretrain_lvd1689m.pth", "dinov3_vitl16_pretrain.pth"])
-def test_a_file_that_a_person_put_under_home_is_hashed_once(
+def test_a_file_that_the_user_put_into_the_cache_folder_is_hashed_once(
     cache_dir: Path, name: str, no_sockets: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(cache_dir, name)
@@ -288,7 +290,7 @@ def test_a_file_that_a_person_put_under_home_is_hashed_once(
 
 
 @pytest.mark.parametrize("name", [LVD_NAME, "dinov3_vitl16_pretrain_lvd1689m.pth", "dinov3_vitl16_pretrain.pth"])
-def test_a_wrong_file_under_home_is_neither_used_nor_deleted(cache_dir: Path, hub: FakeHub, name: str) -> None:
+def test_a_wrong_file_in_the_cache_folder_is_neither_used_nor_deleted(cache_dir: Path, hub: FakeHub, name: str) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
     path = put(cache_dir, name, b"an error page")
     message = refused(CheckpointError, cache_dir)
@@ -300,14 +302,14 @@ def test_a_wrong_file_under_home_is_neither_used_nor_deleted(cache_dir: Path, hu
     assert not hub.asked()
 
 
-def test_an_older_spelling_may_be_the_file_of_the_other_dataset(cache_dir: Path, hub: FakeHub) -> None:
+def test_an_older_file_name_may_be_of_the_other_dataset(cache_dir: Path, hub: FakeHub) -> None:
     path = put(cache_dir, "dinov3_vitl16_pretrain.pth", SAT)
     hub.publish(TIMM, {"model.safetensors": DATA})
     assert find(cache_dir, dataset="sat493m") == (path, SAT_NAME)
     assert find(cache_dir).label == f"hf://{TIMM}"
 
 
-def test_where_the_url_fails_the_file_that_it_names_is_wanted(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_the_url_fails_the_error_names_its_file(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "download", Mock(side_effect=Unreachable("no network")))
     said = refused(Unreachable, cache_dir, weights_url=f"https://host.invalid/{SAT_NAME}{SECRET}")
     assert "fetching them failed: no network" in said
@@ -315,7 +317,7 @@ def test_where_the_url_fails_the_file_that_it_names_is_wanted(cache_dir: Path, m
     assert LVD_NAME not in said
 
 
-def test_home_comes_before_weights_url_and_that_before_the_hub(
+def test_auto_prefers_the_cache_folder_then_weights_url_then_the_hub(
     cache_dir: Path, hub: FakeHub, files: FileServer
 ) -> None:
     hub.publish(TIMM, {"model.safetensors": b"of the hub"})
@@ -330,7 +332,7 @@ def test_home_comes_before_weights_url_and_that_before_the_hub(
     assert hub.fetched() == ["model.safetensors"]
 
 
-def test_offline_a_weights_url_that_was_never_fetched_is_passed_over(
+def test_offline_an_unfetched_weights_url_is_skipped(
     cache_dir: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.publish(TIMM, {"model.safetensors": DATA})
@@ -338,7 +340,7 @@ def test_offline_a_weights_url_that_was_never_fetched_is_passed_over(
     assert find(cache_dir, weights_url="https://host.invalid/mirror.pth", offline=True) == fetched
 
 
-def test_with_a_token_metas_repository_is_taken(cache_dir: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_token_metas_repository_is_used(cache_dir: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in (FACEBOOK, TIMM):
         hub.publish(name, {"model.safetensors": name.encode()})
@@ -346,7 +348,7 @@ def test_with_a_token_metas_repository_is_taken(cache_dir: Path, hub: FakeHub, m
     assert not [seen for seen in hub.asked() if TIMM in seen.path]
 
 
-def test_without_a_token_timms_is_taken_and_metas_not_asked(
+def test_without_a_token_timms_repository_is_used(
     cache_dir: Path, hub: FakeHub, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -361,7 +363,7 @@ def test_without_a_token_timms_is_taken_and_metas_not_asked(
 
 
 @pytest.mark.parametrize("why", ["gated", "unknown token", "not on this mirror"])
-def test_where_metas_is_refused_timms_is_taken_with_one_line_that_says_so(
+def test_if_metas_repository_is_refused_timms_is_used_with_a_warning(
     cache_dir: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -384,7 +386,7 @@ def test_where_metas_is_refused_timms_is_taken_with_one_line_that_says_so(
     assert sent == {None if why == "unknown token" else f"Bearer {TOKEN}"}
 
 
-def test_what_the_hub_gave_is_kept_when_a_token_comes_later(
+def test_fetched_weights_stay_in_use_when_a_token_is_added(
     cache_dir: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (FACEBOOK, TIMM):
@@ -408,7 +410,7 @@ def test_a_dataset_that_the_variant_was_not_trained_on(cache_dir: Path, source: 
         find_or_fetch(settings, VARIANTS["dinov3_vitb16"])
 
 
-def test_a_variant_that_the_hub_does_not_have(cache_dir: Path, hub: FakeHub) -> None:
+def test_a_variant_that_is_not_on_the_hub(cache_dir: Path, hub: FakeHub) -> None:
     with pytest.raises(ConfigError, match="is not on Hugging Face") as caught:
         find_or_fetch(Settings(cache_dir=str(cache_dir)), VARIANTS["dinov3_vitl16plus"])
     assert "DINOV3_WEIGHTS_URL" in str(caught.value)
@@ -419,7 +421,7 @@ def test_a_variant_that_the_hub_does_not_have(cache_dir: Path, hub: FakeHub) -> 
 
 
 @pytest.mark.parametrize("switch", ["offline", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_offline_says_what_is_wanted_where_and_how_to_bring_it(
+def test_offline_errors_name_the_file_and_the_ways_to_get_it(
     cache_dir: Path, no_sockets: None, monkeypatch: pytest.MonkeyPatch, switch: str
 ) -> None:
     if switch != "offline":
@@ -443,7 +445,7 @@ def test_offline_no_source_opens_a_socket(cache_dir: Path, no_sockets: None) -> 
     assert "dinov3-server weights --model vitl16 --source hf://me/tuned@v1 --cache-dir FOLDER" in message
 
 
-def test_offline_names_nothing_of_the_hub_that_the_hub_does_not_have(cache_dir: Path, no_sockets: None) -> None:
+def test_offline_errors_suggest_the_hub_only_if_it_has_the_model(cache_dir: Path, no_sockets: None) -> None:
     with pytest.raises(Unreachable) as caught:
         find_or_fetch(Settings(cache_dir=str(cache_dir), offline=True), VARIANTS["dinov3_vitl16plus"])
     assert VARIANTS["dinov3_vitl16plus"].official_file("lvd1689m") in str(caught.value)
@@ -453,7 +455,7 @@ def test_offline_names_nothing_of_the_hub_that_the_hub_does_not_have(cache_dir: 
 # A cache_dir that cannot be written.
 
 
-def test_a_read_only_home_serves(cache_dir: Path, hub: FakeHub) -> None:
+def test_a_read_only_cache_folder_works(cache_dir: Path, hub: FakeHub) -> None:
     put(cache_dir, LVD_NAME)
     find(cache_dir)
     hub.publish("me/tuned", {**SHARDS, **INDEX})
@@ -471,7 +473,7 @@ def test_a_read_only_home_serves(cache_dir: Path, hub: FakeHub) -> None:
             folder.chmod(0o755)
 
 
-def test_a_time_that_changed_is_no_harm(cache_dir: Path, no_sockets: None) -> None:
+def test_a_changed_modification_time_is_accepted(cache_dir: Path, no_sockets: None) -> None:
     path = put(cache_dir, LVD_NAME)
     find(cache_dir)
     os.utime(path, ns=(1, 1))

@@ -39,7 +39,7 @@ def process(cache_dir: Path, *arguments: str, endpoint: str = "http://127.0.0.1:
             child.kill()
 
 
-def test_a_fetch_that_was_killed_goes_on_where_it_was(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_killed_fetch_resumes(hub: FakeHub, tmp_path: Path) -> None:
     first, second, third = SHARDS
     hub.publish(TIMM, {**SHARDS, **INDEX})
     hub.cdn.script(hub.blob(SHARDS[second]), Answer(hold_after=70_000))
@@ -87,7 +87,7 @@ def test_two_processes_fetch_a_url_once(files: FileServer, tmp_path: Path) -> No
     assert len(files.requests) == 1
 
 
-def test_a_start_with_everything_in_place_imports_no_hub(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_start_with_everything_in_place_does_not_import_huggingface_hub(hub: FakeHub, tmp_path: Path) -> None:
     hub.publish(TIMM, {**SHARDS, **INDEX})
     folder = fetch(tmp_path, Repository(TIMM), CheckOptions(""))
     for arguments in (["auto"], [f"hf://{TIMM}"], [f"hf://{TIMM}", "offline"]):

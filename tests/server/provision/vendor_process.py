@@ -1,7 +1,7 @@
-"""A process that vendors and may be killed on its way: `python -m tests.server.provision.vendor_process JSON`.
+"""Fetch Meta's code in a process that may kill itself: `python -m tests.server.provision.vendor_process JSON`.
 
-JSON is a list of the arguments of `vendor`, and a number: before the step of that number the process kills itself.
-Steps are what changes the disk and every start of a program. It prints how many steps it took.
+JSON is a list of the arguments of `vendor` and the number of the step before which the process kills itself. Steps are
+disk changes and starts of programs. It prints the number of steps.
 """
 
 from __future__ import annotations

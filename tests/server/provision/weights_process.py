@@ -1,4 +1,6 @@
-"""`find_or_fetch` in a process of its own: python -m tests.server.provision.weights_process HOME WEIGHTS [OFFLINE].
+"""Run `find_or_fetch` in a process of its own.
+
+python -m tests.server.provision.weights_process CACHE_DIR WEIGHTS [OFFLINE]
 
 It prints the path. Log lines go to stderr.
 """

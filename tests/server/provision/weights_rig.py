@@ -1,4 +1,4 @@
-"""What tests of weights share: a clean environment of the hub's library, a guard on sockets, a small variant."""
+"""Shared by tests of weights: a clean environment for huggingface_hub, a guard on sockets, a small variant."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sha(data: bytes) -> str:
 
 
 def variant(name: str = "dinov3_vitl16", **files: bytes) -> VitVariant:
-    """A variant for whose official files DATA and SAT (or `files`) are taken."""
+    """Return a variant whose official files are DATA and SAT (or `files`)."""
     held: dict[DatasetName, str] = {"lvd1689m": sha(files.get("lvd1689m", DATA))[:8]}
     if "sat493m" in VARIANTS[name].hashes:
         held["sat493m"] = sha(SAT)[:8]
@@ -64,7 +64,7 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def close_connections() -> None:
-    """Close those that the library keeps open: by the name of the function before huggingface_hub 1.0, or since."""
+    """Close the library's open connections; huggingface_hub 1.0 renamed the function."""
     from huggingface_hub import utils
 
     close = getattr(utils, "close_session", None) or utils.reset_sessions
@@ -72,7 +72,7 @@ def close_connections() -> None:
 
 
 def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever makes a socket or looks up a name fails the test."""
+    """Fail the test if it makes a socket or looks up a name."""
 
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("a socket was opened")
@@ -83,7 +83,7 @@ def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def everything_written(folder: Path) -> str:
-    """The text of all manifests and refs under `folder`, and every name."""
+    """Return the text of all manifests and refs under `folder`, and all paths."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     texts = [path.read_text() for path in files if path.suffix in (".json", "") or path.parent.name == "refs"]
     return "\n".join([*map(str, files), *texts])

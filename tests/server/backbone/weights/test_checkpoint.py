@@ -60,7 +60,7 @@ def test_every_layout_gives_the_same_tensors(tmp_path: Path, variant: VitVariant
         assert torch.equal(checkpoint.periods, official["rope_embed.periods"]), path
 
 
-def test_timm_stores_no_biases_of_queries_and_values_where_they_are_zeros(tmp_path: Path) -> None:
+def test_timm_leaves_out_biases_of_queries_and_values_that_are_zero(tmp_path: Path) -> None:
     tensors = random_tensors(SHALLOW, 5)
     without = timm_state(SHALLOW, tensors, biases=False)
     save_file(without, tmp_path / "without.safetensors")
@@ -111,7 +111,7 @@ def test_a_convnext_saved_by_transformers(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_the_two_names_of_a_convnexts_norm_must_agree(tmp_path: Path) -> None:
+def test_the_two_names_of_a_convnext_norm_must_agree(tmp_path: Path) -> None:
     state = convnext_official_state(random_tensors(NARROW, 5))
     torch.save(state | {"norms.3.bias": state["norm.bias"] + 1}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"norms\.3\.bias and norm\.bias are two names of one tensor, and differ"):
@@ -128,7 +128,7 @@ def test_a_saved_transformers_model_gives_its_features(tmp_path: Path) -> None:
     assert worst_error(ours(SHALLOW, dict(checkpoint.tensors), periods), images, expected) <= 1e-5
 
 
-def test_periods_are_the_files_own(tmp_path: Path) -> None:
+def test_rope_periods_come_from_the_file(tmp_path: Path) -> None:
     periods = torch.linspace(1, 90, 16)
     path = official_file(tmp_path / "a.pth", **{"rope_embed.periods": periods.bfloat16()})
     loaded = load_checkpoint(path, SHALLOW).periods
@@ -144,7 +144,7 @@ def test_half_precision_files(tmp_path: Path, dtype: torch.dtype) -> None:
     assert all(tensor.dtype == dtype for tensor in checkpoint.tensors.values())
 
 
-def test_the_separate_norm_of_local_crops_is_left_out(tmp_path: Path) -> None:
+def test_the_norm_of_local_crops_is_ignored(tmp_path: Path) -> None:
     extra = {"local_cls_norm.weight": torch.ones(384), "local_cls_norm.bias": torch.ones(384)}
     checkpoint = load_checkpoint(official_file(tmp_path / "a.pth", **extra), SHALLOW)
     assert set(checkpoint.tensors) == set(canonical_shapes(SHALLOW))
@@ -180,7 +180,7 @@ def test_one_wrong_key(tmp_path: Path, changes: dict[str, Tensor | None], told: 
     assert str(path) in str(caught.value)
 
 
-def test_one_wrong_key_in_transformers_layout(tmp_path: Path) -> None:
+def test_one_wrong_key_in_the_transformers_layout(tmp_path: Path) -> None:
     state = transformers_state(SHALLOW, random_tensors(SHALLOW, 5), older=True)
     state["layer.0.attention.k_proj.bias"] = torch.zeros(384)
     del state["layer.2.mlp.up_proj.bias"]
@@ -193,7 +193,7 @@ def test_one_wrong_key_in_transformers_layout(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "a.safetensors", SHALLOW)
 
 
-def test_a_key_in_both_spellings(tmp_path: Path) -> None:
+def test_a_key_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
     tensors = random_tensors(SHALLOW, 5)
     both = transformers_state(SHALLOW, tensors, older=True) | transformers_state(SHALLOW, tensors, older=False)
     torch.save(both, tmp_path / "a.pth")
@@ -245,7 +245,7 @@ def test_another_variant_is_recognised(tmp_path: Path, holds: str, wanted: str) 
         ({"reg_token": torch.ones(1, 4, 384)}, r"in the timm layout: \d+ missing: cls_token \(1, 1, 384\)"),
     ],
 )
-def test_tensors_of_something_else(tmp_path: Path, saved: dict[str, Tensor], told: str) -> None:
+def test_tensors_of_another_model_are_refused(tmp_path: Path, saved: dict[str, Tensor], told: str) -> None:
     torch.save(saved, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=told):
         load_checkpoint(tmp_path / "a.pth", SHALLOW)
@@ -261,7 +261,7 @@ def test_tensors_of_something_else(tmp_path: Path, saved: dict[str, Tensor], tol
         ("renamed.pth", ("local_cls_norm.weight", "local_cls_norm.bias"), "sat493m"),
     ],
 )
-def test_the_dataset_follows_from_the_file(tmp_path: Path, path: str, extra: tuple[str, ...], dataset: str) -> None:
+def test_the_dataset_is_guessed_from_the_file(tmp_path: Path, path: str, extra: tuple[str, ...], dataset: str) -> None:
     variant = dataclasses.replace(lookup("vitl16"), depth=1)
     tensors = {name: torch.zeros(1).expand(shape) for name, shape in canonical_shapes(variant).items()}
     state = official_state(variant, tensors) | {key: torch.zeros(variant.embed_dim) for key in extra}
@@ -276,7 +276,7 @@ def test_a_dataset_that_the_variant_was_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["lvd1689m", "sat493m"])
-def test_a_dataset_that_is_given_wins_over_names(tmp_path: Path, dataset: str) -> None:
+def test_a_given_dataset_outweighs_file_names(tmp_path: Path, dataset: str) -> None:
     variant = dataclasses.replace(lookup("vitl16"), depth=1)
     tensors = {name: torch.zeros(1).expand(shape) for name, shape in canonical_shapes(variant).items()}
     other = {"lvd1689m": "sat493m", "sat493m": "lvd1689m"}[dataset]

@@ -69,7 +69,7 @@ def test_equal_for_the_same_values_in_a_smaller_dtype() -> None:
     )
 
 
-def test_does_not_depend_on_the_order_of_the_keys() -> None:
+def test_the_order_of_keys_does_not_matter() -> None:
     reordered = dict(reversed(checkpoint().tensors.items()))
     assert identity(dataclasses.replace(checkpoint(), tensors=reordered)) == identity(checkpoint())
 
@@ -86,12 +86,12 @@ def with_two_swapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("change", [with_one_bit_changed, with_two_swapped])
-def test_another_for_other_weights(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+def test_other_weights_change_the_fingerprint(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     tensors = change(dict(checkpoint().tensors))
     assert identity(dataclasses.replace(checkpoint(), tensors=tensors)) != identity(checkpoint())
 
 
-def test_another_for_whatever_else_changes_a_feature() -> None:
+def test_everything_else_that_changes_a_feature_changes_the_fingerprint() -> None:
     base = checkpoint()
     others = [
         identity(base),
@@ -118,7 +118,7 @@ def test_random_weights_are_the_same_for_a_seed_and_far_from_uniform_attention()
     assert one["blocks.0.ls1.gamma"].unique().tolist() == [0.5]
 
 
-def test_random_weights_of_a_seed_stay_what_they_were() -> None:
+def test_random_weights_of_a_seed_never_change() -> None:
     """Whoever saved features of `random:5` gets the same ones from every version."""
     tensors = random_tensors(SHALLOW, 5)
     assert tensors["cls_token"][0, 0, :3].tolist() == pytest.approx([0.0368466, 0.0103777, -0.0342384], rel=1e-5)
