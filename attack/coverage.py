@@ -82,9 +82,9 @@ def reading() -> Target:
         except InvalidInput:
             assert plain is None, "refused what protobuf reads"
             return
-        assert _restored(incoming.message, incoming.content) == plain, "read otherwise than protobuf reads it"
+        assert _restored(incoming.message, incoming.resolve_bytes) == plain, "read otherwise than protobuf reads it"
         with suppress(InvalidInput, ModelMismatch):
-            read_request(incoming.message, incoming.content, model, settings)
+            read_request(incoming.message, incoming.resolve_bytes, model, settings)
 
     return read
 

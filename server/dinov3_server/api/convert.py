@@ -1,4 +1,4 @@
-"""An ExtractRequest, checked: which features it wants, and how each of its images becomes pixels in an arena."""
+"""Check an ExtractRequest: which features to compute, and how its images become pixels in the arena."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _IS_BULK = {pb.PRIORITY_INTERACTIVE: False, pb.PRIORITY_BULK: True}
 
 @dataclass
 class Query:
-    """What is to be computed for one request.
+    """What to compute for one request.
 
-    `failures` is by image. `row_counts` are the rows that each image asks for, whether it gets them or not; `has_views`
-    says that an image of the request has views.
+    `failures` are by image. `row_counts` has the requested rows of each image, also of failed ones. `has_views` is true
+    if any image has views.
     """
 
     spec: FeatureSpec
@@ -34,10 +34,11 @@ class Query:
 
     @property
     def needs_sizes(self) -> bool:
+        """Whether the shape of a row depends on the header of a file."""
         return any(source.rows_with_size for source in self.sources)
 
     def by_shape(self) -> dict[PixelShape, list[tuple[int, int]]]:
-        """Shapes in order of first use, each with the (image, view) of its rows, ascending."""
+        """Return the (image, view) of the rows of each shape, ascending. Shapes are in order of first use."""
         groups: dict[PixelShape, list[tuple[int, int]]] = {}
         for source in self.sources:
             for row in source.rows:
@@ -47,20 +48,22 @@ class Query:
 
 
 def count_images(request: pb.ExtractRequest) -> int:
-    """How many images a request brings, each view as one, by its own account; 0 where that makes no sense."""
+    """Return how many images an unchecked request claims, each view as one; 0 if its shape is not that of images."""
     shape = request.pixels.shape
     return sum(map(count_rows, request.images)) or (max(shape[0], 0) if len(shape) == 4 else 0)
 
 
-def read_request(request: pb.ExtractRequest, content: BytesResolver, model: ModelInfo, settings: Settings) -> Query:
-    """`content` is that of the request's `bytes` fields (wire.ParsedMessage).
+def read_request(
+    request: pb.ExtractRequest, resolve_bytes: BytesResolver, model: ModelInfo, settings: Settings
+) -> Query:
+    """Check a request. `resolve_bytes` is that of wire.ParsedMessage.
 
-    Raises ModelMismatch, or InvalidInput where the request as a whole is at fault.
+    Raises ModelMismatch, or InvalidInput if the request is wrong as a whole. Errors of images are in `Query.failures`.
     """
     _check_pins(request, model)
     spec = read_outputs(request.outputs, model, settings.max_batch_tokens)
     bulk = enum_of(pb.Priority, _IS_BULK, request.priority or pb.PRIORITY_INTERACTIVE, "priority")
-    reader = SourceReader(request.preprocessing, content, model, settings)
+    reader = SourceReader(request.preprocessing, resolve_bytes, model, settings)
     if bool(request.images) == request.HasField("pixels"):
         given = "both images and pixels are" if request.images else "neither images nor pixels is"
         raise InvalidInput(f"{given} set: send one of them", field="images")
@@ -84,12 +87,12 @@ def _check_pins(request: pb.ExtractRequest, model: ModelInfo) -> None:
         if projection.name == request.outputs.projection:
             served[model.answer_fingerprint(projection.name)] = f"with the projection {projection.name!r}"
     if request.fingerprint not in served:
-        told = " and ".join(f"{what} {fingerprint!r}" for fingerprint, what in served.items())
-        raise ModelMismatch(f"this server serves {told}; the request asks for {request.fingerprint!r}")
+        allowed = " and ".join(f"{what} {fingerprint!r}" for fingerprint, what in served.items())
+        raise ModelMismatch(f"this server serves {allowed}; the request asks for {request.fingerprint!r}")
 
 
 def _canonical(name: str) -> str:
-    """The registry's name of a model: a pin may say `vits16` as `--model` may."""
+    """Return the registry's name of a model: a pin may use a short name like `vits16`, as `--model` may."""
     try:
         return registry.lookup(name).name
     except ConfigError:

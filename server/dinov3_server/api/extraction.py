@@ -1,8 +1,8 @@
-"""One request from parsed message to response bytes: reserve, decode into the arena, compute, answer.
+"""Process one request, from the parsed message to the bytes of the answer: reserve, decode, compute, respond.
 
-Every way out releases the reservation of the request. One needs care: where a caller leaves while threads write pixels,
-the reservation stays until they are done, or they would overwrite the request that gets the range next. That is soon:
-what threads decode is small. Decode processes are killed, and what they were decoding is lost.
+The reservation of the arena is released however the request ends. If the caller leaves while threads write pixels, it
+is kept until they have stopped: they would write into the next request that gets the range. This is soon, as threads
+decode only what is cheap; decode processes are killed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dinov3_server.api.budget import ByteBudget, RequestMemory
 from dinov3_server.api.convert import Query, count_images, read_request
 from dinov3_server.api.decode_pool import DecodePool, decode_tasks
-from dinov3_server.api.outputs import check_answer, too_large
+from dinov3_server.api.outputs import check_answer_size, too_large
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
 from dinov3_server.api.wire import BytesResolver
 from dinov3_server.config.settings import Settings
@@ -29,8 +29,8 @@ from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import ModelInfo
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-# `outcome` of dinov3_images_total, by the status that a request failed with. Expired and cancelled ones are counted
-# where they are dropped: here while they are decoded, later by the engine.
+# Label `outcome` of dinov3_images_total for a request that fails as a whole. Expired and cancelled images are counted
+# where they are dropped: by the decode pool, later by the engine.
 _OUTCOMES = {
     "INVALID_ARGUMENT": "invalid",
     "FAILED_PRECONDITION": "invalid",
@@ -41,12 +41,12 @@ _OUTCOMES = {
 
 
 class Extraction:
-    """What every request of a frontend goes through, whether it came alone or in a stream."""
+    """Processes the requests of a frontend, those of unary calls and of streams alike."""
 
     def __init__(
         self, engine: Engine, settings: Settings, metrics: Metrics, index: int, threads: int, budget: ByteBudget
     ) -> None:
-        """To be made in the event loop."""
+        """Create it in the event loop."""
         self._engine = engine
         self._settings = settings
         self._metrics = metrics
@@ -54,12 +54,12 @@ class Extraction:
         self._decode_pool = DecodePool(threads, budget.pictures, metrics)
 
     def close(self) -> None:
-        """To be called when no request is left."""
+        """Stop the decode pool. Call it when no request is left."""
         self._decode_pool.close()
 
     @property
     def model(self) -> ModelInfo:
-        """Raises Unavailable until a worker has been ready."""
+        """The served model. Raises Unavailable until a worker has been ready."""
         if self._engine.model is None:
             raise Unavailable("the server is starting: its model is still being loaded", reason="starting")
         return self._engine.model
@@ -71,13 +71,17 @@ class Extraction:
         caller: Caller,
         request_memory: RequestMemory,
         message_id: int | None = None,
-        content: BytesResolver = bytes,
+        resolve_bytes: BytesResolver = bytes,
     ) -> bytes:
-        """Return the ExtractResponse or, given a `message_id`, the ExtractStreamResponse that holds it.
+        """Return a serialized ExtractResponse, or the ExtractStreamResponse around it if there is a `message_id`.
 
-        `content` resolves the request's `bytes` fields (wire.ParsedMessage). `request_memory` releases the message once
-        it is decoded, and acquires memory for the answer before it is built.
-        `deadline` is in seconds of time.monotonic(). Raises ServingError where the request as a whole fails.
+        The memory of the message is released when it is decoded; that of the answer is acquired before it is built.
+
+        Args:
+            deadline: in seconds of time.monotonic().
+            resolve_bytes: of the request, see wire.ParsedMessage.
+
+        Raises ServingError if the request fails as a whole.
         """
         images = min(count_images(request), self._settings.max_images_per_request)
         try:
@@ -85,8 +89,9 @@ class Extraction:
             bulk = request.priority == pb.PRIORITY_BULK
             least = Demand(images=max(1, images), nbytes=0, tokens=images, caller=caller, bulk=bulk)
             self._engine.check_time(least, deadline)
-            query = read_request(request, content, model, self._settings)
-            del request, content  # and later `query.sources`: what was sent need not wait in memory for the device
+            query = read_request(request, resolve_bytes, model, self._settings)
+            # Here, and `query.sources` later: so that the message is freed while the request waits for the device.
+            del request, resolve_bytes
             if query.needs_sizes:
                 await self._decode_pool.read_sizes(query.sources, query.failures, deadline)
             placed = _plan(query, model)
@@ -95,7 +100,7 @@ class Extraction:
                     memoryview(b""), model, query, placed, pb.Timings(), message_id, deadline, request_memory
                 )
                 return await answering
-            check_answer([one.block for one in placed], model, query.fingerprint, self._settings.max_message_bytes)
+            check_answer_size([one.block for one in placed], model, query.fingerprint, self._settings.max_message_bytes)
             demand = Demand(
                 images=sum(one.block.count for one in placed),
                 nbytes=placed[-1].block.end,
@@ -165,7 +170,7 @@ class Extraction:
         if len(runs) == 1:
             return [await runs[0]]
         try:
-            async with asyncio.TaskGroup() as group:  # one that fails cancels the others
+            async with asyncio.TaskGroup() as group:  # the first error cancels the other runs
                 tasks = [group.create_task(run) for run in runs]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
@@ -193,7 +198,7 @@ class Extraction:
             pieces = stream_answer(message_id, pieces)
         nbytes = sum(map(len, pieces))
         limit = self._settings.max_message_bytes
-        if nbytes > limit:  # the errors of many images can take it there
+        if nbytes > limit:  # possible with the errors of many images
             raise too_large(f"{nbytes} bytes, with the errors of {len(failures)} images", limit)
         await request_memory.acquire_answer(nbytes, deadline)
         answer = b"".join(pieces)
@@ -215,7 +220,7 @@ class Extraction:
 
 
 def _plan(query: Query, model: ModelInfo) -> list[PlacedBlock]:
-    """Return a block for each shape, one behind the other from 0 on."""
+    """Return a block for each shape, one after the other from offset 0."""
     placed, base = [], 0
     for shape, rows in query.by_shape().items():
         block = Block.plan(model, shape, len(rows), query.spec, base)

@@ -1,4 +1,4 @@
-"""The Outputs of a request, checked, and whether its answer fits a message."""
+"""Check the Outputs of a request, and that its answer fits into a message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from dinov3_server.api.response import most_nbytes
+from dinov3_server.api.response import max_answer_nbytes
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import InvalidInput
 from dinov3_server.models.interface import FeatureSpec, ModelInfo, Output, Pooling, TokenKind
@@ -18,8 +18,8 @@ from dinov3_serving.v1.enums import FEATURE_DTYPES, POOLING_METHODS
 _FEATURE_DTYPES = {number: name for name, number in FEATURE_DTYPES.items()}
 _KINDS: tuple[TokenKind, ...] = ("cls", "patches", "registers")
 _METHODS = {number: name for name, number in POOLING_METHODS.items()}
-# Longer ones than any plain request has are read anew each time, so that what is remembered stays small.
-_REMEMBERED_BYTES = 256
+# Longer Outputs, which plain requests never have, are not cached, so that the cache stays small.
+_MAX_CACHED_BYTES = 256
 _IS_CHANNELS_FIRST = {pb.PATCH_LAYOUT_TOKENS: False, pb.PATCH_LAYOUT_CHANNELS_FIRST: True}
 
 E = TypeVar("E", bound=int)
@@ -27,23 +27,23 @@ T = TypeVar("T")
 
 
 def read_outputs(outputs: pb.Outputs, model: ModelInfo, max_tokens: int) -> FeatureSpec:
-    """Return what a request asks for. `max_tokens` bounds the patches of a pooled grid.
+    """Return the features that a request asks for. A pooled grid may have `max_tokens` patches.
 
     Raises InvalidInput, naming the field at fault.
     """
-    asked = outputs.SerializeToString()
-    if len(asked) > _REMEMBERED_BYTES:
+    serialized = outputs.SerializeToString()
+    if len(serialized) > _MAX_CACHED_BYTES:
         return _read_outputs(outputs, model, max_tokens)
-    return _remembered_outputs(asked, model, max_tokens)
+    return _cached_outputs(serialized, model, max_tokens)
 
 
-@lru_cache(maxsize=256)  # a caller's requests mostly ask for the same
-def _remembered_outputs(asked: bytes, model: ModelInfo, max_tokens: int) -> FeatureSpec:
-    return _read_outputs(pb.Outputs.FromString(asked), model, max_tokens)
+@lru_cache(maxsize=256)  # the requests of a caller mostly have the same Outputs
+def _cached_outputs(serialized: bytes, model: ModelInfo, max_tokens: int) -> FeatureSpec:
+    return _read_outputs(pb.Outputs.FromString(serialized), model, max_tokens)
 
 
 def _read_outputs(outputs: pb.Outputs, model: ModelInfo, max_tokens: int) -> FeatureSpec:
-    wanted = [Output(kind) for kind in _KINDS if getattr(outputs, kind)]
+    requested = [Output(kind) for kind in _KINDS if getattr(outputs, kind)]
     first_use: dict[tuple[int, bool], int] = {}
     for index, entry in enumerate(outputs.layers):
         field = f"outputs.layers[{index}]"
@@ -54,16 +54,16 @@ def _read_outputs(outputs: pb.Outputs, model: ModelInfo, max_tokens: int) -> Fea
             )
         kinds = [kind for kind in _KINDS if getattr(entry, kind)]
         if not kinds:
-            raise InvalidInput(f"layer {entry.layer} is asked for nothing: set cls, patches or registers", field=field)
+            raise InvalidInput(f"layer {entry.layer} has no outputs: set cls, patches or registers", field=field)
         first = first_use.setdefault((entry.layer, entry.skip_norm), index)
         if first != index:
-            raise InvalidInput(f"asks for the layer of outputs.layers[{first}] again: give each once", field=field)
-        wanted += [Output(kind, entry.layer, norm=not entry.skip_norm) for kind in kinds]
-    if not model.registers and any(output.kind == "registers" for output in wanted):
+            raise InvalidInput(f"this layer is in outputs.layers[{first}] already: list each layer once", field=field)
+        requested += [Output(kind, entry.layer, norm=not entry.skip_norm) for kind in kinds]
+    if not model.registers and any(output.kind == "registers" for output in requested):
         raise InvalidInput(f"{model.name} has no register tokens: leave registers out", field="outputs.registers")
     dtype = enum_of(pb.DataType, _FEATURE_DTYPES, outputs.dtype or pb.DATA_TYPE_BFLOAT16, "outputs.dtype")
     spec = FeatureSpec(
-        tuple(wanted or (Output("cls"), Output("patches"))),
+        tuple(requested or (Output("cls"), Output("patches"))),
         dtype,
         _pooling(outputs.pooling, max_tokens) if outputs.HasField("pooling") else None,
         outputs.projection or None,
@@ -94,14 +94,14 @@ def _pooling(pooling: pb.Pooling, max_tokens: int) -> Pooling:
 
 
 def _check_projection(spec: FeatureSpec, model: ModelInfo) -> None:
-    """That it is there, and takes the channels of all patches that are asked for."""
+    """Check that the projection exists and fits the channels of all requested patches. Raises InvalidInput."""
     if spec.projection is None:
         return
     field = "outputs.projection"
     named = {projection.name: projection for projection in model.projections}
     if spec.projection not in named:
-        there = f"there are {', '.join(named)}" if named else "the server was started with none (--projections)"
-        raise InvalidInput(f"there is no projection {spec.projection!r}: {there}", field)
+        known = f"allowed are {', '.join(named)}" if named else "the server was started with none (--projections)"
+        raise InvalidInput(f"there is no projection {spec.projection!r}: {known}", field)
     takes = named[spec.projection].input_channels
     for output in spec.outputs:
         width = model.width(output.layer)
@@ -110,13 +110,13 @@ def _check_projection(spec: FeatureSpec, model: ModelInfo) -> None:
             fitting = ", ".join(name for name, each in named.items() if each.input_channels == width)
             raise InvalidInput(
                 f"the projection {spec.projection!r} takes {takes} channels, and {of} have {width}; "
-                f"of that width there {'are ' + fitting if fitting else 'is none'}",
+                f"projections for {width} channels: {fitting or 'none'}",
                 field,
             )
 
 
 def enum_of(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str) -> T:
-    """What `allowed` has for an enum's `value`; proto3 lets numbers through that have no name."""
+    """Return `allowed[value]` for a value of a protobuf enum. Raises InvalidInput, also for numbers without a name."""
     if value in allowed:
         return allowed[value]
     given = names.Name(value) if value in names.values() else str(value)
@@ -125,10 +125,10 @@ def enum_of(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str
     )
 
 
-def check_answer(blocks: Iterable[Block], model: ModelInfo, fingerprint: str, limit: int) -> None:
-    """Raises InvalidInput where the answer would be over `limit` bytes."""
+def check_answer_size(blocks: Iterable[Block], model: ModelInfo, fingerprint: str, limit: int) -> None:
+    """Raise InvalidInput if the answer would be over `limit` bytes."""
     blocks = list(blocks)
-    total = most_nbytes(blocks, fingerprint)
+    total = max_answer_nbytes(blocks, fingerprint)
     if total <= limit:
         return
     terms = []
@@ -144,7 +144,7 @@ def check_answer(blocks: Iterable[Block], model: ModelInfo, fingerprint: str, li
 
 def too_large(answer: str, limit: int) -> InvalidInput:
     return InvalidInput(
-        f"the answer would be over the limit of {limit} bytes a message: send fewer images a request, ask for fewer "
+        f"the answer would be over the limit of {limit} bytes per message: send fewer images, request fewer "
         f"outputs or a smaller dtype, or start the server with a larger --max-message-bytes. It would take {answer}",
         field="outputs",
     )

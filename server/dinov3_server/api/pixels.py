@@ -1,4 +1,4 @@
-"""Tensors of pixels in a request, checked."""
+"""Check the tensors of pixels in a request."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dinov3_serving.v1.enums import PIXEL_DTYPES
 
 _PIXEL_FORMATS = {number: name for name, number in PIXEL_DTYPES.items()}
 LARGEST_FLOAT = 1000.0
-"""Of normalised pixels, which lie within about -3 to 3. Those of 1e20 have infinite squares, and features."""
-_MOST_AXES = 8  # that an error message shows
+"""Limit of normalised pixels, which lie within about -3 to 3. The squares of larger ones may be infinite."""
+_MOST_AXES = 8  # in an error message
 
 
 class Pixels(NamedTuple):
-    """Of `images` images of one size: [H, W, 3] uint8 each, or [3, H, W] float32."""
+    """The pixels of `images` images of one size: [H, W, 3] uint8 each, or [3, H, W] float32."""
 
     format: PixelFormat
     images: int
@@ -28,9 +28,9 @@ class Pixels(NamedTuple):
 
 
 def read_pixels(tensor: pb.Tensor, data: bytes | memoryview, field: str, packed: bool = False) -> Pixels:
-    """The pixels of `tensor`, whose content is `data`: of one image or of N packed ones.
+    """Return the pixels of `tensor`, whose content is `data`: of one image, or of N `packed` ones.
 
-    Raises InvalidInput unless it is exactly that.
+    Raises InvalidInput if dtype, shape and length do not match.
     """
     layouts = ("[N, H, W, 3]", "[N, 3, H, W]") if packed else ("[H, W, 3]", "[3, H, W]")
     allowed = f"allowed are DATA_TYPE_UINT8 as {layouts[0]} and DATA_TYPE_FLOAT32 as {layouts[1]}"
@@ -56,9 +56,9 @@ def read_pixels(tensor: pb.Tensor, data: bytes | memoryview, field: str, packed:
 
 
 def copy_floats(data: bytes | memoryview, field: str, out: memoryview) -> None:
-    """Raises InvalidInput, naming `field`, where the float32 `data` hold NaN or values beyond LARGEST_FLOAT."""
+    """Copy float32 pixels. Raises InvalidInput, naming `field`, for NaN and values beyond LARGEST_FLOAT."""
     values = np.frombuffer(data, "<f4")
-    if not (values.min() >= -LARGEST_FLOAT and values.max() <= LARGEST_FLOAT):  # NaN is neither
+    if not (values.min() >= -LARGEST_FLOAT and values.max() <= LARGEST_FLOAT):  # false for NaN too
         wrong = values.size - np.count_nonzero(np.abs(values) <= LARGEST_FLOAT)
         raise InvalidInput(
             f"{wrong} of {values.size} pixel values are NaN or beyond {LARGEST_FLOAT:g}; float pixels are normalised "

@@ -1,9 +1,9 @@
-"""Arena ranges to the bytes of an ExtractResponse, with one copy.
+"""Build the bytes of an ExtractResponse from ranges of the arena, with one copy.
 
-protobuf's Python API takes tensor data as `bytes` only and copies them three times: out of the arena, into the message,
-and into what is sent. So the few bytes around the tensors are protobuf's own, and the frames that hold them are put
-together here, as https://protobuf.dev/programming-guides/encoding/ has them: fields in the order of their numbers, each
-message or byte string as tag, length and content. The result is what `SerializeToString` makes of the same message.
+protobuf's Python API takes tensor data as `bytes` only and copies it three times: out of the arena, into the message,
+and into the serialized message. So protobuf serializes only the few bytes around the tensors, and this module frames
+them (https://protobuf.dev/programming-guides/encoding/): fields in the order of their numbers, each message or byte
+string as tag, length and content. The result equals `SerializeToString` of the same message.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dinov3_serving.framing import tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import FEATURE_DTYPES
 
-# Pieces of a message, in order; the big ones are views of the arena.
+# Consecutive pieces of a serialized message; the large ones are views of the arena.
 Pieces = list["bytes | memoryview"]
-# Of a message with data in k places: what stands before each, and what stands after the last.
+# A serialized message without its tensor data: what precedes each of k pieces of data, and what follows the last.
 Frames = list[bytes]
 
 _BLOCK_FIELDS = {"cls": 6, "patches": 7, "registers": 8}
@@ -33,9 +33,9 @@ _LAYER_FIELDS = {"cls": 2, "patches": 3, "registers": 4}
 
 
 class PlacedBlock(NamedTuple):
-    """A block in the arena; its row r is view `views[r]` of image `images[r]` of the request. The pairs ascend.
+    """A block in the arena. Its row r is view `views[r]` of image `images[r]` of the request; the pairs ascend.
 
-    `views` is empty where no image of the request has any.
+    `views` is empty if no image of the request has views.
     """
 
     block: Block
@@ -44,7 +44,7 @@ class PlacedBlock(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Neighbouring rows of a block, `end` not among them."""
+    """Consecutive rows of a block, from `start` to before `end`."""
 
     block: Block
     start: int
@@ -60,7 +60,7 @@ def response_pieces(
     frontend: int,
     fingerprint: str,
 ) -> Pieces:
-    """An ExtractResponse. `errors` is by image; the rows of these images are zero in the arena already."""
+    """Return the pieces of an ExtractResponse. `errors` are by image, whose rows are already zero in the arena."""
     pieces: Pieces = []
     for same_size in _by_size(blocks):
         pieces += _feature_block(memory, model, same_size)
@@ -74,13 +74,13 @@ def response_pieces(
 
 
 def stream_answer(message_id: int, response: Pieces) -> Pieces:
-    """The ExtractStreamResponse that holds `response`."""
+    """Return the pieces of the ExtractStreamResponse that contains `response`."""
     header = pb.ExtractStreamResponse(id=message_id).SerializeToString()
     return [header + tag(2, sum(map(len, response))), *response]
 
 
-def most_nbytes(blocks: Iterable[Block], fingerprint: str) -> int:
-    """Upper bound of the bytes of an answer without errors, near the bytes of its features."""
+def max_answer_nbytes(blocks: Iterable[Block], fingerprint: str) -> int:
+    """Return an upper bound of the bytes of an answer without errors, close to the bytes of its features."""
     total = 128 + len(fingerprint.encode())
     for block in blocks:
         total += 64 + 10 * block.count + sum(64 + block.count * stride for stride in block.strides)
@@ -88,7 +88,7 @@ def most_nbytes(blocks: Iterable[Block], fingerprint: str) -> int:
 
 
 def _by_size(blocks: Sequence[PlacedBlock]) -> list[list[PlacedBlock]]:
-    """Blocks of one input size together: uint8 and float pixels are two blocks to the engine, and one on the wire."""
+    """Group blocks by input size: uint8 and float pixels are two blocks in the engine, but one on the wire."""
     by_size: dict[tuple[int, int], list[PlacedBlock]] = {}
     for placed in blocks:
         by_size.setdefault((placed.block.shape.height, placed.block.shape.width), []).append(placed)
@@ -96,7 +96,7 @@ def _by_size(blocks: Sequence[PlacedBlock]) -> list[list[PlacedBlock]]:
 
 
 def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[PlacedBlock]) -> Pieces:
-    """Field 1 of the answer."""
+    """Return field 1 of the answer, a FeatureBlock."""
     shape, spec = blocks[0].block.shape, blocks[0].block.spec
     images, views, runs = _in_order(blocks)
     pieces: Pieces = []
@@ -107,11 +107,11 @@ def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[Placed
     return [*pieces, end]
 
 
-@lru_cache(maxsize=256)  # one caller's requests are mostly alike
+@lru_cache(maxsize=256)  # the requests of a caller are mostly alike
 def _frames(
     model: ModelInfo, shape: PixelShape, spec: FeatureSpec, images: tuple[int, ...], views: tuple[int, ...]
 ) -> Frames:
-    """The field that is the FeatureBlock, without the data and scales of its outputs."""
+    """Return the field of a FeatureBlock, without the data and scales of its outputs."""
     grid_height, grid_width = model.grid(shape, pooling=spec.pooling)
     header = pb.FeatureBlock(
         input_size=pb.Size(height=shape.height, width=shape.width),
@@ -133,7 +133,9 @@ def _frames(
             of_group += of_tensor
         if layer is not None:
             grid_height, grid_width = model.grid(shape, layer, spec.pooling)
-            grid = pb.LayerFeatures(grid_height=grid_height, grid_width=grid_width)  # their numbers are the highest
+            grid = pb.LayerFeatures(
+                grid_height=grid_height, grid_width=grid_width
+            )  # the fields with the highest numbers
             group = _message(_LAYERS_FIELD, _joined(group, [grid.SerializeToString()]), of_group)
         block = _joined(block, group)
         nbytes += of_group
@@ -141,7 +143,7 @@ def _frames(
 
 
 def _message(number: int, content: Frames, nbytes: int) -> Frames:
-    """Field `number`, a message of `content` with `nbytes` of data in it."""
+    """Return field `number`, a message of `content` with `nbytes` of data in it."""
     return [tag(number, sum(map(len, content)) + nbytes) + content[0], *content[1:]]
 
 
@@ -150,7 +152,7 @@ def _joined(first: Frames, second: Frames) -> Frames:
 
 
 def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[Sequence[int], Sequence[int], list[_Run]]:
-    """Images and views of all `blocks`, ascending, and where their rows lie."""
+    """Return the images and views of all `blocks`, ascending, and the runs of rows in this order."""
     if len(blocks) == 1:
         block, images, views = blocks[0]
         return images, views, [_Run(block, 0, len(images))]
@@ -163,7 +165,7 @@ def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[Sequence[int], Sequence[in
     runs: list[_Run] = []
     for _, _, which, row in rows:
         block = blocks[which].block
-        if runs and runs[-1].block is block:  # the rows of a block ascend as these do, so they are neighbours
+        if runs and runs[-1].block is block:  # rows of a block ascend as well, so they are consecutive
             runs[-1] = runs[-1]._replace(end=row + 1)
         else:
             runs.append(_Run(block, row, row + 1))
@@ -177,7 +179,7 @@ def _section(memory: memoryview, run: _Run, section: int) -> memoryview:
 
 
 def _tensor(buffers: Sequence[OutputBuffer], rows: int) -> tuple[Frames, int]:
-    """A Tensor without its `buffers`, and the bytes of these."""
+    """Return a Tensor without the content of its `buffers`, and the bytes of that content."""
     values = buffers[0]
     frames = [pb.Tensor(dtype=FEATURE_DTYPES[values.dtype], shape=(rows, *values.shape)).SerializeToString()]
     nbytes = 0

@@ -69,10 +69,10 @@ class FeatureService:
         self, data: bytes, context: Context, deadline: float | None, request_memory: RequestMemory
     ) -> bytes:
         self._check_open()
-        request, content = parse(pb.ExtractRequest, data, self._settings.max_images_per_request)
+        request, resolve_bytes = parse(pb.ExtractRequest, data, self._settings.max_images_per_request)
         caller = caller_of(context, by_token=self._tokens is not None)
-        extract = self._extraction.extract(request, deadline, caller, request_memory, content=content)
-        del data, request, content  # so that the message is freed while the request waits for the device
+        extract = self._extraction.extract(request, deadline, caller, request_memory, resolve_bytes=resolve_bytes)
+        del data, request, resolve_bytes  # so that the message is freed while the request waits for the device
         return await extract
 
     async def extract_stream(self, _: object, context: Context) -> None:

@@ -1,4 +1,4 @@
-"""The images of an ExtractRequest, checked: which rows each brings, and how their pixels come into an arena."""
+"""Check the images of an ExtractRequest: which rows each one has, and how their pixels get into the arena."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _INTERPOLATIONS: dict[pb.Interpolation, Interpolation | None] = {
 
 
 class RowSpec(NamedTuple):
-    """One row of features: of an image as a whole, or of one of its views.
+    """The input of one row of features: a whole image, or one of its views.
 
-    `field` names it in errors. `shape` is None where only the file's header tells it; where the image has failed
-    before that was read, there is no such row.
+    `field` is its protobuf path, for errors. `shape` is None if it depends on the header of a file; if the image fails
+    before the header is read, the answer has no such row.
     """
 
     view: int
@@ -52,15 +52,16 @@ class RowSpec(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One image on its way to its rows.
+    """One image of a request, and how to write its rows.
 
-    `write` is given the ranges of the arena for the pixels of `rows`, and fills them from any thread, a row a step; it
-    raises InvalidInput where the image is at fault. None: the image failed already. `cost` tells what `write` takes,
-    with the same errors; None says that all it does is to copy, and to check what it copies: about a tenth of a
-    millisecond a megabyte, a third where it is flipped.
-
-    `file` is what decode processes are given in place of `write` where the cost is not plain. `rows_with_size` returns
-    `rows` with their shapes, given the (height, width) of a file's picture, where they need it.
+    Attributes:
+        write: takes the ranges of the arena for the pixels of `rows` and fills them, one row per step, in any thread.
+            Raises InvalidInput if the image is invalid. None if it is known to be.
+        cost: returns the cost of `write`, with the same errors. None if `write` only checks and copies pixels, which
+            takes about 0.1 ms per megabyte, and a third of a millisecond if they are flipped.
+        file: the image file, for decode processes: they are used instead of `write` if the cost is not plain.
+        rows_with_size: returns `rows` with their shapes, given the (height, width) of the picture in the file. None if
+            no shape depends on it.
     """
 
     image: int
@@ -72,25 +73,25 @@ class Source(NamedTuple):
 
 
 class SourceReader:
-    """Collects the sources of a request's images, and the `failures` of some by their index."""
+    """Reads the images of a request into `sources`, and errors of single images into `failures`, by index."""
 
     def __init__(
-        self, preprocessing: pb.Preprocessing, content: BytesResolver, model: ModelInfo, settings: Settings
+        self, preprocessing: pb.Preprocessing, resolve_bytes: BytesResolver, model: ModelInfo, settings: Settings
     ) -> None:
         self.sources: list[Source] = []
         self.failures: dict[int, ServingError] = {}
-        self._content = content
+        self._resolve_bytes = resolve_bytes
         self._settings = settings
         self._exif = preprocessing.apply_exif_orientation
         self._input_shape = partial(_input_shape, model, settings.max_batch_tokens)
-        given = preprocessing.size
-        self._size = (given.height, given.width) if preprocessing.HasField("size") else None
+        size = preprocessing.size
+        self._size = (size.height, size.width) if preprocessing.HasField("size") else None
         self._transform = transform(
             enum_of(pb.Preset, _PRESETS, preprocessing.preset or pb.PRESET_DINOV3, "preprocessing.preset"),
             self._size,
             enum_of(pb.Interpolation, _INTERPOLATIONS, preprocessing.interpolation, "preprocessing.interpolation"),
         )
-        # Of every file, uint8 tensor and view, unless each has its own.
+        # The shape of every file, uint8 tensor and view without a size of its own.
         self._shape: PixelShape | None = None
         if self._transform.size:
             field = "preprocessing.size" if self._size else "preprocessing.preset"
@@ -104,22 +105,22 @@ class SourceReader:
 
     def read_packed(self, tensor: pb.Tensor) -> None:
         self._check_count(tensor.shape[0] if len(tensor.shape) == 4 else 1, "pixels.shape")
-        pixels = read_pixels(tensor, self._content(tensor.data), "pixels", packed=True)
-        rows = (self._whole("pixels", pixels),)
+        pixels = read_pixels(tensor, self._resolve_bytes(tensor.data), "pixels", packed=True)
+        rows = (self._whole_row("pixels", pixels),)
         each = memoryview(pixels.data)
         nbytes = len(each) // pixels.images
         for index in range(pixels.images):
             one = pixels._replace(data=each[index * nbytes : (index + 1) * nbytes])
             self.sources.append(_pixel_source(index, "pixels", one, rows))
 
-    def _check_count(self, count: int, field: str, how: str = "") -> None:
-        most = self._settings.max_images_per_request
-        if not 1 <= count <= most:
-            raise InvalidInput(f"{count} images in one request{how}; allowed are 1 to {most}", field=field)
+    def _check_count(self, count: int, field: str, note: str = "") -> None:
+        limit = self._settings.max_images_per_request
+        if not 1 <= count <= limit:
+            raise InvalidInput(f"{count} images in one request{note}; allowed are 1 to {limit}", field=field)
 
     @contextmanager
-    def _failing(self, index: int) -> Iterator[None]:
-        """InvalidInput fails the image alone. Its first error is the one that is told."""
+    def _record_failure(self, index: int) -> Iterator[None]:
+        """Store an InvalidInput as the failure of one image, unless it has failed already."""
         try:
             yield
         except InvalidInput as error:
@@ -130,33 +131,33 @@ class SourceReader:
         source = image.WhichOneof("source")
         rows = tuple(RowSpec(view, field, self._transform, None) for view in range(count_rows(image)))
         pixels: Pixels | None = None
-        with self._failing(index):
+        with self._record_failure(index):
             if source is None:
                 raise InvalidInput("the image is empty: set encoded (an image file) or pixels (a tensor)", field=field)
             if source == "pixels":
-                pixels = read_pixels(image.pixels, self._content(image.pixels.data), f"{field}.pixels")
-        if image.pixels.dtype == pb.DATA_TYPE_FLOAT32:  # its own input size; where it is of no use it has no row
-            with self._failing(index):
+                pixels = read_pixels(image.pixels, self._resolve_bytes(image.pixels.data), f"{field}.pixels")
+        if image.pixels.dtype == pb.DATA_TYPE_FLOAT32:  # has its own input size; if that is invalid, it has no row
+            with self._record_failure(index):
                 if image.views:
                     raise InvalidInput(
-                        "float pixels have no views, as they are never resized: send uint8 pixels or an image file",
+                        "float pixels cannot have views, as they are never resized: send uint8 pixels or an image file",
                         field=f"{field}.views",
                     )
                 if pixels:
-                    rows = (self._whole(f"{field}.pixels", pixels),)
+                    rows = (self._whole_row(f"{field}.pixels", pixels),)
         elif image.views:
-            rows = tuple(self._view(index, row, view, pixels) for row, view in zip(rows, image.views, strict=True))
+            rows = tuple(self._view_row(index, row, view, pixels) for row, view in zip(rows, image.views, strict=True))
         else:
-            with self._failing(index):
-                rows = (self._whole(f"{field}.{source}" if source else field, pixels),)
+            with self._record_failure(index):
+                rows = (self._whole_row(f"{field}.{source}" if source else field, pixels),)
         if index in self.failures:
             return Source(index, rows, write=None)
         if pixels:
             return _pixel_source(index, f"{field}.pixels", pixels, rows)
-        return self._file_source(index, f"{field}.encoded", self._content(image.encoded), rows)
+        return self._file_source(index, f"{field}.encoded", self._resolve_bytes(image.encoded), rows)
 
-    def _whole(self, field: str, pixels: Pixels | None) -> RowSpec:
-        """Of an image without views; `pixels` None for a file."""
+    def _whole_row(self, field: str, pixels: Pixels | None) -> RowSpec:
+        """Return the row of an image without views. `pixels` is None for a file."""
         shape = self._shape
         if pixels and pixels.format == "float32":
             if self._size and self._size != (pixels.height, pixels.width):
@@ -170,26 +171,26 @@ class SourceReader:
             shape = self._input_shape(pixels.height, pixels.width, pixels.format, f"{field}.shape")
         return RowSpec(0, field, self._transform, shape)
 
-    def _view(self, index: int, row: RowSpec, view: pb.View, pixels: Pixels | None) -> RowSpec:
-        """`row` as `view` has it; without a shape where that is at fault."""
+    def _view_row(self, index: int, row: RowSpec, view: pb.View, pixels: Pixels | None) -> RowSpec:
+        """Return `row` with the options of `view`; without a shape if its size is invalid."""
         row = row._replace(field=f"{row.field}.views[{row.view}]")
-        box, given = view.crop, view.size
+        box, view_size = view.crop, view.size
         crop = Box(box.top, box.left, box.height, box.width) if view.HasField("crop") else None
-        size = (given.height, given.width) if view.HasField("size") else None
+        size = (view_size.height, view_size.width) if view.HasField("size") else None
         picture = (pixels.height, pixels.width) if pixels else None
-        how = self._transform
-        with self._failing(index):
+        transform = self._transform
+        with self._record_failure(index):
             row = row._replace(shape=self._view_shape(row.field, size, crop, picture))
             if crop:
                 check_box(crop, picture, f"{row.field}.crop")
             filter = enum_of(pb.Interpolation, _INTERPOLATIONS, view.interpolation, f"{row.field}.interpolation")
-            how = Transform(size or how.size, filter or how.interpolation, crop, view.horizontal_flip)
-        return row._replace(transform=how)
+            transform = Transform(size or transform.size, filter or transform.interpolation, crop, view.horizontal_flip)
+        return row._replace(transform=transform)
 
     def _view_shape(
         self, field: str, size: tuple[int, int] | None, crop: Box | None, picture: tuple[int, int] | None
     ) -> PixelShape | None:
-        """None where the whole of a file's picture is asked for as it is."""
+        """Return the shape of a view; None if it is the whole picture of a file in its own size."""
         if size:
             return self._input_shape(*size, "uint8", f"{field}.size")
         if self._shape:
@@ -222,7 +223,7 @@ class SourceReader:
 
 
 def count_rows(image: pb.Image) -> int:
-    """A row for each view, or one for the whole."""
+    """Return the number of rows of an image: one for each view, or one for the whole."""
     return len(image.views) or 1
 
 
@@ -248,15 +249,17 @@ def _write_floats(pixels: Pixels, field: str, outs: Sequence[memoryview]) -> Gen
         yield
 
 
-def _input_shape(model: ModelInfo, most: int, height: int, width: int, format: PixelFormat, field: str) -> PixelShape:
-    """Raises InvalidInput, naming `field`, for what the model or a batch cannot take."""
+def _input_shape(
+    model: ModelInfo, max_tokens: int, height: int, width: int, format: PixelFormat, field: str
+) -> PixelShape:
+    """Return the shape of an input. Raises InvalidInput, naming `field`, if the model or a batch cannot take it."""
     check_size(height, width, model.patch_size, field)
     shape = PixelShape(height, width, format)
     tokens = model.tokens(shape)
-    if tokens > most:
+    if tokens > max_tokens:
         raise InvalidInput(
-            f"an image of {height}x{width} is {tokens} tokens (CLS, registers and patches); allowed are {most} "
-            "(--max-batch-tokens): send it smaller",
+            f"an image of {height}x{width} is {tokens} tokens (CLS, registers and patches); allowed are {max_tokens} "
+            "(--max-batch-tokens): send a smaller image",
             field=field,
         )
     return shape

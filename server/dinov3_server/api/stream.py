@@ -27,7 +27,7 @@ class _Received(NamedTuple):
     """A message. `has_new_id` if no unanswered message has its id; `error` is set if it cannot be served."""
 
     message: pb.ExtractStreamRequest
-    content: BytesResolver
+    resolve_bytes: BytesResolver
     request_memory: RequestMemory
     arrived: float
     has_new_id: bool
@@ -58,7 +58,7 @@ class Stream:
         self._receiver = receiver
         self._metrics = metrics
         self._window = asyncio.Semaphore(settings.stream_window)
-        self._most_images = settings.max_images_per_request
+        self._max_images = settings.max_images_per_request
         self._unanswered: set[int] = set()
         self._writing = asyncio.Lock()
         self._reader: asyncio.Task[ServingError | None] | None = None
@@ -117,7 +117,7 @@ class Stream:
         """Parse a message. Raises InvalidInput if it has no readable id to answer under."""
         error: ServingError | None = None
         try:
-            parsed = parse(pb.ExtractStreamRequest, data, self._most_images)
+            parsed = parse(pb.ExtractStreamRequest, data, self._max_images)
         except TooManyElements as too_many:
             error = without_traceback(too_many)
             parsed = ParsedMessage(pb.ExtractStreamRequest(id=message_id(data)), bytes)
@@ -160,7 +160,7 @@ class Stream:
                 if not message.HasField("request"):
                     raise InvalidInput("request is not set: every message of a stream needs one", field="request")
                 extract = self._extraction.extract(
-                    message.request, deadline, self._caller, received.request_memory, message_id, received.content
+                    message.request, deadline, self._caller, received.request_memory, message_id, received.resolve_bytes
                 )
                 del received, message
                 return await extract

@@ -1,13 +1,13 @@
-"""What comes in, before protobuf builds objects of it.
+"""Parse requests without letting protobuf build millions of objects or copy images.
 
-Two bytes are enough for an object (an empty image), and protobuf builds 45 million of them from one message; code that
-then counts them holds the event loop for half a minute. So a message is walked in its wire format first
-(https://protobuf.dev/programming-guides/encoding/), as the descriptors of its type have it, and the walk ends at the
-first thing too many: what it visits is bounded, however long the message.
+An empty image takes two bytes, so protobuf can build 45 million objects from one message, and code that counts them
+would block the event loop for half a minute. So a message is first scanned in its wire format
+(https://protobuf.dev/programming-guides/encoding/), guided by its descriptor. The scan ends at the first element over
+the limit, so that its work is bounded however long the message is.
 
-The walk also spares protobuf the bytes themselves. protobuf copies each `bytes` field when it parses and again when it
-is read; what is parsed here has the number of the field's content in its place, and `ParsedMessage.content`
-gives a view of the message that was received.
+The scan also avoids copies of `bytes` fields, which protobuf makes when it parses and again when a field is read. Each
+content is replaced by a number before protobuf parses the message; `ParsedMessage.resolve_bytes` turns that into a view
+of the received data.
 """
 
 from __future__ import annotations
@@ -24,52 +24,52 @@ from dinov3_server.errors import InvalidInput
 from dinov3_serving.framing import read_varint, tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-# Shorter messages go to protobuf as they are: it builds what they can hold in a millisecond or two.
+# Shorter messages are not scanned: protobuf builds all their objects in a millisecond or two.
 SHORT_BYTES = 4096
-# Of a string or of a packed list of numbers, in bytes.
-_LONGEST_TEXT = 1024
-# What is read of a message at least, whatever max_images_per_request: it has layers too.
-_LEAST_ELEMENTS = 64
-# Fields for each element, and for the rest of a request. A view has 11 at most, an image of pixels 7.
-_FIELDS_AN_ELEMENT = 20
-_FIELDS_BESIDE = 256
+# Limit of a string, or of a packed list of numbers.
+_MAX_TEXT_BYTES = 1024
+# Elements of a kind that are always allowed, whatever max_images_per_request: a request has layers too.
+_MIN_ELEMENTS = 64
+# Allowed fields per element, and for the rest of a request. A view has at most 11, an image of pixels 7.
+_FIELDS_PER_ELEMENT = 20
+_OTHER_FIELDS = 256
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
-# What a `bytes` field of a message holds, given what is read from it.
+# Returns the content of a `bytes` field, given its value in the parsed message.
 BytesResolver: TypeAlias = Callable[[bytes], "bytes | memoryview"]
 
 
 class ParsedMessage(NamedTuple, Generic[AnyMessage]):
-    """A message; `content(message.data)` is what the field `data` holds."""
+    """A message; `resolve_bytes(message.data)` is the content of its field `data`."""
 
     message: AnyMessage
-    content: BytesResolver
+    resolve_bytes: BytesResolver
 
 
 class TooManyElements(InvalidInput):
-    """More of something than a request may have."""
+    """A request has more images, views, layers or fields than are allowed."""
 
 
-def parse(message: type[AnyMessage], data: bytes, most_images: int) -> ParsedMessage[AnyMessage]:
-    """The message that `data` are.
+def parse(message: type[AnyMessage], data: bytes, max_images: int) -> ParsedMessage[AnyMessage]:
+    """Parse `data` as a `message`.
 
     Raises:
-        TooManyElements: there are more images, views (of all images) or layers than `most_images`, or more fields
-            than such a message can need. Up to 64 of each are left to those who know what they mean.
-        InvalidInput: `data` are no such message.
+        TooManyElements: there are more images, views (of all images) or layers than `max_images`, or more fields than
+            such a message can need. Up to 64 images, views and layers always pass: later checks explain them better.
+        InvalidInput: `data` is not such a message.
     """
     try:
         if len(data) < SHORT_BYTES:
             return ParsedMessage(message.FromString(data), bytes)
-        walk = Walk(data, most_images)
-        light = walk.message(0, len(data), _shape(message.DESCRIPTOR))
-        return ParsedMessage(message.FromString(data if light is None else light), walk.content)
+        scan = Scan(data, max_images)
+        stripped = scan.strip(0, len(data), _schema(message.DESCRIPTOR))
+        return ParsedMessage(message.FromString(data if stripped is None else stripped), scan.resolve)
     except DecodeError:
-        raise InvalidInput(f"the {len(data)} bytes that were sent are no {message.DESCRIPTOR.full_name}") from None
+        raise _not_a_message(data, message.DESCRIPTOR.full_name) from None
 
 
 async def parse_or_abort(message: type[AnyMessage], data: bytes, context: Any) -> AnyMessage:
-    """`parse` for health and reflection, whose errors `interceptors.CallInterceptor` does not see."""
+    """Parse a message of health or reflection, whose errors `interceptors.CallInterceptor` does not handle."""
     try:
         return parse(message, data, 0).message
     except InvalidInput as error:
@@ -78,16 +78,20 @@ async def parse_or_abort(message: type[AnyMessage], data: bytes, context: Any) -
 
 
 def message_id(data: bytes) -> int:
-    """The id of an ExtractStreamRequest whose request is left alone. Raises InvalidInput where there is none."""
+    """Return the id of an ExtractStreamRequest without parsing its request. Raises InvalidInput if there is none."""
     try:
-        light = Walk(data, 0).message(0, len(data), {2: _Field("request", None, True)}, keep=False)
-        return pb.ExtractStreamRequest.FromString(data if light is None else light).id
+        stripped = Scan(data, 0).strip(0, len(data), {2: _Field("request", None, True)}, keep_bytes=False)
+        return pb.ExtractStreamRequest.FromString(data if stripped is None else stripped).id
     except DecodeError:
-        raise InvalidInput(f"the {len(data)} bytes that were sent are no ExtractStreamRequest") from None
+        raise _not_a_message(data, pb.ExtractStreamRequest.DESCRIPTOR.full_name) from None
+
+
+def _not_a_message(data: bytes, name: str) -> InvalidInput:
+    return InvalidInput(f"the {len(data)} bytes received are not a {name} message")
 
 
 class _Field(NamedTuple):
-    """A field with a length; `inner` are those of a message."""
+    """A length-delimited field; `inner` has the fields of a message."""
 
     name: str
     inner: dict[int, _Field] | None
@@ -96,47 +100,47 @@ class _Field(NamedTuple):
 
 
 @cache
-def _shape(descriptor: Descriptor, prefix: str = "") -> dict[int, _Field]:
-    """The fields of a message, by number. (The requests' types do not nest in themselves.)"""
-    shape: dict[int, _Field] = {}
+def _schema(descriptor: Descriptor, prefix: str = "") -> dict[int, _Field]:
+    """Return the length-delimited fields of a message by number. The types must not be recursive."""
+    schema: dict[int, _Field] = {}
     for field in descriptor.fields:
-        inner = _shape(field.message_type, f"{prefix}{field.name}.") if field.message_type else None
+        inner = _schema(field.message_type, f"{prefix}{field.name}.") if field.message_type else None
         is_bytes = field.type == FieldDescriptor.TYPE_BYTES
-        shape[field.number] = _Field(prefix + field.name, inner, is_bytes, field.is_repeated)
-    return shape
+        schema[field.number] = _Field(prefix + field.name, inner, is_bytes, field.is_repeated)
+    return schema
 
 
-class Walk:
-    """One walk over `data`. `fields` is how many it has visited."""
+class Scan:
+    """A scan of the message `data`. `fields` counts the fields that it has visited."""
 
-    def __init__(self, data: bytes, most_images: int) -> None:
+    def __init__(self, data: bytes, max_images: int) -> None:
         self.fields = 0
         self._data = data
         self._view = memoryview(data)
-        self._most_images = most_images
-        self._most = max(most_images, _LEAST_ELEMENTS)
-        self._most_fields = _FIELDS_BESIDE + _FIELDS_AN_ELEMENT * self._most
+        self._max_images = max_images
+        self._max_elements = max(max_images, _MIN_ELEMENTS)
+        self._max_fields = _OTHER_FIELDS + _FIELDS_PER_ELEMENT * self._max_elements
         self._counts: dict[str, int] = {}
         self._contents: list[memoryview] = []
 
-    def content(self, number: bytes) -> memoryview:
-        """What the `bytes` field held that now holds `number`; a field that is not set holds nothing."""
+    def resolve(self, number: bytes) -> memoryview:
+        """Return the content that was replaced by `number`; an empty view for a field that is not set."""
         return self._contents[int.from_bytes(number, "little")] if number else self._view[:0]
 
-    def message(self, position: int, end: int, shape: dict[int, _Field], keep: bool = True) -> bytes | None:
-        """The message from `position` to `end` with numbers, or nothing, in place of `bytes`; None for as it is.
+    def strip(self, position: int, end: int, schema: dict[int, _Field], keep_bytes: bool = True) -> bytes | None:
+        """Return the message from `position` to `end` with a number in place of each `bytes`; None if unchanged.
 
-        Raises DecodeError, InvalidInput.
+        Without `keep_bytes` they are emptied. Raises DecodeError, InvalidInput.
         """
         data = self._data
         pieces: list[bytes] = []
-        copied = position  # up to here
-        groups = 0  # that are open; what is in them is unknown
+        copied = position  # all data before this position is in `pieces`
+        groups = 0  # open groups, which only unknown fields have
         while position < end:
             start = position
             self.fields += 1
-            if self.fields > self._most_fields:
-                self._refuse(f"more than {self._most_fields} fields")
+            if self.fields > self._max_fields:
+                self._refuse(f"more than {self._max_fields} fields")
             key = data[position]
             position += 1
             if key >= 0x80:
@@ -148,11 +152,11 @@ class Walk:
                 if length >= 0x80:
                     length, position = read_varint(data, position - 1)
                 content, position = position, position + length
-                field = None if groups else shape.get(key >> 3)
+                field = None if groups else schema.get(key >> 3)
                 if position > end:
                     raise DecodeError
                 if field is not None:
-                    piece = self._field(field, content, position) if keep or not field.is_bytes else b""
+                    piece = self._replacement(field, content, position) if keep_bytes or not field.is_bytes else b""
                     if piece is not None:
                         pieces += (data[copied:start], tag(key >> 3, len(piece)), piece)
                         copied = position
@@ -173,26 +177,26 @@ class Walk:
         pieces.append(data[copied:end])
         return b"".join(pieces)
 
-    def _field(self, field: _Field, start: int, end: int) -> bytes | None:
-        """What stands in the place of a field's content; None for the same."""
+    def _replacement(self, field: _Field, start: int, end: int) -> bytes | None:
+        """Return what replaces the content of a field; None if it stays."""
         if field.inner is not None:
             if field.is_repeated:
                 count = self._counts[field.name] = self._counts.get(field.name, 0) + 1
-                if count > self._most:
-                    self._refuse(f"more than {self._most} {field.name}", field.name)
-            return self.message(start, end, field.inner)
+                if count > self._max_elements:
+                    self._refuse(f"more than {self._max_elements} {field.name}", field.name)
+            return self.strip(start, end, field.inner)
         if field.is_bytes:
             self._contents.append(self._view[start:end])
             return (len(self._contents) - 1).to_bytes(4, "little") if end > start else None
-        if end - start > _LONGEST_TEXT:
+        if end - start > _MAX_TEXT_BYTES:
             raise TooManyElements(
-                f"{field.name} has {end - start} bytes; allowed are {_LONGEST_TEXT}", field=field.name
+                f"{field.name} has {end - start} bytes; allowed are {_MAX_TEXT_BYTES}", field=field.name
             )
         return None
 
     def _refuse(self, what: str, field: str = "") -> NoReturn:
         raise TooManyElements(
-            f"{what} in one request; allowed are {self._most_images} images, each view counts as one "
+            f"there are {what} in one request; allowed are {self._max_images} images, each view counts as one "
             "(--max-images-per-request): send them in several requests",
             field=field,
         )

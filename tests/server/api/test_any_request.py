@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dinov3_server.api.convert import count_images, read_request
 from dinov3_server.api.extraction import _plan
-from dinov3_server.api.outputs import check_answer
+from dinov3_server.api.outputs import check_answer_size
 from dinov3_server.api.reflection import Reflection
 from dinov3_server.config.settings import Settings
 from dinov3_server.errors import InternalError, InvalidInput, ModelMismatch
@@ -76,7 +76,7 @@ def read(request: pb.ExtractRequest) -> None:
                     query.failures[source.image] = error
         placed = _plan(query, MODEL)
         if placed:
-            check_answer([one.block for one in placed], MODEL, query.fingerprint, LIMITS.max_message_bytes)
+            check_answer_size([one.block for one in placed], MODEL, query.fingerprint, LIMITS.max_message_bytes)
         assert not any(isinstance(error, InternalError) for error in query.failures.values())
 
 

@@ -52,11 +52,11 @@ WHOLE_REQUEST: dict[str, Case] = {
         "1600x1600 is 10005 tokens .*allowed are 2000 .*--max-batch-tokens",
     ),
     "layer": (lambda: outputs(layers=[pb.LayerOutputs(layer=6, cls=True)]), "outputs.layers[0].layer", "layers 0 to 5"),
-    "empty layer": (lambda: outputs(layers=[pb.LayerOutputs(layer=1)]), "outputs.layers[0]", "asked for nothing"),
+    "empty layer": (lambda: outputs(layers=[pb.LayerOutputs(layer=1)]), "outputs.layers[0]", "layer 1 has no outputs"),
     "layer twice": (
         lambda: outputs(layers=[pb.LayerOutputs(layer=1, cls=True), pb.LayerOutputs(layer=1, patches=True)]),
         "outputs.layers[1]",
-        r"outputs.layers\[0\] again",
+        r"is in outputs.layers\[0\] already",
     ),
     "uint8 features": (lambda: outputs(dtype=pb.DATA_TYPE_UINT8), "outputs.dtype", "UINT8; .*FLOAT32.*BFLOAT16"),
     "unknown dtype": (lambda: outputs(dtype=77), "outputs.dtype", "77; allowed"),
@@ -277,7 +277,7 @@ async def test_bytes_that_are_no_message() -> None:
             call = rig.channel.unary_unary(f"/dinov3_serving.v1.FeatureService/{method}")
             error = await failure_of(call(b"\xff\xff no protobuf"))
             assert error.code == grpc.StatusCode.INVALID_ARGUMENT
-            assert f"14 bytes that were sent are no dinov3_serving.v1.{method}Request" in error.message
+            assert f"14 bytes received are not a dinov3_serving.v1.{method}Request message" in error.message
 
 
 async def test_a_message_over_the_limit_is_refused_by_grpc_without_a_retry() -> None:

@@ -146,12 +146,16 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"dtype": 99}, "dtype", "dtype is 99; allowed are .*DATA_TYPE_INT8"),
     ({"dtype": pb.DATA_TYPE_UINT8}, "dtype", "dtype is DATA_TYPE_UINT8; allowed are"),
-    ({"projection": "none"}, "projection", "there is no projection 'none': there are narrow, wide"),
-    ({"projection": "narrow"}, "projection", "'narrow' takes 8 channels, and the patches have 24; .* there are wide"),
+    ({"projection": "none"}, "projection", "there is no projection 'none': allowed are narrow, wide"),
+    (
+        {"projection": "narrow"},
+        "projection",
+        "'narrow' takes 8 channels, and the patches have 24; projections for 24 channels: wide",
+    ),
     (
         {"projection": "wide", "layers": [pb.LayerOutputs(layer=0, patches=True)]},
         "projection",
-        "'wide' takes 24 channels, and the patches of layer 0 have 8; of that width there are narrow",
+        "'wide' takes 24 channels, and the patches of layer 0 have 8; projections for 8 channels: narrow",
     ),
 ]
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov3_server.api.response import PlacedBlock, most_nbytes, response_pieces, stream_answer
+from dinov3_server.api.response import PlacedBlock, max_answer_nbytes, response_pieces, stream_answer
 from dinov3_server.api.status import status_of
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unavailable
@@ -165,7 +165,7 @@ def test_the_bound_is_one_and_is_near(answer) -> None:
             stream_answer(2**64 - 1, response_pieces(memory, model, placed, {}, timings, frontend, model.fingerprint)),
         )
     )
-    bound = most_nbytes([block for block, *_ in placed], model.fingerprint)
+    bound = max_answer_nbytes([block for block, *_ in placed], model.fingerprint)
     tensors = sum(len(block.output_offsets) for block, *_ in placed)
     rows = sum(block.count for block, *_ in placed)
     assert actual <= bound <= actual + 128 + 64 * len(placed) + 64 * tensors + 10 * rows

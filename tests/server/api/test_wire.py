@@ -1,4 +1,4 @@
-"""Messages before protobuf: what a walk visits is bounded, and what it lets through means the same as before."""
+"""Parsing: a scan visits a bounded number of fields, and does not change what a message means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api import wire
-from dinov3_server.api.wire import TooManyElements, Walk, message_id, parse
+from dinov3_server.api.wire import Scan, TooManyElements, message_id, parse
 from dinov3_server.errors import InvalidInput
 from dinov3_serving.framing import tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -25,19 +25,19 @@ def field(number: int, content: bytes) -> bytes:
 
 def visited(kind: type[Message], data: bytes, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many fields are looked at until `data` are refused, all of them before protobuf."""
-    walks: list[Walk] = []
+    scans: list[Scan] = []
 
-    class Seen(Walk):
+    class Seen(Scan):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            walks.append(self)
+            scans.append(self)
 
-    monkeypatch.setattr(wire, "Walk", Seen)
+    monkeypatch.setattr(wire, "Scan", Seen)
     with pytest.raises(TooManyElements) as refused:
         parse(kind, data, MOST)
     assert len(str(refused.value)) < 300
-    [walk] = walks
-    return walk.fields
+    [scan] = scans
+    return scan.fields
 
 
 VIEW = field(3, b"")
@@ -132,15 +132,15 @@ def test_a_message_means_the_same_as_to_protobuf(kind: Any, monkeypatch: pytest.
             )
         data = b"".join(parts)
         parsed = parse(kind, data, MOST)
-        assert with_contents(parsed.message, parsed.content) == kind.FromString(data)
+        assert with_contents(parsed.message, parsed.resolve_bytes) == kind.FromString(data)
 
 
 def test_bytes_are_views_of_what_was_received() -> None:
     parsed = parse(pb.ExtractRequest, IMAGE, MOST)
-    view = parsed.content(parsed.message.images[0].encoded)
+    view = parsed.resolve_bytes(parsed.message.images[0].encoded)
     assert isinstance(view, memoryview)
     assert view.obj is IMAGE
-    assert bytes(parsed.content(parsed.message.pixels.data)) == b""
+    assert bytes(parsed.resolve_bytes(parsed.message.pixels.data)) == b""
 
 
 @pytest.mark.parametrize("kind", [pb.ExtractRequest, pb.ExtractStreamRequest])
@@ -172,7 +172,7 @@ def test_damage_is_refused_as_protobuf_refuses_it(kind: Any, monkeypatch: pytest
         except TooManyElements:  # a length that became large
             continue
         taken += 1
-        assert with_contents(parsed.message, parsed.content) == expected
+        assert with_contents(parsed.message, parsed.resolve_bytes) == expected
     assert taken > 100
     assert refused > 100
 
