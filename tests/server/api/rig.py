@@ -29,6 +29,7 @@ from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import ModelInfo, Output
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1 import feature_service_pb2_grpc as pb_grpc
+from tests.support.paths import ROOT
 
 MODEL = ModelInfo(
     name="dinov3_test16",
@@ -269,3 +270,9 @@ def tensor(array: np.ndarray[Any, Any]) -> pb.Tensor:
 
 
 AS_IS = pb.Preprocessing(preset=pb.PRESET_NONE)
+REQUEST = pb.ExtractRequest(pixels=tensor(picture(16, 16)[np.newaxis]), preprocessing=AS_IS)
+CERTIFICATES = ROOT / "tests" / "client"
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)

@@ -88,19 +88,19 @@ def test_any_fields_together(request: pb.ExtractRequest) -> None:
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from([VALID, PACKED]).flatmap(mutants))
-def test_a_good_request_with_some_fields_changed(request: pb.ExtractRequest) -> None:
+def test_a_valid_request_with_some_fields_changed(request: pb.ExtractRequest) -> None:
     read(request)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0, 0, 0, 0), (-1, 16, 16, 3), (2**63 - 1,) * 3 + (3,), (1, 16, 16, 3, 1)])
 @pytest.mark.parametrize("dtype", [pb.DATA_TYPE_UINT8, pb.DATA_TYPE_FLOAT32])
-def test_packed_pixels_of_no_use(shape: tuple[int, ...], dtype: pb.DataType) -> None:
+def test_invalid_packed_pixels_are_refused(shape: tuple[int, ...], dtype: pb.DataType) -> None:
     with pytest.raises(InvalidInput) as error:
         read_request(pb.ExtractRequest(pixels=pb.Tensor(dtype=dtype, shape=shape)), bytes, MODEL, LIMITS)
     assert error.value.field in ("pixels.shape", "pixels.data")
 
 
-async def test_four_bytes_that_were_an_internal_error() -> None:
+async def test_a_tensor_without_a_shape_is_invalid() -> None:
     async with serving() as rig:
         call = rig.channel.unary_unary("/dinov3_serving.v1.FeatureService/Extract")(bytes.fromhex("12020801"))
         error = await failure_of(call)
@@ -118,7 +118,7 @@ async def test_four_bytes_that_were_an_internal_error() -> None:
         ({"id": 2**64 - 1}, 0),
     ],
 )
-async def test_a_message_of_a_stream_with_values_at_the_edge(fields: dict[str, Any], code: int) -> None:
+async def test_stream_messages_with_values_at_the_edge(fields: dict[str, Any], code: int) -> None:
     async with serving() as rig:
         call = rig.stub.ExtractStream(iter([pb.ExtractStreamRequest(request=PACKED, **fields)]))
         answer = await call.read()
@@ -127,7 +127,7 @@ async def test_a_message_of_a_stream_with_values_at_the_edge(fields: dict[str, A
 
 @settings(max_examples=200, deadline=None)
 @given(messages(reflection_pb2.ServerReflectionRequest.DESCRIPTOR))
-def test_reflection_takes_any_question(question: reflection_pb2.ServerReflectionRequest) -> None:
+def test_reflection_answers_any_request(question: reflection_pb2.ServerReflectionRequest) -> None:
     async def ask() -> None:
         async def data() -> AsyncIterator[bytes]:
             yield question.SerializeToString()

@@ -11,8 +11,7 @@ import grpc
 import pytest
 
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.server.api.rig import Rig, serving
-from tests.server.api.test_server import REQUEST
+from tests.server.api.rig import REQUEST, Rig, serving
 from tests.support.waiting import until_async
 
 # Frames of HTTP/2 and their flags, RFC 9113 section 6.
@@ -21,7 +20,7 @@ END_STREAM, END_HEADERS = 1, 4
 CANCEL = 8
 
 
-async def test_a_burst_is_answered_by_the_service_and_not_by_grpc() -> None:
+async def test_a_burst_of_calls_is_answered_by_the_service() -> None:
     """gRPC's own limits on calls that no handler has taken yet would end many of them as CANCELLED."""
     async with serving() as rig:
         calls = [rig.stub.GetModel(pb.GetModelRequest()) for _ in range(4000)]

@@ -83,7 +83,7 @@ async def test_the_reservation_stays_while_threads_write(gate: Gate, threads: in
     service.close()
 
 
-async def test_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_can_be_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixels that are only copied take no thread; a request of many gives way to the loop, and may end there."""
     monkeypatch.setattr("dinov3_server.api.decode_pool.COPY_SECONDS", 0.0)  # no time at all: one image a turn
     engine, metrics = FakeEngine(), Metrics()
@@ -122,7 +122,7 @@ async def test_pixels_are_copied_without_a_thread() -> None:
         await service.extract(resized, None, ANONYMOUS, request_memory())
 
 
-async def test_cancelled_by_the_client_while_decoding(gate: Gate) -> None:
+async def test_the_client_cancels_while_images_are_decoded(gate: Gate) -> None:
     async with serving(decode_threads=1) as rig:
         call = rig.stub.Extract(TWO)
         await gate.entered.wait()
@@ -140,7 +140,7 @@ async def test_cancelled_by_the_client_while_decoding(gate: Gate) -> None:
         assert not rig.engine.done_runs
 
 
-async def test_cancelled_by_the_client_while_it_waits_for_the_device() -> None:
+async def test_the_client_cancels_while_the_request_waits_for_the_device() -> None:
     async with serving() as rig:
         rig.engine.hold = True
         images = [encoded(picture(16, 16)), encoded(picture(16, 32))]
@@ -153,7 +153,7 @@ async def test_cancelled_by_the_client_while_it_waits_for_the_device() -> None:
         await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "CANCELLED") == 1)
 
 
-async def test_the_deadline_of_a_call_that_waits() -> None:
+async def test_a_call_that_waits_ends_at_its_deadline() -> None:
     async with serving() as rig:
         rig.engine.hold = True
         error = await failure_of(rig.stub.Extract(TWO, timeout=0.2))
@@ -163,7 +163,7 @@ async def test_the_deadline_of_a_call_that_waits() -> None:
         assert rig.engine.cancelled_runs == 1
 
 
-async def test_a_deadline_that_passes_while_decoding(gate: Gate) -> None:
+async def test_a_deadline_that_passes_while_images_are_decoded(gate: Gate) -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
     deadline = time.monotonic() + 0.05
@@ -180,7 +180,7 @@ async def test_a_deadline_that_passes_while_decoding(gate: Gate) -> None:
     service.close()
 
 
-async def test_a_large_request_does_not_keep_a_small_one_from_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_request_does_not_block_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each turn of a thread is a slice; the small request's turn comes after one of them."""
     monkeypatch.setattr("dinov3_server.api.decode_pool.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
     order: list[bytes] = []

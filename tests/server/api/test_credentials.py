@@ -20,8 +20,7 @@ from dinov3_server.errors import ConfigError
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1 import feature_service_pb2_grpc as pb_grpc
-from tests.server.api.rig import Rig, failure_of, serving
-from tests.server.api.test_server import CERTIFICATES, REQUEST, bearer
+from tests.server.api.rig import CERTIFICATES, REQUEST, Rig, bearer, failure_of, serving
 from tests.support.waiting import until_async
 
 FIRST = (CERTIFICATES / "localhost.pem", CERTIFICATES / "localhost.key")
@@ -69,7 +68,7 @@ async def is_refused(rig: Rig, token: str) -> bool:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("replace", [overwrite, rename_over, swap_links])
-async def test_tokens_are_read_again_when_their_file_changes(tmp_path: Path, replace: Any) -> None:
+async def test_tokens_are_reloaded_when_their_file_changes(tmp_path: Path, replace: Any) -> None:
     path = tmp_path / "tokens"
     replace(path, b"old\nkept\n")
     async with serving(token_file=str(path)) as rig:
@@ -81,7 +80,7 @@ async def test_tokens_are_read_again_when_their_file_changes(tmp_path: Path, rep
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("content", [b"", "pässword".encode(), None], ids=["empty", "not ASCII", "gone"])
-async def test_a_token_file_of_no_use_leaves_the_old_tokens(
+async def test_an_invalid_token_file_leaves_the_old_tokens_in_use(
     tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "tokens"
@@ -104,7 +103,7 @@ async def test_a_token_file_of_no_use_leaves_the_old_tokens(
         assert not await is_refused(rig, "new")
 
 
-async def test_asked_for_files_are_read_at_once_and_a_bad_one_is_named_again(
+async def test_a_forced_reload_is_immediate_and_logs_an_invalid_file_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As SIGHUP asks for it: whoever sends it twice wants to read the reason twice."""
@@ -121,7 +120,7 @@ async def test_asked_for_files_are_read_at_once_and_a_bad_one_is_named_again(
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_stream_ends_at_its_next_message_once_its_token_is_taken_away(tmp_path: Path) -> None:
+async def test_a_stream_ends_at_its_next_message_after_its_token_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_bytes(b"old")
     async with serving(token_file=str(path)) as rig:
@@ -160,7 +159,7 @@ async def connected(port: int, server: Path, pair: tuple[Path, Path]) -> AsyncIt
         yield pb_grpc.FeatureServiceStub(channel)
 
 
-async def test_certificate_and_authorities_are_read_again_and_connections_that_are_open_stay(tmp_path: Path) -> None:
+async def test_certificate_and_authorities_are_reloaded_and_open_connections_stay(tmp_path: Path) -> None:
     async with serving(**put(tmp_path, FIRST)) as rig, connected(rig.port, FIRST[0], FIRST) as before:
         await before.Extract(REQUEST)
         put(tmp_path, RENEWED)
@@ -173,7 +172,7 @@ async def test_certificate_and_authorities_are_read_again_and_connections_that_a
         await before.Extract(REQUEST)
 
 
-async def test_tls_files_that_do_not_fit_together_leave_the_old_ones(
+async def test_tls_files_that_do_not_match_leave_the_old_ones_in_use(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving(**put(tmp_path, FIRST)) as rig:
@@ -191,19 +190,19 @@ async def test_tls_files_that_do_not_fit_together_leave_the_old_ones(
 
 
 @pytest.mark.parametrize("path", [FIRST[0], RENEWED[0], CERTIFICATES / "client.pem"], ids=lambda path: path.name)
-def test_the_dates_are_those_that_openssl_tells(path: Path) -> None:
+def test_the_dates_equal_those_of_openssl(path: Path) -> None:
     """Before 2050 they are written with two digits of the year, after with four."""
     told = ssl._ssl._test_decode_cert(str(path))  # type: ignore[attr-defined]
     dates = lifetime(path.read_bytes())
     assert dates == tuple(map(ssl.cert_time_to_seconds, (told["notBefore"], told["notAfter"])))
 
 
-def test_the_certificate_is_the_first_of_its_chain() -> None:
+def test_the_lifetime_is_of_the_first_certificate_of_a_chain() -> None:
     first, second = FIRST[0].read_bytes(), RENEWED[0].read_bytes()
     assert lifetime(b"words before it\n" + first + second) == lifetime(first) != lifetime(second)
 
 
-def test_a_date_that_is_none_is_an_error_of_the_file(tmp_path: Path) -> None:
+def test_an_invalid_date_is_an_error_of_the_file(tmp_path: Path) -> None:
     """OpenSSL loads such a certificate."""
     _, start, pem = FIRST[0].read_text().partition(ssl.PEM_HEADER)
     der = ssl.PEM_cert_to_DER_cert(start + pem)
@@ -226,12 +225,12 @@ def test_a_date_that_is_none_is_an_error_of_the_file(tmp_path: Path) -> None:
         (101 * DAY, "expired on 1970-04-11 00:00 UTC"),
     ],
 )
-def test_what_is_said_of_dates(now: float, words: str) -> None:
+def test_warnings_about_the_lifetime(now: float, words: str) -> None:
     assert Lifetime(0.0, 100 * DAY).warning(now).startswith(words)
     assert bool(Lifetime(0.0, 100 * DAY).warning(now)) == bool(words)
 
 
-async def test_a_certificate_that_comes_to_its_end_is_told_once_and_counted(
+async def test_a_certificate_that_is_about_to_expire_gives_one_warning_and_sets_the_gauge(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(credentials, "lifetime", lambda _: Lifetime(0.0, 1000 * DAY))

@@ -62,7 +62,7 @@ async def test_a_caller_that_leaves_ends_a_decode() -> None:
     service.close()
 
 
-async def test_a_server_that_drains_does_not_wait_for_a_decode() -> None:
+async def test_a_drain_does_not_wait_for_a_decode() -> None:
     async with serving() as rig:
         call = rig.stub.Extract(LONG)
         await until_async(running)
@@ -72,7 +72,7 @@ async def test_a_server_that_drains_does_not_wait_for_a_decode() -> None:
         call.cancel()
 
 
-async def test_files_of_all_kinds_in_one_request() -> None:
+async def test_files_for_threads_and_for_processes_in_one_request() -> None:
     """Some by threads, some by processes; each row where it belongs, and one that is wrong fails alone."""
     pixels = [picture(32, 32, seed) for seed in range(6)]
     formats = ("PNG", "TIFF", "BMP", "TIFF", "PNG", "WEBP")
@@ -95,7 +95,7 @@ async def test_files_of_all_kinds_in_one_request() -> None:
         assert rig.server.budget.pictures.used == 0
 
 
-async def test_a_picture_that_could_never_fit_fails_alone() -> None:
+async def test_a_picture_over_the_limit_fails_alone() -> None:
     engine, budget = FakeEngine(), ByteBudget(200 << 20, 8 << 20)
     service = extraction(engine, Metrics(), budget=budget)
     images = [pb.Image(encoded=one_bit_png(10_000)), encoded(picture(16, 16))]
@@ -109,7 +109,7 @@ async def test_a_picture_that_could_never_fit_fails_alone() -> None:
     service.close()
 
 
-async def test_no_room_in_time_is_refused_with_a_word_when_to_come_again() -> None:
+async def test_a_request_without_memory_in_time_is_refused_with_a_retry_delay() -> None:
     engine, budget = FakeEngine(), ByteBudget(200 << 20, 8 << 20)
     service = extraction(engine, Metrics(), budget=budget)
     held = budget.pictures.try_acquire(budget.pictures.limit)

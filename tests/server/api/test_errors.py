@@ -87,7 +87,7 @@ WHOLE_REQUEST: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", WHOLE_REQUEST)
-async def test_whole_request(name: str) -> None:
+async def test_errors_of_a_whole_request(name: str) -> None:
     make, field, message = WHOLE_REQUEST[name]
     async with serving(max_images_per_request=8, max_batch_tokens=2000) as rig:
         error = await rig.error(make())
@@ -120,7 +120,7 @@ BAD_IMAGES: dict[str, tuple[pb.Image, str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-async def test_one_image(name: str) -> None:
+async def test_errors_of_one_image(name: str) -> None:
     image, field, message = BAD_IMAGES[name]
     async with serving(max_image_pixels=5000, max_batch_tokens=300) as rig:
         answer = await rig.stub.Extract(pb.ExtractRequest(images=[PHOTO, image, PHOTO]))
@@ -136,7 +136,7 @@ async def test_one_image(name: str) -> None:
         assert rows[[0, -1]].all()
 
 
-async def test_pins() -> None:
+async def test_model_and_fingerprint_must_match_the_server() -> None:
     async with serving() as rig:
         good = pb.ExtractRequest(images=[PHOTO], model=MODEL.name, fingerprint=MODEL.fingerprint)
         await rig.stub.Extract(good)
@@ -148,7 +148,7 @@ async def test_pins() -> None:
                 assert repr(value) in error.message
 
 
-async def test_a_long_message_is_cut_to_what_metadata_can_hold() -> None:
+async def test_a_long_error_message_is_cut_to_fit_into_trailers() -> None:
     async with serving() as rig:
         error = await rig.error(pb.ExtractRequest(images=[PHOTO], model="\N{SNOWMAN}" * 340))
         assert error.code == grpc.StatusCode.FAILED_PRECONDITION
@@ -166,7 +166,7 @@ async def test_a_long_message_is_cut_to_what_metadata_can_hold() -> None:
         (InvalidInput("never fits", field="images"), "INVALID_ARGUMENT", None),
     ],
 )
-async def test_refused_by_the_engine(error: Exception, code: str, retry: float | None) -> None:
+async def test_errors_when_the_engine_refuses_a_request(error: Exception, code: str, retry: float | None) -> None:
     async with serving() as rig:
         rig.engine.refuse = error  # type: ignore[assignment]
         told = await rig.error(pb.ExtractRequest(images=[PHOTO, PHOTO]))
@@ -177,7 +177,7 @@ async def test_refused_by_the_engine(error: Exception, code: str, retry: float |
             assert rig.count("dinov3_refused_requests_total", error.reason) == 1  # type: ignore[attr-defined]
 
 
-async def test_while_requests_are_refused_others_are_refused_unread() -> None:
+async def test_an_overloaded_server_refuses_requests_before_it_reads_them() -> None:
     async with serving() as rig:
         rig.engine.refuse_early = Overloaded("too late", reason="deadline", retry_after=0.25)
         told = await rig.error(pb.ExtractRequest(images=[pb.Image(encoded=b"no image")] * 3))
@@ -186,7 +186,7 @@ async def test_while_requests_are_refused_others_are_refused_unread() -> None:
         assert rig.count("dinov3_refusal_seconds") == 1
 
 
-async def test_a_request_that_was_dropped_while_it_waited_is_no_quick_refusal() -> None:
+async def test_a_late_request_is_not_counted_in_refusal_seconds() -> None:
     async with serving() as rig:
         rig.engine.fail = Overloaded("too late", reason="late", retry_after=0.25)
         await rig.error(pb.ExtractRequest(images=[PHOTO]))
@@ -202,7 +202,7 @@ async def test_a_request_that_was_dropped_while_it_waited_is_no_quick_refusal() 
         (InternalError("the device failed"), "INTERNAL"),
     ],
 )
-async def test_failed_by_the_engine(error: Exception, code: str) -> None:
+async def test_errors_when_the_engine_fails(error: Exception, code: str) -> None:
     async with serving() as rig:
         rig.engine.fail = error
         told = await rig.error(pb.ExtractRequest(images=[PHOTO]))
@@ -222,7 +222,7 @@ async def test_one_block_that_fails_cancels_the_others() -> None:
         assert not rig.engine.reservations
 
 
-async def test_a_bug_is_internal_with_an_id_and_nothing_of_it_on_the_wire(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_an_internal_error_with_an_id_and_without_details(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as rig:
         rig.engine.fail = KeyError("/secret/path")
         with caplog.at_level(logging.ERROR):
@@ -236,7 +236,7 @@ async def test_a_bug_is_internal_with_an_id_and_nothing_of_it_on_the_wire(caplog
         assert rig.count("dinov3_requests_total", "Extract", "INTERNAL") == 1
 
 
-async def test_a_bug_in_decoding_is_that_image_s_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bug_in_decoding_fails_one_image_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(data: bytes, **_: object) -> None:
         raise ZeroDivisionError
 
@@ -260,7 +260,7 @@ async def test_a_bug_in_decoding_is_that_image_s_alone(monkeypatch: pytest.Monke
         assert what == "ZeroDivisionError()"
 
 
-async def test_starting() -> None:
+async def test_calls_fail_with_unavailable_while_the_server_starts() -> None:
     async with serving() as rig:
         rig.engine.model = None
         for call in (rig.stub.Extract(pb.ExtractRequest(images=[PHOTO])), rig.stub.GetModel(pb.GetModelRequest())):
@@ -271,7 +271,7 @@ async def test_starting() -> None:
         assert rig.count("dinov3_refused_requests_total", "starting") == 2
 
 
-async def test_bytes_that_are_no_message() -> None:
+async def test_bytes_that_are_not_a_message_are_invalid() -> None:
     async with serving() as rig:
         for method in ("Extract", "GetModel"):
             call = rig.channel.unary_unary(f"/dinov3_serving.v1.FeatureService/{method}")
@@ -304,7 +304,7 @@ async def test_an_answer_over_the_limit_is_refused_before_any_work() -> None:
         assert answer.ByteSize() > 42 * 24672
 
 
-async def test_errors_of_many_images_can_pass_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_errors_of_many_images_can_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found after the work only, and still told in our words."""
 
     def verbose(data: bytes, **_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov3_server.errors import InternalError
-from dinov3_server.models.interface import Output
+from dinov3_server.models.interface import Output, OutputParity, ParityCheck
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.server.api.rig import AS_IS, MODEL, encoded, failure_of_status, features, picture, png, serving, tensor
 
@@ -93,7 +94,7 @@ async def test_packed_pixels_all_outputs_and_dtypes(dtype: pb.DataType) -> None:
         assert not block.layers[0].HasField("cls")
 
 
-async def test_only_layers_gives_nothing_of_the_last() -> None:
+async def test_with_layers_only_there_are_no_final_features() -> None:
     outputs = pb.Outputs(layers=[pb.LayerOutputs(layer=3, cls=True)])
     async with serving() as rig:
         request = pb.ExtractRequest(images=[encoded(picture(9, 9))], outputs=outputs)
@@ -103,7 +104,7 @@ async def test_only_layers_gives_nothing_of_the_last() -> None:
         assert [entry.layer for entry in block.layers] == [3]
 
 
-async def test_packed_floats_as_they_are() -> None:
+async def test_packed_floats_are_not_resized() -> None:
     pixels = np.stack([picture(32, 16, seed) for seed in range(3)]).transpose(0, 3, 1, 2).astype(np.float32) / 255
     pixels = np.ascontiguousarray(pixels)
     async with serving() as rig:
@@ -124,7 +125,7 @@ async def test_packed_pixels_of_another_size_are_resized() -> None:
         assert rows_of(block.cls) == [expected(p, Output("cls"), 1) for p in resized]
 
 
-async def test_mixed_sizes_are_a_block_each_in_order_of_first_use() -> None:
+async def test_each_size_is_a_block_in_order_of_first_use() -> None:
     sizes = [(32, 32), (16, 48), (32, 32), (48, 16), (16, 48), (32, 32)]
     photos = [picture(*size, seed) for seed, size in enumerate(sizes)]
     images = [encoded(p) if i % 2 else pb.Image(pixels=tensor(p)) for i, p in enumerate(photos)]
@@ -187,7 +188,7 @@ async def test_a_bad_image_fails_alone_and_its_row_is_zero() -> None:
         assert rig.count("dinov3_images_total", "invalid") == 3
 
 
-async def test_where_the_size_is_not_known_a_bad_image_has_no_row() -> None:
+async def test_a_bad_image_of_unknown_size_has_no_row() -> None:
     images = [pb.Image(encoded=b"no image"), encoded(picture(32, 32)), encoded(picture(33, 32))]
     async with serving() as rig:
         answer = await rig.stub.Extract(pb.ExtractRequest(images=images, preprocessing=AS_IS))
@@ -199,7 +200,7 @@ async def test_where_the_size_is_not_known_a_bad_image_has_no_row() -> None:
 
 
 @pytest.mark.parametrize("preprocessing", [AS_IS, pb.Preprocessing()])
-async def test_all_images_bad_is_an_answer_too(preprocessing: pb.Preprocessing) -> None:
+async def test_a_request_of_bad_images_only_is_answered(preprocessing: pb.Preprocessing) -> None:
     images = [pb.Image(encoded=b"no image")] * 3
     async with serving() as rig:
         answer = await rig.stub.Extract(pb.ExtractRequest(images=images, preprocessing=preprocessing))
@@ -208,7 +209,7 @@ async def test_all_images_bad_is_an_answer_too(preprocessing: pb.Preprocessing) 
         assert rig.count("dinov3_requests_total", "Extract", "OK") == 1
 
 
-async def test_rows_that_the_engine_fails() -> None:
+async def test_a_row_that_the_engine_fails_is_an_error_of_its_image() -> None:
     photos = [picture(32, 32, seed) for seed in range(4)]
     async with serving() as rig:
         error = InternalError("features are not finite")
@@ -225,7 +226,7 @@ async def test_rows_that_the_engine_fails() -> None:
         assert rig.count("dinov3_images_total", "failed") == 1
 
 
-async def test_rows_that_the_engine_fails_are_told_by_image() -> None:
+async def test_rows_that_the_engine_fails_have_the_index_of_their_image() -> None:
     sizes = [(16, 16), (32, 16), (16, 16), (32, 16)]
     photos = [pb.Image(pixels=tensor(picture(*size, seed))) for seed, size in enumerate(sizes)]
     async with serving() as rig:
@@ -237,7 +238,7 @@ async def test_rows_that_the_engine_fails_are_told_by_image() -> None:
             assert block.image_indices[1] == bad
 
 
-async def test_a_float_tensor_of_no_use_has_no_row() -> None:
+async def test_an_invalid_float_tensor_has_no_row() -> None:
     """It would be its own input size; the preset's, which files have, is not its."""
     images = [encoded(picture(9, 9)), pb.Image(pixels=pb.Tensor(dtype=pb.DATA_TYPE_FLOAT32, shape=[3, 16, 15]))]
     async with serving() as rig:
@@ -247,7 +248,7 @@ async def test_a_float_tensor_of_no_use_has_no_row() -> None:
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, 1e30, -1e30, 1001.0])
-async def test_floats_that_are_no_pixels_are_their_image_s_error(value: float) -> None:
+async def test_floats_that_are_not_pixels_fail_their_image(value: float) -> None:
     pixels = np.zeros((3, 3, 16, 16), np.float32)
     pixels[0, 0, 0, 0], pixels[2, 0, 0, 0] = 1000, -1000
     pixels[1, 0, 3, 3] = np.nan
@@ -278,7 +279,7 @@ async def test_priority_and_deadline_reach_the_engine() -> None:
         assert other.deadline is None
 
 
-async def test_requests_at_once_do_not_mix() -> None:
+async def test_concurrent_requests_get_their_own_features() -> None:
     async with serving() as rig:
         photos = [picture(32, 32, seed) for seed in range(24)]
 
@@ -314,3 +315,27 @@ async def test_get_model() -> None:
         assert (model.frontends, model.frontend) == (3, 1)
         assert model.server_version
         assert rig.count("dinov3_requests_total", "GetModel", "OK") == 1
+
+
+async def test_get_model_has_the_parity_check() -> None:
+    proofs = (OutputParity("cls", "float32", 0.999999, 2e-6), OutputParity("cls", "bfloat16", 0.9995, 0.0125))
+    parity_check = ParityCheck(
+        verified=True,
+        reason="",
+        revision="6876159a",
+        outputs=proofs,
+        time="2026-01-02T03:04:05Z",
+        not_covered="The size of the moon.",
+    )
+    async with serving() as rig:
+        unproven = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
+        assert (unproven.verified, unproven.reason) == (False, "no comparison was run")
+        rig.engine.model = replace(MODEL, parity_check=parity_check)
+        told = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
+    assert told.verified
+    assert (told.upstream_revision, told.time) == ("6876159a", "2026-01-02T03:04:05Z")
+    assert told.not_covered == "The size of the moon."
+    assert [
+        (proof.output, proof.dtype, pytest.approx(proof.least_cosine), pytest.approx(proof.relative_error))
+        for proof in told.outputs
+    ] == [("cls", pb.DATA_TYPE_FLOAT32, 0.999999, 2e-6), ("cls", pb.DATA_TYPE_BFLOAT16, 0.9995, 0.0125)]

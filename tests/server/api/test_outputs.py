@@ -33,7 +33,7 @@ async def block(rig: Rig, **outputs: Any) -> pb.FeatureBlock:
     return answered
 
 
-async def test_pooling_is_of_patches_and_their_grids_alone() -> None:
+async def test_pooling_changes_patches_and_grids_only() -> None:
     async with serving() as rig:
         layers = [pb.LayerOutputs(layer=0, patches=True, cls=True)]
         pooling = pb.Pooling(grid_height=3, grid_width=1)
@@ -52,7 +52,7 @@ async def test_pooling_is_of_patches_and_their_grids_alone() -> None:
         assert rig.engine.done_runs[-1].block.spec.pooling == ("bilinear", 3, 1)
 
 
-async def test_a_projection_and_channels_first_change_the_shape_of_patches_alone() -> None:
+async def test_a_projection_and_channels_first_change_patches_only() -> None:
     async with serving() as rig:
         rig.engine.model = GIFTED
         answer = await block(rig, projection="wide", patch_layout=pb.PATCH_LAYOUT_CHANNELS_FIRST)
@@ -62,7 +62,7 @@ async def test_a_projection_and_channels_first_change_the_shape_of_patches_alone
         assert list(layer.patches.shape) == [1, 4 * 6, 3]
 
 
-async def test_int8_comes_with_a_scale_a_token() -> None:
+async def test_int8_has_one_scale_per_token() -> None:
     async with serving() as rig:
         answer = await block(rig, cls=True, patches=True, registers=True, dtype=pb.DATA_TYPE_INT8)
         assert len(answer.patches.data) == 6 * 24
@@ -85,7 +85,7 @@ async def test_a_failed_image_has_zero_scales() -> None:
         assert (scales.any(1).tolist(), scales.shape) == ([True, False, True], (3, 6 * 4))
 
 
-async def test_the_models_projections_are_told() -> None:
+async def test_get_model_lists_the_projections() -> None:
     async with serving() as rig:
         rig.engine.model = GIFTED
         model = await rig.stub.GetModel(pb.GetModelRequest())
@@ -96,7 +96,7 @@ async def test_the_models_projections_are_told() -> None:
         ]
 
 
-async def test_a_pin_is_the_models_or_the_whole_answers() -> None:
+async def test_a_request_may_pin_the_fingerprint_of_the_model_or_of_the_answer() -> None:
     async with serving() as rig:
         rig.engine.model = GIFTED
         whole = f"{MODEL.fingerprint}+bbbb"
@@ -115,7 +115,7 @@ async def test_a_pin_is_the_models_or_the_whole_answers() -> None:
             assert pin in error.message
 
 
-async def test_an_answer_without_rows_has_the_whole_fingerprint() -> None:
+async def test_an_answer_without_rows_has_the_fingerprint_of_the_answer() -> None:
     async with serving() as rig:
         rig.engine.model = GIFTED
         asked = pb.ExtractRequest(
@@ -161,7 +161,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("outputs", "field", "message"), BAD)
-async def test_what_cannot_be_is_explained(outputs: dict[str, Any], field: str, message: str) -> None:
+async def test_invalid_outputs_are_explained(outputs: dict[str, Any], field: str, message: str) -> None:
     async with serving(max_batch_tokens=300) as rig:
         rig.engine.model = GIFTED
         error = await rig.error(request(**outputs))
@@ -170,19 +170,19 @@ async def test_what_cannot_be_is_explained(outputs: dict[str, Any], field: str, 
             raise AssertionError(error.message)
 
 
-async def test_the_grid_may_be_as_large_as_an_image() -> None:
+async def test_a_pooled_grid_may_be_as_large_as_an_image() -> None:
     async with serving(max_batch_tokens=300) as rig:
         answer = await block(rig, patches=True, pooling=pb.Pooling(grid_height=20, grid_width=15))
         assert list(answer.patches.shape) == [1, 300, 24]
 
 
-async def test_a_server_without_projections_says_so() -> None:
+async def test_projections_of_a_server_without_any_are_refused() -> None:
     async with serving() as rig:
         error = await rig.error(request(projection="wide"))
         assert error.message == "there is no projection 'wide': the server was started with none (--projections)"
 
 
-async def test_a_projection_of_no_patches_is_none() -> None:
+async def test_a_projection_does_not_concern_layers_without_patches() -> None:
     """It is of all patches that are asked for, and so of layers that have none."""
     async with serving() as rig:
         rig.engine.model = GIFTED
@@ -191,7 +191,7 @@ async def test_a_projection_of_no_patches_is_none() -> None:
         assert (list(answer.patches.shape), list(answer.layers[0].cls.shape)) == ([1, 6, 5], [1, 8])
 
 
-async def test_an_answer_that_is_too_large_is_added_up_with_its_scales() -> None:
+async def test_the_size_of_a_too_large_answer_includes_scales() -> None:
     async with serving(max_message_bytes=2**20) as rig:
         outputs = pb.Outputs(
             cls=True,
@@ -207,7 +207,7 @@ async def test_an_answer_that_is_too_large_is_added_up_with_its_scales() -> None
 
 
 @pytest.mark.parametrize("field", ["pixels", "images"])
-async def test_int8_pixels_stay_refused(field: str) -> None:
+async def test_int8_pixels_are_refused(field: str) -> None:
     given = pb.Tensor(dtype=pb.DATA_TYPE_INT8, shape=[32, 48, 3], data=PHOTO.tobytes())
     if field == "pixels":
         given.shape.insert(0, 1)

@@ -14,8 +14,7 @@ from dinov3_server.api.monitor import OWN_BYTES, FrontendMonitor
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.errors import Overloaded
 from dinov3_server.metrics import Metrics
-from tests.server.api.rig import serving
-from tests.server.api.test_server import REQUEST
+from tests.server.api.rig import REQUEST, serving
 from tests.support.waiting import until_async
 
 SERVICE = "dinov3_serving.v1.FeatureService"
@@ -56,7 +55,7 @@ def make() -> Receiver:
         ("stream_stream", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"),
     ],
 )
-async def test_a_message_that_is_held_open_is_ended_over_the_limit(call: str, name: str) -> None:
+async def test_a_pending_read_is_ended_over_the_limit(call: str, name: str) -> None:
     async with serving() as rig:
         receiver = rig.server.receiver
         held_open = getattr(rig.channel, call)(name)()
@@ -71,7 +70,7 @@ async def test_a_message_that_is_held_open_is_ended_over_the_limit(call: str, na
         await rig.stub.Extract(REQUEST)
 
 
-async def test_slow_senders_go_first_then_those_without_a_token_then_who_has_most(
+async def test_reads_are_ended_by_slowness_then_rank_then_reads_of_the_caller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     receiver = make()
@@ -95,7 +94,7 @@ async def test_slow_senders_go_first_then_those_without_a_token_then_who_has_mos
             await task
 
 
-async def test_a_caller_that_leaves_is_no_slow_sender() -> None:
+async def test_a_cancelled_read_is_not_reported_as_slow() -> None:
     receiver = make()
     task = await reading(receiver, "ipv4:10.0.0.1:1", 0)
     task.cancel()
@@ -104,7 +103,7 @@ async def test_a_caller_that_leaves_is_no_slow_sender() -> None:
     assert not receiver._reads
 
 
-async def test_what_is_allocated_beyond_what_is_known_is_what_grpc_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_grpc_holds_what_is_allocated_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     allocated = 1 << 40  # at the start
     budget = ByteBudget(64 << 20, 16 << 20)
     receiver, held = Receiver(budget, limit=1000), list[int]()

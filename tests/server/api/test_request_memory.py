@@ -96,14 +96,14 @@ async def test_an_answer_is_counted_until_it_is_read() -> None:
             await until_async(lambda: not used.used)
 
 
-async def test_a_caller_that_leaves_gives_the_room_of_its_answer_back() -> None:
+async def test_the_memory_of_an_answer_is_released_when_its_caller_leaves() -> None:
     async with serving() as rig:
         async with deaf(rig, SMALL):
             assert rig.server.budget.answers.used
         await until_async(lambda: not rig.server.budget.answers.used)
 
 
-async def test_an_answer_that_is_not_read_goes_where_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_connection_of_an_unread_answer_is_closed_if_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "SLOW_READER_SECONDS", 0.0)
     async with serving(**LIMITS) as rig, deaf(rig, LARGE):
         held = rig.server.budget.answers.used
@@ -112,7 +112,7 @@ async def test_an_answer_that_is_not_read_goes_where_others_wait(monkeypatch: py
         await until_async(lambda: not rig.server.budget.answers.used)
 
 
-async def test_an_answer_that_finds_no_room_in_time_is_told_to_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_without_memory_in_time_is_refused_with_a_retry_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "LONGEST_WAIT_SECONDS", 0.05)
     async with serving(**LIMITS) as rig:
         async with deaf(rig, LARGE):
@@ -127,7 +127,7 @@ async def test_an_answer_that_finds_no_room_in_time_is_told_to_retry(monkeypatch
         await rig.stub.Extract(LARGE)
 
 
-async def test_a_message_that_finds_no_room_waits_or_is_told_to_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_message_without_memory_waits_or_is_refused_with_a_retry_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving(**LIMITS) as rig:
         messages = rig.server.budget.messages
         others = messages.try_acquire(messages.limit)
@@ -163,7 +163,7 @@ async def test_a_message_is_counted_until_it_is_decoded() -> None:
         await until_async(lambda: not rig.server.budget.answers.used)
 
 
-async def test_a_message_whose_token_is_gone_is_not_counted_any_more(tmp_path: Path) -> None:
+async def test_a_message_with_a_removed_token_is_not_counted(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text("secret\n")
     async with serving(token_file=str(path)) as rig:
@@ -177,7 +177,7 @@ async def test_a_message_whose_token_is_gone_is_not_counted_any_more(tmp_path: P
         assert not rig.server.budget.messages.used
 
 
-async def test_a_caller_that_leaves_at_once_gives_the_room_of_its_messages_back() -> None:
+async def test_the_memory_of_messages_is_released_if_their_tasks_never_start() -> None:
     """Its messages are read, and their tasks are cancelled before they begin."""
     room = ByteBudget(64 << 20, 16 << 20)
     message = pb.ExtractStreamRequest(request=SMALL).SerializeToString()
@@ -200,7 +200,7 @@ async def test_a_caller_that_leaves_at_once_gives_the_room_of_its_messages_back(
     service.close()
 
 
-async def test_a_loop_that_is_held_up_is_seen() -> None:
+async def test_event_loop_lag_is_measured() -> None:
     async with serving() as rig:
         await until_async(lambda: rig.count("dinov3_event_loop_lag_seconds"))  # it looks
 

@@ -157,7 +157,7 @@ def test_equals_protobuf(answer, message_id: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(answers())
-def test_the_bound_is_one_and_is_near(answer) -> None:
+def test_the_upper_bound_holds_and_is_close(answer) -> None:
     model, placed, memory, _, timings, frontend = answer
     actual = sum(
         map(

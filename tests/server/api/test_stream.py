@@ -87,7 +87,7 @@ async def test_answers_come_as_they_complete() -> None:
         assert await drained(call) == []
 
 
-async def test_no_more_than_the_window_is_read() -> None:
+async def test_no_more_messages_than_the_window_are_read() -> None:
     async with serving(stream_window=3) as rig:
         rig.engine.hold = True
         call = rig.stub.ExtractStream(message(index) for index in range(10))
@@ -130,7 +130,7 @@ class SlowCaller:
         self.answers.append(answer)
 
 
-async def test_a_caller_that_does_not_read_is_not_read_either() -> None:
+async def test_messages_of_a_caller_that_does_not_read_answers_are_not_read() -> None:
     engine, caller, receiver = FakeEngine(), SlowCaller(10), Receiver(ByteBudget(64 << 20, 16 << 20), 1 << 20)
     service, settings = extraction(engine, Metrics()), Settings(stream_window=3)
     serve = asyncio.create_task(Stream(caller, service, receiver, Metrics(), settings, ANONYMOUS).serve())  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ async def test_an_error_of_one_message_leaves_the_stream_open() -> None:
         assert rig.count("dinov3_refused_requests_total", "queue") == 1
 
 
-async def test_an_unexpected_error_is_one_message_s_too(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_error_fails_one_message_only(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as rig:
         rig.engine.fail = KeyError("bug")
         answers = await drained(rig.stub.ExtractStream(iter([message(0), message(1)])))
@@ -191,7 +191,7 @@ async def test_an_unexpected_error_is_one_message_s_too(caplog: pytest.LogCaptur
         assert rig.count("dinov3_requests_total", "ExtractStream", "INTERNAL") == 2
 
 
-async def test_an_id_that_is_unanswered_is_refused_and_one_that_is_answered_is_not() -> None:
+async def test_an_unanswered_id_is_refused_and_an_answered_one_is_not() -> None:
     async with serving() as rig:
         rig.engine.hold = True
         call = rig.stub.ExtractStream()
@@ -216,7 +216,7 @@ async def test_an_id_that_is_unanswered_is_refused_and_one_that_is_answered_is_n
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan, math.inf])
-async def test_timeouts_that_are_none(seconds: float) -> None:
+async def test_invalid_timeouts_are_refused(seconds: float) -> None:
     async with serving() as rig:
         [answer] = await drained(rig.stub.ExtractStream(iter([message(0, timeout_seconds=seconds)])))
         told = failure_of_status(answer.error)
@@ -246,7 +246,7 @@ async def test_half_closed_streams_are_answered_to_the_end() -> None:
         assert await call.code() == grpc.StatusCode.OK
 
 
-async def test_cancelling_lets_everything_go() -> None:
+async def test_cancelling_a_stream_releases_everything() -> None:
     async with serving(stream_window=5) as rig:
         rig.engine.hold = True
         call = rig.stub.ExtractStream(message(index) for index in range(9))
@@ -258,7 +258,7 @@ async def test_cancelling_lets_everything_go() -> None:
         await until_async(lambda: rig.count("dinov3_requests_total", "ExtractStream", "CANCELLED") == 5)
 
 
-async def test_the_stream_s_own_deadline_ends_it() -> None:
+async def test_a_stream_ends_at_its_deadline() -> None:
     async with serving() as rig:
         rig.engine.hold = True
         call = rig.stub.ExtractStream(iter([message(0)]), timeout=0.2)
@@ -268,7 +268,7 @@ async def test_the_stream_s_own_deadline_ends_it() -> None:
         await until_async(lambda: rig.count("dinov3_requests_total", "ExtractStream", "DEADLINE_EXCEEDED") == 1)
 
 
-async def test_a_message_that_is_none_ends_the_stream_after_what_came_before() -> None:
+async def test_an_invalid_message_ends_the_stream_after_earlier_answers() -> None:
     async with serving() as rig:
         rig.engine.hold = True
         raw = rig.channel.stream_stream("/dinov3_serving.v1.FeatureService/ExtractStream")
@@ -286,7 +286,7 @@ async def test_a_message_that_is_none_ends_the_stream_after_what_came_before() -
         assert rig.count("dinov3_requests_total", "ExtractStream", "INVALID_ARGUMENT") == 1
 
 
-async def test_draining_answers_what_was_read_and_ends_the_stream() -> None:
+async def test_a_drain_answers_messages_that_were_read_and_ends_the_stream() -> None:
     async with serving() as rig:
         rig.engine.hold = True
         call = rig.stub.ExtractStream()
@@ -306,7 +306,7 @@ async def test_draining_answers_what_was_read_and_ends_the_stream() -> None:
         assert rig.count("dinov3_requests_total", "ExtractStream", "UNAVAILABLE") == 1
 
 
-async def test_a_drain_without_grace_cancels_what_is_left() -> None:
+async def test_a_drain_without_grace_cancels_streams() -> None:
     async with serving() as rig:
         rig.engine.hold = True
         call = rig.stub.ExtractStream()

@@ -60,7 +60,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("nbytes", [10_000_000, 90_000_000])
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_what_is_visited_of_a_bomb_is_bounded(bomb: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_of_a_bomb_visits_few_fields(bomb: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     piece, most = BOMBS[bomb]
     data = piece * -(-nbytes // len(piece))
     assert visited(pb.ExtractRequest, data, monkeypatch) <= most
@@ -68,7 +68,7 @@ def test_what_is_visited_of_a_bomb_is_bounded(bomb: str, nbytes: int, monkeypatc
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_in_a_stream_the_message_at_fault_is_known(bomb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_id_of_a_refused_stream_message_is_known(bomb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     piece, most = BOMBS[bomb]
     request = piece * -(-1_000_000 // len(piece))
     data = field(2, request) + b"\x08\x2a"  # the id may stand behind
@@ -135,7 +135,7 @@ def test_a_message_means_the_same_as_to_protobuf(kind: Any, monkeypatch: pytest.
         assert with_contents(parsed.message, parsed.resolve_bytes) == kind.FromString(data)
 
 
-def test_bytes_are_views_of_what_was_received() -> None:
+def test_bytes_are_views_of_the_received_data() -> None:
     parsed = parse(pb.ExtractRequest, IMAGE, MOST)
     view = parsed.resolve_bytes(parsed.message.images[0].encoded)
     assert isinstance(view, memoryview)
@@ -144,7 +144,7 @@ def test_bytes_are_views_of_what_was_received() -> None:
 
 
 @pytest.mark.parametrize("kind", [pb.ExtractRequest, pb.ExtractStreamRequest])
-def test_damage_is_refused_as_protobuf_refuses_it(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_messages_are_refused_as_by_protobuf(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What protobuf takes is taken, and what it refuses is refused, whatever is changed or cut off."""
     monkeypatch.setattr(wire, "SHORT_BYTES", 0)
     rng = random.Random(11)
@@ -177,7 +177,7 @@ def test_damage_is_refused_as_protobuf_refuses_it(kind: Any, monkeypatch: pytest
     assert refused > 100
 
 
-def test_few_elements_are_left_to_those_who_know_what_they_mean() -> None:
+def test_up_to_64_elements_are_left_to_later_checks() -> None:
     """A server of two images a request says of three what it always said, and takes forty layers."""
     images = [pb.Image(encoded=b"x" * 2000) for _ in range(3)]
     outputs = pb.Outputs(layers=[pb.LayerOutputs(layer=layer, cls=True) for layer in range(40)])
@@ -188,7 +188,7 @@ def test_few_elements_are_left_to_those_who_know_what_they_mean() -> None:
         parse(pb.ExtractRequest, field(1, b"\x0a\x64" + b"x" * 100) * 65, 2)
 
 
-def test_the_largest_honest_request_is_taken() -> None:
+def test_the_largest_sensible_request_is_accepted() -> None:
     """512 views with everything set, and pixels whose shapes are not packed."""
     view = pb.View(
         crop=pb.Box(top=1, left=2, height=3, width=4), horizontal_flip=True, size=pb.Size(height=16, width=16)
