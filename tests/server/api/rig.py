@@ -46,11 +46,11 @@ MODEL = ModelInfo(
     parameters=12345,
 )
 ARENA_BYTES = 12 << 20
-FREE = 0xEE  # every byte of the arena that nobody holds
+FREE = 0xEE  # fills the unreserved bytes of the arena
 
 
 def features(pixels: bytes, output: Output, nbytes: int) -> bytes:
-    """Of one row: other pixels, other outputs, other bytes."""
+    """Return fake features of one row. They differ for different pixels and outputs."""
     seed = [zlib.crc32(pixels), zlib.crc32(repr(output).encode())]
     return np.random.default_rng(seed).bytes(nbytes)
 
@@ -150,7 +150,7 @@ class FakeEngine:
         return BlockResult(failed, 0.25, 0.5, 3 + len(rows), 2)
 
     def untouched(self) -> bool:
-        """Nobody holds anything, and nobody has written where nobody holds anything."""
+        """Return whether nothing is reserved, and nothing was written outside of reservations."""
         return not self.reservations and self.buffer.count(FREE) == len(self.buffer)
 
 
@@ -164,7 +164,7 @@ class Rig:
     stub: pb_grpc.FeatureServiceStub
 
     def count(self, name: str, *labels: str) -> float:
-        """Of a counter its value, of a histogram how many were observed."""
+        """Return the value of a counter, or the number of observations of a histogram."""
         numbers = self.metrics.snapshot().series[name].get(labels, (0.0,))
         return numbers[0] if len(numbers) == 1 else sum(numbers[1:])
 
@@ -181,18 +181,18 @@ class Failure:
 
 
 def failure(code: grpc.StatusCode, message: str, details: Sequence[AnyDetail]) -> Failure:
-    told = Failure(code, message, None, None)
+    parsed = Failure(code, message, None, None)
     for detail in details:
         bad_request, retry = BadRequest(), RetryInfo()
         if detail.Unpack(bad_request):
             [violation] = bad_request.field_violations
             assert violation.description == message
-            told.field = violation.field
+            parsed.field = violation.field
         elif detail.Unpack(retry):
-            told.retry_seconds = retry.retry_delay.ToNanoseconds() / 1e9
+            parsed.retry_seconds = retry.retry_delay.ToNanoseconds() / 1e9
         else:
-            raise AssertionError(f"a detail that nobody expects: {detail}")
-    return told
+            raise AssertionError(f"unexpected detail: {detail}")
+    return parsed
 
 
 def failure_of_status(status: pb.Status) -> Failure:
@@ -201,7 +201,7 @@ def failure_of_status(status: pb.Status) -> Failure:
 
 
 async def failure_of(call: Any) -> Failure:
-    """What the call fails with; its details agree with its code and message."""
+    """Return the error of a call, after checking that its details agree with its code and message."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -213,14 +213,14 @@ async def failure_of(call: Any) -> Failure:
 def extraction(
     engine: FakeEngine, metrics: Metrics, threads: int = 1, budget: ByteBudget | None = None, **settings: Any
 ) -> Extraction:
-    """What is behind the methods, without gRPC; in the event loop."""
+    """Return an Extraction, which the gRPC methods call. Call it in the event loop."""
     known = Settings(**settings)
     budget = budget or ByteBudget(known.frontend_bytes, known.max_message_bytes)
     return Extraction(engine, known, metrics, 0, threads, budget)  # type: ignore[arg-type]
 
 
 def request_memory() -> RequestMemory:
-    """Of a budget of its own; in the event loop."""
+    """Return the memory of a request in a new budget. Call it in the event loop."""
     budget = ByteBudget(64 << 20, 16 << 20)
     grant = budget.messages.try_acquire(1)
     assert grant is not None
@@ -250,7 +250,7 @@ def open_channel(port: int) -> grpc.aio.Channel:
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """[H, W, 3] uint8, of seed its own."""
+    """Return random [H, W, 3] uint8 pixels."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 

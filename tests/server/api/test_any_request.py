@@ -1,4 +1,4 @@
-"""Whatever the fields of a request hold, the answer is features or an error of the caller's, never INTERNAL."""
+"""Requests with arbitrary fields: the answer is features or an error of the caller, never INTERNAL."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def mutants(draw: st.DrawFn, of: Message) -> Any:
 
 
 def read(request: pb.ExtractRequest) -> None:
-    """What a frontend does with a request before it reserves memory."""
+    """Do what a frontend does with a request before it reserves memory."""
     assert count_images(request) >= 0
     with suppress(InvalidInput, ModelMismatch):
         query = read_request(request, bytes, MODEL, LIMITS)

@@ -1,4 +1,4 @@
-"""Callers that leave: everything they held is let go, but never while a thread still writes into it."""
+"""Cancelled calls: their resources are released, but not before threads have stopped writing into the arena."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TWO = pb.ExtractRequest(images=[encoded(picture(16, 16, 1)), encoded(picture(16,
 
 
 class Gate:
-    """In place of `decode`: tells that a thread is inside, and keeps it there."""
+    """Replaces `decode`: sets `entered` when a thread calls it, and blocks the thread until `open` is set."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -68,7 +68,7 @@ async def test_the_reservation_stays_while_threads_write(gate: Gate, threads: in
     service = extraction(engine, metrics, threads)
     task = asyncio.create_task(service.extract(TWO, None, ANONYMOUS, request_memory()))
     await gate.entered.wait()
-    for _ in range(3):  # whoever cancels may do so again
+    for _ in range(3):  # a task may be cancelled several times
         task.cancel()
         await turn_the_loop()
         assert not task.done()
@@ -76,7 +76,7 @@ async def test_the_reservation_stays_while_threads_write(gate: Gate, threads: in
     gate.open.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert gate.calls == threads  # an image that was not begun is not decoded for nobody
+    assert gate.calls == threads  # other images are not decoded any more
     assert engine.untouched()  # nothing was written after the release
     assert not engine.done_runs
     assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (2.0,)}
@@ -84,7 +84,7 @@ async def test_the_reservation_stays_while_threads_write(gate: Gate, threads: in
 
 
 async def test_a_request_can_be_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pixels that are only copied take no thread; a request of many gives way to the loop, and may end there."""
+    """Copies run in the event loop. A request of many images yields to the loop, and can be cancelled there."""
     monkeypatch.setattr("dinov3_server.api.decode_pool.COPY_SECONDS", 0.0)  # no time at all: one image a turn
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
@@ -181,7 +181,7 @@ async def test_a_deadline_that_passes_while_images_are_decoded(gate: Gate) -> No
 
 
 async def test_a_large_request_does_not_block_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each turn of a thread is a slice; the small request's turn comes after one of them."""
+    """Threads work in time slices; the small request gets the second or third one."""
     monkeypatch.setattr("dinov3_server.api.decode_pool.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
     order: list[bytes] = []
     monkeypatch.setattr("dinov3_server.images.decode.decode", lambda data, **_: recorded(data))

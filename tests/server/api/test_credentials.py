@@ -1,4 +1,4 @@
-"""Tokens and TLS files that change while the server runs, and certificates that come to their end."""
+"""Tokens and TLS files that change while the server runs, and certificates that expire."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rename_over(path: Path, content: bytes) -> None:
 
 
 def swap_links(path: Path, content: bytes) -> None:
-    """As Kubernetes does: the file is a link through ..data, a link to a folder that another takes the place of."""
+    """Replace a file as Kubernetes does: it is a link through ..data, which is then linked to a new folder."""
     folder = path.parent / f"..{len(list(path.parent.iterdir()))}"
     folder.mkdir()
     (folder / path.name).write_bytes(content)
@@ -94,7 +94,7 @@ async def test_an_invalid_token_file_leaves_the_old_tokens_in_use(
         await until_async(lambda: rig.count("dinov3_reload_failed", "tokens") == 1)
         assert not await is_refused(rig, "old")
         rig.server._credentials.reload()
-        [record] = [record for record in caplog.records if record.levelno == logging.ERROR]  # once, not at each look
+        [record] = [record for record in caplog.records if record.levelno == logging.ERROR]  # once, not at each check
         assert str(path) in record.message
         assert "stays in use" in record.message
         path.write_bytes(b"new")
@@ -106,7 +106,7 @@ async def test_an_invalid_token_file_leaves_the_old_tokens_in_use(
 async def test_a_forced_reload_is_immediate_and_logs_an_invalid_file_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As SIGHUP asks for it: whoever sends it twice wants to read the reason twice."""
+    """As SIGHUP forces it. A second SIGHUP logs the reason a second time."""
     path = tmp_path / "tokens"
     path.write_bytes(b"old")
     async with serving(token_file=str(path)) as rig:
@@ -134,7 +134,7 @@ async def test_a_stream_ends_at_its_next_message_after_its_token_is_removed(tmp_
         await until_async(lambda: known(rig) == [b"new"])
         await call.write(pb.ExtractStreamRequest(id=3, request=REQUEST))
         run.go.set_result(None)
-        assert (await call.read()).id == 2  # what was taken is answered
+        assert (await call.read()).id == 2  # messages that were read are answered
         with pytest.raises(grpc.aio.AioRpcError, match="the token is not valid any more"):
             await call.read()
         assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
@@ -192,9 +192,9 @@ async def test_tls_files_that_do_not_match_leave_the_old_ones_in_use(
 @pytest.mark.parametrize("path", [FIRST[0], RENEWED[0], CERTIFICATES / "client.pem"], ids=lambda path: path.name)
 def test_the_dates_equal_those_of_openssl(path: Path) -> None:
     """Before 2050 they are written with two digits of the year, after with four."""
-    told = ssl._ssl._test_decode_cert(str(path))  # type: ignore[attr-defined]
+    decoded = ssl._ssl._test_decode_cert(str(path))  # type: ignore[attr-defined]
     dates = lifetime(path.read_bytes())
-    assert dates == tuple(map(ssl.cert_time_to_seconds, (told["notBefore"], told["notAfter"])))
+    assert dates == tuple(map(ssl.cert_time_to_seconds, (decoded["notBefore"], decoded["notAfter"])))
 
 
 def test_the_lifetime_is_of_the_first_certificate_of_a_chain() -> None:
@@ -245,8 +245,8 @@ async def test_a_certificate_that_is_about_to_expire_gives_one_warning_and_sets_
         assert rig.metrics.snapshot().series["dinov3_tls_expiry_seconds"] == {(): (5 * DAY,)}
         assert len(warnings()) == 1
         now = 996 * DAY
-        [told] = warnings()
-        assert "tls.crt expires on 1972-09-27 00:00 UTC, in 5.0 days" in told
+        [warning] = warnings()
+        assert "tls.crt expires on 1972-09-27 00:00 UTC, in 5.0 days" in warning
         now = 1001 * DAY
         assert "expired on" in warnings()[1]
         assert rig.metrics.snapshot().series["dinov3_tls_expiry_seconds"] == {(): (-DAY,)}

@@ -1,4 +1,4 @@
-"""What files may ask of a frontend: decodes that end with their call, and pictures within the budget."""
+"""Limits of decoding: decodes end with their call, and pictures stay within the memory budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.waiting import LIMIT, until_async
 
 CLS = pb.Outputs(cls=True)
 SCANS = jpeg_scans(190, 5000)
-# Decoded once and then resized 400 times: more than half a minute, in a process or in none.
+# Decoded once and then resized 400 times, which takes more than half a minute anywhere.
 LONG = pb.ExtractRequest(
     images=[
         pb.Image(encoded=SCANS, views=[pb.View(horizontal_flip=bool(view % 2)) for view in range(400)]),
@@ -73,7 +73,7 @@ async def test_a_drain_does_not_wait_for_a_decode() -> None:
 
 
 async def test_files_for_threads_and_for_processes_in_one_request() -> None:
-    """Some by threads, some by processes; each row where it belongs, and one that is wrong fails alone."""
+    """Each row is at its place, and invalid files fail alone."""
     pixels = [picture(32, 32, seed) for seed in range(6)]
     formats = ("PNG", "TIFF", "BMP", "TIFF", "PNG", "WEBP")
     files = [encode(*pair, lossless=True) for pair in zip(pixels, formats, strict=True)]
@@ -126,7 +126,7 @@ async def test_a_request_without_memory_in_time_is_refused_with_a_retry_delay() 
 
 
 async def test_many_large_pictures_stay_within_the_budget() -> None:
-    """By the budget's count, and by what the processes have in memory."""
+    """Measured by the budget, and by the resident memory of the decode processes."""
     engine, budget = FakeEngine(), ByteBudget(700 << 20, 8 << 20)
     service = extraction(engine, Metrics(), threads=4, budget=budget)
     bomb = one_bit_png(7000)  # 49 million pixels: 245 MB

@@ -1,4 +1,4 @@
-"""The error table, as a client meets it: status, field, retry, and what the message says."""
+"""Errors as clients see them: status, field, retry delay and message."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ async def test_errors_of_one_image(name: str) -> None:
         answer = await rig.stub.Extract(pb.ExtractRequest(images=[PHOTO, image, PHOTO]))
         [error] = answer.errors
         assert error.image_index == 1
-        told = failure_of_status(error.status)
-        assert told.code == grpc.StatusCode.INVALID_ARGUMENT
-        assert told.field == field
+        failure = failure_of_status(error.status)
+        assert failure.code == grpc.StatusCode.INVALID_ARGUMENT
+        assert failure.field == field
         with pytest.raises(AssertionError, match=message):
-            raise AssertionError(told.message)
+            raise AssertionError(failure.message)
         cls = answer.blocks[0].cls
         rows = np.frombuffer(cls.data, np.uint8).reshape(cls.shape[0], -1).any(axis=1)
         assert rows[[0, -1]].all()
@@ -169,8 +169,8 @@ async def test_a_long_error_message_is_cut_to_fit_into_trailers() -> None:
 async def test_errors_when_the_engine_refuses_a_request(error: Exception, code: str, retry: float | None) -> None:
     async with serving() as rig:
         rig.engine.refuse = error  # type: ignore[assignment]
-        told = await rig.error(pb.ExtractRequest(images=[PHOTO, PHOTO]))
-        assert (told.code.name, told.message, told.retry_seconds) == (code, str(error), retry)
+        failure = await rig.error(pb.ExtractRequest(images=[PHOTO, PHOTO]))
+        assert (failure.code.name, failure.message, failure.retry_seconds) == (code, str(error), retry)
         assert rig.count("dinov3_requests_total", "Extract", code) == 1
         assert rig.count("dinov3_images_total", "refused" if retry else "invalid") == 2
         if retry:
@@ -180,8 +180,8 @@ async def test_errors_when_the_engine_refuses_a_request(error: Exception, code: 
 async def test_an_overloaded_server_refuses_requests_before_it_reads_them() -> None:
     async with serving() as rig:
         rig.engine.refuse_early = Overloaded("too late", reason="deadline", retry_after=0.25)
-        told = await rig.error(pb.ExtractRequest(images=[pb.Image(encoded=b"no image")] * 3))
-        assert (told.code.name, told.retry_seconds) == ("RESOURCE_EXHAUSTED", 0.25)
+        failure = await rig.error(pb.ExtractRequest(images=[pb.Image(encoded=b"no image")] * 3))
+        assert (failure.code.name, failure.retry_seconds) == ("RESOURCE_EXHAUSTED", 0.25)
         assert rig.count("dinov3_refused_images_total", "deadline") == 3
         assert rig.count("dinov3_refusal_seconds") == 1
 
@@ -205,8 +205,8 @@ async def test_a_late_request_is_not_counted_in_refusal_seconds() -> None:
 async def test_errors_when_the_engine_fails(error: Exception, code: str) -> None:
     async with serving() as rig:
         rig.engine.fail = error
-        told = await rig.error(pb.ExtractRequest(images=[PHOTO]))
-        assert (told.code.name, told.message) == (code, str(error))
+        failure = await rig.error(pb.ExtractRequest(images=[PHOTO]))
+        assert (failure.code.name, failure.message) == (code, str(error))
         assert not rig.engine.reservations
 
 
@@ -226,11 +226,11 @@ async def test_a_bug_is_an_internal_error_with_an_id_and_without_details(caplog:
     async with serving() as rig:
         rig.engine.fail = KeyError("/secret/path")
         with caplog.at_level(logging.ERROR):
-            told = await rig.error(pb.ExtractRequest(images=[PHOTO]))
-        assert told.code == grpc.StatusCode.INTERNAL
-        assert "secret" not in told.message
+            failure = await rig.error(pb.ExtractRequest(images=[PHOTO]))
+        assert failure.code == grpc.StatusCode.INTERNAL
+        assert "secret" not in failure.message
         [record] = [record for record in caplog.records if record.name.startswith("dinov3_server")]
-        assert record.getMessage().split()[-1] in told.message
+        assert record.getMessage().split()[-1] in failure.message
         assert record.exc_info is not None
         assert "secret" in repr(record.exc_info[1])
         assert rig.count("dinov3_requests_total", "Extract", "INTERNAL") == 1
@@ -251,12 +251,12 @@ async def test_a_bug_in_decoding_fails_one_image_only(monkeypatch: pytest.Monkey
         images = [PHOTO, pb.Image(pixels=tensor(picture(16, 16)))]
         answer = await rig.stub.Extract(pb.ExtractRequest(images=images))
         [error] = answer.errors
-        told = failure_of_status(error.status)
-        assert told.code == grpc.StatusCode.INTERNAL
+        failure = failure_of_status(error.status)
+        assert failure.code == grpc.StatusCode.INTERNAL
         assert error.image_index == 0
         [line] = logged
         error_id, what = line.split()
-        assert error_id in told.message
+        assert error_id in failure.message
         assert what == "ZeroDivisionError()"
 
 
@@ -305,7 +305,7 @@ async def test_an_answer_over_the_limit_is_refused_before_any_work() -> None:
 
 
 async def test_errors_of_many_images_can_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found after the work only, and still told in our words."""
+    """Such an answer is refused after the computation only, and still with a message of the server."""
 
     def verbose(data: bytes, **_: object) -> None:
         raise InvalidInput("x" * 5000)

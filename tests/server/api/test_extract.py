@@ -165,9 +165,9 @@ async def test_a_bad_image_fails_alone_and_its_row_is_zero() -> None:
     async with serving() as rig:
         answer = await rig.stub.Extract(pb.ExtractRequest(images=images))
         assert [error.image_index for error in answer.errors] == [1, 3, 4]
-        told = [failure_of_status(error.status) for error in answer.errors]
-        assert [each.code.name for each in told] == ["INVALID_ARGUMENT"] * 3
-        assert [each.field for each in told] == ["images[1].encoded", "images[3]", "images[4].pixels.data"]
+        failures = [failure_of_status(error.status) for error in answer.errors]
+        assert [each.code.name for each in failures] == ["INVALID_ARGUMENT"] * 3
+        assert [each.field for each in failures] == ["images[1].encoded", "images[3]", "images[4].pixels.data"]
         [block] = answer.blocks
         assert list(block.image_indices) == [0, 1, 2, 3, 4, 5]
         good = [0, 2, 5]
@@ -193,10 +193,10 @@ async def test_a_bad_image_of_unknown_size_has_no_row() -> None:
     async with serving() as rig:
         answer = await rig.stub.Extract(pb.ExtractRequest(images=images, preprocessing=AS_IS))
         assert [list(block.image_indices) for block in answer.blocks] == [[1]]
-        told = {error.image_index: failure_of_status(error.status) for error in answer.errors}
-        assert told[0].field == "images[0].encoded"
-        assert "33x32" in told[2].message
-        assert "nearest: 32 or 48" in told[2].message
+        failures = {error.image_index: failure_of_status(error.status) for error in answer.errors}
+        assert failures[0].field == "images[0].encoded"
+        assert "33x32" in failures[2].message
+        assert "nearest: 32 or 48" in failures[2].message
 
 
 @pytest.mark.parametrize("preprocessing", [AS_IS, pb.Preprocessing()])
@@ -218,9 +218,9 @@ async def test_a_row_that_the_engine_fails_is_an_error_of_its_image() -> None:
         answer = await rig.stub.Extract(request)
         [failed] = answer.errors
         assert failed.image_index == 2
-        told = failure_of_status(failed.status)
-        assert told.code.name == "INTERNAL"
-        assert error.error_id in told.message
+        failure = failure_of_status(failed.status)
+        assert failure.code.name == "INTERNAL"
+        assert error.error_id in failure.message
         rows = rows_of(answer.blocks[0].cls)
         assert [any(row) for row in rows] == [True, True, False, True]
         assert rig.count("dinov3_images_total", "failed") == 1
@@ -257,9 +257,9 @@ async def test_floats_that_are_not_pixels_fail_their_image(value: float) -> None
         answer = await rig.stub.Extract(pb.ExtractRequest(pixels=tensor(pixels)))
         [error] = answer.errors
         assert error.image_index == 1
-        told = failure_of_status(error.status)
-        assert told.field == "pixels.data"
-        assert "2 of 768 pixel values are NaN or beyond 1000" in told.message
+        failure = failure_of_status(error.status)
+        assert failure.field == "pixels.data"
+        assert "2 of 768 pixel values are NaN or beyond 1000" in failure.message
         assert [any(row) for row in rows_of(answer.blocks[0].cls)] == [True, False, True]
 
 
@@ -328,14 +328,14 @@ async def test_get_model_has_the_parity_check() -> None:
         not_covered="The size of the moon.",
     )
     async with serving() as rig:
-        unproven = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
-        assert (unproven.verified, unproven.reason) == (False, "no comparison was run")
+        unchecked = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
+        assert (unchecked.verified, unchecked.reason) == (False, "no comparison was run")
         rig.engine.model = replace(MODEL, parity_check=parity_check)
-        told = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
-    assert told.verified
-    assert (told.upstream_revision, told.time) == ("6876159a", "2026-01-02T03:04:05Z")
-    assert told.not_covered == "The size of the moon."
+        parity = (await rig.stub.GetModel(pb.GetModelRequest())).parity_check
+    assert parity.verified
+    assert (parity.upstream_revision, parity.time) == ("6876159a", "2026-01-02T03:04:05Z")
+    assert parity.not_covered == "The size of the moon."
     assert [
         (proof.output, proof.dtype, pytest.approx(proof.least_cosine), pytest.approx(proof.relative_error))
-        for proof in told.outputs
+        for proof in parity.outputs
     ] == [("cls", pb.DATA_TYPE_FLOAT32, 0.999999, 2e-6), ("cls", pb.DATA_TYPE_BFLOAT16, 0.9995, 0.0125)]

@@ -1,4 +1,4 @@
-"""What a request may ask of its outputs, and how they are told: pooling, projections, layout, int8, fingerprints."""
+"""Options of outputs: pooling, projections, layout, int8, fingerprints, and their errors."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ async def test_projections_of_a_server_without_any_are_refused() -> None:
 
 
 async def test_a_projection_does_not_concern_layers_without_patches() -> None:
-    """It is of all patches that are asked for, and so of layers that have none."""
+    """A projection applies to all requested patches; a layer without patches does not need to fit it."""
     async with serving() as rig:
         rig.engine.model = GIFTED
         layers = [pb.LayerOutputs(layer=0, cls=True)]

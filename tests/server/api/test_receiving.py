@@ -1,4 +1,4 @@
-"""Messages that are held open are ended when gRPC holds too much of them, and those of slow senders first."""
+"""Receiver ends pending reads when gRPC holds too much of incomplete messages, slow senders first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SERVICE = "dinov3_serving.v1.FeatureService"
 
 
 class Context:
-    """A call whose message never comes."""
+    """The context of a call whose message never arrives."""
 
     def __init__(self, peer: str) -> None:
         self._peer = peer
@@ -85,7 +85,7 @@ async def test_reads_are_ended_by_slowness_then_rank_then_reads_of_the_caller(
     order = [read.task for read in receiver._by_priority()]
     assert order == [slow, health, stream, *several, one]
 
-    for expected in (1, 3, 7):  # twice as many each time that it was not enough
+    for expected in (1, 3, 7):  # twice as many each time
         receiver.end_slow_reads(1001)
         await asyncio.wait(order[:expected])
         assert [task.done() for task in order] == [True] * expected + [False] * (len(order) - expected)

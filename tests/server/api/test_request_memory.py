@@ -1,4 +1,4 @@
-"""Messages and answers take room of the frontend's budget, from when they are received until they are read."""
+"""Memory of messages and answers is counted from when they are received until they are read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LARGE = pb.ExtractRequest(
 
 @asynccontextmanager
 async def deaf(rig: Rig, request: pb.ExtractRequest) -> AsyncIterator[asyncio.StreamWriter]:
-    """A caller whose answer has been computed, and that reads nothing of it; it can be told to."""
+    """Open a connection whose answer is computed but not read. Window updates sent by the writer let it be read."""
     reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
     body = request.SerializeToString()
     message = struct.pack(">?I", False, len(body)) + body
@@ -121,8 +121,8 @@ async def test_an_answer_without_memory_in_time_is_refused_with_a_retry_delay(mo
             assert error.retry_seconds == 1.0
             assert rig.count("dinov3_refused_requests_total", "answers_bytes") == 1
             call = rig.stub.ExtractStream(iter([pb.ExtractStreamRequest(id=1, request=LARGE)]))
-            told = failure_of_status((await call.read()).error)
-            assert (told.code, told.retry_seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1.0)
+            failure = failure_of_status((await call.read()).error)
+            assert (failure.code, failure.retry_seconds) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1.0)
         await until_async(lambda: not rig.server.budget.answers.used)
         await rig.stub.Extract(LARGE)
 
@@ -178,7 +178,7 @@ async def test_a_message_with_a_removed_token_is_not_counted(tmp_path: Path) -> 
 
 
 async def test_the_memory_of_messages_is_released_if_their_tasks_never_start() -> None:
-    """Its messages are read, and their tasks are cancelled before they begin."""
+    """Messages are read, and their tasks are cancelled before their first step."""
     room = ByteBudget(64 << 20, 16 << 20)
     message = pb.ExtractStreamRequest(request=SMALL).SerializeToString()
 
@@ -202,12 +202,12 @@ async def test_the_memory_of_messages_is_released_if_their_tasks_never_start() -
 
 async def test_event_loop_lag_is_measured() -> None:
     async with serving() as rig:
-        await until_async(lambda: rig.count("dinov3_event_loop_lag_seconds"))  # it looks
+        await until_async(lambda: rig.count("dinov3_event_loop_lag_seconds"))  # it checks
 
         def held() -> float:
-            """How often it was late by more than 0.1 s."""
+            """Return how often the loop was late by more than 0.1 s."""
             return sum(rig.metrics.snapshot().series["dinov3_event_loop_lag_seconds"][()][-5:])
 
         before = held()
-        time.sleep(0.2)  # noqa: ASYNC251 - that is what is to be seen
+        time.sleep(0.2)  # noqa: ASYNC251 - makes the lag to be measured
         await until_async(lambda: held() > before)

@@ -1,4 +1,4 @@
-"""The hand-framed answer is byte for byte what protobuf makes of the same message."""
+"""The framed answer equals, byte for byte, what protobuf serializes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def answers(draw: st.DrawFn) -> tuple:
 def as_protobuf(
     model, placed, memory, failed: dict[int, ServingError], timings: pb.Timings, frontend: int
 ) -> pb.ExtractResponse:
-    """Row by row, from the documentation of the messages alone."""
+    """Build the answer row by row, following the documentation of the messages."""
     response = pb.ExtractResponse(timings=timings, frontend=frontend, fingerprint=model.fingerprint)
     for image in sorted(failed):
         response.errors.add(image_index=image, status=status_of(failed[image]))
@@ -135,7 +135,7 @@ def as_protobuf(
 
 
 def _packed(memory: memoryview, places: list[tuple[Block, int]], section: int) -> bytes:
-    """A section of the rows at `places`, one behind the other."""
+    """Return a section of the rows at `places`, concatenated."""
     data = b""
     for block, row in places:
         start = block.output_offsets[section] + row * block.strides[section]

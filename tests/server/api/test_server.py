@@ -135,7 +135,7 @@ async def test_unknown_methods_share_one_label() -> None:
 
 
 async def test_messages_may_be_as_large_as_the_limit_in_both_directions() -> None:
-    """gRPC's own limit for what a server receives is 4 MiB."""
+    """The default limit of gRPC for received messages is 4 MiB."""
     size = 6 << 20
     async with serving(max_message_bytes=size) as rig:
         pixels = tensor(np.zeros((5, 512, 640, 3), np.uint8))
@@ -199,7 +199,7 @@ async def test_drain_finishes_active_calls_and_refuses_new_ones() -> None:
 
 
 async def test_a_call_that_arrives_while_draining_is_unavailable() -> None:
-    """What gRPC let through before it closed."""
+    """Such a call was accepted by gRPC before it closed the port."""
     async with serving() as rig:
         rig.server._service.drain()
         error = await rig.error(REQUEST)

@@ -94,7 +94,7 @@ async def test_no_more_messages_than_the_window_are_read() -> None:
         answered = 0
         runs = [await rig.engine.runs.get() for _ in range(3)]
         while runs:
-            # What the window lets through arrives, and nothing beyond it.
+            # As many messages as the window allows are read, and no more.
             for _ in range(50):
                 await asyncio.sleep(0)
             assert rig.engine.runs.empty()
@@ -109,7 +109,7 @@ async def test_no_more_messages_than_the_window_are_read() -> None:
 
 
 class SlowCaller:
-    """The context of a call whose transport takes no answer until `reads_on`."""
+    """The context of a call whose transport accepts no answer until `reads_on` is set."""
 
     def __init__(self, messages: int) -> None:
         self.unread = [message(index).SerializeToString() for index in range(messages)]
@@ -137,8 +137,8 @@ async def test_messages_of_a_caller_that_does_not_read_answers_are_not_read() ->
     await until_async(lambda: len(engine.done_runs) == 3)
     for _ in range(50):
         await asyncio.sleep(0)
-    assert len(caller.unread) == 7  # all three are computed, none is taken: none more is read
-    assert engine.untouched()  # and none holds a range of the arena
+    assert len(caller.unread) == 7  # three are computed and not accepted: no more are read
+    assert engine.untouched()  # and their ranges of the arena are released
     caller.reads_on.set()
     await serve
     assert len(caller.answers) == 10
@@ -157,20 +157,20 @@ async def test_an_error_of_one_message_leaves_the_stream_open() -> None:
 
         bad = message(1)
         bad.request.outputs.dtype = pb.DATA_TYPE_UINT8
-        told = failure_of_status((await ask(bad)).error)
-        assert (told.code.name, told.field) == ("INVALID_ARGUMENT", "outputs.dtype")
+        failure = failure_of_status((await ask(bad)).error)
+        assert (failure.code.name, failure.field) == ("INVALID_ARGUMENT", "outputs.dtype")
 
-        told = failure_of_status((await ask(pb.ExtractStreamRequest(id=2))).error)
-        assert (told.code.name, told.field) == ("INVALID_ARGUMENT", "request")
+        failure = failure_of_status((await ask(pb.ExtractStreamRequest(id=2))).error)
+        assert (failure.code.name, failure.field) == ("INVALID_ARGUMENT", "request")
 
         rig.engine.refuse = Overloaded("full", reason="queue", retry_after=0.5)
-        told = failure_of_status((await ask(message(3))).error)
-        assert (told.code.name, told.retry_seconds) == ("RESOURCE_EXHAUSTED", 0.5)
+        failure = failure_of_status((await ask(message(3))).error)
+        assert (failure.code.name, failure.retry_seconds) == ("RESOURCE_EXHAUSTED", 0.5)
         rig.engine.refuse = None
 
         rig.engine.fail = InternalError("the device failed")
-        told = failure_of_status((await ask(message(4))).error)
-        assert (told.code.name, told.message) == ("INTERNAL", str(rig.engine.fail))
+        failure = failure_of_status((await ask(message(4))).error)
+        assert (failure.code.name, failure.message) == ("INTERNAL", str(rig.engine.fail))
         rig.engine.fail = None
 
         assert is_of(await ask(message(5)), 5)
@@ -200,9 +200,9 @@ async def test_an_unanswered_id_is_refused_and_an_answered_one_is_not() -> None:
         await call.write(message(7, photo=8))
         refused = await read(call)
         assert refused.id == 7
-        told = failure_of_status(refused.error)
-        assert (told.code.name, told.field) == ("INVALID_ARGUMENT", "id")
-        assert "a message with id 7 is still unanswered" in told.message
+        failure = failure_of_status(refused.error)
+        assert (failure.code.name, failure.field) == ("INVALID_ARGUMENT", "id")
+        assert "a message with id 7 is still unanswered" in failure.message
         # The refusal is not the answer: the id is still taken.
         await call.write(message(7, photo=8))
         assert (await read(call)).WhichOneof("result") == "error"
@@ -219,9 +219,9 @@ async def test_an_unanswered_id_is_refused_and_an_answered_one_is_not() -> None:
 async def test_invalid_timeouts_are_refused(seconds: float) -> None:
     async with serving() as rig:
         [answer] = await drained(rig.stub.ExtractStream(iter([message(0, timeout_seconds=seconds)])))
-        told = failure_of_status(answer.error)
-        assert (told.code.name, told.field) == ("INVALID_ARGUMENT", "timeout_seconds")
-        assert f"{seconds:g}" in told.message
+        failure = failure_of_status(answer.error)
+        assert (failure.code.name, failure.field) == ("INVALID_ARGUMENT", "timeout_seconds")
+        assert f"{seconds:g}" in failure.message
 
 
 async def test_the_earlier_of_both_deadlines_counts() -> None:

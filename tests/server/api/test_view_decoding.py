@@ -51,7 +51,7 @@ async def test_views_that_are_only_copied_need_no_thread() -> None:
 
 
 class Gate:
-    """In place of `transform_into`: a thread stops before it writes its second row, until the gate is open."""
+    """Replaces `transform_into`: blocks a thread before its second row until the gate is open."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -123,13 +123,13 @@ async def test_a_deadline_that_passes_between_two_views(gate: Any) -> None:
 
 
 def colour(of: int) -> pb.Image:
-    """An image whose rows say whose they are."""
+    """Return an image of one colour, by which its rows are recognised."""
     return encoded(np.full((20, 20, 3), of, np.uint8))
 
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Turns of a thread take no time at all: a row each. The colours of the rows, as they are written."""
+    """Make each time slice end after one row; return the colours of the rows in the order of writing."""
     monkeypatch.setattr("dinov3_server.api.decode_pool.SLICE_SECONDS", 0.0)
     order: list[int] = []
     write = sources.transform_into
@@ -163,7 +163,7 @@ async def test_an_image_with_many_views_does_not_block_others(turns: list[int], 
 
 
 def room_for_one_picture() -> ByteBudget:
-    """A small file's cost is 1 MiB and what its pixels take."""
+    """Return a budget for one picture: the cost of a small file is 1 MiB and its pixels."""
     budget = ByteBudget(3 << 20, 3 << 19 >> 1)
     assert 1 << 20 < budget.pictures.limit < 2 << 20
     return budget

@@ -21,7 +21,7 @@ from tests.server.api.views import SMALL, V, at_the_client, cls_of, rows, with_v
 
 FILE, PIXELS = encoded(picture(40, 50)), pb.Image(pixels=tensor(picture(40, 50)))
 GOOD = V((0, 0, 20, 20), size=(32, 32))
-# What is at fault with view 1 of three; the field within it; the message; the views that have a row.
+# An image, the invalid view 1 of three, preprocessing; the field in the view, the message, the views with a row.
 Case = tuple[pb.Image, V | pb.View, pb.Preprocessing, str, str, list[int]]
 BAD_VIEWS: dict[str, Case] = {
     "box beyond a file": (FILE, V((30, 0, 20, 9)), SMALL, ".crop", "is 40x50 .*: top . height is 50", [0, 1, 2]),
@@ -51,11 +51,11 @@ async def test_an_error_of_a_view_fails_its_image(name: str) -> None:
         answer = await rig.stub.Extract(request)
         [error] = answer.errors
         assert error.image_index == 1
-        told = failure_of_status(error.status)
-        assert told.code.name == "INVALID_ARGUMENT"
-        assert told.field == f"images[1].views[1]{field}"
+        failure = failure_of_status(error.status)
+        assert failure.code.name == "INVALID_ARGUMENT"
+        assert failure.field == f"images[1].views[1]{field}"
         with pytest.raises(AssertionError, match=message):
-            raise AssertionError(told.message)
+            raise AssertionError(failure.message)
         found = rows(answer)
         assert [view for index, view in sorted(found) if index == 1] == present
         assert not any(any(found[1, view][1]) for view in present)

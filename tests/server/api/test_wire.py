@@ -24,7 +24,7 @@ def field(number: int, content: bytes) -> bytes:
 
 
 def visited(kind: type[Message], data: bytes, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many fields are looked at until `data` are refused, all of them before protobuf."""
+    """Return how many fields a scan visits before it refuses `data`."""
     scans: list[Scan] = []
 
     class Seen(Scan):
@@ -104,7 +104,7 @@ def filled(message: Any, rng: random.Random) -> None:
 
 
 def with_contents(message: Any, content: wire.BytesResolver) -> Any:
-    """`message` with the content of its `bytes` fields in their place."""
+    """Return `message` with its `bytes` fields resolved."""
     for each, value in message.ListFields():
         if each.message_type is not None:
             for one in value if each.is_repeated else [value]:
@@ -126,7 +126,7 @@ def test_a_message_means_the_same_as_to_protobuf(kind: Any, monkeypatch: pytest.
             more = kind()
             filled(more, rng)
             parts.append(more.SerializeToString())
-        if rng.random() < 0.3:  # what is not known is left alone, also within a group
+        if rng.random() < 0.3:  # unknown fields are ignored, also in a group
             parts.insert(
                 rng.randint(0, len(parts)), rng.choice([b"\x7b\x0a\x03abc\x7b\x7c\x7c", field(99, b"abc"), b"\x7d1234"])
             )
@@ -145,7 +145,7 @@ def test_bytes_are_views_of_the_received_data() -> None:
 
 @pytest.mark.parametrize("kind", [pb.ExtractRequest, pb.ExtractStreamRequest])
 def test_damaged_messages_are_refused_as_by_protobuf(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What protobuf takes is taken, and what it refuses is refused, whatever is changed or cut off."""
+    """Of randomly changed or cut messages, exactly those are parsed that protobuf parses."""
     monkeypatch.setattr(wire, "SHORT_BYTES", 0)
     rng = random.Random(11)
     taken = refused = 0
@@ -178,7 +178,7 @@ def test_damaged_messages_are_refused_as_by_protobuf(kind: Any, monkeypatch: pyt
 
 
 def test_up_to_64_elements_are_left_to_later_checks() -> None:
-    """A server of two images a request says of three what it always said, and takes forty layers."""
+    """A limit of two images per request does not make the scan refuse three images or forty layers."""
     images = [pb.Image(encoded=b"x" * 2000) for _ in range(3)]
     outputs = pb.Outputs(layers=[pb.LayerOutputs(layer=layer, cls=True) for layer in range(40)])
     data = pb.ExtractRequest(images=images, outputs=outputs).SerializeToString()

@@ -44,7 +44,7 @@ class V(NamedTuple):
 
 
 def at_the_client(image: Image.Image, view: V, size: Size | None = (256, 256)) -> np.ndarray:
-    """The same steps by Pillow; `size` and bilinear are what the request says for views that say nothing."""
+    """Compute a view with Pillow. `size` and bilinear are the defaults of the request."""
     if view.crop is not None:
         top, left, height, width = view.crop
         image = image.crop((left, top, left + width, top + height))
@@ -76,7 +76,7 @@ def cls_of(pixels: np.ndarray) -> bytes:
 
 
 def rows(answer: pb.ExtractResponse) -> dict[tuple[int, int], tuple[Size, bytes]]:
-    """By image and view: the input size and CLS. Having checked the order of rows and blocks."""
+    """Return input size and CLS by image and view, after checking the order of rows and blocks."""
     found: dict[tuple[int, int], tuple[Size, bytes]] = {}
     for block in answer.blocks:
         keys = list(zip(block.image_indices, block.view_indices or [0] * len(block.image_indices), strict=True))
