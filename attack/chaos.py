@@ -48,7 +48,7 @@ from attack.book import COLUMNS, OUTCOMES, Book
 from attack.questions import differs, draw
 from attack.traffic import DEADLINE, Traffic
 from bench.record import table, write
-from bench.server import Server, serving
+from bench.server import Server, serving, total_pss
 from dinov3_client import Client
 
 SECONDS = 300.0
@@ -218,7 +218,7 @@ def _disturb(server: Server, result: Result, rng: random.Random, rhythm: Rhythm,
                 pid = rng.choice(victims)
                 stopped[pid] = float("inf") if stops % 3 == 0 else now + rng.uniform(0.1, rhythm.longest_stop)
                 result.done[f"{role} stopped" + (" for good" if stops % 3 == 0 else "")] += _signal(pid, SIGSTOP)
-        result.peak = max(result.peak, watch.total_memory(server))
+        result.peak = max(result.peak, total_pss(server.process))
         if now - told >= 10:
             told = now
             counts = ", ".join(f"{result.book.count(outcome)} {outcome}" for outcome in OUTCOMES)

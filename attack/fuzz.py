@@ -26,7 +26,7 @@ from attack import watch
 from attack.calling import Finding, Tally, attack
 from attack.messages import TOKEN
 from bench.record import table
-from bench.server import Server, serving
+from bench.server import Server, serving, total_pss
 
 INPUTS = 100_000
 MODEL_INPUTS = 5_000
@@ -100,7 +100,7 @@ def _attacked(server: Server, seed: int, numbers: range) -> Run:
         chunks = [numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK)]
         for part in pool.imap_unordered(partial(_chunk, server.grpc, server.http, seed, BOMBS), chunks):
             run.tally.add(part)
-            run.peak = max(run.peak, watch.total_memory(server))
+            run.peak = max(run.peak, total_pss(server.process))
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 print(f"  {run.tally.counts.total()} sent, {len(run.tally.findings)} findings", flush=True)

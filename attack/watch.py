@@ -1,4 +1,4 @@
-"""What is seen of a server from outside: its processes, their memory and descriptors, its gauges and its log."""
+"""Observe a server from outside: its processes, their memory and descriptors, its gauges and its log."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from bench.server import Server
+from bench.server import Server, memory_of, pss
 
 SETTLE_SECONDS = 30.0
-# Zero when nothing is asked of the server. Each is the name of a metric and the values of its labels.
+# Gauges that are zero when the server is idle: the name of a metric and the values of its labels.
 IDLE = (("dinov3_queue_images",), ("dinov3_arena_bytes", "used"))
-# Of a log: what no input may bring about. A traceback is an error that nothing has foreseen.
+# Lines that no input may cause in a log. A traceback is an unexpected error.
 _WRONG_LINE = re.compile(rb"Traceback|Error in sys\.excepthook|Exception ignored|\bcritical\b|Segmentation fault", re.I)
 
 
 @dataclass(frozen=True)
 class Process:
-    """`memory` is its proportional part of what is resident (PSS), in bytes; `private` its own of it (RssAnon)."""
+    """A process of the server. `memory` is its proportional set size (PSS), `private` its anonymous memory (RssAnon),
+    in bytes."""
 
     pid: int
     memory: int
@@ -32,35 +31,22 @@ class Process:
 
 
 def processes(server: Server) -> dict[str, Process]:
-    """By role and index: supervisor-0, frontend-0, worker-0."""
+    """Return the processes by role and index: supervisor-0, frontend-0, worker-0."""
     found = {}
     for role, group in server.processes().items():
         for index, process in enumerate(sorted(group, key=lambda each: each.pid)):
-            found[f"{role}-{index}"] = Process(process.pid, pss(process.pid), _private(process.pid), process.num_fds())
+            found[f"{role}-{index}"] = Process(
+                process.pid, pss(process.pid), memory_of(process.pid)["private"], process.num_fds()
+            )
     return found
-
-
-def pss(pid: int) -> int:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1]) * 1024
-
-
-def total_memory(server: Server) -> int:
-    """Of all processes, as PSS; those that end meanwhile count nothing."""
-    total = 0
-    for process in [server.process, *server.process.children(recursive=True)]:
-        try:
-            total += pss(process.pid)
-        except (OSError, StopIteration, psutil.NoSuchProcess):
-            continue
-    return total
 
 
 COLUMNS = ("process", "pss_before", "pss_after", "private_before", "private_after", "open_before", "open_after")
 
 
 def rows(before: Mapping[str, Process], after: Mapping[str, Process]) -> list[dict[str, Any]]:
-    """Under COLUMNS: memory in MiB and open descriptors of each process, before and after; "-" where it is gone."""
+    """Return rows under COLUMNS: memory in MiB and open descriptors of each process, before and after; "-" if it
+    ended."""
 
     def figures(process: Process | None) -> tuple[Any, ...]:
         if process is None:
@@ -74,28 +60,23 @@ def rows(before: Mapping[str, Process], after: Mapping[str, Process]) -> list[di
 
 
 def busy_gauges(server: Server) -> dict[str, float]:
-    """Those of IDLE that are not zero."""
+    """Return the gauges of IDLE that are not zero."""
     metrics = server.metrics()
     return {" ".join(name): value for name in IDLE if (value := metrics.get(name, 0.0))}
 
 
 def wrong_lines(log: Path, limit: int = 5) -> list[str]:
-    """Lines of the log that no input may bring about, each with the line behind it, the first `limit` of them."""
+    """Return the first `limit` lines of the log that no input may cause, each with the line after it."""
     lines = log.read_bytes().splitlines()
     found = [index for index, line in enumerate(lines) if _WRONG_LINE.search(line)]
     return [b" | ".join(lines[index : index + 2]).decode(errors="replace")[:500] for index in found[:limit]]
 
 
 def settled(condition: Callable[[], bool], seconds: float = SETTLE_SECONDS) -> bool:
-    """Whether the condition becomes true within so many seconds."""
+    """Return whether the condition becomes true within `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False
         time.sleep(0.2)
     return True
-
-
-def _private(pid: int) -> int:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("RssAnon:")).split()[1]) * 1024

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import io
 import tempfile
 import threading
 from collections import Counter
@@ -22,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import psutil
 from PIL import Image
 
+from bench.echo import METHOD
 from bench.http2 import Caller
 from bench.record import table
-from bench.server import Server, quantile_ms, serving
+from bench.requests import encoded, pixels_request, random_pixels
+from bench.server import Server, pss, quantile_ms, serving, total_pss
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 MB = 1 << 20
-EXTRACT = "/dinov3_serving.v1.FeatureService/Extract"
 TOKEN = {"authorization": "Bearer secret"}
 # The defaults of arena_bytes, frontend_bytes, max_message_bytes; docs/deployment.md has the rest.
 ARENA, FRONTEND, MESSAGE, OWN, SUPERVISOR = 512, 1024, 128, 192, 64
@@ -49,7 +48,7 @@ def measure() -> dict[str, Any]:
         tokens.write_text("secret\n")
         flags = ("--model", "vitb16", "--weights", "random:0", "--frontends", "1", "--token-file", str(tokens))
         with serving(*flags, module="bench.instant") as server:
-            worker = sum(pss(process) for process in server.processes()["worker"])
+            worker = sum(pss(process.pid) for process in server.processes()["worker"])
             rows = [_throw(server, name, bomb) for name, bomb in BOMBS.items()]
     formula = FORMULA + worker // MB
     return {"formula_mb": formula, "worker_mb": worker // MB, "peak_mb": max(r["peak_mb"] for r in rows), "rows": rows}
@@ -60,17 +59,8 @@ def show(result: dict[str, Any]) -> str:
     return f"{head}\n{table(result['rows'], 'bomb', 'before_mb', 'peak_mb', 'after_mb', 'lag_ms', 'answers')}"
 
 
-def pss(process: psutil.Process) -> int:
-    """Proportional set size in bytes: what is shared counts once in the sum of all. 0 where the process has ended."""
-    try:
-        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
 class _Sampler:
-    """Reads the PSS of a server's processes 20 times a second."""
+    """Measures the PSS of a server's processes 20 times a second."""
 
     def __init__(self, process: psutil.Process) -> None:
         self._process = process
@@ -84,7 +74,7 @@ class _Sampler:
         self._thread.join()
 
     def _read(self) -> int:
-        return sum(pss(process) for process in (self._process, *self._process.children(recursive=True)))
+        return total_pss(self._process)
 
     def _run(self) -> None:
         while not self._end.wait(0.05):
@@ -115,9 +105,9 @@ def _throw(server: Server, name: str, bomb: _Bomb) -> dict[str, Any]:
 
 
 async def _calls(address: str, request: bytes) -> Counter[str]:
-    """Calls at once over one connection, of gRPC's own client."""
+    """Make CALLERS calls at once over one connection, with gRPC's own client."""
     async with grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
-        extract: Any = channel.unary_unary(EXTRACT)
+        extract: Any = channel.unary_unary(METHOD)
 
         async def one() -> str:
             call = extract(request, metadata=tuple(TOKEN.items()), timeout=60)
@@ -127,61 +117,37 @@ async def _calls(address: str, request: bytes) -> Counter[str]:
         return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
 
 
-async def _compressed(address: str, metadata: dict[str, str]) -> Counter[str]:
-    """A connection each, a message of 130 KB that unpacks to 127 MiB."""
-    bomb = gzip.compress(bytes(127 * MB))
+async def _hold(address: str, metadata: dict[str, str], seconds: float, *message: Any, **options: Any) -> Counter[str]:
+    """Send a message over each of CALLERS connections, hold them open for `seconds`, and count those that were
+    ended."""
 
     async def one() -> str:
-        caller = await Caller.call(address, EXTRACT, {"grpc-encoding": "gzip", **metadata})
-        await caller.send(bomb, compressed=True)
-        await asyncio.sleep(HOLD_SECONDS)
+        caller = await Caller.call(address, METHOD, metadata)
+        await caller.send(*message, **options)
+        await asyncio.sleep(seconds)
         ended = caller.status.is_set()
         await caller.leave()
         return "ended" if ended else "held"
 
     return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
+
+
+async def _compressed(address: str, metadata: dict[str, str]) -> Counter[str]:
+    """Send messages of 130 KB that unpack to 127 MiB."""
+    bomb = gzip.compress(bytes(127 * MB))
+    return await _hold(address, {"grpc-encoding": "gzip", **metadata}, HOLD_SECONDS, bomb, compressed=True)
 
 
 async def _held_open(address: str, metadata: dict[str, str]) -> Counter[str]:
-    """A connection each, all but the last bytes of a message, and then nothing."""
-    half = bytes(100 * MB)
-
-    async def one() -> str:
-        caller = await Caller.call(address, EXTRACT, metadata)
-        await caller.send(half, announced=MESSAGE * MB)
-        await asyncio.sleep(HOLD_SECONDS)
-        ended = caller.status.is_set()
-        await caller.leave()
-        return "ended" if ended else "held"
-
-    return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
+    """Send messages without their last bytes."""
+    return await _hold(address, metadata, HOLD_SECONDS, bytes(100 * MB), announced=MESSAGE * MB)
 
 
 async def _unread(address: str) -> Counter[str]:
-    """A connection each, a request with an answer of some 60 MB, of which nothing is read."""
+    """Send requests with answers of some 60 MB, and read nothing."""
     outputs = pb.Outputs(cls=True, patches=True, dtype=pb.DATA_TYPE_FLOAT32)
     outputs.layers.extend(pb.LayerOutputs(layer=layer, patches=True) for layer in range(12))
-    pixels = np.zeros((8, 224, 224, 3), np.uint8)
-    tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes())
-    request = pb.ExtractRequest(
-        pixels=tensor, preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE), outputs=outputs
-    ).SerializeToString()
-
-    async def one() -> str:
-        caller = await Caller.call(address, EXTRACT, TOKEN)
-        await caller.send(request)
-        await asyncio.sleep(2 * HOLD_SECONDS)
-        ended = caller.status.is_set()
-        await caller.leave()
-        return "ended" if ended else "held"
-
-    return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
-
-
-def _file(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+    return await _hold(address, TOKEN, 2 * HOLD_SECONDS, pixels_request(random_pixels(8, 224), outputs))
 
 
 async def _pictures(address: str, file: bytes) -> Counter[str]:
@@ -192,12 +158,7 @@ async def _pictures(address: str, file: bytes) -> Counter[str]:
 async def _poolings(address: str) -> Counter[str]:
     outputs = pb.Outputs(patches=True, dtype=pb.DATA_TYPE_FLOAT32)
     outputs.pooling.CopyFrom(pb.Pooling(grid_height=128, grid_width=128))
-    pixels = np.zeros((2, 16, 16, 3), np.uint8)
-    tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes())
-    request = pb.ExtractRequest(
-        pixels=tensor, preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE), outputs=outputs
-    ).SerializeToString()
-    return await _calls(address, request)
+    return await _calls(address, pixels_request(random_pixels(2, 16), outputs))
 
 
 BOMBS: dict[str, _Bomb] = {
@@ -206,8 +167,8 @@ BOMBS: dict[str, _Bomb] = {
     "gzip": lambda address: _compressed(address, TOKEN),
     "held open": lambda address: _held_open(address, TOKEN),
     "answers not read": _unread,
-    "1-bit PNG, 9,900 x 9,900": lambda address: _pictures(address, _file(Image.new("1", (9900, 9900)), "PNG")),
-    "WebP, 9,900 x 9,900": lambda address: _pictures(address, _file(Image.new("RGB", (9900, 9900)), "WEBP")),
+    "1-bit PNG, 9,900 x 9,900": lambda address: _pictures(address, encoded(Image.new("1", (9900, 9900)), "PNG")),
+    "WebP, 9,900 x 9,900": lambda address: _pictures(address, encoded(Image.new("RGB", (9900, 9900)), "WEBP")),
     "poolings to 128 x 128": _poolings,
     "90 MB of empty images": lambda address: _calls(address, b"\n\x00" * (45 * MB)),
     "90 MB of unknown fields": lambda address: _calls(address, b"\xf8\x7f\x00" * (30 * MB)),

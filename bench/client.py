@@ -23,13 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
 import itertools
 import multiprocessing
 import random
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections import deque
@@ -47,7 +44,9 @@ from PIL import Image
 
 from bench import premade
 from bench.echo import METHOD, OPTIONS
-from bench.record import ROOT, table
+from bench.record import table
+from bench.requests import encoded, random_pixels
+from bench.server import ready_process
 from dinov3_client import AsyncClient, Client, ExtractOptions
 from dinov3_server.malloc import keep_freed_memory
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -251,17 +250,14 @@ def head() -> bytes:
 @cache
 def files() -> list[bytes]:
     """IMAGES JPEG files of 224x224."""
-    made = []
-    for coarse in np.random.default_rng(0).integers(0, 256, (IMAGES, 28, 28, 3), np.uint8):
-        file = io.BytesIO()
-        Image.fromarray(coarse).resize((224, 224), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        made.append(file.getvalue())
-    return made
+    coarse = np.random.default_rng(0).integers(0, 256, (IMAGES, 28, 28, 3), np.uint8)
+    images = (Image.fromarray(each).resize((224, 224), Image.Resampling.BICUBIC) for each in coarse)
+    return [encoded(image, "JPEG", quality=90) for image in images]
 
 
 @cache
 def uint8_pixels() -> NDArray[np.uint8]:
-    return np.random.default_rng(0).integers(0, 256, (IMAGES, 224, 224, 3), np.uint8)
+    return random_pixels(IMAGES, 224)
 
 
 def message() -> pb.ExtractRequest:
@@ -274,12 +270,6 @@ def message() -> pb.ExtractRequest:
 
 @contextmanager
 def server() -> Iterator[str]:
-    command = [sys.executable, "-m", "bench.premade", str(IMAGES)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
-        try:
-            assert started.stdout is not None
-            ready = re.fullmatch(r"ready grpc=(\S+)\n", started.stdout.readline())
-            assert ready is not None, f"the server did not start: {' '.join(command)}"
-            yield ready[1]
-        finally:
-            started.kill()
+    """Run a server that answers instantly (bench/premade.py), and yield its address."""
+    with ready_process([sys.executable, "-m", "bench.premade", str(IMAGES)], r"ready grpc=(\S+)") as (_, ready):
+        yield ready[1]

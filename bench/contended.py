@@ -15,7 +15,6 @@ first and last answer, and every ratio is the median over ROUNDS of ratios withi
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -24,10 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
-
 from bench.record import table
-from bench.server import serving
+from bench.requests import random_pixels
+from bench.server import ready_process, serving
 from dinov3_client import Client
 
 FLAGS = ("--model", "vits16", "--weights", "random:0", "--dtype", "float32", "--warm-up-sizes", "64x64,224x224")
@@ -53,7 +51,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def _row(size: int, ours: Client, second: Client, spinning: Client) -> dict[str, Any]:
-    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, size, size, 3), np.uint8)
+    pixels = random_pixels(IMAGES, size)
 
     def request(client: Client) -> Callable[[], object]:
         return lambda: client.extract(pixels, ("cls",), preset="none")
@@ -127,13 +125,6 @@ def rate(ends: Sequence[float]) -> float:
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """A process that takes a core until the block is left."""
-    with subprocess.Popen(
-        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
-    ) as busy:
-        try:
-            assert busy.stdout is not None
-            busy.stdout.readline()
-            yield
-        finally:
-            busy.kill()
+    """Run a process that keeps a core busy until the end of the block."""
+    with ready_process([sys.executable, "-c", "print('busy', flush=True)\nwhile True: pass"], "busy"):
+        yield

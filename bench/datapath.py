@@ -18,21 +18,17 @@ Two frontends are compared with one in the same way, over CHANNELS connections, 
 from __future__ import annotations
 
 import multiprocessing
-import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
-import psutil
-
 from bench.flood import Flood, flood
-from bench.record import ROOT, table
-from bench.server import serving
+from bench.record import table
+from bench.requests import pixels_request, random_pixels
+from bench.server import ready_process, serving
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 ROUNDS = 3
@@ -49,12 +45,7 @@ class Case(NamedTuple):
     in_flight: int
 
     def request(self) -> bytes:
-        pixels = np.random.default_rng(0).integers(0, 256, (self.images, 224, 224, 3), np.uint8)
-        return pb.ExtractRequest(
-            pixels=pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=pixels.shape, data=pixels.tobytes()),
-            preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE),
-            outputs=pb.Outputs(cls=True, patches=self.patches),
-        ).SerializeToString()
+        return pixels_request(random_pixels(self.images, 224), pb.Outputs(cls=True, patches=self.patches))
 
 
 CASES = (
@@ -170,12 +161,5 @@ def our_server(frontends: int) -> Iterator[Target]:
 @contextmanager
 def echo(answer_nbytes: int, *flags: str) -> Iterator[Target]:
     command = [sys.executable, "-m", "bench.echo", str(answer_nbytes), *flags]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as started:
-        try:
-            assert started.stdout is not None
-            ready = re.fullmatch(r"ready grpc=(\S+)\n", started.stdout.readline())
-            assert ready is not None, f"the echo did not start: {' '.join(command)}"
-            process = psutil.Process(started.pid)
-            yield Target(ready[1], lambda: {"echo": sum(process.cpu_times()[:2])})
-        finally:
-            started.kill()
+    with ready_process(command, r"ready grpc=(\S+)") as (process, ready):
+        yield Target(ready[1], lambda: {"echo": sum(process.cpu_times()[:2])})

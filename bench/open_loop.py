@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import grpc
 import psutil
 
+from bench.echo import METHOD
 from bench.load import whole_batches
 
-METHOD = "/dinov3_serving.v1.FeatureService/Extract"
 CONNECTIONS = 4
 IN_FLIGHT = 64  # of a closed loop
 

@@ -29,7 +29,6 @@ times the capacity waiting, 512 at most. `attempts`: calls that the server has s
 from __future__ import annotations
 
 import asyncio
-import io
 import statistics
 import threading
 import time
@@ -39,12 +38,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import numpy as np
 import psutil
 
 from bench.open_loop import Generator, Usage
 from bench.preprocessing import MAX_PIXELS, photos
 from bench.record import table
+from bench.requests import encoded, random_pixels
 from bench.server import Server, quantile_ms, serving
 from dinov3_client import Client, Overloaded
 from dinov3_client import DeadlineExceeded as ClientDeadline
@@ -96,20 +95,17 @@ def _flags(model: str, frontends: int = 1) -> list[str]:
 
 
 def _requests(sizes: Sequence[int]) -> list[bytes]:
-    """One JPEG each, a crop of a photo; CLS back."""
+    """Return a request for the CLS token of one JPEG, a crop of a photo, for each size."""
     photo = decode(photos()["motorcycle_left.png"], max_pixels=MAX_PIXELS, apply_exif_orientation=False)
-    messages = []
-    for size in sizes:
-        file = io.BytesIO()
-        photo.crop((0, 0, 512, 512)).resize((size, size)).save(file, "JPEG", quality=90)
-        messages.append(
-            pb.ExtractRequest(
-                images=[pb.Image(encoded=file.getvalue())],
-                preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE),
-                outputs=pb.Outputs(cls=True),
-            ).SerializeToString()
-        )
-    return messages
+    crop = photo.crop((0, 0, 512, 512))
+    return [
+        pb.ExtractRequest(
+            images=[pb.Image(encoded=encoded(crop.resize((size, size)), "JPEG", quality=90))],
+            preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE),
+            outputs=pb.Outputs(cls=True),
+        ).SerializeToString()
+        for size in sizes
+    ]
 
 
 def _open_loops(model: str, sizes: str, deadlines: Sequence[float], frontends: int) -> list[dict[str, Any]]:
@@ -180,7 +176,7 @@ def _total(metrics: Metrics, name: str) -> float:
 
 
 def _hog(bulk: bool) -> dict[str, Any]:
-    pixels = np.random.default_rng(0).integers(0, 256, (HOG_IMAGES, 224, 224, 3), np.uint8)
+    pixels = random_pixels(HOG_IMAGES, 224)
     with serving(*_flags("vits16")) as server, Client(server.grpc, deadline=600) as ours, Client(server.grpc) as other:
         over = threading.Event()
         refused = 0

@@ -1,8 +1,8 @@
-"""A server that answers instantly: `python -m bench.premade IMAGES` has one answer ready and gives it to every Extract.
+"""A server that answers instantly: `python -m bench.premade IMAGES` gives the same prepared answer to every Extract.
 
-The answer is a valid ExtractResponse: bfloat16 patches of IMAGES images of 224x224 of a ViT-B/16, by a formula
+The answer is a valid ExtractResponse: bfloat16 patches of IMAGES images of 224x224 of a ViT-B/16, from a formula
 (`patches`) that a client can check. Requests are not looked at. One grpc.aio server in one process, whose malloc keeps
-freed memory, as our frontends' does; GetModel says what a client wants to know of such a model.
+freed memory, as our frontends' does; GetModel describes such a model.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.echo import METHOD, OPTIONS
+from bench.echo import serve
 from dinov3_server.families.registry import lookup
 from dinov3_server.malloc import keep_freed_memory
 from dinov3_server.models.variant import DATASETS
@@ -25,9 +24,9 @@ SIDE = 14
 
 
 def patches(images: int) -> NDArray[np.uint16]:
-    """[images, P, D], the bits of bfloat16 numbers: 1 + n / 128, n running from 0 to 126 again and again."""
+    """Return the bits of bfloat16 numbers, [images, P, D]: 1 + n / 128, with n repeating 0 to 126."""
     count = images * SIDE * SIDE * lookup("vitb16").layer_dims[-1]
-    bits = 0x3F80 + np.arange(count, dtype=np.uint32) % 127  # the exponent of 1, and the 7 bits behind the point
+    bits = 0x3F80 + np.arange(count, dtype=np.uint32) % 127  # the exponent of 1, and 7 bits of the fraction
     return bits.astype("<u2").reshape(images, SIDE * SIDE, -1)
 
 
@@ -76,28 +75,7 @@ def model() -> pb.GetModelResponse:
     )
 
 
-async def serve(images: int) -> None:
-    ready, about = answer(images), model().SerializeToString()
-
-    async def extract(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        return ready
-
-    async def get_model(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        return about
-
-    _, service, name = METHOD.split("/")
-    server = grpc.aio.server(options=OPTIONS)
-    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-        name: grpc.unary_unary_rpc_method_handler(extract),
-        "GetModel": grpc.unary_unary_rpc_method_handler(get_model),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    print(f"ready grpc=127.0.0.1:{port}", flush=True)
-    await server.wait_for_termination()
-
-
 if __name__ == "__main__":
     keep_freed_memory()
-    asyncio.run(serve(int(sys.argv[1])))
+    ready, about = answer(int(sys.argv[1])), model().SerializeToString()
+    asyncio.run(serve({"Extract": lambda: ready, "GetModel": lambda: about}))

@@ -12,7 +12,6 @@ deviation 0.08, so that attention is not uniform; other weights 0.02; LayerScale
 from __future__ import annotations
 
 import importlib.util
-import io
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from bench.record import table
+from bench.requests import encoded
 from dinov3_server.images.decode import decode
 from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, Transform, transform_into
 
@@ -152,9 +152,7 @@ def fidelity(model: DINOv3ViTModel, files: dict[str, bytes]) -> list[dict[str, A
 
 def jpeg_640x480(files: dict[str, bytes]) -> bytes:
     image = decode(files["motorcycle_left.png"], max_pixels=MAX_PIXELS, apply_exif_orientation=False)
-    file = io.BytesIO()
-    image.crop((0, 0, 640, 480)).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    return encoded(image.crop((0, 0, 640, 480)), "JPEG", quality=90)
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 300) -> dict[str, float]:

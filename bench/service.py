@@ -39,13 +39,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 
 from bench.bare_process import Bare, Replay, bare_process
 from bench.load import Load, closed_loop
 from bench.preprocessing import jpeg_640x480, photos
 from bench.record import table
+from bench.requests import random_pixels
 from bench.server import Server, serving
 from dinov3_client import Client, Features
 
@@ -138,7 +138,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def raw(size: int, images: int = 1, *, patches: bool = True) -> Request:
-    pixels = np.random.default_rng(0).integers(0, 256, (images, size, size, 3), np.uint8)
+    pixels = random_pixels(images, size)
     if patches:
         return lambda client: client.extract(pixels, ("cls", "patches"), preset="none", dtype="bfloat16")
     return lambda client: client.extract(pixels, ("cls",), preset="none", dtype="bfloat16")

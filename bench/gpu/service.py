@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,7 @@ from PIL import Image
 
 from bench.flood import Flood, flood
 from bench.gpu.plan import Config, Plan
+from bench.requests import encoded, pixels_request, random_pixels
 from bench.server import Server, serving
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -58,11 +58,7 @@ def request(config: Config, source: str, outputs: str, images: int) -> bytes:
         one = pb.Image(encoded=_jpeg())
         preprocessing = pb.Preprocessing(preset=pb.PRESET_DINOV3, size=size)
         return pb.ExtractRequest(images=[one] * images, preprocessing=preprocessing, outputs=wanted).SerializeToString()
-    shape = (images, config.size, config.size, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=shape, data=pixels.tobytes())
-    preprocessing = pb.Preprocessing(preset=pb.PRESET_NONE)
-    return pb.ExtractRequest(pixels=tensor, preprocessing=preprocessing, outputs=wanted).SerializeToString()
+    return pixels_request(random_pixels(images, config.size), wanted)
 
 
 def _jpeg() -> bytes:
@@ -72,9 +68,7 @@ def _jpeg() -> bytes:
     coarse = Image.fromarray(noise.integers(0, 256, (height // 25, width // 25, 3), np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32)
     pixels = (smooth + noise.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
-    return file.getvalue()
+    return encoded(Image.fromarray(pixels), "JPEG", quality=QUALITY)
 
 
 def _flags(plan: Plan, frontends: int) -> list[str]:

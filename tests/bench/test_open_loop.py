@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import grpc
 
-from bench.open_loop import METHOD, Generator
+from bench.echo import METHOD
+from bench.open_loop import Generator
 
 
 async def test_an_open_loop_goes_on_when_requests_fail() -> None:
