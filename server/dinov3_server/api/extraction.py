@@ -21,9 +21,10 @@ from dinov3_server.api.wire import BytesResolver
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.admission import Reservation
 from dinov3_server.engine.block import Block
-from dinov3_server.engine.engine import BlockResult, Engine
+from dinov3_server.engine.engine import Engine
 from dinov3_server.engine.forecast import Demand
 from dinov3_server.engine.shares import Caller
+from dinov3_server.engine.worker_connection import BlockResult
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import ModelInfo

@@ -1,11 +1,11 @@
-"""Decide which requests get in: room in the queue and the arena, and whether they can be answered in time.
+"""Admit or refuse requests, by the free room in the queue and the arena and by whether they can end in time.
 
-Everything is decided before anything of a request is decoded. Room is divided so that no caller locks others out:
+A request is admitted before anything of it is decoded. Room is limited so that no caller locks others out:
 
-- Bulk holds at most three quarters of the images and of the arena; the rest is interactive work's.
-- A connection holds at most seven eighths of what the other connections of its group leave it, and a group (a token or
-  a peer address, see `shares.py`) seven eighths of what the other groups leave: whatever a caller takes, the next one
-  finds room.
+- Bulk requests hold at most three quarters of the images and of the arena; the rest is for interactive ones.
+- A connection holds at most seven eighths of what the other connections of its group leave, and a group (a token or a
+  peer address, see `shares.py`) seven eighths of what the other groups leave. So there is always room for another
+  caller.
 """
 
 from __future__ import annotations
@@ -16,62 +16,68 @@ from dataclasses import dataclass, field
 
 from dinov3_server.config.settings import BULK_FRACTION
 from dinov3_server.engine.arena import Arena
-from dinov3_server.engine.forecast import Demand, Forecast, Waiting
+from dinov3_server.engine.forecast import Demand, Forecast, QueuedTokens
 from dinov3_server.errors import InvalidInput, Overloaded
 from dinov3_server.metrics import Metrics
 
-# The part that a caller may hold of what the others leave.
+# The fraction that a caller may hold of what the others leave.
 CALLER_FRACTION = 0.875
 # While no more than this is taken, no limit is exceeded: with P for CALLER_FRACTION and T for the total, a connection
 # may hold at least P (P (T - others) - rest of its group), which is not less than P^2 T - all others.
 _FREE_FRACTION = min(BULK_FRACTION, CALLER_FRACTION**2)
-# Bounds of the pause that a refused caller is told, in seconds.
+# Bounds of the pause before a retry that is suggested to a refused caller, in seconds.
 SHORTEST_RETRY, LONGEST_RETRY = 0.05, 30.0
 
 
 class Reservation:
-    """Slots for images, and a range of the arena. `memory` is the whole arena: offsets index it."""
+    """Places in the queue for the images of a request, and its range of the arena.
+
+    `memory` is the whole arena; the range has `nbytes` bytes from `offset` on. It is freed with the last reference: one
+    is the request's, the others are those of its rows that a worker may still access.
+    """
 
     def __init__(self, admission: Admission, demand: Demand, offset: int) -> None:
         self._admission = admission
-        self._holders = 1  # the request, and every row that a worker may still touch
+        self._references = 1
         self._released = False
-        self._waiting = demand.tokens
+        self._queued_tokens = demand.tokens
         self.demand = demand
         self.memory = admission.arena.memory
         self.offset = offset
         self.nbytes = demand.nbytes
 
     def release(self) -> None:
-        """The request is through with its range. May be called twice."""
+        """Drop the request's own reference. Further calls do nothing."""
         if not self._released:
             self._released = True
-            self.stop_waiting(self._waiting)
-            self.let_go(1)
+            self.dequeue(self._queued_tokens)
+            self.drop_references(1)
 
-    def stop_waiting(self, tokens: int) -> None:
-        """Note that a device has started `tokens` of the request, or that they are no longer wanted."""
-        tokens = min(tokens, self._waiting)
+    def dequeue(self, tokens: int) -> None:
+        """Count `tokens` as not queued any more: a device has started them, or they are no longer wanted."""
+        tokens = min(tokens, self._queued_tokens)
         if tokens:
-            self._waiting -= tokens
-            self._admission.waiting.add(self.demand, -tokens)
+            self._queued_tokens -= tokens
+            self._admission.queued.add(self.demand, -tokens)
 
-    def hold(self, rows: int) -> None:
-        self._holders += rows
+    def add_references(self, rows: int) -> None:
+        """Add references, one for each row that a worker is given."""
+        self._references += rows
 
-    def let_go(self, rows: int) -> None:
-        self._holders -= rows
-        if not self._holders:
-            self._admission.end(self)
+    def drop_references(self, rows: int) -> None:
+        """Drop references, and free the room with the last one."""
+        self._references -= rows
+        if not self._references:
+            self._admission.free(self)
 
 
 @dataclass(slots=True)
-class _Room:
-    """What one caller, one group or one class holds."""
+class _Usage:
+    """Room that is held by one caller, one group, or all bulk requests."""
 
     images: int = 0
     nbytes: int = 0
-    parts: dict[str, _Room] = field(default_factory=dict)  # of a group: its connections
+    connections: dict[str, _Usage] = field(default_factory=dict)  # of a group
 
     def add(self, images: int, nbytes: int) -> None:
         self.images += images
@@ -79,34 +85,34 @@ class _Room:
 
 
 class Admission:
-    """The room that a frontend has for requests: `max_images`, and the bytes of its arena.
+    """The room of a frontend, `max_images` in the queue and the bytes of its arena, and the requests that hold it.
 
-    `max_wait` is in seconds, and bounds the expected wait of requests without a deadline.
+    `max_wait` limits the expected wait of requests without a deadline, in seconds.
     """
 
     def __init__(self, arena: Arena, max_images: int, max_wait: float, metrics: Metrics) -> None:
         self.arena = arena
-        self.waiting = Waiting()
-        self.overloaded = False  # the last one to ask could not be answered in time
+        self.queued = QueuedTokens()
+        self.overloaded = False  # the last request could not end in time
         self._max_images = max_images
         self._max_wait = max_wait
-        self._all = _Room()
-        self._bulk = _Room()
-        self._groups: dict[str, _Room] = {}
+        self._all = _Usage()
+        self._bulk = _Usage()
+        self._groups: dict[str, _Usage] = {}
         self._metrics = metrics
         self.update_gauges()
 
     def reserve(
         self, demand: Demand, deadline: float | None, forecast: Callable[[Demand, bool], Forecast]
     ) -> Reservation:
-        """Take slots for the images of `demand` and a range of the arena, or say at once why it cannot be.
+        """Reserve places in the queue for the images of `demand`, and a range of the arena.
 
-        `deadline` is of time.monotonic(). `forecast` is given the demand, and whether a quick answer will do, which may
-        tell a longer wait than there is.
+        `deadline` is in seconds of time.monotonic(). `forecast(demand, quick)` predicts the time of the request; with
+        `quick` it may overestimate the wait.
 
         Raises:
-            InvalidInput: it would not fit even an idle server.
-            Overloaded: it does not fit now, or could not be answered in time.
+            InvalidInput: it would not fit even if the server were idle.
+            Overloaded: it does not fit now, or could not end in time.
         """
         self._check_size(demand)
         expected = self.check_time(demand, deadline, forecast)
@@ -120,24 +126,24 @@ class Admission:
                 reason="arena",
                 retry_after=retry_after,
             )
-        self._hold(demand, 1)
-        self.waiting.add(demand, demand.tokens)
+        self._count(demand, 1)
+        self.queued.add(demand, demand.tokens)
         return Reservation(self, demand, offset)
 
-    def end(self, reservation: Reservation) -> None:
-        """Called by the reservation, once nobody holds it."""
+    def free(self, reservation: Reservation) -> None:
+        """Free the room of a reservation; called by the reservation, with its last reference."""
         self.arena.free(reservation.offset)
-        self._hold(reservation.demand, -1)
+        self._count(reservation.demand, -1)
 
-    def _hold(self, demand: Demand, sign: int) -> None:
-        """Count the room of a request as taken (1) or as free again (-1)."""
+    def _count(self, demand: Demand, sign: int) -> None:
+        """Count the room of a request as taken (`sign` 1) or free (-1)."""
         name, connection_name = demand.caller
         group = self._groups.get(name)
         if group is None:
-            group = self._groups[name] = _Room()
-        connection = group.parts.get(connection_name)
+            group = self._groups[name] = _Usage()
+        connection = group.connections.get(connection_name)
         if connection is None:
-            connection = group.parts[connection_name] = _Room()
+            connection = group.connections[connection_name] = _Usage()
         images, nbytes = sign * demand.images, sign * demand.nbytes
         self._all.add(images, nbytes)
         group.add(images, nbytes)
@@ -145,19 +151,20 @@ class Admission:
         if demand.bulk:
             self._bulk.add(images, nbytes)
         if not connection.images:
-            del group.parts[connection_name]
+            del group.connections[connection_name]
             if not group.images:
                 del self._groups[name]
 
     def _check_size(self, demand: Demand) -> None:
-        part = BULK_FRACTION if demand.bulk else CALLER_FRACTION**2
-        most = int(self._max_images * part)
+        """Raise InvalidInput if `demand` exceeds what a single caller may hold of an idle server."""
+        fraction = BULK_FRACTION if demand.bulk else CALLER_FRACTION**2
+        most = int(self._max_images * fraction)
         if demand.images > most:
             raise InvalidInput(
                 f"{demand.images} images in one request; a caller may hold {most} of the queue's {self._max_images} "
                 "(--max-queue-images): send them in several requests"
             )
-        most = int(self.arena.nbytes * part)
+        most = int(self.arena.nbytes * fraction)
         if demand.nbytes > most:
             raise InvalidInput(
                 f"pixels and features of this request take {demand.nbytes} bytes; a caller may hold {most} of the "
@@ -167,7 +174,7 @@ class Admission:
     def check_time(
         self, demand: Demand, deadline: float | None, forecast: Callable[[Demand, bool], Forecast]
     ) -> Forecast:
-        """Raise Overloaded where `demand` could not be answered in time; see `reserve`."""
+        """Return the forecast for `demand`. Raise Overloaded if it could not end in time; see `reserve`."""
         estimates = (False,) if self.overloaded else (True, False)  # a quick one mostly will not do under overload
         self.overloaded = False
         remaining = None if deadline is None else deadline - time.monotonic()
@@ -178,8 +185,8 @@ class Admission:
         self.overloaded = True
         if remaining is None:
             raise Overloaded(
-                f"the expected wait is {expected.wait:.1f} s, allowed without a deadline are {self._max_wait:g} "
-                "(--max-wait-seconds): try again later, or set a longer deadline",
+                f"the expected wait is {expected.wait:.1f} s; requests without a deadline may wait for "
+                f"{self._max_wait:g} s (--max-wait-seconds): try again later, or set a longer deadline",
                 reason="wait",
                 retry_after=retry_in(expected.wait),
             )
@@ -191,20 +198,20 @@ class Admission:
         )
 
     def _check_room(self, demand: Demand, retry_after: float) -> None:
+        """Raise Overloaded if the queue or the arena is full, or the caller, its group or bulk would hold too much."""
         if (
             self._all.images + demand.images <= _FREE_FRACTION * self._max_images
             and self._all.nbytes + demand.nbytes <= _FREE_FRACTION * self.arena.nbytes
         ):
             return
-        group = self._groups.get(demand.caller.group) or _Room()
-        connection = group.parts.get(demand.caller.connection) or _Room()
-        # Name, and what is allowed of (images, bytes) by what others hold.
+        group = self._groups.get(demand.caller.group) or _Usage()
+        connection = group.connections.get(demand.caller.connection) or _Usage()
         total = self._max_images, self.arena.nbytes
         for resource, name in enumerate(("images", "bytes of the arena")):
             wanted = demand.images if resource == 0 else demand.nbytes
 
-            def held(room: _Room, resource: int = resource) -> int:
-                return room.images if resource == 0 else room.nbytes
+            def held(usage: _Usage, resource: int = resource) -> int:
+                return usage.images if resource == 0 else usage.nbytes
 
             others = held(self._all) - held(group)
             of_group = CALLER_FRACTION * (total[resource] - others)
@@ -216,12 +223,12 @@ class Admission:
             ]
             if demand.bulk:
                 limits.append(("bulk", "bulk requests hold", held(self._bulk), BULK_FRACTION * total[resource]))
-            for reason, who, used, most in limits:
+            for reason, holder, used, most in limits:
                 if used + wanted > most:
                     if reason == "queue" and resource == 1:
                         reason = "arena"
                     raise Overloaded(
-                        f"{who} {used} {name}, and {wanted} more would pass the {int(most)} that are allowed now "
+                        f"{holder} {used} {name}, and {wanted} more would exceed the {int(most)} that are allowed now "
                         f"(of {total[resource]}); try again in {retry_after:.2f} s",
                         reason=reason,
                         retry_after=retry_after,
@@ -235,5 +242,5 @@ class Admission:
 
 
 def retry_in(wait: float) -> float:
-    """Return the pause that a refused caller is told, in seconds."""
+    """Return the pause to suggest to a refused caller, in seconds."""
     return min(max(wait, SHORTEST_RETRY), LONGEST_RETRY)

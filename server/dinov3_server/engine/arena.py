@@ -1,11 +1,11 @@
-"""Shared memory with one owner: a frontend allocates and frees, workers only map it.
+"""Provide shared memory with one owner: a frontend allocates and frees ranges, workers only map it.
 
-An arena is a memfd: it has no name, so nothing can be left behind, and it is passed to workers as a
-descriptor. Its memory is taken when it is made (posix_fallocate), so that too little shows at start and
-not at first touch. A memfd has no size limit of its own: asked for more than there is, the kernel would
-not refuse but take pages until it kills somebody, so what is there is looked up first.
-No lock crosses a process: the allocator is private to the owner, and which range holds what travels
-in control messages.
+An arena is a memfd: it has no name, so nothing can be left behind, and it is passed to workers as a descriptor. Its
+memory is allocated when it is created (posix_fallocate), so that a lack of memory shows at start and not at first use.
+A memfd has no size limit: if more is requested than the machine has, the kernel does not refuse but allocates pages
+until its OOM killer kills a process. So the available memory is checked first.
+
+No lock is shared between processes: only the owner allocates, and control messages say what is in which range.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ PAGE = mmap.PAGESIZE
 
 
 class ArenaMapping:
-    """A process's view of an arena; `memory` covers all of it."""
+    """An arena that is mapped into this process; `memory` is all of it."""
 
     def __init__(self, fd: int, nbytes: int) -> None:
         self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self.memory = memoryview(self._map)
 
     def close(self) -> None:
-        """Unmap. Every view that was made of `memory` must be gone."""
+        """Unmap the arena. All views of `memory` must have been released."""
         self.memory.release()
         self._map.close()
 
 
 class Arena(ArenaMapping):
-    """The owner's side: a mapping, its descriptor, and a first-fit allocator of page-aligned ranges.
+    """The owner's side of an arena: its mapping, its descriptor `fd`, and an allocator of page-aligned ranges.
 
-    First fit with immediate merging of neighbours: a handful of ranges are live at a time (one a
-    request), so the free list stays short and a linear scan costs less than anything cleverer.
+    The allocator is first fit, and merges neighbours at once. Few ranges are allocated at a time (one per request), so
+    the free list is short and a linear scan is fast.
     """
 
     def __init__(self, nbytes: int) -> None:
+        """Allocate the memory. Raises StartupError if there is not enough."""
         nbytes = _pages(nbytes)
         available = available_memory()
         if nbytes > available:
@@ -59,15 +60,15 @@ class Arena(ArenaMapping):
                 "set --arena-bytes lower or give the process more memory"
             ) from None
         self.nbytes = nbytes
-        self._free: list[tuple[int, int]] = [(0, nbytes)]  # (offset, length), by offset, never touching
-        self._used: dict[int, int] = {}
+        self._free: list[tuple[int, int]] = [(0, nbytes)]  # (offset, length), by offset, never adjacent
+        self._used: dict[int, int] = {}  # length by offset
 
     @property
     def used_bytes(self) -> int:
         return sum(self._used.values())
 
     def allocate(self, nbytes: int) -> int | None:
-        """Offset of a free range of at least `nbytes` bytes, or None when there is none."""
+        """Return the offset of a range of at least `nbytes` bytes, or None if none is free."""
         wanted = _pages(max(nbytes, 1))
         for index, (offset, length) in enumerate(self._free):
             if length >= wanted:
@@ -80,6 +81,7 @@ class Arena(ArenaMapping):
         return None
 
     def free(self, offset: int) -> None:
+        """Free the range that begins at `offset`."""
         length = self._used.pop(offset)
         index = bisect.bisect(self._free, (offset, 0))
         if index < len(self._free) and self._free[index][0] == offset + length:
@@ -96,4 +98,5 @@ class Arena(ArenaMapping):
 
 
 def _pages(nbytes: int) -> int:
+    """Round up to whole pages."""
     return -(-nbytes // PAGE) * PAGE

@@ -1,7 +1,7 @@
-"""Attach arenas to the runner and detach them, beside the worker's loop.
+"""Attach arenas to the runner and detach them, on a thread beside the worker's loop.
 
-Page-locking an arena takes as long as touching all of its pages, and unlocking it about as long. Only the frontend that
-owns the arena waits for that.
+Page-locking an arena takes as long as touching all of its pages, and unlocking it takes about as long. Only the
+frontend that owns the arena waits for that.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from collections.abc import Callable
 from functools import partial
 
 from dinov3_server.engine.arena import ArenaMapping
-from dinov3_server.engine.peer import Frontend
+from dinov3_server.engine.frontend_connection import FrontendConnection
 from dinov3_server.models.interface import Runner
 
 log = logging.getLogger(__name__)
 
 
 class Attacher:
-    """One thread that attaches and detaches arenas, in the order in which that is asked for.
+    """A thread that attaches and detaches arenas, in the order of the calls.
 
-    All methods belong to the worker's loop. `fileno` becomes readable when `collect` has something.
+    Public methods must be called on the worker's loop. `fileno` becomes readable when `collect` has a result.
     """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._done: deque[Frontend | Exception] = deque()
+        self._done: deque[FrontendConnection | Exception] = deque()
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._work, name="attacher", daemon=True)
@@ -39,16 +39,16 @@ class Attacher:
     def fileno(self) -> int:
         return self._wake
 
-    def attach(self, frontend: Frontend, fd: int, nbytes: int) -> None:
-        """Map the arena `fd`, which is the attacher's from now on, and make it known to the runner."""
+    def attach(self, frontend: FrontendConnection, fd: int, nbytes: int) -> None:
+        """Map the arena `fd` and attach it to the runner. The attacher closes `fd`."""
         self._todo.put(partial(self._attach, frontend, fd, nbytes))
 
-    def detach(self, frontend: Frontend) -> None:
-        """Undo it. No batch uses the arena any more."""
+    def detach(self, frontend: FrontendConnection) -> None:
+        """Detach the frontend's arena, which no batch uses any more, and unmap it."""
         self._todo.put(partial(self._detach, frontend))
 
-    def collect(self) -> list[Frontend]:
-        """Those that were attached since the last call. Raises what went wrong with one."""
+    def collect(self) -> list[FrontendConnection]:
+        """Return the frontends that were attached since the last call. Raises the error of one that failed."""
         try:
             os.eventfd_read(self._wake)
         except BlockingIOError:
@@ -62,8 +62,10 @@ class Attacher:
         return frontends
 
     def close(self, seconds: float) -> bool:
-        """Attach no more, detach what is to be detached, end. False where that takes longer than `seconds`: the thread
-        is left to the end of the process."""
+        """End the thread after its pending detachments, without attaching any more.
+
+        Returns False if that takes longer than `seconds`; the thread then ends with the process.
+        """
         self._closing = True
         self._todo.put(None)
         self._thread.join(seconds)
@@ -78,9 +80,9 @@ class Attacher:
             try:
                 step()
             except Exception as error:
-                self._tell(error)
+                self._notify(error)
 
-    def _attach(self, frontend: Frontend, fd: int, nbytes: int) -> None:
+    def _attach(self, frontend: FrontendConnection, fd: int, nbytes: int) -> None:
         try:
             if self._closing or frontend.gone:
                 return
@@ -89,14 +91,14 @@ class Attacher:
             os.close(fd)
         self._runner.attach(frontend.key, mapping.memory)
         frontend.mapping = mapping
-        self._tell(frontend)
+        self._notify(frontend)
 
-    def _detach(self, frontend: Frontend) -> None:
+    def _detach(self, frontend: FrontendConnection) -> None:
         if frontend.mapping is not None:
             self._runner.detach(frontend.key)
             frontend.mapping.close()
             frontend.mapping = None
 
-    def _tell(self, what: Frontend | Exception) -> None:
-        self._done.append(what)
+    def _notify(self, outcome: FrontendConnection | Exception) -> None:
+        self._done.append(outcome)
         os.eventfd_write(self._wake, 1)

@@ -1,12 +1,12 @@
-"""Control messages between our own processes: small, framed, with descriptors where one is passed on.
+"""Send control messages, with file descriptors if needed, between the server's own processes.
 
-A frame is `<IH` (length of the body, number of descriptors) and a pickled message; descriptors travel
-as SCM_RIGHTS with the frame's first byte. Pickle is safe here and only here: both ends are processes
-of one supervisor over an unnamed socket pair.
+A frame is `<IH` (length of the body, number of descriptors) and a pickled message; descriptors are passed as SCM_RIGHTS
+with the frame's first byte. Pickle is safe here and only here: both ends are processes of one supervisor, over an
+unnamed socket pair.
 
-A channel never blocks, so that one class serves a selector loop (worker, supervisor) and asyncio
-(frontend). `send` queues, `flush` writes what the socket takes: a loop that flushes once a turn sends
-everything that it had to say in one system call.
+A channel never blocks, so it works with a selector loop (worker, supervisor) and with asyncio (frontend). `send`
+queues, `flush` writes what the socket takes: a loop that flushes once per iteration sends all its messages in one
+system call.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from typing import Any
 _HEADER = struct.Struct("<IH")
 _READ = 1 << 18
 _MAX_FDS = 16
-# As a number: `&` on the enumeration costs more than the system call's own answer.
+# As an int, because `&` of enumeration members is slow.
 _TRUNCATED = int(socket.MSG_CTRUNC)
-# What may pass by itself when sending: no room, no memory, too many descriptors on their way.
+# Errors of sending that may pass: no room, no memory, too many descriptors in flight.
 _TRY_LATER = {errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS}
 
 
 class ChannelClosed(Exception):
-    """The peer is gone; everything that it had sent has been received."""
+    """The peer has closed its end, and everything that it sent has been received."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected ends, with buffers for the control messages of a long batch."""
+    """Return two connected sockets, with buffers that hold the control messages of a long batch."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for end in ends:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -59,7 +59,7 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Queue `message`. Descriptors are duplicated: the caller may close its own at once."""
+        """Queue `message`. Descriptors are duplicated, so the caller may close its own at once."""
         body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         frame = _HEADER.pack(len(body), len(fds)) + body
         if fds:
@@ -69,7 +69,7 @@ class Channel:
             self._tail += frame
 
     def flush(self) -> bool:
-        """Write what the socket takes now; True when nothing is left. A dead peer swallows everything."""
+        """Write what the socket takes now, and return whether nothing is left. For a dead peer, discard everything."""
         self._seal()
         while self._out:
             data, fds = self._out[0]
@@ -81,7 +81,7 @@ class Channel:
                 else:
                     written = self._socket.send(data)
             except (BrokenPipeError, ConnectionResetError):
-                self._discard()  # the reading side reports the end, after what is still to be read
+                self._discard()  # `receive` reports the end, after the messages that are still unread
                 return True
             except OSError as error:
                 if error.errno in _TRY_LATER:
@@ -94,7 +94,7 @@ class Channel:
         return True
 
     def flush_within(self, seconds: float) -> bool:
-        """Flush, waiting at most `seconds` for a peer that does not read."""
+        """Flush, and wait at most `seconds` for a peer that does not read."""
         limit = time.monotonic() + seconds
         while not self.flush():
             left = limit - time.monotonic()
@@ -106,12 +106,12 @@ class Channel:
         return True
 
     def receive(self) -> list[tuple[Any, list[int]]]:
-        """Every complete message that has arrived, each with its descriptors (now the caller's).
+        """Return all complete messages that have arrived, each with its descriptors, which the caller must close.
 
-        -1 stands for one that this process had no room for: it is at its limit of open descriptors.
+        A descriptor is -1 if this process has reached its limit of open descriptors.
 
         Raises:
-            ChannelClosed: nothing is left to read and the peer is gone.
+            ChannelClosed: the peer has closed its end and nothing is left to read.
         """
         closed = False
         while not closed:
@@ -129,7 +129,7 @@ class Channel:
                     received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
                     self._in_fds.extend(received)
             truncated = flags & _TRUNCATED
-            if truncated:  # one frame with descriptors is read at a time, and each has one
+            if truncated:  # a read returns at most one frame with descriptors, and each such frame has one
                 self._in_fds.append(-1)
             closed = not data
             self._in += data
@@ -141,6 +141,7 @@ class Channel:
         return messages
 
     def close(self) -> None:
+        """Close the socket, and all descriptors that were not sent or not returned."""
         self._socket.close()
         self._discard()
         _close(self._in_fds)
@@ -152,11 +153,13 @@ class Channel:
         self._out.clear()
 
     def _seal(self) -> None:
+        """Turn the coalesced frames into one item of the output queue."""
         if self._tail:
             self._out.append((memoryview(bytes(self._tail)), ()))
             self._tail.clear()
 
     def _parse(self) -> list[tuple[Any, list[int]]]:
+        """Take the complete messages out of the input buffer."""
         messages = []
         start = 0
         while len(self._in) - start >= _HEADER.size:

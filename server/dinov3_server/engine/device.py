@@ -1,7 +1,7 @@
-"""Batches on their way through the device: launched by the worker's loop, finished by a thread of their own.
+"""Run batches on the device: the worker's loop launches them, and the device thread waits for them to finish.
 
-The device thread does nothing but wait for launched batches in order (`Runner.finish`), so that submits
-and cancels are read while the device works and, on CUDA, the next batch is copied in meanwhile.
+The device thread only waits for launched batches, in order (`Runner.finish`). So the loop reads messages while the
+device computes and, on CUDA, launches the copy of the next batch.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from dinov3_server.models.interface import Batch, BatchResult, LaunchedBatch, Ro
 
 
 @dataclass(eq=False)
-class Running:
-    """A batch from its launch to its results. `outcome` is set once it has left the device."""
+class RunningBatch:
+    """A batch from its launch to its results. `outcome` is set when it has left the device."""
 
     rows: list[BatchRow]
-    since: float
+    launched_at: float
     launched: LaunchedBatch | None = None
     outcome: BatchResult | Exception | None = None
 
 
 class Device:
-    """The device thread and what is on it. All methods belong to the worker's loop.
+    """The batches that are on the device.
 
-    `fileno` becomes readable when a batch has left the device.
+    All methods but `work` must be called on the worker's loop. `fileno` becomes readable when a batch has left the
+    device.
     """
 
     def __init__(self, runner: Runner, arena_row: Callable[[BatchRow], Row]) -> None:
         self._runner = runner
         self._arena_row = arena_row
-        self.running: deque[Running] = deque()
-        self._todo: queue.SimpleQueue[Running | None] = queue.SimpleQueue()
-        self._done: deque[Running] = deque()
+        self.running: deque[RunningBatch] = deque()
+        self._todo: queue.SimpleQueue[RunningBatch | None] = queue.SimpleQueue()
+        self._done: deque[RunningBatch] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
@@ -46,13 +47,14 @@ class Device:
 
     @property
     def has_room(self) -> bool:
-        """Whether another batch may be launched. A suspect has the device for itself."""
-        if self.running and self.running[0].rows[0].job.solo:
+        """Whether another batch may be launched. A quarantined row has the device to itself."""
+        if self.running and self.running[0].rows[0].job.quarantined:
             return False
         return len(self.running) < self._runner.pipeline_depth
 
     def launch(self, rows: list[BatchRow]) -> None:
-        batch = Running(rows, time.monotonic())
+        """Launch a batch of `rows`, all of one shape."""
+        batch = RunningBatch(rows, time.monotonic())
         self.running.append(batch)
         try:
             batch.launched = self._runner.launch(
@@ -60,10 +62,10 @@ class Device:
             )
         except Exception as error:
             batch.outcome = error
-        self._todo.put(batch)  # failed ones too: batches are collected in the order of their launch
+        self._todo.put(batch)  # also if it failed: batches are collected in the order of their launch
 
-    def collect(self) -> list[Running]:
-        """The batches that have left the device since the last call, in the order of their launch."""
+    def collect(self) -> list[RunningBatch]:
+        """Return the batches that have left the device since the last call, in the order of their launch."""
         try:
             os.eventfd_read(self._wake)
         except BlockingIOError:
@@ -75,14 +77,14 @@ class Device:
         return batches
 
     def stop(self) -> None:
-        """Let `work` return once it is through with what was launched."""
+        """Let `work` return when all launched batches are finished."""
         self._todo.put(None)
 
     def close(self) -> None:
         os.close(self._wake)
 
     def work(self) -> None:
-        """Finish batches in the order of their launch until `stop`. Belongs to the device thread."""
+        """Finish batches in the order of their launch, until `stop`; called on the device thread."""
         while (batch := self._todo.get()) is not None:
             if batch.launched is not None:
                 try:
@@ -92,4 +94,4 @@ class Device:
                 batch.launched = None
             self._done.append(batch)
             os.eventfd_write(self._wake, 1)
-            del batch  # or the last batch, and the memory it refers to, would live until the next one
+            del batch  # or the last batch, and the memory that it refers to, would stay until the next one

@@ -1,8 +1,8 @@
-"""What processes say to each other. F frontend, W worker, S supervisor, P provisioner.
+"""Define the control messages between processes: F frontend, W worker, S supervisor, P provisioner.
 
-Every row that a frontend submits is answered by exactly one of `Results` and `Dropped`, or by the
-supervisor's `WorkerGone`. Until then the worker may touch the row's ranges of the arena. What is said for every request
-is named tuples: pickle takes twice as long for a dataclass with slots.
+Every row that a frontend submits is answered exactly once: by `Results` or `Dropped`, or by the supervisor's
+`WorkerGone`. Until then the worker may access the row's ranges of the arena. Messages that are sent for every request
+are named tuples: pickle takes twice as long for a dataclass with slots.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SNAPSHOT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class StartProvisioner:
-    """S -> P, on standard input: what to find or fetch."""
+    """S -> P, on standard input: the settings that say what to find or fetch."""
 
     settings: Settings
     index: int = 0
@@ -32,7 +32,7 @@ class StartProvisioner:
 
 @dataclass(frozen=True)
 class StartWorker:
-    """S -> W, on standard input: what to load and where. `runner` is "module:function"."""
+    """S -> W, on standard input: the model and the device. `runner` is the "module:function" that builds the runner."""
 
     settings: Settings
     index: int
@@ -43,7 +43,7 @@ class StartWorker:
 
 @dataclass(frozen=True)
 class StartFrontend:
-    """S -> F, on standard input: where to listen."""
+    """S -> F, on standard input: the address to listen on."""
 
     settings: Settings
     index: int
@@ -54,52 +54,52 @@ class StartFrontend:
 
 @dataclass(frozen=True)
 class Connected:
-    """S -> F and S -> W, with the descriptor of a channel to the other side's process `index`."""
+    """S -> F and S -> W, with the descriptor of a channel to the peer, which is worker or frontend `index`."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class WorkerGone:
-    """S -> F: worker `index` is reaped, nothing of it touches memory any more; another is expected.
+    """S -> F: worker `index` has been reaped, so it accesses no memory any more, and a successor is expected.
 
-    Also of a worker that never became ready: then only the expectation is news.
+    Also sent for a worker that never became ready; then only `restart_seconds` is news.
     """
 
     index: int
     restart_seconds: float  # seconds until its successor is expected to serve
-    killed: bool = False  # by SIGKILL, which may have come from outside: an operator, or the kernel for want of memory
+    killed: bool = False  # by SIGKILL, which may come from outside: an operator, or the kernel's OOM killer
 
 
 @dataclass(frozen=True)
 class Drain:
-    """S -> F: finish what is accepted within `grace` seconds, then exit. S -> W: exit."""
+    """S -> F: finish the accepted calls within `grace` seconds, then exit. S -> W: exit."""
 
     grace: float
 
 
 @dataclass(frozen=True)
 class Reload:
-    """S -> F: read the files of tokens and TLS again now."""
+    """S -> F: read the token and TLS files again now."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """W -> S: the model is loaded and warm. F -> S: it listens, and knows a worker."""
+    """W -> S: the model is loaded and warmed up. F -> S: the frontend listens and is connected to a worker."""
 
     info: ModelInfo | None = None
 
 
 @dataclass(frozen=True)
 class StartFailed:
-    """F -> S, W -> S and P -> S: the process cannot start for a reason that a person must mend."""
+    """F -> S, W -> S and P -> S: the process cannot start for a reason that an operator must fix."""
 
     error: StartupError
 
 
 @dataclass(frozen=True)
 class ExitReason:
-    """F -> S and W -> S: why the process is about to end, one line."""
+    """F -> S and W -> S: one line that says why the process is about to end."""
 
     reason: str
 
@@ -111,9 +111,9 @@ class ExitReason:
 
 @dataclass(frozen=True)
 class Reached:
-    """W -> S, each step once: a frontend is attached; the first batch is about to reach the device.
+    """W -> S, once for each step: a frontend has been attached; the first batch is about to reach the device.
 
-    It tells a process that cannot work from one that was given something to die of.
+    A worker that dies before them cannot work at all; one that dies later may have died of its input.
     """
 
     step: Literal["attached", "batch"]
@@ -121,21 +121,21 @@ class Reached:
 
 @dataclass(frozen=True)
 class NotConnected:
-    """F -> S: the channel to worker `index` could not be taken, for want of descriptors; to be tried again."""
+    """F -> S: this process had no descriptor left for the channel to worker `index`; try again later."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """P -> S: what it is at, for /readyz."""
+    """P -> S: the current step, for /readyz."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """P -> S, its last message: everything is there. `seconds` is by step, for dinov3_model_load_seconds."""
+    """P -> S, the last message: everything is in place. `seconds` is by step, for dinov3_model_load_seconds."""
 
     provisioned: Provisioned
     seconds: dict[str, float]
@@ -143,14 +143,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class MetricsSnapshot:
-    """F -> S and W -> S, every SNAPSHOT_SECONDS; it also tells that the process is not stuck."""
+    """F -> S and W -> S, every SNAPSHOT_SECONDS, which also shows that the process is not stuck."""
 
     snapshot: Any
 
 
 @dataclass(frozen=True)
 class Hello:
-    """W -> F, the first message: the model. The frontend's arena is attached, so it may submit."""
+    """W -> F, the first message: the frontend's arena is attached and it may submit jobs for this model."""
 
     info: ModelInfo
 
@@ -163,48 +163,53 @@ class Attach:
 
 
 class Submit(NamedTuple):
-    """F -> W: compute `rows` of `block`. Times are CLOCK_MONOTONIC seconds, the same in all processes."""
+    """F -> W: compute `rows` of `block`, as the job of that number.
 
-    part: int
+    Times are in seconds of CLOCK_MONOTONIC, which is the same in all processes.
+    """
+
+    job: int
     block: Block
     rows: tuple[int, ...]
     enqueued: float
     deadline: float | None
     bulk: bool
-    solo: bool  # every row in a batch of its own: it is suspected of having killed a worker
+    quarantined: bool  # run each row in a batch of its own: a worker died while it was on the device
     caller: Caller = ANONYMOUS
 
 
 class Cancel(NamedTuple):
-    """F -> W: nobody waits for this part any more."""
+    """F -> W: the results of this job are no longer wanted."""
 
-    part: int
+    job: int
 
 
-class PartRows(NamedTuple):
-    part: int
+class JobRows(NamedTuple):
+    """Some rows of a job."""
+
+    job: int
     rows: tuple[int, ...]
 
 
 class Started(NamedTuple):
-    """W -> F: these rows are about to reach the device. Sent before they do, so that a crash can be laid to them."""
+    """W -> F: these rows are about to reach the device. Sent before they do, so that a crash can be traced to them."""
 
-    parts: tuple[PartRows, ...]
+    jobs: tuple[JobRows, ...]
 
 
-class PartResult(NamedTuple):
-    """What one batch did for one part. `failed` maps rows that have no features to the reason."""
+class JobResult(NamedTuple):
+    """The results of one batch for one job. `failed` maps each row that has no features to the reason."""
 
-    part: int
+    job: int
     rows: tuple[int, ...]
     failed: dict[int, str]
-    queue_seconds: float  # longest wait of one of the rows
+    queue_seconds: float  # the longest of these rows
     inference_seconds: float
     batch_images: int
 
 
 class Load(NamedTuple):
-    """Tokens that a worker has of other frontends: on the device, and waiting by class."""
+    """Tokens that a worker has of other frontends: on the device, and queued by priority."""
 
     running: int = 0
     interactive: int = 0
@@ -218,47 +223,45 @@ class Load(NamedTuple):
 NO_LOAD = Load()
 
 
-class Backlog(NamedTuple):
-    """W -> F, now and then: what other frontends have here, and the last batch that the device ran."""
+class LoadReport(NamedTuple):
+    """W -> F, from time to time: the load of the other frontends, and the last batch that the device ran."""
 
     others: Load
     batch: BatchTime | None
 
 
 class Results(NamedTuple):
-    """W -> F: features lie in the arena. `others` and `batch` as in `Backlog`."""
+    """W -> F: the features of these rows are in the arena. `others` and `batch` are as in `LoadReport`."""
 
-    parts: tuple[PartResult, ...]
+    jobs: tuple[JobResult, ...]
     others: Load
     batch: BatchTime | None
 
     def __reduce__(self) -> tuple[Callable[..., Results], tuple[object, ...]]:
-        """Take the message apart for pickle, which is quicker at plain tuples than at named ones."""
+        """Take the message apart for pickle, which is faster with plain tuples than with named ones."""
         batch = None if self.batch is None else tuple(self.batch)
-        return unpickled_results, (tuple(map(tuple, self.parts)), tuple(self.others), batch)
+        return unpickled_results, (tuple(map(tuple, self.jobs)), tuple(self.others), batch)
 
 
 class Dropped(NamedTuple):
-    """W -> F: these rows never reached the device. "late": they could not have ended before their deadline."""
+    """W -> F: these rows will not be computed. "late": they could not have ended before their deadline."""
 
-    part: int
+    job: int
     rows: tuple[int, ...]
     reason: Literal["cancelled", "expired", "late"]
 
 
 def unpickled_results(
-    parts: tuple[tuple[Any, ...], ...], others: tuple[int, ...], batch: tuple[Any, ...] | None
+    jobs: tuple[tuple[Any, ...], ...], others: tuple[int, ...], batch: tuple[Any, ...] | None
 ) -> Results:
     """Return the message that `Results.__reduce__` took apart."""
-    return Results(
-        tuple(PartResult(*part) for part in parts), Load(*others), None if batch is None else BatchTime(*batch)
-    )
+    return Results(tuple(JobResult(*job) for job in jobs), Load(*others), None if batch is None else BatchTime(*batch))
 
 
-# What a request's messages are made of goes into pickles as one byte, not as the names of a module and a class: that
-# halves the time. These codes are copyreg's for private use.
+# The types in the messages of a request are pickled as one byte instead of the names of a module and a class, which
+# halves the time. copyreg reserves these codes for private use.
 _PICKLED_BY_CODE: tuple[Any, ...] = (
-    *(Submit, Cancel, PartRows, Started, PartResult, Load, Backlog, Results, Dropped),
+    *(Submit, Cancel, JobRows, Started, JobResult, Load, LoadReport, Results, Dropped),
     *(BatchTime, Caller, PixelShape, unpickled, unpickled_results),
 )
 for _code, _pickled in enumerate(_PICKLED_BY_CODE, 0xF0):

@@ -1,4 +1,7 @@
-"""Learn how long a device takes from the batches that it ran. Pure: every call that needs the time is given it."""
+"""Estimate how long batches take on a device, from the batches that it ran.
+
+Pure: every call that needs the time is given it.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,26 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Before the first batch: ViT-L on a CPU, about. Too slow an estimate refuses a few requests of a server that has just
-# started; too fast a one admits work that ends too late.
+# The estimate before the first batch, about that of ViT-L on a CPU. Too slow an estimate refuses a few requests of a
+# server that has just started; too fast a one admits requests that end too late.
 INITIAL_SECONDS_PER_TOKEN = 1.25e-3
-# Device time over which an estimate forgets: a machine that slows down is noticed within two of these, or one batch.
+# Device time after which the weight of a batch has decayed to 1/e. A device that slows down is noticed within two of
+# these, or one batch.
 MEMORY_SECONDS = 1.0
-# An estimate that no batch has confirmed for this long does not hold a row back from an idle device.
+# Age from which an estimate is too old to keep a row from an idle device.
 TRUST_SECONDS = 2.0
-# After this long, the estimate of a shape gives way to the one over all shapes.
+# Age from which the estimate of a shape is replaced by that over all shapes.
 SHAPE_SECONDS = 10.0
-# Shapes that are remembered, those used last.
+# How many shapes are remembered; the least recently used one goes first.
 MOST_SHAPES = 64
-# The part by which a prediction is lengthened, as batches vary by it.
+# Predictions are longer by this fraction, as the times of batches vary by it.
 MARGIN = 0.1
-# How strongly a fit is drawn to a line through the origin, relative to the mean square of the batch sizes.
+# How strongly a fit is regularised towards a line through the origin, relative to the mean square of the batch sizes.
 _RIDGE = 0.05
 
 
 class BatchTime(NamedTuple):
-    """One batch that a device ran: `rows` images of `tokens` tokens each took it `seconds`."""
+    """The device time of a batch of `rows` images with `tokens` tokens each."""
 
     shape: Hashable
     tokens: int
@@ -36,7 +40,7 @@ class BatchTime(NamedTuple):
 
 @dataclass
 class _Fit:
-    """Seconds of a batch as `fixed + each * rows`: least squares over recent batches, older ones weighing less."""
+    """A least-squares fit of the time of a batch, `fixed + each * rows` seconds; the weight of older batches decays."""
 
     weight: float = 0.0
     rows: float = 0.0
@@ -55,7 +59,7 @@ class _Fit:
         self.at = now
 
     def line(self) -> tuple[float, float]:
-        """(fixed, each), neither negative. Batches of one size tell no fixed part: it is 0 then."""
+        """Return (fixed, each), neither negative. With batches of a single size, `fixed` is 0."""
         rows, seconds = self.rows / self.weight, self.seconds / self.weight
         square = self.square / self.weight
         variance, covariance = square - rows * rows, self.product / self.weight - rows * seconds
@@ -67,7 +71,7 @@ class _Fit:
 
 
 class Pace:
-    """The pace of one device: `seconds_per_token` over all its recent batches, and a fit for each shape."""
+    """The speed of one device: `seconds_per_token` over all its recent batches, and a fit for each shape."""
 
     def __init__(self) -> None:
         self._tokens = 0.0
@@ -84,7 +88,7 @@ class Pace:
         return self._seconds / self._tokens if self._tokens else INITIAL_SECONDS_PER_TOKEN
 
     def observe(self, batch: BatchTime, now: float) -> None:
-        """Take in a batch that has just ended. `seconds` is the time in which the device worked on it alone."""
+        """Learn from a batch that has just ended. Its `seconds` are those that the device worked on it alone."""
         keep = math.exp(-batch.seconds / MEMORY_SECONDS)
         self._tokens = self._tokens * keep + batch.rows * batch.tokens
         self._seconds = self._seconds * keep + batch.seconds
@@ -96,25 +100,26 @@ class Pace:
         fit.observe(batch.rows, batch.seconds, now)
 
     def trusted(self, now: float) -> bool:
-        """Tell whether the estimates may hold rows back: the device is known, and was busy a moment ago."""
+        """Return whether the estimates are recent enough to keep rows from the device."""
         return self.known and now - self.observed_at <= TRUST_SECONDS
 
     def batch_seconds(self, shape: Hashable, tokens: int, rows: int, now: float) -> float:
-        """Predict the device time of a batch of `rows` images of `tokens` tokens each, with a margin."""
+        """Return the predicted device time of a batch of `rows` images of `tokens` tokens each, with a margin."""
         fixed, each = self._line(shape, tokens, now)
         return (fixed + each * rows) * (1 + MARGIN)
 
     def rows_within(self, shape: Hashable, tokens: int, seconds: float, now: float) -> int:
-        """Return the largest batch that is predicted to end within `seconds`; 0 where not one row does."""
+        """Return the rows of the largest batch that is predicted to end within `seconds`; 0 if not even one row."""
         fixed, each = self._line(shape, tokens, now)
         return max(0, math.floor((seconds / (1 + MARGIN) - fixed) / max(each, 1e-9)))
 
     def efficient_rows(self, shape: Hashable, tokens: int, now: float) -> int:
-        """Return the batch size of which half the time is the fixed part: smaller ones waste the device."""
+        """Return the batch size that spends half its time on the fixed part; smaller batches waste the device."""
         fixed, each = self._line(shape, tokens, now)
         return max(1, math.ceil(fixed / max(each, 1e-9)))
 
     def _line(self, shape: Hashable, tokens: int, now: float) -> tuple[float, float]:
+        """Return (fixed, each) of a shape."""
         fit = self._fits.get(shape)
         if fit is None or now - fit.at > SHAPE_SECONDS:
             return 0.0, self.seconds_per_token * tokens

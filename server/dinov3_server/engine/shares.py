@@ -1,11 +1,10 @@
-"""Divide a device fairly between callers that want it at the same time. Pure: no clock, no threads.
+"""Share a device fairly between callers, by start-time fair queueing (Goyal, Vin, Cheng 1997).
 
-Start-time fair queueing (Goyal, Vin, Cheng 1997): every caller has a virtual time, the tokens that it was given; the
-one with the least goes first. A caller that comes back starts where the others are: it saves up nothing by being away,
-and owes what it took in advance.
+Every caller has a virtual time, the tokens that it was given; the caller with the least goes first. A caller that comes
+back starts at the time of the others: it saves up nothing while it is away, and still owes what it took in advance.
 
-There are two levels. A *group* is a token where calls bring one, else a peer address; within it each *connection* has
-its part. So a caller gains nothing by opening more connections.
+There are two levels. A *group* is an access token if calls carry one, else a peer address; within a group each
+*connection* has an equal share. So a caller gains nothing by opening more connections. Pure: without clock and threads.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Callers without work that are remembered because they took more than their part.
-_MOST_AWAY = 1024
+# How many callers without jobs are remembered because they took more than their share.
+_MAX_IDLE_MEMBERS = 1024
 
 
 class Caller(NamedTuple):
-    """Whose request it is. Both names are opaque."""
+    """The sender of a request. Both names are opaque."""
 
     group: str
     connection: str
@@ -29,16 +28,18 @@ ANONYMOUS = Caller("", "")
 
 @dataclass(slots=True)
 class _Member:
+    """The virtual time of one caller, and its queued jobs."""
+
     time: float = 0.0
     jobs: int = 0
 
 
 @dataclass(slots=True)
 class _Level:
-    """Members that share one parent's part."""
+    """Members that share one device, or the share of one group."""
 
     members: dict[str, _Member] = field(default_factory=dict)
-    time: float = 0.0  # of the last that was served
+    time: float = 0.0  # of the member that was served last
     jobs: int = 0  # of all members
 
     def enter(self, name: str) -> None:
@@ -52,7 +53,7 @@ class _Level:
         member = self.members[name]
         member.jobs -= 1
         self.jobs -= 1
-        if not member.jobs and (member.time <= self.time or len(self.members) > _MOST_AWAY):
+        if not member.jobs and (member.time <= self.time or len(self.members) > _MAX_IDLE_MEMBERS):
             del self.members[name]
 
     def charge(self, name: str, tokens: int) -> None:
@@ -69,12 +70,12 @@ class Shares:
         self._connections: dict[str, _Level] = {}
 
     def enter(self, caller: Caller) -> None:
-        """Count a job of `caller` that came into the queue."""
+        """Count a job of `caller` that enters the queue."""
         self._groups.enter(caller.group)
         self._connections.setdefault(caller.group, _Level()).enter(caller.connection)
 
     def leave(self, caller: Caller) -> None:
-        """Count a job of `caller` that left the queue."""
+        """Count a job of `caller` that leaves the queue."""
         self._groups.leave(caller.group)
         level = self._connections[caller.group]
         level.leave(caller.connection)
@@ -82,11 +83,11 @@ class Shares:
             del self._connections[caller.group]
 
     def charge(self, caller: Caller, tokens: int) -> None:
-        """Note that `caller`, who has a job in the queue, was given `tokens` of the device."""
+        """Charge `caller`, which has a job in the queue, for `tokens` of the device."""
         self._groups.charge(caller.group, tokens)
         self._connections[caller.group].charge(caller.connection, tokens)
 
     def rank(self, caller: Caller) -> tuple[float, float]:
-        """Return the place of `caller` among those that have jobs; the lowest goes first."""
+        """Return the rank of `caller` among those that have jobs; the lowest goes first."""
         level = self._connections[caller.group]
         return self._groups.members[caller.group].time, level.members[caller.connection].time

@@ -40,9 +40,9 @@ def main() -> int:
     try:
         # Imported per role: a frontend must not load the device's libraries, nor a worker gRPC.
         if role == "worker":
-            from dinov3_server.engine import worker
+            from dinov3_server.engine import worker_main
 
-            worker.serve(start, control)
+            worker_main.serve(start, control)
         elif role == "provisioner":
             _provision(start, control)
         else:

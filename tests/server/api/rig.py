@@ -22,8 +22,8 @@ from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.block import Block
-from dinov3_server.engine.engine import BlockResult
 from dinov3_server.engine.forecast import Demand
+from dinov3_server.engine.worker_connection import BlockResult
 from dinov3_server.errors import ServingError
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import ModelInfo, Output

@@ -17,23 +17,24 @@ from dinov3_server.engine.admission import Reservation
 from dinov3_server.engine.arena import PAGE, Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, pair
-from dinov3_server.engine.engine import SPREAD_IMAGES, BlockResult, Engine
+from dinov3_server.engine.engine import SPREAD_IMAGES, Engine
 from dinov3_server.engine.forecast import Demand
 from dinov3_server.engine.messages import (
     NO_LOAD,
     Attach,
-    Backlog,
     Cancel,
     Dropped,
     Hello,
+    JobResult,
+    JobRows,
     Load,
-    PartResult,
-    PartRows,
+    LoadReport,
     Results,
     Started,
     Submit,
 )
 from dinov3_server.engine.shares import ANONYMOUS, Caller
+from dinov3_server.engine.worker_connection import BlockResult
 from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import FeatureSpec, Output, PixelShape
@@ -86,12 +87,10 @@ class PlayedWorker:
         return message
 
     def start(self, submit: Submit, *rows: int) -> None:
-        self.say(Started((PartRows(submit.part, rows or submit.rows),)))
+        self.say(Started((JobRows(submit.job, rows or submit.rows),)))
 
     def finish(self, submit: Submit, *rows: int, failed: dict[int, str] | None = None, images: int = 1) -> None:
-        self.say(
-            Results((PartResult(submit.part, rows or submit.rows, failed or {}, 0.5, 0.25, images),), NO_LOAD, None)
-        )
+        self.say(Results((JobResult(submit.job, rows or submit.rows, failed or {}, 0.5, 0.25, images),), NO_LOAD, None))
 
     def die(self) -> None:
         self.channel.close()
@@ -202,9 +201,9 @@ async def test_a_cancelled_call_keeps_its_range_until_the_worker_has_answered(en
     with pytest.raises(asyncio.CancelledError):
         await task
     reservation.release()
-    assert await worker.hear(Cancel) == Cancel(submit.part)
+    assert await worker.hear(Cancel) == Cancel(submit.job)
     assert engine.admission.arena.used_bytes, "a batch that runs still writes to the range"
-    worker.say(Dropped(submit.part, (1,), "cancelled"))
+    worker.say(Dropped(submit.job, (1,), "cancelled"))
     worker.finish(submit, 0)
     await until_async(lambda: engine.admission.arena.used_bytes == 0)
 
@@ -216,13 +215,13 @@ async def test_a_passed_deadline_fails_the_call_and_says_where_it_waited(engine)
         submit = await worker.hear(Submit)
         if start:
             worker.start(submit)
-            await until_async(lambda part=submit.part: engine._workers[0].parts[part].started)
+            await until_async(lambda job=submit.job: engine._workers[0].jobs[job].started)
         with pytest.raises(DeadlineExceeded, match=where):
             await task
         reservation.release()
         await worker.hear(Cancel)
         assert engine.admission.arena.used_bytes
-        worker.say(Dropped(submit.part, submit.rows, "expired"))
+        worker.say(Dropped(submit.job, submit.rows, "expired"))
         await until_async(lambda: engine.admission.arena.used_bytes == 0)
 
 
@@ -230,7 +229,7 @@ async def test_the_workers_own_expiry_ends_the_call_too(engine):
     worker = await PlayedWorker(engine).hello()
     reservation, task = run(engine, 1, deadline=time.monotonic() + 60)
     submit = await worker.hear(Submit)
-    worker.say(Dropped(submit.part, submit.rows, "expired"))
+    worker.say(Dropped(submit.job, submit.rows, "expired"))
     with pytest.raises(DeadlineExceeded):
         await task
     reservation.release()
@@ -248,7 +247,7 @@ async def test_queued_rows_of_a_dead_worker_go_to_its_successor_in_their_order(e
     again = [await successor.hear(Submit) for _ in range(4)]
     assert [submit.block.pixel_offset for submit in again[:3]] == [submit.block.pixel_offset for submit in first]
     assert [submit.enqueued for submit in again[:3]] == [submit.enqueued for submit in first]
-    assert not any(submit.solo for submit in again)
+    assert not any(submit.quarantined for submit in again)
     for submit in again:
         successor.finish(submit)
     for reservation, task in (*calls, later):
@@ -285,8 +284,8 @@ async def test_announced_rows_run_again_alone_and_only_the_one_that_kills_alone_
     worker = await PlayedWorker(engine).hello()
     healthy = [await worker.hear(Submit) for _ in range(2)]
     suspects = [await worker.hear(Submit) for _ in range(2)]
-    assert [(submit.rows, submit.solo) for submit in healthy] == [((0,), False), ((1,), False)]
-    assert [(submit.rows, submit.solo) for submit in suspects] == [((1, 2), True), ((0,), True)]
+    assert [(submit.rows, submit.quarantined) for submit in healthy] == [((0,), False), ((1,), False)]
+    assert [(submit.rows, submit.quarantined) for submit in suspects] == [((1, 2), True), ((0,), True)]
     for submit in healthy:
         worker.finish(submit)
     worker.start(suspects[0], 1)
@@ -296,7 +295,7 @@ async def test_announced_rows_run_again_alone_and_only_the_one_that_kills_alone_
     worker.reaped()
     worker = await PlayedWorker(engine).hello()
     last = await worker.hear(Submit)
-    assert (last.rows, last.solo) == ((0,), True)
+    assert (last.rows, last.quarantined) == ((0,), True)
     worker.finish(last)
     results = [await task for _, task in calls]
     assert list(results[0].failed) == [2]
@@ -394,10 +393,10 @@ async def test_rows_go_to_the_worker_with_the_least_to_do_and_large_requests_are
     for reservation, _ in (small, second):
         reservation.release()
     large = run(engine, SPREAD_IMAGES + 5)
-    parts = [await worker.hear(Submit) for worker in workers]
-    assert sorted(len(part.rows) for part in parts) == [5, SPREAD_IMAGES]
-    for worker, part in zip(workers, parts, strict=True):
-        worker.finish(part)
+    submits = [await worker.hear(Submit) for worker in workers]
+    assert sorted(len(submit.rows) for submit in submits) == [5, SPREAD_IMAGES]
+    for worker, submit in zip(workers, submits, strict=True):
+        worker.finish(submit)
     await large[1]
     large[0].release()
     assert engine.admission.arena.used_bytes == 0
@@ -432,15 +431,15 @@ async def test_of_several_dead_workers_the_first_one_back_counts(engine):
 
 async def test_a_backlog_of_others_that_is_gone_is_forgotten(engine):
     workers = [await PlayedWorker(engine, index).hello() for index in range(2)]
-    workers[0].say(Backlog(Load(bulk=10_000), None))
+    workers[0].say(LoadReport(Load(bulk=10_000), None))
     await until_async(lambda: engine._workers[0].others.tokens)
     for busy, free in ((0, 1), (1, 0)):
         reservation, task = run(engine, 1)
         workers[free].finish(await workers[free].hear(Submit))
         await task
         reservation.release()
-        workers[busy].say(Backlog(NO_LOAD, None))
-        workers[free].say(Backlog(Load(bulk=10_000), None))
+        workers[busy].say(LoadReport(NO_LOAD, None))
+        workers[free].say(LoadReport(Load(bulk=10_000), None))
         await until_async(lambda now=busy: not engine._workers[now].others.tokens)
         await until_async(lambda now=free: engine._workers[now].others.tokens)
 

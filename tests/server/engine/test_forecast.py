@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dinov3_server.engine.forecast import Demand, Waiting
+from dinov3_server.engine.forecast import Demand, QueuedTokens
 from dinov3_server.engine.messages import NO_LOAD, Load
 from dinov3_server.engine.shares import Caller
 
@@ -14,15 +14,15 @@ def demand(images: int, caller: Caller = SMALL, bulk: bool = False) -> Demand:
     return Demand(images, 0, 10 * images, caller, bulk)
 
 
-def waiting(*demands: Demand) -> Waiting:
-    queue = Waiting()
+def waiting(*demands: Demand) -> QueuedTokens:
+    queue = QueuedTokens()
     for each in demands:
         queue.add(each, each.tokens)
     return queue
 
 
 def test_alone_there_is_no_wait() -> None:
-    assert Waiting().ahead(demand(4), NO_LOAD, 0) == 0
+    assert QueuedTokens().ahead(demand(4), NO_LOAD, 0) == 0
 
 
 def test_a_callers_own_requests_of_like_size_go_first() -> None:
@@ -53,8 +53,8 @@ def test_bulk_delays_interactive_work_by_a_third_at_most() -> None:
 
 def test_the_load_of_other_frontends_counts_as_a_caller_for_each() -> None:
     others = Load(running=50, interactive=10_000, bulk=500)
-    assert Waiting().ahead(demand(1), others, 3) == 50 + 30 + 40 // 3
-    assert Waiting().ahead(demand(1), Load(running=50, interactive=20), 3) == 50 + 20
+    assert QueuedTokens().ahead(demand(1), others, 3) == 50 + 30 + 40 // 3
+    assert QueuedTokens().ahead(demand(1), Load(running=50, interactive=20), 3) == 50 + 20
 
 
 def test_the_bound_is_never_below_the_estimate() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from dinov3_server.engine.forecast import Demand, Waiting, predict
+from dinov3_server.engine.forecast import Demand, QueuedTokens, predict
 from dinov3_server.engine.messages import NO_LOAD
 from dinov3_server.engine.pace import BatchTime, Pace
 from dinov3_server.engine.scheduler import Job, Limits, Scheduler
@@ -45,7 +45,7 @@ def simulate(
 
     `again` makes the next request of a closed loop, from an arrival that is answered or refused.
     """
-    pace, waiting, outcome = Pace(), Waiting(), Outcome()
+    pace, waiting, outcome = Pace(), QueuedTokens(), Outcome()
     scheduler = Scheduler(LIMITS, pace)
     coming: list[tuple[float, int, Arrival]] = []
     numbers = iter(range(10**9))

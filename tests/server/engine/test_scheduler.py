@@ -23,10 +23,10 @@ def job(
     enqueued: float = NOW,
     deadline: float | None = None,
     bulk: bool = False,
-    solo: bool = False,
+    quarantined: bool = False,
     payload: Any = None,
 ) -> Job:
-    return Job((frontend, number), shape, tokens, tuple(range(rows)), enqueued, deadline, bulk, solo, payload)
+    return Job((frontend, number), shape, tokens, tuple(range(rows)), enqueued, deadline, bulk, quarantined, payload)
 
 
 def filled(*jobs: Job, limits: Limits = LIMITS) -> Scheduler:
@@ -157,7 +157,7 @@ def test_interleaved_shapes_do_not_break_batches_up() -> None:
 
 
 def test_solo_rows_run_alone() -> None:
-    scheduler = filled(job(1, 2, solo=True), job(2, solo=True), job(3, 3))
+    scheduler = filled(job(1, 2, quarantined=True), job(2, quarantined=True), job(3, 3))
     assert sorted(drained(scheduler)) == [[1], [1], [2], [3, 3, 3]]
 
 
@@ -242,7 +242,7 @@ def test_the_oldest_row_ends_the_hold_though_a_more_urgent_one_is_young() -> Non
 
 def test_solo_rows_and_those_at_the_token_budget_are_full_batches_and_not_held() -> None:
     limits = LIMITS._replace(max_queue_delay_seconds=5.0)
-    assert drained(filled(job(1, solo=True), limits=limits)) == [[1]]
+    assert drained(filled(job(1, quarantined=True), limits=limits)) == [[1]]
     assert drained(filled(job(1, tokens=60), limits=limits)) == [[1]]
 
 

@@ -66,7 +66,7 @@ class Lifecycle(RuleBasedStateMachine):
     # --- the model
 
     def lane(self, job: Job) -> Hashable:
-        return job.key if job.solo else job.shape
+        return job.key if job.quarantined else job.shape
 
     def lanes(self) -> dict[Hashable, list[Job]]:
         """Runnable jobs that may share a batch."""
@@ -80,7 +80,7 @@ class Lifecycle(RuleBasedStateMachine):
         return sum(len(self.left[job.key]) for job in jobs)
 
     def capacity(self, job: Job) -> int:
-        if job.solo:
+        if job.quarantined:
             return 1
         most = min(self.limits.max_batch_images, self.limits.max_batch_tokens // job.tokens)
         return min(most, self.ceilings.get(job.shape, most))
@@ -114,7 +114,7 @@ class Lifecycle(RuleBasedStateMachine):
         age=seconds,
         time_left=st.none() | seconds,
         bulk=st.booleans(),
-        solo=st.sampled_from([False, False, False, True]),
+        quarantined=st.sampled_from([False, False, False, True]),
     )
     def add(
         self,
@@ -125,11 +125,11 @@ class Lifecycle(RuleBasedStateMachine):
         age: float,
         time_left: float | None,
         bulk: bool,
-        solo: bool,
+        quarantined: bool,
     ) -> None:
         deadline = None if time_left is None else self.now + time_left
         indices = tuple(range(first, first + rows))
-        job = Job(key, shape, TOKENS[shape], indices, self.now - age, deadline, bulk, solo)
+        job = Job(key, shape, TOKENS[shape], indices, self.now - age, deadline, bulk, quarantined)
         try:
             self.scheduler.add(job, self.now)
         except ValueError:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dinov3_server.engine import worker as worker_module
-from dinov3_server.engine.messages import Cancel, PartRows, Started
+from dinov3_server.engine.messages import Cancel, JobRows, Started
 from dinov3_server.models.interface import DeviceLost, DeviceOutOfMemory, PixelShape
 from tests.server.engine.worker_rig import SHAPE
 from tests.support.waiting import LIMIT, until
@@ -19,7 +19,7 @@ def test_a_batch_is_announced_before_it_runs_and_answered_after(start):
     running.runner.stepping = True
     frontend = running.frontend()
     submit = frontend.submit(3)
-    assert frontend.hear() == Started((PartRows(submit.part, (0, 1, 2)),))
+    assert frontend.hear() == Started((JobRows(submit.job, (0, 1, 2)),))
     assert frontend.heard == []
     running.runner.steps.put(None)
     assert set(frontend.answers(submit).values()) == {"ok"}
@@ -75,7 +75,7 @@ def test_a_suspect_has_the_device_for_itself(start):
     running.runner.stepping = True
     frontend = running.frontend()
     normal = [frontend.submit(1) for _ in range(3)]
-    suspect = frontend.submit(2, solo=True)
+    suspect = frontend.submit(2, quarantined=True)
     after = [frontend.submit(1) for _ in range(3)]
     for _ in range(10):
         running.runner.steps.put(None)
@@ -106,8 +106,8 @@ def test_an_image_too_large_for_the_device_alone_fails_alone(start):
     frontend = running.frontend()
     large, small = frontend.submit(1, shape=PixelShape(64, 64, "uint8")), frontend.submit(1)
     answers = frontend.answers(large, small)
-    assert "memory" in answers[large.part, 0]
-    assert answers[small.part, 0] == "ok"
+    assert "memory" in answers[large.job, 0]
+    assert answers[small.job, 0] == "ok"
 
 
 def test_a_batch_that_fails_is_bisected_so_that_one_poisoned_row_fails_alone(start):
@@ -123,7 +123,7 @@ def test_a_batch_that_fails_is_bisected_so_that_one_poisoned_row_fails_alone(sta
     for _ in range(20):
         running.runner.steps.put(None)
     answers = frontend.answers(submit, other)
-    assert [key for key, answer in answers.items() if answer != "ok"] == [(submit.part, 4)]
+    assert [key for key, answer in answers.items() if answer != "ok"] == [(submit.job, 4)]
 
 
 def test_cancelled_and_expired_rows_never_reach_the_device(start):
@@ -134,7 +134,7 @@ def test_cancelled_and_expired_rows_never_reach_the_device(start):
     until(lambda: running.runner.batches)
     cancelled, kept = frontend.submit(2), frontend.submit(1)
     expired = frontend.submit(2, deadline=time.monotonic() + 0.02)
-    frontend.say(Cancel(cancelled.part))
+    frontend.say(Cancel(cancelled.job))
     answers = {**frontend.answers(cancelled), **frontend.answers(expired)}  # while the device is busy
     assert set(answers.values()) == {"dropped: cancelled", "dropped: expired"}
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_rows_of_a_failed_batch_that_nobody_waits_for_any_more_are_not_run_again
     gone2, kept = frontend.submit(2), frontend.submit(2)
     running.runner.steps.put(None)
     until(lambda: len(running.runner.batches) == 2)
-    frontend.say(Cancel(gone2.part))
+    frontend.say(Cancel(gone2.job))
     barrier = frontend.submit(1)  # submitted after the cancel: once it is queued, the cancel was read
     running.runner.steps.put(RuntimeError("scripted"))
     for _ in range(8):
@@ -160,9 +160,9 @@ def test_rows_of_a_failed_batch_that_nobody_waits_for_any_more_are_not_run_again
     answers = frontend.answers(gone, gone2, kept, barrier)
     rows_after = [row.pixel_offset for batch in running.runner.batches[2:] for row in batch.rows]
     ran_again = {gone2.block.row_pixel_offset(row) for row in gone2.rows} & set(rows_after)
-    dropped = {row for row in gone2.rows if answers[gone2.part, row] == "dropped: cancelled"}
+    dropped = {row for row in gone2.rows if answers[gone2.job, row] == "dropped: cancelled"}
     assert ran_again == {gone2.block.row_pixel_offset(row) for row in gone2.rows if row not in dropped}
-    assert all(answers[kept.part, row] == "ok" for row in kept.rows)
+    assert all(answers[kept.job, row] == "ok" for row in kept.rows)
     assert dropped == set(gone2.rows)
 
 
@@ -174,7 +174,7 @@ def test_a_frontend_that_dies_loses_its_rows_and_its_arena_once_no_batch_uses_it
     until(lambda: running.runner.batches)
     dying.submit(3)
     kept = living.submit(2)
-    assert dying.hear() == Started((PartRows(first.part, (0,)),))
+    assert dying.hear() == Started((JobRows(first.job, (0,)),))
     dying.channel.close()
     running.frontends.remove(dying)
     assert running.runner.arenas == 2

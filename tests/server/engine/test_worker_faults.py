@@ -90,8 +90,8 @@ def test_what_was_finished_is_told_before_a_lost_device_ends_the_process(start, 
     running.runner.launching = both_leave_the_device  # so that the loop finds both at once
     frontend.submit(1)
     assert exited.wait(LIMIT)
-    finished = [part.part for message in told if isinstance(message, Results) for part in message.parts]
-    assert finished == [good.part]
+    finished = [job.job for message in told if isinstance(message, Results) for job in message.jobs]
+    assert finished == [good.job]
 
 
 def test_every_frontend_hears_what_the_others_have_here(start, monkeypatch):

@@ -16,7 +16,7 @@ from dinov3_server.config.settings import Settings
 from dinov3_server.engine.arena import PAGE, Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, pair
-from dinov3_server.engine.messages import Attach, Backlog, Connected, Drain, Dropped, Hello, Results, Submit
+from dinov3_server.engine.messages import Attach, Connected, Drain, Dropped, Hello, LoadReport, Results, Submit
 from dinov3_server.engine.worker import Worker
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import Batch, BatchResult, FeatureSpec, Output, PixelShape
@@ -85,7 +85,7 @@ class PlayedFrontend:
         self.say(Attach(self.arena.nbytes), [self.arena.fd])
         self.heard: list[Any] = []
         self.backlog: int | None = None  # of the others, as last told
-        self.parts = 0
+        self.job_count = 0
         self.images: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
         if attached:
             self.hear_hello()
@@ -109,23 +109,25 @@ class PlayedFrontend:
     def listen(self) -> None:
         """Take what has arrived."""
         for message, _ in self.channel.receive():
-            if isinstance(message, Backlog):
+            if isinstance(message, LoadReport):
                 self.backlog = message.others.tokens
             else:
                 self.heard.append(message)
 
     def submit(
-        self, images: int, solo: bool = False, deadline: float | None = None, shape: PixelShape = SHAPE
+        self, images: int, quarantined: bool = False, deadline: float | None = None, shape: PixelShape = SHAPE
     ) -> Submit:
         size = Block.plan(NumpyRunner("cpu").info, shape, images, SPEC).end
         offset = self.arena.allocate(size)
         assert offset is not None
         block = Block.plan(NumpyRunner("cpu").info, shape, images, SPEC, offset)
-        self.parts += 1
-        pixels = np.random.default_rng(self.parts).integers(0, 250, (images, shape.height, shape.width, 3), np.uint8)
-        self.images[self.parts] = pixels
+        self.job_count += 1
+        pixels = np.random.default_rng(self.job_count).integers(
+            0, 250, (images, shape.height, shape.width, 3), np.uint8
+        )
+        self.images[self.job_count] = pixels
         self.arena.memory[block.pixel_offset : block.pixel_offset + pixels.nbytes] = pixels.tobytes()
-        submit = Submit(self.parts, block, tuple(range(images)), time.monotonic(), deadline, False, solo)
+        submit = Submit(self.job_count, block, tuple(range(images)), time.monotonic(), deadline, False, quarantined)
         self.say(submit)
         return submit
 
@@ -135,26 +137,26 @@ class PlayedFrontend:
             starts = submit.block.row_output_offsets(row)
             for output, start, stride in zip(SPEC.outputs, starts, submit.block.strides, strict=True):
                 got = np.frombuffer(bytes(self.arena.memory[start : start + stride]), np.float32)
-                assert np.array_equal(got, expected(self.images[submit.part][row], output).ravel())
+                assert np.array_equal(got, expected(self.images[submit.job][row], output).ravel())
 
     def answers(self, *submits: Submit) -> dict[tuple[int, int], str]:
-        """Hear until every row of `submits` is answered: "ok", "failed: ..." or "dropped: ..." by (part, row)."""
+        """Hear until every row of `submits` is answered: "ok", "failed: ..." or "dropped: ..." by (job, row)."""
         answers: dict[tuple[int, int], str] = {}
-        wanted = {(submit.part, row) for submit in submits for row in submit.rows}
+        wanted = {(submit.job, row) for submit in submits for row in submit.rows}
         while set(answers) != wanted:
             new: dict[tuple[int, int], str] = {}
             match self.hear():
-                case Results(parts):
-                    for part in parts:
-                        for row in part.rows:
-                            new[part.part, row] = f"failed: {part.failed[row]}" if row in part.failed else "ok"
-                case Dropped(part, rows, reason):
-                    new = {(part, row): f"dropped: {reason}" for row in rows}
+                case Results(results):
+                    for result in results:
+                        for row in result.rows:
+                            new[result.job, row] = f"failed: {result.failed[row]}" if row in result.failed else "ok"
+                case Dropped(job, rows, reason):
+                    new = {(job, row): f"dropped: {reason}" for row in rows}
             assert not set(new) & set(answers), "a row was answered twice"
             assert set(new) <= wanted
             answers |= new
         for submit in submits:
-            self.check(submit, tuple(row for row in submit.rows if answers[submit.part, row] == "ok"))
+            self.check(submit, tuple(row for row in submit.rows if answers[submit.job, row] == "ok"))
         return answers
 
     def close(self) -> None:

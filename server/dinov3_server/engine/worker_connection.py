@@ -1,0 +1,134 @@
+"""A worker as a frontend sees it: the jobs that it was given, and how busy it is.
+
+A *run* is one call of `Engine.run`. Its rows go to workers in *jobs*: all in one, or spread over several workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dinov3_server.engine.admission import Reservation
+from dinov3_server.engine.block import Block
+from dinov3_server.engine.channel import Channel
+from dinov3_server.engine.messages import NO_LOAD, Load, Submit
+from dinov3_server.engine.pace import BatchTime, Pace
+from dinov3_server.errors import ServingError
+from dinov3_server.models.interface import ModelInfo
+
+
+class BlockResult(NamedTuple):
+    """Result of a run. `failed` maps rows to their errors; the features of the others are in the arena."""
+
+    failed: dict[int, ServingError]
+    queue_seconds: float
+    inference_seconds: float
+    batch_images: int
+    batches: int
+
+
+@dataclass(eq=False)
+class Run:
+    """Rows of a block that a request waits for. `done` is set once all of them are answered, or the run has failed."""
+
+    block: Block
+    reservation: Reservation
+    deadline: float | None
+    bulk: bool
+    enqueued: float
+    done: asyncio.Future[None]
+    unanswered: set[int]
+    failed: dict[int, ServingError] = field(default_factory=dict)
+    queue_seconds: float = 0.0
+    inference_seconds: float = 0.0
+    batch_images: int = 0
+    batches: int = 0
+
+    def resolve(self, rows: Sequence[int]) -> None:
+        """Count `rows` as answered."""
+        self.unanswered.difference_update(rows)
+        if not self.unanswered and not self.done.done():
+            self.done.set_result(None)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its results are no longer wanted: it was answered, it failed, or it was cancelled."""
+        return self.done.done()
+
+
+@dataclass(eq=False)
+class SubmittedJob:
+    """Rows of a run that one worker computes or, while `worker` is None, that wait for a worker to be ready."""
+
+    index: int
+    run: Run
+    rows: set[int]  # not answered yet
+    quarantined: bool = False
+    worker: WorkerConnection | None = None
+    tokens: int = 0  # per row; known once a worker has the job
+    started: set[int] = field(default_factory=set)
+    killed: bool = False  # a worker was killed by SIGKILL while it ran this job alone
+
+
+@dataclass(eq=False)
+class WorkerConnection:
+    """A worker that has attached the frontend's arena (`Hello`)."""
+
+    channel: Channel
+    info: ModelInfo
+    pace: Pace
+    jobs: dict[int, SubmittedJob] = field(default_factory=dict)
+    own_tokens: int = 0  # of this frontend, unanswered
+    running_tokens: int = 0  # of those, on the device
+    others: Load = NO_LOAD  # of the other frontends, as last reported
+
+    def submit(self, job: SubmittedJob) -> None:
+        """Send a job to the worker; the caller flushes the channel."""
+        run = job.run
+        job.worker = self
+        self.jobs[job.index] = job
+        job.tokens = self.info.tokens(run.block.shape)
+        self.own_tokens += job.tokens * len(job.rows)
+        run.reservation.add_references(len(job.rows))
+        self.channel.send(
+            Submit(
+                job=job.index,
+                block=run.block,
+                rows=tuple(sorted(job.rows)),
+                enqueued=run.enqueued,
+                deadline=run.deadline,
+                bulk=run.bulk,
+                quarantined=job.quarantined,
+                caller=run.reservation.demand.caller,
+            )
+        )
+
+    def start(self, index: int, rows: Sequence[int]) -> None:
+        """Note that rows of a job are about to reach the device."""
+        job = self.jobs[index]
+        before = len(job.started)
+        job.started.update(rows)
+        self.running_tokens += job.tokens * (len(job.started) - before)
+        job.run.reservation.dequeue(job.tokens * len(rows))
+
+    def answer(self, index: int, rows: Sequence[int]) -> SubmittedJob:
+        """Note that rows of a job are answered, and return the job."""
+        job = self.jobs[index]
+        before = len(job.started)
+        job.rows.difference_update(rows)
+        job.started.difference_update(rows)
+        self.own_tokens -= job.tokens * len(rows)
+        self.running_tokens -= job.tokens * (before - len(job.started))
+        if not job.rows:
+            del self.jobs[index]
+        job.run.reservation.drop_references(len(rows))
+        return job
+
+    def update_load(self, others: Load, batch: BatchTime | None) -> None:
+        """Take in what the worker reported."""
+        self.others = others
+        if batch is not None:
+            self.pace.observe(batch, time.monotonic())
