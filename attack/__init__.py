@@ -1,1 +1,1 @@
-"""What the server must bear: `python -m attack fuzz`, `python -m attack coverage` and `python -m attack chaos`."""
+"""Robustness tests of the server: `python -m attack fuzz`, `python -m attack coverage` and `python -m attack chaos`."""

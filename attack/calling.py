@@ -1,4 +1,4 @@
-"""Calls of attack/messages.py, made by the thousand from several connections, and what becomes of each judged."""
+"""Make the calls of attack/messages.py from several connections, and judge each answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from attack.messages import Call
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 LONGEST = 60.0
-"""Seconds after which a call without a deadline of its own counts as hung."""
+"""Seconds after which a call without its own deadline counts as hung."""
 CONNECTIONS = 4
 IN_FLIGHT = 24
 _OPTIONS = [
@@ -29,16 +29,16 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 _WRONG_CODES = {grpc.StatusCode.INTERNAL.value[0], grpc.StatusCode.UNKNOWN.value[0]}
-# grpc.aio says this of a stream that the server ends before all is sent; only the blocking API tells its status.
-_UNTOLD = "Internal error from Core"
-# Of the HTTP port. What is no request, or the head of one, is hung up on; HTTP/0.9 has an answer without a status.
+# The details in grpc.aio for a stream that the server ends before all is sent; only the blocking API has its status.
+_UNKNOWN_STATUS = "Internal error from Core"
+# Answers of the HTTP port. It closes a connection without a request; an answer of HTTP/0.9 has no status.
 _HTTP_ANSWERS = {"200", "400", "404", "405", "414", "431", "501", "505", "0.9", "closed"}
 _ANSWERS = {"OK", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An input that got what no input may get, for `reason`."""
+    """An input whose answer is a fault, and the `reason`."""
 
     number: int
     call: Call
@@ -58,7 +58,7 @@ class Tally:
 
 
 def fault(call: Call, status: str, answers: Sequence[bytes]) -> str | None:
-    """Why this `call` may not end in `status` with these `answers`; None where it may."""
+    """Return why this `call` may not end in `status` with these `answers`; None if it may."""
     allowed = set(_ANSWERS)
     if call.method == messages.HTTP:
         allowed = _HTTP_ANSWERS
@@ -67,7 +67,7 @@ def fault(call: Call, status: str, answers: Sequence[bytes]) -> str | None:
     elif not call.authorized:
         allowed = {"UNAUTHENTICATED", "RESOURCE_EXHAUSTED"}
     if call.deadline is not None:
-        # The server's clock may be the faster one: its gRPC then resets the stream, which reads as CANCELLED.
+        # If the server notices the deadline first, its gRPC resets the stream, which reads as CANCELLED.
         allowed |= {"DEADLINE_EXCEEDED", "CANCELLED"}
     if call.cancel_after is not None:
         allowed.add("CANCELLED")
@@ -89,7 +89,7 @@ async def attack(target: str, http: str, seed: int, numbers: Sequence[int], bomb
         for number in waiting:
             call = messages.call(seed, number, bombs=bombs)
             status, answers, details = await perform(channel, http, call)
-            if details == _UNTOLD:
+            if details == _UNKNOWN_STATUS:
                 status, answers, details = await asyncio.to_thread(_perform_blocking, target, call)
             tally.counts[call.name, status] += 1
             reason = fault(call, status, answers)
@@ -99,14 +99,14 @@ async def attack(target: str, http: str, seed: int, numbers: Sequence[int], bomb
     await asyncio.gather(*(send(channels[i % CONNECTIONS]) for i in range(IN_FLIGHT)))
     for channel in channels:
         await channel.close()
-    await asyncio.to_thread(speak_nonsense, target, random.Random(f"{seed} {numbers[0]} bytes"))
+    await asyncio.to_thread(send_garbage, target, random.Random(f"{seed} {numbers[0]} bytes"))
     tally.counts["bytes", "sent"] += 1
     return tally
 
 
 async def perform(channel: grpc.aio.Channel, http: str, call: Call) -> tuple[str, list[bytes], str]:
-    """Make one call. Returns its status, the answers before it, and its details; the status is "hung" where neither
-    server nor gRPC ends it within LONGEST."""
+    """Make one call. Return its status, the answers before it, and its details; the status is "hung" if neither server
+    nor gRPC ends it within LONGEST."""
     if call.method == messages.HTTP:
         return await _ask_http(http, call.messages[0]), [], ""
     metadata = () if call.authorization is None else (("authorization", call.authorization),)
@@ -124,7 +124,7 @@ async def perform(channel: grpc.aio.Channel, http: str, call: Call) -> tuple[str
         if call.method in messages.STREAMS:
             async for answer in rpc:
                 answers.append(answer)
-                if call.method == messages.WATCH:  # which has no end
+                if call.method == messages.WATCH:  # it never ends by itself
                     rpc.cancel()
                     return "OK", answers, ""
         else:
@@ -156,13 +156,13 @@ def _perform_blocking(target: str, call: Call) -> tuple[str, list[bytes], str]:
 
 
 async def _ask_http(address: str, request: bytes) -> str:
-    """The status of the answer; "0.9" for one without, "closed" for none."""
+    """Return the status of the answer; "0.9" for an answer without one, "closed" for none."""
     host, _, port = address.rpartition(":")
     answer = b""
     try:
         async with asyncio.timeout(LONGEST):
             reader, writer = await asyncio.open_connection(host, int(port))
-            with suppress(OSError):  # the server hangs up on a line that is too long, with bytes unread
+            with suppress(OSError):  # the server closes the connection on a line that is too long, with bytes unread
                 writer.write(request)
                 writer.write_eof()
                 while piece := await reader.read(1 << 16):
@@ -176,8 +176,8 @@ async def _ask_http(address: str, request: bytes) -> str:
     return status[1].decode() if status else "0.9" if answer else "closed"
 
 
-def speak_nonsense(target: str, rng: random.Random) -> None:
-    """Open a few connections that speak no HTTP/2, or speak it wrongly, and leave."""
+def send_garbage(target: str, rng: random.Random) -> None:
+    """Open a few connections that send no HTTP/2 or invalid HTTP/2, and close them."""
     host, _, port = target.rpartition(":")
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     for _ in range(4):
@@ -198,7 +198,7 @@ async def _each(items: Sequence[bytes]) -> Any:
 
 
 def _errors_within(method: str, answers: Sequence[bytes]) -> list[pb.Status]:
-    """The errors of images, and of messages of a stream, in the answers."""
+    """Return the errors of images and of messages of a stream in the answers."""
     errors: list[pb.Status] = []
     for answer in answers if method in (messages.EXTRACT, messages.STREAM) else ():
         try:
@@ -209,6 +209,6 @@ def _errors_within(method: str, answers: Sequence[bytes]) -> list[pb.Status]:
             else:
                 response = pb.ExtractResponse.FromString(answer)
         except DecodeError:
-            return [pb.Status(code=min(_WRONG_CODES), message="the answer is no message")]
+            return [pb.Status(code=min(_WRONG_CODES), message="the answer cannot be parsed")]
         errors += [error.status for error in response.errors]
     return errors

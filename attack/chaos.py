@@ -1,6 +1,6 @@
-"""Everything at once, and no answer may be wrong or lost: `make chaos`.
+"""Mixed traffic while processes are killed and stopped; no answer may be wrong or lost: `make chaos`.
 
-A server with two frontends and one worker, in float32 with seeded random weights, is asked by many callers at a time
+A server with two frontends and one worker, in float32 with seeded random weights, gets requests of many callers at once
 (attack/traffic.py, attack/jobs.py): a blocking client of four threads, an asyncio client of four tasks, plain gRPC,
 calls with deadlines of 0.02 to 2 s, calls that are cancelled, streams, a stream that reads an answer every half second,
 `dinov3-client extract` over 600 files again and again, and a training loop with `with_features`. Requests are one to
@@ -8,19 +8,19 @@ eight images of any format, size of model input and outputs; one image in eight 
 server's cores.
 
 Meanwhile a worker is killed (SIGKILL) every 20 seconds and a frontend every minute. Every 30 seconds a process is
-stopped (SIGSTOP), in turn a worker and a frontend, for up to 5 seconds, and every third for good: the supervisor must
-find that out after 30 seconds, in which that process is not killed.
+stopped (SIGSTOP), alternately a worker and a frontend, for up to 5 seconds, and every third permanently: the supervisor
+must detect that after 30 seconds, in which the process is not killed.
 
-`asked` is counted in calls, messages of streams, files of the bulk run, batches of training. The outcomes: `answered`
-rightly; `refused` with a status that asks to try again, which the clients do and the raw callers do not; `left` by the
-caller; `wrong`, where a tensor of one row is off by more than 1e-5 (relative, float32) of what the same server gave
-undisturbed before, or an image failed that is sound, or the other way round; `lost`, where there is no answer within
-120 s of trying, or another status. A bulk run that stops, as the server was away or busy for 120 s, counts as refused
-once; it is started again, as its message says, and goes on; the third stop is a loss. `refused_by_server` has the
-server's own counts since it started, by reason; what a killed process counted in its last second is not among them.
-`peak_mib` is the most memory of all processes (PSS).
+`asked` counts calls, messages of streams, files of the bulk run, and batches of training. Outcomes: `answered` with the
+expected answer; `refused` with a status that asks to retry, which the clients do and the raw callers do not; `left` by
+the caller; `wrong`, if a tensor of a row differs by more than 1e-5 (relative, float32) from the answer of the same
+server before the disturbances, or a valid image failed, or a damaged one did not; `lost`, if there is no answer within
+120 s of retries, or another status. A bulk run that ends early because the server was away or busy for 120 s counts as
+refused once and is started again, as its message says; the third early end is a loss. `refused_by_server` has the
+server's own counts since its start, by reason, without those of the last second of killed processes. `peak_mib` is the
+most memory of all processes (PSS).
 
-Exit code 1 where anything is wrong or lost, where the server does not recover, or where its log has a traceback.
+The exit code is 1 if anything is wrong or lost, if the server does not recover, or if its log has a traceback.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from typing import Any
 import psutil
 
 from attack import jobs, watch
-from attack.book import COLUMNS, OUTCOMES, Book
+from attack.outcomes import COLUMNS, OUTCOMES, Outcomes
 from attack.questions import differs, draw
 from attack.traffic import DEADLINE, Traffic
 from bench.record import table, write
@@ -59,7 +59,7 @@ FLAGS = ("--weights", "random:0", "--dtype", "float32", "--frontends", "2", "--w
 
 @dataclass(frozen=True)
 class Rhythm:
-    """Seconds between two of each."""
+    """Seconds between two disturbances of each kind, and the longest stop."""
 
     worker_kill: float = 20.0
     frontend_kill: float = 60.0
@@ -69,28 +69,28 @@ class Rhythm:
 
 @dataclass
 class Result:
-    """`faults` are those of the server as a whole."""
+    """The result of a run. `faults` are those of the server as a whole."""
 
-    book: Book = field(default_factory=Book)
+    outcomes: Outcomes = field(default_factory=Outcomes)
     seconds: float = 0.0
     done: Counter[str] = field(default_factory=Counter)
-    """What was done to the server."""
+    """Disturbances by name."""
     refused_by_server: dict[str, int] = field(default_factory=dict)
     peak: int = 0
     faults: list[str] = field(default_factory=list)
 
     @property
     def good(self) -> bool:
-        return not self.faults and not self.book.count("wrong") and not self.book.count("lost")
+        return not self.faults and not self.outcomes.count("wrong") and not self.outcomes.count("lost")
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m attack chaos", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"({SECONDS:g})")
     parser.add_argument("--model", default="vits16", help="(vits16)")
-    parser.add_argument("--seed", type=int, default=0, help="of questions, callers and what is done to the server (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of questions, callers and disturbances (0)")
     given = parser.parse_args(arguments)
-    logging.getLogger("dinov3_client").setLevel(logging.ERROR)  # that a call is tried again is nothing to tell here
+    logging.getLogger("dinov3_client").setLevel(logging.ERROR)  # no warnings about retries
     result = chaos("dinov3_server", ("--model", given.model, *FLAGS), given.seconds, given.seed)
     recorded = {"model": given.model, "seed": given.seed, **record(result)}
     print(show(recorded))
@@ -114,11 +114,11 @@ def record(result: Result) -> dict[str, Any]:
     return {
         "seconds": round(result.seconds),
         "done": dict(result.done),
-        "rows": result.book.rows(),
-        "refusals": dict(result.book.reasons.most_common()),
+        "rows": result.outcomes.rows(),
+        "refusals": dict(result.outcomes.reasons.most_common()),
         "refused_by_server": result.refused_by_server,
         "peak_mib": result.peak >> 20,
-        "notes": result.book.notes,
+        "notes": result.outcomes.notes,
         "faults": result.faults,
     }
 
@@ -127,12 +127,12 @@ def show(recorded: dict[str, Any]) -> str:
     counts = [
         f"{title}: " + (", ".join(f"{count} x {name}" for name, count in recorded[key].items()) or "nothing")
         for title, key in (
-            ("done to the server", "done"),
+            ("disturbances", "done"),
             ("refusals, as raw callers saw them", "refusals"),
             ("refusals, as the server counted them", "refused_by_server"),
         )
     ]
-    notes = [f"{outcome.upper()}: {note}" for outcome, told in recorded["notes"].items() for note in told]
+    notes = [f"{outcome.upper()}: {note}" for outcome, notes in recorded["notes"].items() for note in notes]
     return "\n".join(
         [
             f"{recorded['seconds']} seconds; all processes had at most {recorded['peak_mib']} MiB (PSS)",
@@ -155,7 +155,7 @@ def _storm(server: Server, result: Result, seconds: float, seed: int, rhythm: Rh
         known = [(question, question.ask(client)) for question in questions]
         print(f"{len(known)} questions answered undisturbed", flush=True)
 
-        traffic = Traffic(server.grpc, known, result.book, threading.Event())
+        traffic = Traffic(server.grpc, known, result.outcomes, threading.Event())
         callers: list[Callable[[], None]] = [
             *(partial(traffic.blocking, rng(f"client {number}"), client) for number in range(THREADS)),
             partial(traffic.awaiting, rng("async client"), THREADS),
@@ -181,14 +181,14 @@ def _storm(server: Server, result: Result, seconds: float, seed: int, rhythm: Rh
         result.seconds = time.monotonic() - since
         result.faults += [why for question, truth in known[:5] if (why := differs(truth, question.ask(client)))]
     if not watch.settled(lambda: not watch.busy_gauges(server)):
-        result.faults.append(f"not zero though nothing is asked: {watch.busy_gauges(server)}")
+        result.faults.append(f"not zero although the server is idle: {watch.busy_gauges(server)}")
     result.refused_by_server = {
         name[1]: int(count) for name, count in server.metrics().items() if name[0] == "dinov3_refused_requests_total"
     }
 
 
 def _noting(call: Callable[[], None], faults: list[str]) -> None:
-    """A caller that fails is a fault: it would ask no more, and nobody would miss its answers."""
+    """Run a caller, and record an exception as a fault: its missing answers would not be noticed otherwise."""
     try:
         call()
     except Exception as error:
@@ -196,10 +196,10 @@ def _noting(call: Callable[[], None], faults: list[str]) -> None:
 
 
 def _disturb(server: Server, result: Result, rng: random.Random, rhythm: Rhythm, seconds: float) -> None:
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     next_kill = {"worker": began + rhythm.worker_kill, "frontend": began + rhythm.frontend_kill}
     next_stop, stops = began + rhythm.stop, 0
-    stopped: dict[int, float] = {}  # when each process goes on
+    stopped: dict[int, float] = {}  # when each process is continued
     while (now := time.monotonic()) < began + seconds:
         for pid, until in list(stopped.items()):
             if now >= until:
@@ -217,11 +217,11 @@ def _disturb(server: Server, result: Result, rng: random.Random, rhythm: Rhythm,
             if victims := [pid for pid in _pids(server, role) if pid not in stopped]:
                 pid = rng.choice(victims)
                 stopped[pid] = float("inf") if stops % 3 == 0 else now + rng.uniform(0.1, rhythm.longest_stop)
-                result.done[f"{role} stopped" + (" for good" if stops % 3 == 0 else "")] += _signal(pid, SIGSTOP)
+                result.done[f"{role} stopped" + (" permanently" if stops % 3 == 0 else "")] += _signal(pid, SIGSTOP)
         result.peak = max(result.peak, total_pss(server.process))
-        if now - told >= 10:
-            told = now
-            counts = ", ".join(f"{result.book.count(outcome)} {outcome}" for outcome in OUTCOMES)
+        if now - reported >= 10:
+            reported = now
+            counts = ", ".join(f"{result.outcomes.count(outcome)} {outcome}" for outcome in OUTCOMES)
             print(f"  {now - began:.0f} s: {counts}", flush=True)
         time.sleep(0.2)
     for pid in stopped:
@@ -229,7 +229,7 @@ def _disturb(server: Server, result: Result, rng: random.Random, rhythm: Rhythm,
 
 
 def _pids(server: Server, role: str) -> list[int]:
-    """Of the processes of this role that live."""
+    """Return the pids of the living processes of this role."""
     found = []
     for child in server.process.children():
         with suppress(psutil.Error):
@@ -239,7 +239,7 @@ def _pids(server: Server, role: str) -> list[int]:
 
 
 def _signal(pid: int, number: int) -> bool:
-    """Whether the process was there."""
+    """Send a signal. Return whether the process exists."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

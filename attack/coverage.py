@@ -1,11 +1,11 @@
-"""Fuzzing that follows coverage (atheris, libFuzzer): `make fuzz-coverage`.
+"""Coverage-guided fuzzing (atheris, libFuzzer): `make fuzz-coverage`.
 
-Two targets, each in a process of its own for a while: `request`, the reading of an ExtractRequest from its bytes to
-what is to be computed, and `file`, what a file may cost and, where that is little, its decoding. An input that raises
-what is no error of the caller's, or is read otherwise than protobuf reads it, is a finding: it is written into a
-folder, and the exit code is 1. Findings are kept as cases of the tests.
+Two targets, each in its own process: `request` reads an ExtractRequest from its bytes to the plan of its computation;
+`file` predicts the cost of decoding a file and, if that is small, decodes it. An input is a finding if it raises an
+error other than those for clients, or is read differently than protobuf reads it: it is written into a folder, and the
+exit code is 1. Findings are kept as cases of the tests.
 
-Nothing else needs atheris. `make fuzz-coverage` puts it into a folder of its own, and that on the path.
+Nothing else needs atheris. `make fuzz-coverage` installs it into a separate folder, and puts that on the path.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=int, default=SECONDS, help=f"for each target ({SECONDS})")
     parser.add_argument("--seed", type=int, default=1, help="of libFuzzer (1)")
     parser.add_argument("--out", type=Path, default=Path("fuzz-findings"), help="folder for findings")
-    parser.add_argument("--target", choices=TARGETS, help="this one alone, and in this process")
+    parser.add_argument("--target", choices=TARGETS, help="only this one, in this process")
     given = parser.parse_args(arguments)
     if given.target:
-        _follow(given.target, given.seconds, given.seed, given.out)
+        _fuzz(given.target, given.seconds, given.seed, given.out)
         return 0
     given.out.mkdir(parents=True, exist_ok=True)
     flags = ("--seconds", str(given.seconds), "--seed", str(given.seed), "--out", str(given.out))
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if any(codes) else 0
 
 
-def _follow(name: str, seconds: int, seed: int, out: Path) -> None:
-    """Does not return: libFuzzer ends the process."""
+def _fuzz(name: str, seconds: int, seed: int, out: Path) -> None:
+    """Fuzz one target. It does not return: libFuzzer ends the process."""
     import atheris
 
     build, corpus = TARGETS[name]
@@ -63,7 +63,7 @@ def _follow(name: str, seconds: int, seed: int, out: Path) -> None:
         atheris.Fuzz()
 
 
-def reading() -> Target:
+def request_target() -> Target:
     from bench.instant import InstantRunner
     from dinov3_server.api import wire
     from dinov3_server.api.convert import read_request
@@ -73,7 +73,7 @@ def reading() -> Target:
     wire.SHORT_BYTES = 0  # every message is walked
     model, settings = InstantRunner("vits16", "random:0", "cpu").info, Settings()
 
-    def read(data: bytes) -> None:
+    def read_data(data: bytes) -> None:
         plain = _parsed(data)
         try:
             incoming = wire.parse(pb.ExtractRequest, data, settings.max_images_per_request)
@@ -82,38 +82,38 @@ def reading() -> Target:
         except InvalidInput:
             assert plain is None, "refused what protobuf reads"
             return
-        assert _restored(incoming.message, incoming.resolve_bytes) == plain, "read otherwise than protobuf reads it"
+        assert _restored(incoming.message, incoming.resolve_bytes) == plain, "read differently than protobuf reads it"
         with suppress(InvalidInput, ModelMismatch):
             read_request(incoming.message, incoming.resolve_bytes, model, settings)
 
-    return read
+    return read_data
 
 
-def weighing() -> Target:
+def file_target() -> Target:
     from dinov3_server.errors import InvalidInput
     from dinov3_server.images.cost import cost_of
     from dinov3_server.images.decode import decode
 
-    def weigh(data: bytes) -> None:
+    def decode_file(data: bytes) -> None:
         with suppress(InvalidInput):
             cost = cost_of(data, max_pixels=1_000_000)
             assert cost.nbytes >= 0
             if cost.plain:
                 picture = decode(data, max_pixels=1_000_000, apply_exif_orientation=True)
-                assert {picture.width, picture.height} == {cost.width, cost.height}, "another size than was weighed"
+                assert {picture.width, picture.height} == {cost.width, cost.height}, "another size than was predicted"
 
-    return weigh
+    return decode_file
 
 
 def _requests() -> Iterator[bytes]:
-    """Requests as `make fuzz` sends them, of few bytes."""
+    """Return the smaller requests of `make fuzz`."""
     calls = (messages.call(0, number, bombs=0.0) for number in range(SEEDS))
     return (call.messages[0] for call in calls if call.method == messages.EXTRACT and len(call.messages[0]) < _LONGEST)
 
 
 TARGETS: dict[str, tuple[Callable[[], Target], Callable[[], Any]]] = {
-    "request": (reading, _requests),
-    "file": (weighing, sound_files),
+    "request": (request_target, _requests),
+    "file": (file_target, sound_files),
 }
 
 
@@ -127,7 +127,7 @@ def _parsed(data: bytes) -> pb.ExtractRequest | None:
 
 
 def _restored(request: pb.ExtractRequest, content: Callable[[bytes], bytes | memoryview]) -> pb.ExtractRequest:
-    """With the contents of its `bytes` fields in their places."""
+    """Return the request with the contents of its `bytes` fields."""
     whole = pb.ExtractRequest()
     whole.CopyFrom(request)
     for image in whole.images:

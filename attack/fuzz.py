@@ -1,12 +1,12 @@
-"""Send many inputs, most of them damaged, to a server, and say what became of them: `make fuzz`.
+"""Send many inputs, most of them damaged, to a server, and report faults: `make fuzz`.
 
-Two runs, each with a server of its own that wants a token: INPUTS to a runner that answers instantly, bench/instant.py,
+Two runs, each with its own server that requires a token: INPUTS to a runner that answers instantly (bench/instant.py),
 and MODEL_INPUTS to ViT-S/16 with random weights. The inputs are those of attack/messages.py and attack/images.py, from
-GENERATORS processes over several connections each; a seed gives the same inputs again, whatever else differs.
+GENERATORS processes over several connections each; a seed always gives the same inputs.
 
-Exit code 1, and the inputs in a folder, where one gets what no input may get (a status such as INTERNAL, UNKNOWN or
-UNAVAILABLE, features without a token, no answer for a minute), or where afterwards a process has died, a gauge of work
-is not back at zero, descriptors are open that were not, or the log has a traceback.
+The exit code is 1, and the inputs are saved in a folder, if an input gets an answer that is a fault (a status such as
+INTERNAL, UNKNOWN or UNAVAILABLE, features without a token, no answer for a minute). It is also 1 if afterwards a
+process has died, a gauge of work is not zero, more descriptors are open than before, or the log has a traceback.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ GENERATORS = 2
 CHUNK = 500
 WARM_UP = 400
 BOMBS = 0.001
-"""Share of inputs that are small and ask for much."""
+"""Share of inputs that are small and expensive."""
 FLAGS = ("--model", "vits16", "--weights", "random:0", "--frontends", "2", "--warm-up-sizes", "none")
 SAVED, SHOWN = 100, 20
 DESCRIPTORS = 2
-"""That a process may have opened more than before: gRPC's threads open some as they come."""
+"""How many more descriptors a process may have open than before: gRPC's threads open some as they start."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,8 +62,8 @@ def main(arguments: Sequence[str]) -> int:
 
 @dataclass
 class Run:
-    """What came of the inputs, and the server's processes before and after them. `peak` is the most memory that all of
-    them had at a time, in bytes; `faults` are those that no single input is blamed for."""
+    """The answers to the inputs, and the server's processes before and after them. `peak` is the most memory of all
+    processes together, in bytes; `faults` are those that belong to no single input."""
 
     tally: Tally = field(default_factory=Tally)
     before: dict[str, watch.Process] = field(default_factory=dict)
@@ -89,24 +89,24 @@ def fuzz(module: str, seed: int, numbers: range, out: Path) -> Run:
 def _attacked(server: Server, seed: int, numbers: range) -> Run:
     run = Run()
     with multiprocessing.get_context("spawn").Pool(GENERATORS) as pool:
-        # What a process opens with its first calls is no leak: it is warmed up by other inputs, which do not count.
+        # Descriptors that the first calls open are no leak: other inputs, which do not count, come first as a warm-up.
         warm_up = range(numbers.start - WARM_UP, numbers.start)
         pool.map(
             partial(_chunk, server.grpc, server.http, seed, 0.0), [warm_up[i::GENERATORS] for i in range(GENERATORS)]
         )
         watch.settled(lambda: not watch.busy_gauges(server))
         run.before = watch.processes(server)
-        since = told = time.monotonic()
+        since = reported = time.monotonic()
         chunks = [numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK)]
         for part in pool.imap_unordered(partial(_chunk, server.grpc, server.http, seed, BOMBS), chunks):
             run.tally.add(part)
             run.peak = max(run.peak, total_pss(server.process))
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
+            if time.monotonic() - reported > 10:
+                reported = time.monotonic()
                 print(f"  {run.tally.counts.total()} sent, {len(run.tally.findings)} findings", flush=True)
         run.seconds = time.monotonic() - since
     if not watch.settled(lambda: not watch.busy_gauges(server)):
-        run.faults.append(f"not zero though nothing is asked: {watch.busy_gauges(server)}")
+        run.faults.append(f"not zero although the server is idle: {watch.busy_gauges(server)}")
     watch.settled(lambda: not _leaks(run.before, watch.processes(server)))
     run.after = watch.processes(server)
     run.faults += _leaks(run.before, run.after)
@@ -116,7 +116,7 @@ def _attacked(server: Server, seed: int, numbers: range) -> Run:
 
 
 def _leaks(before: Mapping[str, watch.Process], after: Mapping[str, watch.Process]) -> list[str]:
-    """Processes that hold descriptors open which they did not before."""
+    """Return a fault for each process that has more descriptors open than before."""
     return [
         f"{name} has {after[name].descriptors} descriptors open; before there were {first.descriptors}"
         for name, first in before.items()
@@ -125,12 +125,12 @@ def _leaks(before: Mapping[str, watch.Process], after: Mapping[str, watch.Proces
 
 
 def _chunk(target: str, http: str, seed: int, bombs: float, numbers: Sequence[int]) -> Tally:
-    """Run in a process of the pool."""
+    """Send these inputs; runs in a process of the pool."""
     return asyncio.run(attack(target, http, seed, numbers, bombs))
 
 
 def save(finding: Finding, out: Path, module: str, seed: int) -> None:
-    """Write the messages of an input, and what else is needed to send it again, into `out`."""
+    """Write the messages of an input, and everything else that is needed to send it again, into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     call, name = finding.call, f"{module}-{seed}-{finding.number}"
     for index, message in enumerate(call.messages):

@@ -1,6 +1,6 @@
-"""Image files to attack a decoder with: sound ones of every format, damaged ones, and small ones that ask for much.
+"""Image files to attack a decoder: valid ones of every format, damaged ones, and small ones that are expensive.
 
-Everything is drawn from a `random.Random`, so that a seed gives the same bytes again.
+Everything is drawn from a `random.Random`, so a seed always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# (format, mode, options of Image.save). GIF, PPM and ICO are there to be refused, or read where the server reads them.
+# (format, mode, options of Image.save). GIF, PPM and ICO may be refused.
 _KINDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("JPEG", "RGB", {"quality": 80}),
     ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
@@ -36,13 +36,13 @@ _KINDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("ICO", "RGBA", {}),
 )
 _EDGES = (0, 1, 2, 3, 7, 8, 15, 16, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
-# Of a header, where sizes, offsets and kinds stand, in bytes.
+# Length of a header, which has sizes, offsets and types, in bytes.
 _HEADER = 64
 
 
 @functools.cache
 def sound_files() -> tuple[bytes, ...]:
-    """A small file of each kind (format, mode, compression), with an animation, an MPO and EXIF tags among them."""
+    """Return a small file of each format, mode and compression, also with an animation, an MPO and EXIF tags."""
     files = [_saved(_picture(mode, 40, 56), format, **options) for format, mode, options in _KINDS]
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation
@@ -55,7 +55,7 @@ def sound_files() -> tuple[bytes, ...]:
 
 
 def image_file(rng: random.Random) -> bytes:
-    """A file of at most some 20 KB: sound (one in four), damaged, or of random bytes."""
+    """Return a file of at most about 20 KB: valid (one in four), damaged, or of random bytes."""
     kind = rng.random()
     if kind < 0.25:
         return rng.choice(sound_files())
@@ -65,7 +65,7 @@ def image_file(rng: random.Random) -> bytes:
 
 
 def photo(rng: random.Random) -> bytes:
-    """A sound file whose picture no other has, so that its features are its own."""
+    """Return a valid file with a unique picture, whose features differ from those of all others."""
     height, width = rng.choice((40, 64, 300)), rng.choice((50, 64, 200))
     noise = np.random.default_rng(rng.getrandbits(32))
     cells = Image.fromarray(noise.integers(0, 256, (5, 7, 3), np.uint8))
@@ -82,7 +82,8 @@ def photo(rng: random.Random) -> bytes:
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
-    """`data` after one to four damages. Checksums of a PNG are mended half of the time, so that its reader goes on."""
+    """Return `data` with one to four damages. Half of the time the checksums of a PNG are corrected, so that its reader
+    goes on."""
     body = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         rng.choice(_DAMAGES)(rng, body)
@@ -92,12 +93,12 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
 
 
 def bomb(rng: random.Random) -> bytes:
-    """A small file that asks for much: pixels, scans, tiles, or frames. At most 1 MB."""
+    """Return a small file that is expensive to decode: many pixels, scans, tiles or frames. At most 1 MB."""
     return rng.choice(_BOMBS)(rng)
 
 
 def _picture(mode: str, height: int, width: int) -> Image.Image:
-    """A gradient with noise, which keeps every stage of a decoder busy."""
+    """Return a gradient with noise, which uses every stage of a decoder."""
     generator = np.random.default_rng(height * width)
     rows, columns = np.mgrid[0:height, 0:width]
     gradient = np.stack([rows * 4, columns * 3, (rows + columns) * 2], axis=-1) % 200
@@ -124,7 +125,7 @@ def _flip_bits(rng: random.Random, body: bytearray) -> None:
 
 
 def _change_header(rng: random.Random, body: bytearray) -> None:
-    """A number of 1, 2 or 4 bytes near the beginning becomes one at an edge."""
+    """Replace a number of 1, 2 or 4 bytes near the beginning by an edge case."""
     size, order = rng.choice((1, 2, 4)), rng.choice("<>")
     at = rng.randrange(min(len(body), _HEADER)) if body else 0
     value = rng.choice(_EDGES) & ((1 << 8 * size) - 1)
@@ -148,7 +149,7 @@ def _insert(rng: random.Random, body: bytearray) -> None:
 
 
 def _splice(rng: random.Random, body: bytearray) -> None:
-    """The end of another file behind the beginning of this one."""
+    """Append the end of another file to the beginning of this one."""
     other = rng.choice(sound_files())
     at = rng.randrange(len(body) + 1)
     body[at:] = other[min(at, rng.randrange(len(other))) :]
@@ -168,19 +169,19 @@ def _mend_png(body: bytearray) -> None:
 
 
 def _sides(rng: random.Random) -> tuple[int, int]:
-    """Height and width of up to 100 million pixels, the default limit, or just over it."""
+    """Return a height and width of up to 100 million pixels, the default limit, or just over it."""
     return rng.choice(
         ((9_999, 10_000), (2_000, 3_000), (50_000, 2_000), (10_001, 10_000), (1, 65_500), (30_000, 30_000))
     )
 
 
 def _png_bomb(rng: random.Random) -> bytes:
-    """Zeros in 1 to 16 bits a sample, of gray, palette or RGBA."""
+    """Return a PNG of zeros, with 1 to 16 bits per sample, gray, palette or RGBA."""
     height, width = _sides(rng)
     bits, colour, channels = rng.choice(((1, 0, 1), (8, 3, 1), (8, 2, 3), (16, 6, 4), (8, 6, 4)))
     stride = 1 + (width * bits * channels + 7) // 8
     packer = zlib.compressobj(1)
-    rows = min(height, (16 << 20) // stride)  # cut off after 16 MiB: the header has promised all
+    rows = min(height, (16 << 20) // stride)  # cut off after 16 MiB, although the header announces all rows
     packed = packer.compress(bytes(stride * rows)) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, rng.choice((0, 0, 1)))
     chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
@@ -194,7 +195,7 @@ def _png_bomb(rng: random.Random) -> bytes:
 
 
 def _jpeg_bomb(rng: random.Random) -> bytes:
-    """Progressive, with a frame of other sides than its data, and a scan many times over."""
+    """Return a progressive JPEG whose frame has another size than its data, with a repeated scan."""
     data = _saved(_picture("RGB", 16, 16), "JPEG", progressive=True)
     frame = data.index(b"\xff\xc2")
     height, width = (min(side, 65_500) for side in _sides(rng))
@@ -204,7 +205,7 @@ def _jpeg_bomb(rng: random.Random) -> bytes:
 
 
 def _bmp_bomb(rng: random.Random) -> bytes:
-    """Run-length coded: of a kilobyte, whose runs and jumps reach over all of the picture."""
+    """Return a run-length coded BMP of a kilobyte, whose runs and jumps cover the whole picture."""
     height, width = _sides(rng)
     body = rng.choice((b"\xff\x00" * 400, b"\x00\x02\xff\xff" * 200, b"\x00\x00" * 400)) + b"\x00\x01"
     offset = 14 + 40 + 1024
@@ -214,7 +215,7 @@ def _bmp_bomb(rng: random.Random) -> bytes:
 
 
 def _tiff_bomb(rng: random.Random) -> bytes:
-    """A tile or a strip of other sides than the picture, in a compression that makes much of little."""
+    """Return a TIFF with a tile or strip of another size than the picture, in a compression with a high ratio."""
     height, width = _sides(rng)
     if rng.random() < 0.5:
         tile_height, tile_width, height, width = height, width, 16, 16
@@ -235,7 +236,7 @@ def _large_webp() -> bytes:
 
 
 def _webp_bomb(rng: random.Random) -> bytes:
-    """One colour of 16 million pixels, or another size in its header."""
+    """Return a WebP of 16 million pixels of one colour, or with another size in its header."""
     data = bytearray(_large_webp())
     if rng.random() < 0.5:
         _change_header(rng, data)

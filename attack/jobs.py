@@ -26,14 +26,14 @@ SIZE = 48, 64
 FILES = 600
 RUNS = 3
 BROKEN = 100
-"""One file in so many is no image."""
+"""One file in this many is not an image."""
 CROPS, CROPS_A_BATCH, BATCHES = 64, 8, 25
 _COMMAND = (sys.executable, "-c", "import sys; from dinov3_client.cli import main; sys.exit(main())", "extract")
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Files by name, of which some are no images, and the features of the others: CLS [D] and patches [P, D]."""
+    """Files by name, some of which are not images, and the features of the others: CLS [D] and patches [P, D]."""
 
     files: dict[str, bytes]
     truth: dict[str, dict[str, NDArray[np.float32]]]
@@ -73,7 +73,7 @@ def extract_in_bulk(traffic: Traffic, photos: Photos) -> None:
                 done = subprocess.run(command, capture_output=True, text=True)
                 if finished(out) or run == RUNS or not (reason := refusal(done.stderr)):
                     break
-                traffic.book.note("bulk", "refused", f"a run stopped: {reason}")
+                traffic.outcomes.add("bulk", "refused", f"a run stopped: {reason}")
             judge_bulk(traffic, photos, out, done.returncode, done.stderr)
 
 
@@ -97,10 +97,10 @@ def refusal(stderr: str) -> str:
 
 def judge_bulk(traffic: Traffic, photos: Photos, out: Path, code: int, stderr: str) -> None:
     """Note the outcome of each file. A complete run has exit code 1 if some files are broken."""
-    book, count = traffic.book, len(photos.files)
+    outcomes, count = traffic.outcomes, len(photos.files)
     broken = sorted(photos.files.keys() - photos.truth.keys())
     if code != (1 if broken else 0) or not finished(out):
-        book.note("bulk", "lost", f"a run ended with code {code}: {stderr[-300:]}", count)
+        outcomes.add("bulk", "lost", f"a run ended with code {code}: {stderr[-300:]}", count)
         return
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()] if broken else []
     reasons = {line["id"]: line["reason"] for line in failed}
@@ -109,16 +109,16 @@ def judge_bulk(traffic: Traffic, photos: Photos, out: Path, code: int, stderr: s
     for name in photos.files:
         if name in written:
             wrong = _wrong(photos.truth.get(name), written[name])
-            book.note("bulk", "wrong" if wrong else "answered", f"{name}: {wrong}")
+            outcomes.add("bulk", "wrong" if wrong else "answered", f"{name}: {wrong}")
         elif name in broken and reasons.get(name):
-            book.note("bulk", "answered")
+            outcomes.add("bulk", "answered")
         else:
-            book.note("bulk", "lost", f"{name}: {reasons.get(name) or 'no features, and no reason'}")
+            outcomes.add("bulk", "lost", f"{name}: {reasons.get(name) or 'no features, and no reason'}")
 
 
 def _wrong(truth: dict[str, NDArray[np.float32]] | None, given: dict[str, Any]) -> str | None:
     if truth is None:
-        return "features of what is no image"
+        return "features of a file that is not an image"
     for kind, right in truth.items():
         if given[kind].shape != right.shape:
             return f"{kind} has the shape {given[kind].shape}, not {right.shape}"
@@ -142,7 +142,7 @@ def draw_crops(rng: random.Random, client: Client) -> Crops:
 
 
 def train(traffic: Traffic, rng: random.Random, client: Client, crops: Crops) -> None:
-    """Epochs of BATCHES batches, with the features of the next ones under way."""
+    """Run epochs of BATCHES batches, whose features are requested ahead, and judge them."""
 
     def batches() -> Iterator[list[int]]:
         for _ in range(BATCHES):
@@ -157,9 +157,9 @@ def train(traffic: Traffic, rng: random.Random, client: Client, crops: Crops) ->
             for batch, features in epoch:
                 right = Answer({kind: tensor[batch] for kind, tensor in crops.truth.tensors.items()})
                 wrong = differs(right, from_features(features))
-                traffic.book.note("training", "wrong" if wrong else "answered", wrong or "")
+                traffic.outcomes.add("training", "wrong" if wrong else "answered", wrong or "")
         except Dinov3Error as error:
-            traffic.book.note("training", "lost", f"{type(error).__name__}: {error}")
+            traffic.outcomes.add("training", "lost", f"{type(error).__name__}: {error}")
 
 
 class _Loader:

@@ -1,4 +1,4 @@
-"""Calls to attack the wire with: every method, messages sound and not, credentials right, wrong and absent."""
+"""Calls to attack the gRPC port: every method, valid and invalid messages, right, wrong and no credentials."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ REFLECTION, REFLECTION_1 = (
 )
 OTHERS = ("/", "/a", _SERVICE, _SERVICE + "Nothing", "/dinov3_serving.v1.Other/Extract", "/" + "x" * 4000)
 HTTP = "HTTP"
-"""Of the bytes of one HTTP request to the other port, in the place of a method of gRPC."""
+"""Used instead of a gRPC method for the bytes of one request to the HTTP port."""
 STREAMS = frozenset({STREAM, WATCH, REFLECTION, REFLECTION_1})
 
 TOKEN = "right-token"
-# Of the model's input: mostly small, since it is the way there that is attacked and not the model.
+# Sides of the model's input: mostly small, since the model itself is not attacked.
 _SIDES = (16, 16, 16, 32, 32, 32, 48, 48, 64, 64, 80, 224)
 
 
@@ -44,9 +44,9 @@ Draw = Callable[[random.Random], Input]
 
 @dataclass(frozen=True)
 class Call:
-    """One input. `messages` are sent one after the other, one of them where the method is unary.
+    """One input: a call and its messages, one message if the method is unary.
 
-    `deadline` is the caller's, in seconds, and None for the longest; after `cancel_after` seconds it leaves.
+    `deadline` is in seconds, None for the longest; after `cancel_after` seconds the caller cancels.
     """
 
     method: str
@@ -58,7 +58,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """A short name of the method, one of few."""
+        """A short name of the method, for the counts."""
         return "other" if self.method in OTHERS else self.method.rpartition("/")[2]
 
     @property
@@ -67,7 +67,7 @@ class Call:
 
 
 def call(seed: int, number: int, *, bombs: float = 0.001) -> Call:
-    """The input `number` of the run `seed`; a share `bombs` of all are small and ask for much."""
+    """Return the input `number` of the run `seed`. A share `bombs` of the inputs are small and expensive."""
     rng = random.Random(f"{seed} {number}")
     method, messages = (_bomb if rng.random() < bombs else rng.choices(_METHODS, _WEIGHTS)[0])(rng)
     return Call(
@@ -122,7 +122,7 @@ def _health(rng: random.Random) -> Input:
 
 
 def _reflection(rng: random.Random) -> Input:
-    """The messages of v1 and v1alpha are alike but for their names."""
+    """Return a call of v1 or v1alpha, whose messages differ only in their names."""
     messages = tuple(
         _bytes_of(rng, filled(rng, reflection_pb2.ServerReflectionRequest()), damage=0.3)
         for _ in range(rng.choice((0, 1, 3)))
@@ -135,7 +135,7 @@ def _other(rng: random.Random) -> Input:
 
 
 def _http(rng: random.Random) -> Input:
-    """A request to the HTTP port, sound or not, or cut off."""
+    """Return a request to the HTTP port: valid, invalid or cut off."""
     method = rng.choice(("GET", "GET", "GET", "HEAD", "POST", "TRACE", "get", "", "PRI", "G\xc3T", "X" * 300))
     path = rng.choice(("/metrics", "/healthz", "/readyz", "/", "*", "/../../etc/passwd", "//metrics", "/%00", "/\xff"))
     path += rng.choice(("", "", "?a=b", "/", "?" + "x" * 70_000))
@@ -170,7 +170,7 @@ def _bomb(rng: random.Random) -> Input:
 
 
 def _repeated(rng: random.Random, count: int) -> bytes:
-    """A request with one of its parts `count` times over: images, views, layers, dimensions, unknown fields."""
+    """Return a request with one part repeated `count` times: images, views, layers, dimensions or unknown fields."""
     nothing = b"\x0a\x00"  # field 1, of length 0
     return rng.choice(
         (
@@ -191,7 +191,7 @@ def _delimited(field: int, body: bytes) -> bytes:
 
 
 def _request(rng: random.Random) -> pb.ExtractRequest:
-    """Mostly one that can be answered, but for its images; sometimes with values that have no sense."""
+    """Return a request that is mostly valid except for its images, and sometimes has meaningless values."""
     if rng.random() < 0.08:
         return filled(rng, pb.ExtractRequest())
     request = pb.ExtractRequest(priority=_enum(rng, 0, 0, 1, 2))
@@ -243,7 +243,7 @@ def _image(rng: random.Random) -> pb.Image:
 
 
 def _pixels(rng: random.Random, images: int | None) -> pb.Tensor:
-    """uint8 or float32 pixels of one image or several, mostly as long as their shape says."""
+    """Return uint8 or float32 pixels of one or several images, whose length mostly fits their shape."""
     height, width = rng.choice((16, 32, 48, 50)), rng.choice((16, 32, 64))
     batch = () if images is None else (images,)
     if rng.random() < 0.7:
@@ -264,7 +264,7 @@ def _pixels(rng: random.Random, images: int | None) -> pb.Tensor:
 
 
 def filled(rng: random.Random, message: AnyMessage, depth: int = 0) -> AnyMessage:
-    """`message` with a random part of its fields, to five messages deep, set to random values."""
+    """Set random fields of `message`, to a depth of five messages, to random values, and return it."""
     for field in message.DESCRIPTOR.fields:
         if rng.random() < (0.4 if field.message_type is None or depth < 5 else 0.0):
             _set(rng, message, field, depth)
@@ -272,7 +272,7 @@ def filled(rng: random.Random, message: AnyMessage, depth: int = 0) -> AnyMessag
 
 
 def _disturb(rng: random.Random, message: Message) -> None:
-    """Set one field of it, or of a message within, to a random value."""
+    """Set one field of `message`, or of a nested message, to a random value."""
     inner = [value for field, value in message.ListFields() if field.message_type and not field.is_repeated]
     if inner and rng.random() < 0.7:
         _disturb(rng, rng.choice(inner))
@@ -332,7 +332,7 @@ _SCALARS: dict[int, Callable[[random.Random], object]] = {
 
 
 def _bytes_of(rng: random.Random, message: Message, damage: float = 0.06) -> bytes:
-    """On the wire; a share `damage` of them is changed there, or gets fields that are unknown."""
+    """Serialise `message`. A share `damage` of the messages is then damaged, or gets unknown fields."""
     data = message.SerializeToString()
     if rng.random() >= damage:
         return data
@@ -352,5 +352,5 @@ def _bytes_of(rng: random.Random, message: Message, damage: float = 0.06) -> byt
 
 
 def _enum(rng: random.Random, *values: int) -> Any:
-    """One of `values`, as a value of any enum."""
+    """Return one of `values`, as a value of any enum."""
     return rng.choice(values)

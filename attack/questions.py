@@ -1,7 +1,7 @@
-"""Requests whose right answers are known: what `make chaos` asks, and how it tells a wrong answer from a right one.
+"""Requests with known answers: the questions of `make chaos`, and the comparison of answers.
 
-A question is asked through our client (`ask`) and through plain gRPC (`request`, read back by `from_response`), which
-share no code on the way back. Its truth is the answer that the same server gave undisturbed, before.
+A question is sent by our client (`ask`) or over plain gRPC (`request`, whose answer `from_response` reads); the two
+share no code for answers. The truth is the answer of the same server before the disturbances.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dinov3_client import Client, ExtractOptions, Features
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 TOLERANCE = 1e-5
-"""Of |answer - truth| / |truth|, Euclidean norms over each tensor of each row, in float32."""
+"""The largest allowed |answer - truth| / |truth|, Euclidean norms over each tensor of each row, in float32."""
 SIZES = ((32, 32), (32, 32), (48, 64), (48, 64), (64, 64), (96, 96), (112, 64), (224, 224))
 _KINDS = ("cls", "patches", "registers")
-# Codes of an image that may be told in its place while processes die, and say nothing of the image.
+# Codes that an image may get while processes die, and that do not depend on the image.
 _PASSING = frozenset({4, 8, 14})  # DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNAVAILABLE
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Tensors by name, a row for each image, zeros where it failed; the gRPC codes of the images that failed."""
+    """Tensors by name, a row for each image, zeros if it failed; the gRPC codes of the failed images."""
 
     tensors: Mapping[str, Floats]
     failed: Mapping[int, int] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """`images` are files, or arrays [H, W, 3] of uint8; `size` is the model's input, and `layers` have CLS too."""
+    """A request. `images` are files, or arrays [H, W, 3] of uint8; `size` is the size of the model's input."""
 
     images: tuple[bytes | NDArray[np.uint8], ...]
     size: tuple[int, int]
@@ -63,7 +63,7 @@ class Question:
 
 
 def draw(rng: random.Random, sizes: Sequence[tuple[int, int]] = SIZES, depth: int = 12) -> Question:
-    """Of one to eight images, of which one in eight is damaged."""
+    """Draw a question of one to eight images, one in eight of which is damaged."""
     images = tuple(_image(rng) for _ in range(rng.choice((1, 1, 1, 2, 4, 8))))
     kinds = tuple(kind for kind in _KINDS if kind == "cls" or rng.random() < 0.5)
     layers = tuple(sorted(rng.sample(range(depth), 2))) if rng.random() < 0.2 else ()
@@ -78,7 +78,7 @@ def from_features(features: Features) -> Answer:
 
 
 def from_response(response: pb.ExtractResponse) -> Answer:
-    """Of one that has a single block, as all questions' have."""
+    """Read a response with a single block, as the answers to all questions have."""
     (block,) = response.blocks
     found = [("", block), *((str(layer.layer), layer) for layer in block.layers)]
     tensors = {
@@ -91,7 +91,7 @@ def from_response(response: pb.ExtractResponse) -> Answer:
 
 
 def differs(truth: Answer, answer: Answer) -> str | None:
-    """How the answer is wrong; None where it is right, or images failed for what says nothing of them (`passing`)."""
+    """Return how the answer is wrong; None if it is right, or images failed for reasons outside of them (`passing`)."""
     if truth.tensors.keys() != answer.tensors.keys():
         return f"has {sorted(answer.tensors)}, not {sorted(truth.tensors)}"
     missed = passing(truth, answer)
@@ -112,12 +112,12 @@ def differs(truth: Answer, answer: Answer) -> str | None:
 
 
 def passing(truth: Answer, answer: Answer) -> set[int]:
-    """Images that failed, or failed otherwise, because the server had no time, no room or no process for them."""
+    """Return the images that failed because the server had no time, no room or no process for them."""
     return {index for index, code in answer.failed.items() if code in _PASSING and truth.failed.get(index) != code}
 
 
 def relative_error(truth: Floats, given: Floats) -> NDArray[np.float64]:
-    """[rows]; NaN where the answer is not finite, and 0 where both are zeros."""
+    """Return the relative error of each row, [rows]; NaN if the answer is not finite, 0 if both are zeros."""
     right, other = (array.reshape(len(array), -1).astype(np.float64) for array in (truth, given))
     norms = np.linalg.norm(right, axis=1)
     error: NDArray[np.float64] = np.linalg.norm(other - right, axis=1) / np.where(norms > 0, norms, 1.0)

@@ -1,7 +1,7 @@
-"""The callers of `make chaos`. Each asks questions one after the other until it is told to stop, and notes what came.
+"""The callers of `make chaos`. Each asks questions one after the other until `stop` is set, and records the outcomes.
 
-The client's callers count on its retries: whatever it raises is lost. The raw ones speak plain gRPC and do not try
-again, but for streams, whose messages are asked again until DEADLINE is over.
+Callers with our client rely on its retries: any error counts as lost. The raw ones use plain gRPC and do not retry,
+except for streams, whose messages are sent again until DEADLINE.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 import grpc
 
-from attack.book import Book
 from attack.messages import EXTRACT, STREAM
+from attack.outcomes import Outcomes
 from attack.questions import Answer, Question, differs, from_features, from_response, passing
 from dinov3_client import AsyncClient, Client, Dinov3Error
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 DEADLINE = 120.0
-"""Seconds in which a request must be answered, whatever is done to the server meanwhile."""
+"""Seconds in which a request must be answered despite all disturbances."""
 STREAM_MESSAGES = 12
-# After a refusal: a caller that does not wait would ask thousands of times while nobody listens.
+# After a refusal: without a pause a caller would send thousands of requests while no frontend listens.
 _PAUSE = 0.2
 _CHANNEL = [
     ("grpc.max_receive_message_length", -1),
@@ -33,7 +33,7 @@ _CHANNEL = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
-# CANCELLED is what a server's end looks like, now and then, to a call that nobody cancelled.
+# The end of a server sometimes looks like CANCELLED to a call that was not cancelled.
 _REFUSALS = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _LEFT = grpc.StatusCode.DEADLINE_EXCEEDED
@@ -41,47 +41,47 @@ _LEFT = grpc.StatusCode.DEADLINE_EXCEEDED
 
 @dataclass(frozen=True)
 class Traffic:
-    """What all callers share: the server, questions with their truths, the book, and when to stop."""
+    """The shared state of all callers: the server, questions with their truths, the outcomes, and when to stop."""
 
     target: str
     known: Sequence[tuple[Question, Answer]]
-    book: Book
+    outcomes: Outcomes
     stop: threading.Event
 
     def judge(self, caller: str, truth: Answer, answer: Answer, retried: bool) -> None:
-        """Note an answer. Images that found no room or time in it make it refused; `retried` ones are lost then."""
+        """Record an answer. It is refused if images found no room or time, or lost if the caller retries by itself."""
         if (why := differs(truth, answer)) is not None:
-            self.book.note(caller, "wrong", why)
+            self.outcomes.add(caller, "wrong", why)
         elif missed := passing(truth, answer):
             why = f"images failed with {sorted({answer.failed[index] for index in missed})}"
-            self.book.note(caller, "lost" if retried else "refused", why)
+            self.outcomes.add(caller, "lost" if retried else "refused", why)
         else:
-            self.book.note(caller, "answered")
+            self.outcomes.add(caller, "answered")
 
     def failed(self, caller: str, error: Any, leaves: bool = False) -> None:
-        """Note a call of gRPC that failed; one with a deadline of its own, or that it cancels, `leaves`."""
+        """Record a failed gRPC call. `leaves` is true for calls with a short deadline or that are cancelled."""
         code, why = error.code(), f"{error.code().name}: {error.details()}"
         if leaves and code in (_LEFT, grpc.StatusCode.CANCELLED):
-            self.book.note(caller, "left")
+            self.outcomes.add(caller, "left")
         elif code in _REFUSALS:
-            self.book.note(caller, "refused", why)
+            self.outcomes.add(caller, "refused", why)
             self.stop.wait(_PAUSE)
         else:
-            self.book.note(caller, "lost", why)
+            self.outcomes.add(caller, "lost", why)
 
     def blocking(self, rng: random.Random, client: Client) -> None:
-        """The client's deadline is to be DEADLINE; threads may share it."""
+        """Ask with a client whose deadline is DEADLINE; threads may share it."""
         while not self.stop.is_set():
             question, truth = rng.choice(self.known)
             try:
                 answer = question.ask(client)
             except Dinov3Error as error:
-                self.book.note("client", "lost", f"{type(error).__name__}: {error}")
+                self.outcomes.add("client", "lost", f"{type(error).__name__}: {error}")
             else:
                 self.judge("client", truth, answer, retried=True)
 
     def awaiting(self, rng: random.Random, tasks: int) -> None:
-        """`tasks` of them at a time, of one AsyncClient."""
+        """Ask from `tasks` tasks that share one AsyncClient."""
 
         async def ask(client: AsyncClient) -> None:
             while not self.stop.is_set():
@@ -91,7 +91,7 @@ class Traffic:
                         await client.extract(list(question.images), question.kinds, **question.options)
                     )
                 except Dinov3Error as error:
-                    self.book.note("async client", "lost", f"{type(error).__name__}: {error}")
+                    self.outcomes.add("async client", "lost", f"{type(error).__name__}: {error}")
                 else:
                     self.judge("async client", truth, answer, retried=True)
 
@@ -121,7 +121,7 @@ class Traffic:
                     self.judge(caller, truth, from_response(response), retried=False)
 
     def cancelling(self, rng: random.Random) -> None:
-        """Leaves every call after some milliseconds; an answer that is faster is looked at."""
+        """Cancel every call after some milliseconds, and judge the answers that are faster."""
         with grpc.insecure_channel(self.target, _CHANNEL) as channel:
             extract = _extract(channel)
             while not self.stop.is_set():
@@ -132,7 +132,7 @@ class Traffic:
                 try:
                     response = call.result()
                 except grpc.FutureCancelledError:
-                    self.book.note("cancels", "left")
+                    self.outcomes.add("cancels", "left")
                 except grpc.RpcError as error:
                     self.failed("cancels", error, leaves=True)
                 else:
@@ -145,7 +145,7 @@ class Traffic:
         self._stream("slow reader", rng, 0.5)
 
     def _stream(self, caller: str, rng: random.Random, pause: float) -> None:
-        """Streams of STREAM_MESSAGES messages, with `pause` seconds before each answer is read."""
+        """Run streams of STREAM_MESSAGES messages, with `pause` seconds before each answer is read."""
         with grpc.insecure_channel(self.target, _CHANNEL) as channel:
             while not self.stop.is_set():
                 work = {number: rng.choice(self.known) for number in range(STREAM_MESSAGES)}
@@ -156,7 +156,7 @@ class Traffic:
     def _one_stream(
         self, caller: str, channel: grpc.Channel, work: dict[int, tuple[Question, Answer]], until: float, pause: float
     ) -> None:
-        """Ask for all of `work`, and take out of it what is answered or lost."""
+        """Ask for all of `work`, and remove what is answered or lost."""
         method = channel.stream_stream(
             STREAM, pb.ExtractStreamRequest.SerializeToString, pb.ExtractStreamResponse.FromString
         )
@@ -166,7 +166,11 @@ class Traffic:
         try:
             for answer in _slowly(stream, pause):
                 if answer.id in answered or answer.id not in work:
-                    self.book.note(caller, "wrong", f"an answer of id {answer.id}, which is not asked or has one")
+                    self.outcomes.add(
+                        caller,
+                        "wrong",
+                        f"an answer with the id {answer.id}, which was not asked or is already answered",
+                    )
                     continue
                 answered.add(answer.id)
                 if answer.HasField("response"):
@@ -182,10 +186,11 @@ class Traffic:
     def _again(
         self, caller: str, work: dict[int, Any], ids: Any, until: float, code: grpc.StatusCode, message: str | None
     ) -> None:
-        """Note these messages of `work` as refused, to be asked again, or as lost where that is no use."""
+        """Record these messages of `work` as refused, to be sent again, or as lost after the deadline or for other
+        codes."""
         refusal = code in _REFUSALS and time.monotonic() < until
         for number in list(ids):
-            self.book.note(caller, "refused" if refusal else "lost", f"{code.name}: {message}")
+            self.outcomes.add(caller, "refused" if refusal else "lost", f"{code.name}: {message}")
             if not refusal:
                 del work[number]
 

@@ -1,5 +1,5 @@
-"""A server with faults: features that are not finite, and a worker that dies of its tenth batch, once: it then makes
-the file TEST_DIED_FILE."""
+"""A server with faults: its features are not finite, and its worker dies once, at its tenth batch, and then makes the
+file TEST_DIED_FILE."""
 
 from __future__ import annotations
 

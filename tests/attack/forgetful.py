@@ -1,6 +1,6 @@
-"""A server whose first worker is right, and whose later ones have wrong features in every fifth row.
+"""A server whose first worker is correct, and whose later ones have wrong features in every fifth row.
 
-The first makes the file TEST_FIRST_FILE, by which the others know.
+The first worker makes the file TEST_FIRST_FILE, which tells the others that they are not the first.
 """
 
 from __future__ import annotations

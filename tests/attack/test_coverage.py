@@ -1,4 +1,4 @@
-"""`make fuzz-coverage`: its targets let sound inputs pass, and notice a fault in what they look at."""
+"""`make fuzz-coverage`: its targets accept valid inputs, and detect a fault in the code under test."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from dinov3_server.images import cost
 
 
 @pytest.fixture(autouse=True)
-def walked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "SHORT_BYTES", wire.SHORT_BYTES)  # put back afterwards: the target sets it
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "SHORT_BYTES", wire.SHORT_BYTES)  # restored afterwards: the target sets it
 
 
 def test_requests_are_read_as_protobuf_reads_them() -> None:
-    read = coverage.reading()
+    read = coverage.request_target()
     requests = list(coverage._requests())
     assert len(requests) > 100
     for data in [*requests, b"", b"\x0a", b"\xff" * 12]:
         read(data)
 
 
-def test_a_field_that_is_read_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = coverage.reading()
-    monkeypatch.setattr(wire.Walk, "content", lambda self, number: b"another")
-    with pytest.raises(AssertionError, match="otherwise than protobuf"):
+def test_a_field_that_is_read_differently_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = coverage.request_target()
+    monkeypatch.setattr(wire.Scan, "resolve", lambda self, number: b"another")
+    with pytest.raises(AssertionError, match="differently than protobuf"):
         list(map(read, coverage._requests()))
 
 
-def test_a_request_that_is_refused_though_protobuf_reads_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = coverage.reading()
+def test_a_refused_request_that_protobuf_can_read_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = coverage.request_target()
     monkeypatch.setattr(wire, "read_varint", lambda data, position: (_ for _ in ()).throw(wire.DecodeError))
     with pytest.raises(AssertionError, match="refused what protobuf reads"):
         list(map(read, coverage._requests()))
 
 
-def test_files_are_weighed_and_an_error_of_the_reader_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    weigh = coverage.weighing()
+def test_valid_files_pass_and_an_error_of_a_reader_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode_file = coverage.file_target()
     for data in sound_files():
-        weigh(data)
+        decode_file(data)
 
     def broken(data: bytes) -> None:
         raise KeyError(len(data))
 
     monkeypatch.setattr(cost, "_READERS", dict.fromkeys(cost._READERS, broken))
     with pytest.raises(KeyError):
-        weigh(sound_files()[0])
+        decode_file(sound_files()[0])

@@ -1,4 +1,4 @@
-"""`make fuzz`: its inputs are the same again, what it finds is a fault, and a server of ours has none."""
+"""`make fuzz`: its inputs are reproducible, it finds faults, and this server has none."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_bombs_are_small() -> None:
         ),
     ],
 )
-def test_it_is_a_fault(call: Call, status: str, answers: list[bytes]) -> None:
+def test_answers_that_are_faults(call: Call, status: str, answers: list[bytes]) -> None:
     assert fault(call, status, answers)
 
 
@@ -84,17 +84,17 @@ def test_it_is_a_fault(call: Call, status: str, answers: list[bytes]) -> None:
         (Call(messages.HTTP, (b"",)), "404"),
     ],
 )
-def test_it_is_none(call: Call, status: str) -> None:
+def test_answers_that_are_allowed(call: Call, status: str) -> None:
     assert fault(call, status, ()) is None
 
 
-def test_a_log_with_a_traceback_is_told(tmp_path: Path) -> None:
+def test_a_traceback_in_the_log_is_found(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("12:00 info ready\n12:01 error failed\nTraceback (most recent call last):\n  File\n")
     assert watch.wrong_lines(log) == ["Traceback (most recent call last): |   File"]
 
 
-def test_a_faulty_server_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faults_of_a_faulty_server_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_DIED_FILE", str(tmp_path / "died"))
     monkeypatch.setattr(fuzz, "WARM_UP", 4)
     run = fuzz.fuzz("tests.attack.faulty", 0, range(200), tmp_path)
@@ -107,7 +107,7 @@ def test_a_faulty_server_is_found_out(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "FAULT" in fuzz.show(run)
 
 
-def test_ours_has_no_faults(tmp_path: Path) -> None:
+def test_this_server_has_no_faults(tmp_path: Path) -> None:
     run = fuzz.fuzz("bench.instant", 0, range(1000, 1300), tmp_path)
     assert not run.tally.findings
     assert not run.faults

@@ -1,4 +1,4 @@
-"""docs/security.md names every limit that can be set, and the numbers of those that cannot."""
+"""docs/security.md names every setting of a limit, and has the numbers of the fixed limits."""
 
 from __future__ import annotations
 
