@@ -73,7 +73,7 @@ def test_sighup_reloads_the_tokens_and_unused_signals_end_nothing(tmp_path: Path
         for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE):
             for process in processes:
                 process.send_signal(number)
-        until(lambda: sum("read again: " in line for line in server.log) == 2)  # one line of each frontend
+        until(lambda: sum("reloaded " in line for line in server.log) == 2)  # one line of each frontend
         until(lambda: any("SIGUSR2 is ignored" in line for line in server.log))
         with Client(server.grpc, token="old") as client, pytest.raises(Unauthenticated):
             client.model()
