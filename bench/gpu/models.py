@@ -17,7 +17,6 @@ from dinov3_server.backbone.runners.cuda_graphs import ForwardGraph, ForwardResu
 from dinov3_server.backbone.runners.postprocessing import Postprocessing
 from dinov3_server.families.dinov3_vit.model import VisionTransformer
 from dinov3_server.families.dinov3_vit.variants import VitVariant
-from dinov3_server.families.layouts import canonical_shapes
 from dinov3_server.models.variant import DATASETS
 from dinov3_server.nn import attention, linear, rope
 from dinov3_server.nn.rope import Rope, default_periods
@@ -29,7 +28,7 @@ def native_model(plan: Plan, variant: VitVariant) -> VisionTransformer:
     """Of random weights, drawn on the device."""
     generator = torch.Generator(plan.device).manual_seed(0)
     tensors = {}
-    for name, shape in canonical_shapes(variant).items():
+    for name, shape in variant.canonical_shapes().items():
         drawn = torch.randn(shape, generator=generator, device=plan.device).mul_(0.02)
         tensors[name] = drawn.add_(1.0) if "norm" in name and name.endswith("weight") else drawn
     periods = default_periods(variant.head_dim, variant.rope_base)

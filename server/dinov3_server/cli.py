@@ -18,8 +18,6 @@ from dinov3_server.config.settings import Setting, Settings
 from dinov3_server.config.types import BOOLEAN
 from dinov3_server.errors import ConfigError, StartupError
 from dinov3_server.families import registry
-from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
-from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.models.variant import Variant
 from dinov3_server.signals import unwind_on_sigterm
 
@@ -149,7 +147,7 @@ def _models() -> str:
             str(variant.depth),
             str(variant.patch_size),
             str(variant.registers),
-            _architecture(variant),
+            variant.architecture,
             ", ".join(variant.hashes),
         )
         for variant in registry.VARIANTS.values()
@@ -157,16 +155,6 @@ def _models() -> str:
     head = ("MODEL", "PARAMETERS", "DIM", "LAYERS", "PATCH", "REGISTERS", "ARCHITECTURE", "OFFICIAL WEIGHTS")
     aliases = ", ".join(f"{alias} = {name}" for alias, name in registry.ALIASES.items())
     return f"{_table(head, rows)}\nThe prefix dinov3_ may be left out. Aliases: {aliases}.\n"
-
-
-def _architecture(variant: Variant) -> str:
-    match variant:
-        case VitVariant():
-            return f"ViT: {variant.heads} heads, {variant.ffn} {variant.ffn_dim}"
-        case ConvNextVariant():
-            blocks, channels = ("/".join(map(str, each)) for each in (variant.depths, variant.dims))
-            return f"ConvNeXt: blocks {blocks}, channels {channels}"
-    raise TypeError(f"{variant.name} is of no known family")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -49,4 +49,4 @@ def native_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.de
             return VisionTransformer(variant, tensors, checkpoint.periods, dataset, dtype=dtype, device=device)
         case ConvNextVariant():
             return ConvNext(variant, tensors, dataset, dtype=dtype, device=device)
-    raise TypeError(f"{variant.name} is of no known family")
+    raise TypeError(f"no network for {type(variant).__name__}: add its family here")

@@ -1,4 +1,4 @@
-"""The models that can be served, looked up by name. Imports no torch."""
+"""The registry of model variants, looked up by name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS
 from dinov3_server.families.dinov3_vit.variants import VITS
 from dinov3_server.models.variant import Variant
 
+# A new family adds its variants here, and its network in backbone/model.py.
 VARIANTS: Mapping[str, Variant] = MappingProxyType({**VITS, **CONVNEXTS})
 
 ALIASES: Mapping[str, str] = MappingProxyType(
@@ -28,10 +29,9 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 
 
 def lookup(name: str) -> Variant:
-    """The variant called `name`: `dinov3_vits16`, or short `vits16`, or an alias such as `small`.
-    Hyphens are as good as underscores.
+    """Return the variant called `name`: `dinov3_vits16`, `vits16`, or an alias such as `small`.
 
-    Raises ConfigError for a name that is not one, saying which are.
+    Hyphens and underscores are equivalent. Raises ConfigError, listing the known names, for an unknown one.
     """
     key = name.strip().lower().replace("-", "_")
     key = ALIASES.get(key, key)

@@ -1,6 +1,6 @@
 """Checkpoints of a ConvNeXt in each layout, written as their makers write them.
 
-The maps of names are written out here, apart from those in convnext_layouts.py that they check. timm's names are those
+The key maps are written out here, independently of those in key_maps.py, which they check. timm's names are those
 of timm 1.0.31, with which test_timm.py compares where timm is installed.
 """
 

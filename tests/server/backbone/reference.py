@@ -1,6 +1,6 @@
 """The oracles: transformers' DINOv3ViTModel and DINOv3ConvNextModel with our weights; and photographs to show all.
 
-The map of names is written out here, apart from the one in layouts.py that it checks.
+The key map is written out here, independently of the one in key_maps.py, which it checks.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.dinov3_convnext import model as convnext
 from dinov3_server.families.dinov3_convnext.model import ConvNext
 from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS, ConvNextVariant
-from dinov3_server.families.layouts import canonical_shapes
 from dinov3_server.models.interface import Output
 from dinov3_server.models.variant import DATASETS, Dataset
 from tests.server.backbone.convnext_files import NARROW
@@ -155,7 +154,7 @@ def test_outputs_that_are_not_there(output: Output, told: str) -> None:
 
 @pytest.mark.parametrize("variant", CONVNEXTS.values(), ids=lambda variant: variant.name)
 def test_every_variant_builds_and_runs_without_memory(variant: ConvNextVariant) -> None:
-    tensors = {key: torch.empty(shape, device=META) for key, shape in canonical_shapes(variant).items()}
+    tensors = {key: torch.empty(shape, device=META) for key, shape in variant.canonical_shapes().items()}
     model = ours(variant, tensors, dtype=torch.bfloat16, device=META)
     outputs = [*FINAL, *(Output("patches", layer) for layer in range(4))]
     features = run(model, torch.empty(2, 64, 96, 3, dtype=torch.uint8, device=META), outputs)
@@ -169,7 +168,7 @@ def test_every_variant_builds_and_runs_without_memory(variant: ConvNextVariant) 
 def test_convolutions_and_products_are_in_the_models_dtype_and_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cuDNN and oneDNN have their fast kernels for; for anything else they copy in silence."""
     shallow = dataclasses.replace(TINY, depths=(1, 1, 1, 1))
-    tensors = {key: torch.empty(shape, device=META) for key, shape in canonical_shapes(shallow).items()}
+    tensors = {key: torch.empty(shape, device=META) for key, shape in shallow.canonical_shapes().items()}
     model, given = ours(shallow, tensors, dtype=torch.bfloat16, device=META), []
     original = torch.nn.functional.conv2d
     monkeypatch.setattr(

@@ -12,7 +12,6 @@ from torch import Tensor
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.dinov3_vit import model as vit
 from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
-from dinov3_server.families.layouts import canonical_shapes
 from dinov3_server.families.registry import lookup
 from dinov3_server.models.interface import Output
 from dinov3_server.nn import attention
@@ -171,7 +170,7 @@ def test_attention(kernel: str, queries: int | None, scores: int, monkeypatch: p
 @pytest.mark.parametrize("name", VITS)
 def test_every_variant_builds_and_runs_without_memory(name: str) -> None:
     variant = VITS[name]
-    tensors = {key: torch.empty(shape, device=META) for key, shape in canonical_shapes(variant).items()}
+    tensors = {key: torch.empty(shape, device=META) for key, shape in variant.canonical_shapes().items()}
     periods = default_periods(variant.head_dim, variant.rope_base)
     model = ours(variant, tensors, periods, dtype=torch.bfloat16, device=META)
     pixels = torch.empty(2, 64, 96, 3, dtype=torch.uint8, device=META)
@@ -187,7 +186,7 @@ def test_fused_attention_gets_what_it_takes(name: str, wanted: Output, monkeypat
     """CUDA's flash and cuDNN kernels want bfloat16, the channels of a head side by side, and addresses on 16 bytes; for
     anything else a slow one is taken in silence."""
     variant = dataclasses.replace(lookup(name), depth=1)
-    tensors = {n: torch.empty(shape, device=META) for n, shape in canonical_shapes(variant).items()}
+    tensors = {n: torch.empty(shape, device=META) for n, shape in variant.canonical_shapes().items()}
     model = ours(variant, tensors, torch.ones(variant.head_dim // 4), dtype=torch.bfloat16, device=META)
     given: list[Tensor] = []
     original = torch.nn.functional.scaled_dot_product_attention
@@ -224,7 +223,7 @@ def test_7b_at_depth_2_runs_in_full_width() -> None:
     first = dataclasses.replace(variant, depth=1)
     tensors = random_tensors(first, 1, dtype=torch.bfloat16)
     tensors |= {key.replace("blocks.0.", "blocks.1."): value for key, value in tensors.items() if "blocks.0." in key}
-    assert {key: value.shape for key, value in tensors.items()} == canonical_shapes(variant)
+    assert {key: value.shape for key, value in tensors.items()} == variant.canonical_shapes()
     model = ours(variant, tensors, default_periods(variant.head_dim, 100.0), dtype=torch.bfloat16)
     features = run(model, picture(32, 48), [Output("cls"), Output("patches")])
     assert features[Output("cls")].shape == (1, 4096)

@@ -11,14 +11,13 @@ import pytest
 from dinov3_server.errors import ConfigError
 from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS, ConvNextVariant
 from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
-from dinov3_server.families.layouts import canonical_shapes
 from dinov3_server.families.registry import VARIANTS, lookup
 from dinov3_server.models.variant import DATASETS
 
 
 @pytest.mark.parametrize("variant", VITS.values(), ids=lambda variant: variant.name)
 def test_exact_parameter_counts_of_vision_transformers(variant: VitVariant) -> None:
-    inference = sum(math.prod(shape) for shape in canonical_shapes(variant).values())
+    inference = sum(math.prod(shape) for shape in variant.canonical_shapes().values())
     mask_token = variant.embed_dim
     masked_key_biases = variant.depth * variant.embed_dim if variant.qkv_bias else 0
     local_cls_norm = 2 * variant.embed_dim if variant.name == "dinov3_vit7b16" else 0
@@ -27,7 +26,7 @@ def test_exact_parameter_counts_of_vision_transformers(variant: VitVariant) -> N
 
 @pytest.mark.parametrize("variant", CONVNEXTS.values(), ids=lambda variant: variant.name)
 def test_exact_parameter_counts_of_convnexts(variant: ConvNextVariant) -> None:
-    assert variant.parameters == sum(math.prod(shape) for shape in canonical_shapes(variant).values())
+    assert variant.parameters == sum(math.prod(shape) for shape in variant.canonical_shapes().values())
 
 
 def test_every_variant_is_found_by_its_names() -> None:
@@ -82,7 +81,7 @@ def test_unknown_names_are_explained(name: str, told: str) -> None:
 
 
 def test_frontends_can_import_it_without_torch() -> None:
-    modules = ("families.registry", "families.layouts", "models.interface", "backbone.runners.plan")
+    modules = ("families.registry", "models.interface", "backbone.runners.plan")
     code = ";".join(f"import dinov3_server.{module}" for module in modules)
     code += ";import sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})

@@ -18,7 +18,6 @@ from dinov3_server.backbone.model import native_model
 from dinov3_server.backbone.weights.checkpoint import load_checkpoint
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
-from dinov3_server.families.layouts import layout_of
 from dinov3_server.families.registry import VARIANTS
 from dinov3_server.models.interface import Output
 from dinov3_server.nn.rope import default_periods
@@ -58,7 +57,7 @@ def timm_model(name: str, **dimensions: Any) -> Any:
 def test_every_published_model_has_the_names_and_shapes_that_we_read(theirs: str, name: str) -> None:
     with torch.device("meta"):
         state = timm_model(theirs).state_dict()
-    layout = layout_of(state, VARIANTS[name])
+    layout = VARIANTS[name].key_map_for(state)
     assert layout is not None
     assert layout.name.startswith("timm")
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from dinov3_server.backbone.weights.checkpoint import Checkpoint
 from dinov3_server.errors import UpstreamCodeError
-from dinov3_server.families.dinov3_vit.layouts import PERIODS
-from dinov3_server.families.layouts import layouts
+from dinov3_server.families.dinov3_vit.key_maps import PERIODS
 from dinov3_server.models.interface import Output, TokenKind
-from dinov3_server.models.layout import Entry
+from dinov3_server.models.key_map import FileTensor
 
 _PACKAGE = "dinov3"
 _ENTRY_POINTS = "dinov3.hub.backbones"
@@ -133,7 +132,7 @@ def cut(line: str) -> str:
 def official_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights under the names of Meta's state dict: the file's own where it has those, else the canonical tensors
     by the layout that reads official files, backwards."""
-    entries = next(layout.entries for layout in layouts(checkpoint.variant) if layout.name == "official")
+    entries = next(key_map.entries for key_map in checkpoint.variant.key_maps() if key_map.name == "official")
     state = dict(checkpoint.official or _translated(checkpoint, entries))
     for key, entry in entries.items():
         if entry.same_as is not None:
@@ -141,7 +140,7 @@ def official_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return state
 
 
-def _translated(checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+def _translated(checkpoint: Checkpoint, entries: Mapping[str, FileTensor]) -> dict[str, Tensor]:
     tensors = dict(checkpoint.tensors)
     if checkpoint.periods is not None:
         tensors[PERIODS] = checkpoint.periods

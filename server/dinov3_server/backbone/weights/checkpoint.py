@@ -17,11 +17,10 @@ from torch import Tensor
 
 from dinov3_server.backbone.weights.tensor_files import read_tensors
 from dinov3_server.errors import CheckpointError, ConfigError
-from dinov3_server.families.dinov3_vit.layouts import PERIODS
+from dinov3_server.families.dinov3_vit.key_maps import PERIODS
 from dinov3_server.families.dinov3_vit.variants import VitVariant
-from dinov3_server.families.layouts import canonical_shapes, layout_of, layouts
 from dinov3_server.families.registry import VARIANTS
-from dinov3_server.models.layout import Entry
+from dinov3_server.models.key_map import FileTensor
 from dinov3_server.models.variant import DATASETS, Dataset, Variant
 from dinov3_server.models.weight_files import enumerate_some
 from dinov3_server.nn.rope import default_periods
@@ -52,26 +51,27 @@ def load_checkpoint(path: Path, variant: Variant, dataset: str | None = None) ->
     """
     given = None if dataset is None else _given(dataset, variant)
     stored = read_tensors(path)
-    layout = layout_of(stored, variant)
-    if layout is None:
+    key_map = variant.key_map_for(stored)
+    if key_map is None:
         raise CheckpointError(
             f"{path}: holds nothing of {variant.name}; its keys are {enumerate_some(stored) or 'none'}."
             f"{_looks_like(stored)}"
         )
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
-        if layout.spelling(key) in tensors:
-            raise CheckpointError(f"{path}: both spellings of {layout.spelling(key)!r} are present")
-        tensors[layout.spelling(key)] = tensor
-    if problems := _problems(tensors, layout.entries):
+        name = key_map.normalise_key(key)
+        if name in tensors:
+            raise CheckpointError(f"{path}: both spellings of {name!r} are present")
+        tensors[name] = tensor
+    if problems := _problems(tensors, key_map.entries):
         raise CheckpointError(
-            f"{path} does not hold {variant.name} in the {layout.name} layout: {'; '.join(problems)}."
+            f"{path} does not hold {variant.name} in the {key_map.name} layout: {'; '.join(problems)}."
             f"{_looks_like(stored)}"
         )
-    _check_values(path, tensors, layout.entries)
+    _check_values(path, tensors, key_map.entries)
     canonical = {
         name: part
-        for key, entry in layout.entries.items()
+        for key, entry in key_map.entries.items()
         if entry.parts and key in tensors
         for name, part in zip(entry.parts, tensors[key].chunk(len(entry.parts)), strict=True)
         if name is not None
@@ -79,7 +79,7 @@ def load_checkpoint(path: Path, variant: Variant, dataset: str | None = None) ->
     periods = canonical.pop(PERIODS, None)
     if periods is None and isinstance(variant, VitVariant):
         periods = default_periods(variant.head_dim, variant.rope_base)
-    for name, shape in canonical_shapes(variant).items():
+    for name, shape in variant.canonical_shapes().items():
         if name not in canonical:
             canonical[name] = torch.zeros(shape)
     trained_on = given or _dataset(path, variant, tensors)
@@ -88,11 +88,11 @@ def load_checkpoint(path: Path, variant: Variant, dataset: str | None = None) ->
         trained_on,
         canonical,
         None if periods is None else periods.float(),
-        official=tensors if layout.name == "official" else None,
+        official=tensors if key_map.name == "official" else None,
     )
 
 
-def _problems(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> list[str]:
+def _problems(tensors: Mapping[str, Tensor], entries: Mapping[str, FileTensor]) -> list[str]:
     """What keeps `tensors` from being exactly `entries`, a phrase a kind."""
     missing = [f"{key} {_shape(e.shape)}" for key, e in entries.items() if e.required and key not in tensors]
     extra = [f"{key} {_shape(tensor.shape)}" for key, tensor in tensors.items() if key not in entries]
@@ -107,13 +107,13 @@ def _problems(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> li
 
 def _looks_like(stored: Mapping[str, Tensor]) -> str:
     for variant in VARIANTS.values():
-        for layout in layouts(variant):
-            if not _problems({layout.spelling(key): tensor for key, tensor in stored.items()}, layout.entries):
+        for key_map in variant.key_maps():
+            if not _problems({key_map.normalise_key(key): tensor for key, tensor in stored.items()}, key_map.entries):
                 return f" It looks like {variant.name}."
     return ""
 
 
-def _check_values(path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> None:
+def _check_values(path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, FileTensor]) -> None:
     """What shapes do not show: dtypes, the masks of the qkv biases, and tensors that have two names."""
     if wrong := [
         f"{key} ({str(t.dtype).removeprefix('torch.')})" for key, t in tensors.items() if t.dtype not in _DTYPES

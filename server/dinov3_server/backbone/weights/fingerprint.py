@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.weights.checkpoint import Checkpoint
-from dinov3_server.families.dinov3_vit.layouts import PERIODS
+from dinov3_server.families.dinov3_vit.key_maps import PERIODS
 
 # Of the arithmetic in vit.py: changes when its features change by more than rounding.
 BACKBONE = "ours-1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinov3_server.families.layouts import canonical_shapes
 from dinov3_server.models.variant import Variant
 
 # With queries and keys as small as the rest, attention would be uniform and a wrong RoPE would go unseen.
@@ -19,7 +18,7 @@ def random_tensors(variant: Variant, seed: int, dtype: torch.dtype = torch.float
     """Canonical tensors drawn in a fixed order: the same for the same variant, seed and dtype."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in canonical_shapes(variant).items():
+    for name, shape in variant.canonical_shapes().items():
         if name.endswith(".gamma"):
             tensors[name] = torch.full(shape, _GAMMA, dtype=dtype)
             continue

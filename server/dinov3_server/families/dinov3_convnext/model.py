@@ -32,7 +32,7 @@ _KERNEL = 7  # of the depthwise convolutions
 class ConvNext:
     """`model(pixels, outputs)` gives the features of a batch.
 
-    `tensors` are canonical (see convnext_layouts.py), in any floating dtype and on any device; the model keeps none of
+    `tensors` are canonical (see key_maps.py), in any floating dtype and on any device; the model keeps none of
     them. On the meta device it is built, and runs, without memory.
     """
 

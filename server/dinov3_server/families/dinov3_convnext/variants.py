@@ -1,7 +1,6 @@
 """The DINOv3 ConvNeXts. Imports no torch.
 
-Sources: the official repository's `dinov3/hub/backbones.py` and its model card. Parameter counts are exact
-(they include `mask_token` and the masked third of the qkv biases, which inference does not use).
+Sources: the official repository's `dinov3/hub/backbones.py` and its model card. Parameter counts are exact.
 """
 
 from __future__ import annotations
@@ -10,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from dinov3_server.families.dinov3_convnext import key_maps
+from dinov3_server.models.key_map import KeyMap, Shape
 from dinov3_server.models.variant import Variant, known_hashes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNextVariant(Variant):
-    """A ConvNeXt's dimensions: channels and blocks of its four stages, which are its layers.
+    """A DINOv3 ConvNeXt. Its layers are its four stages: `dims` are their channels, `depths` their blocks.
 
     Stage i has the stride 4 * 2^i.
     """
@@ -30,6 +31,17 @@ class ConvNextVariant(Variant):
     @property
     def layer_strides(self) -> tuple[int, ...]:
         return tuple(4 << stage for stage in range(self.depth))
+
+    @property
+    def architecture(self) -> str:
+        blocks, channels = ("/".join(map(str, each)) for each in (self.depths, self.dims))
+        return f"ConvNeXt: blocks {blocks}, channels {channels}"
+
+    def canonical_shapes(self) -> dict[str, Shape]:
+        return key_maps.canonical_shapes(self)
+
+    def key_maps(self) -> tuple[KeyMap, ...]:
+        return key_maps.key_maps(self)
 
 
 def _convnext(

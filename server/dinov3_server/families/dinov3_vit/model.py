@@ -32,7 +32,7 @@ from dinov3_server.nn.rope import Rope, interleave
 class VisionTransformer:
     """`model(pixels, outputs)` gives the features of a batch.
 
-    `tensors` are canonical (see layouts.py), in any floating dtype and on any device; the model keeps none of them.
+    `tensors` are canonical (see key_maps.py), in any floating dtype and on any device; the model keeps none of them.
     On the meta device it is built, and runs, without memory.
     """
 

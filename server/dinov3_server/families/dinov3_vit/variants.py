@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from dinov3_server.families.dinov3_vit import key_maps
+from dinov3_server.models.key_map import KeyMap, Shape
 from dinov3_server.models.variant import Variant, known_hashes
 
 
 @dataclass(frozen=True, kw_only=True)
 class VitVariant(Variant):
-    """A vision transformer's dimensions; its layers are its blocks."""
+    """A DINOv3 vision transformer. Its layers are its blocks."""
 
     heads: int
     ffn: Literal["mlp", "swiglu"]
@@ -27,6 +29,16 @@ class VitVariant(Variant):
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.heads
+
+    @property
+    def architecture(self) -> str:
+        return f"ViT: {self.heads} heads, {self.ffn} {self.ffn_dim}"
+
+    def canonical_shapes(self) -> dict[str, Shape]:
+        return key_maps.canonical_shapes(self)
+
+    def key_maps(self) -> tuple[KeyMap, ...]:
+        return key_maps.key_maps(self)
 
 
 def _vit(

@@ -17,7 +17,6 @@ from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.errors import CheckpointError, ConfigError
 from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
 from dinov3_server.families.dinov3_vit.variants import VitVariant
-from dinov3_server.families.layouts import canonical_shapes
 from dinov3_server.families.registry import VARIANTS, lookup
 from dinov3_server.models.variant import Variant
 from tests.server.backbone.convnext_files import (
@@ -55,7 +54,7 @@ def test_every_layout_gives_the_same_tensors(tmp_path: Path, variant: VitVariant
     transformers_model(variant, tensors, official["rope_embed.periods"]).save_pretrained(tmp_path / "saved")
     for path in [*sorted(p for p in tmp_path.iterdir() if p.is_file()), tmp_path / "saved/model.safetensors"]:
         checkpoint = load_checkpoint(path, variant)
-        assert {k: v.shape for k, v in checkpoint.tensors.items()} == canonical_shapes(variant), path
+        assert {k: v.shape for k, v in checkpoint.tensors.items()} == variant.canonical_shapes(), path
         assert all(torch.equal(checkpoint.tensors[name], tensor) for name, tensor in tensors.items()), path
         assert torch.equal(checkpoint.periods, official["rope_embed.periods"]), path
 
@@ -73,7 +72,7 @@ def test_timm_leaves_out_biases_of_queries_and_values_that_are_zero(tmp_path: Pa
     stored, implied = (
         load_checkpoint(tmp_path / name, SHALLOW).tensors for name in ("with.safetensors", "without.safetensors")
     )
-    assert {name: tensor.shape for name, tensor in implied.items()} == canonical_shapes(SHALLOW)
+    assert {name: tensor.shape for name, tensor in implied.items()} == SHALLOW.canonical_shapes()
     assert all(torch.equal(implied[name], tensor) for name, tensor in stored.items())
     assert not any(implied[name].any() for name in implied if name.endswith(("attn.q.bias", "attn.v.bias")))
 
@@ -95,7 +94,7 @@ def test_every_layout_of_a_convnext_gives_the_same_tensors(tmp_path: Path) -> No
     save_file(convnext_timm_state(NARROW, tensors), tmp_path / "timm.safetensors")
     for path in sorted(tmp_path.iterdir()):
         checkpoint = load_checkpoint(path, NARROW)
-        assert {k: v.shape for k, v in checkpoint.tensors.items()} == canonical_shapes(NARROW), path
+        assert {k: v.shape for k, v in checkpoint.tensors.items()} == NARROW.canonical_shapes(), path
         assert all(torch.equal(checkpoint.tensors[name], tensor) for name, tensor in tensors.items()), path
         assert checkpoint.periods is None
         assert (checkpoint.variant, checkpoint.dataset.name) == (NARROW, "lvd1689m")
@@ -147,7 +146,7 @@ def test_half_precision_files(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_the_norm_of_local_crops_is_ignored(tmp_path: Path) -> None:
     extra = {"local_cls_norm.weight": torch.ones(384), "local_cls_norm.bias": torch.ones(384)}
     checkpoint = load_checkpoint(official_file(tmp_path / "a.pth", **extra), SHALLOW)
-    assert set(checkpoint.tensors) == set(canonical_shapes(SHALLOW))
+    assert set(checkpoint.tensors) == set(SHALLOW.canonical_shapes())
 
 
 QKV = "blocks.1.attn.qkv"
@@ -203,7 +202,7 @@ def test_a_key_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
 
 def states(variant: Variant) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """A state in each layout, of zeros that share one value: shapes without memory."""
-    tensors = {name: torch.zeros(1).expand(shape) for name, shape in canonical_shapes(variant).items()}
+    tensors = {name: torch.zeros(1).expand(shape) for name, shape in variant.canonical_shapes().items()}
     if isinstance(variant, VitVariant):
         yield "official", official_state(variant, tensors)
         yield "transformers", transformers_state(variant, tensors, older=False)
@@ -263,7 +262,7 @@ def test_tensors_of_another_model_are_refused(tmp_path: Path, saved: dict[str, T
 )
 def test_the_dataset_is_guessed_from_the_file(tmp_path: Path, path: str, extra: tuple[str, ...], dataset: str) -> None:
     variant = dataclasses.replace(lookup("vitl16"), depth=1)
-    tensors = {name: torch.zeros(1).expand(shape) for name, shape in canonical_shapes(variant).items()}
+    tensors = {name: torch.zeros(1).expand(shape) for name, shape in variant.canonical_shapes().items()}
     state = official_state(variant, tensors) | {key: torch.zeros(variant.embed_dim) for key in extra}
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, tmp_path / path)
@@ -278,7 +277,7 @@ def test_a_dataset_that_the_variant_was_not_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dataset", ["lvd1689m", "sat493m"])
 def test_a_given_dataset_outweighs_file_names(tmp_path: Path, dataset: str) -> None:
     variant = dataclasses.replace(lookup("vitl16"), depth=1)
-    tensors = {name: torch.zeros(1).expand(shape) for name, shape in canonical_shapes(variant).items()}
+    tensors = {name: torch.zeros(1).expand(shape) for name, shape in variant.canonical_shapes().items()}
     other = {"lvd1689m": "sat493m", "sat493m": "lvd1689m"}[dataset]
     path = tmp_path / f"dinov3_vitl16_pretrain_{other}.pth"
     torch.save(official_state(variant, tensors), path)

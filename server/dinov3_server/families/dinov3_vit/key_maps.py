@@ -1,21 +1,25 @@
-"""The names and shapes of a DINOv3 ViT's tensors: canonical, and in each layout that files have.
+"""Names and shapes of a DINOv3 ViT's tensors: canonical, and as a key map for each checkpoint format.
 
-Canonical names are the official repository's, except that queries, keys and values are apart
-(`blocks.0.attn.q.weight`; a file's fused `qkv` is split without a copy) and that what inference does not use is left
-out: the key bias (masked to zero by every layout), `mask_token`, `local_cls_norm`. So the same model from any layout
-gives the same tensors.
+Canonical names are the official repository's, with two differences. Queries, keys and values are separate
+(`blocks.0.attn.q.weight`; a file's fused `qkv` is split without a copy). Tensors that inference does not use are left
+out: the key bias (masked to zero in every format), `mask_token`, `local_cls_norm`. So the same model from a file of any
+format gives the same tensors.
 """
 
 from __future__ import annotations
 
-from dinov3_server.families.dinov3_vit.variants import VitVariant
-from dinov3_server.models.layout import Entry, Layout, Shape
+from typing import TYPE_CHECKING
+
+from dinov3_server.models.key_map import FileTensor, KeyMap, Shape
+
+if TYPE_CHECKING:
+    from dinov3_server.families.dinov3_vit.variants import VitVariant
 
 PERIODS = "rope_embed.periods"
 
 
 def canonical_shapes(variant: VitVariant) -> dict[str, Shape]:
-    """Name and shape of every canonical tensor, in a fixed order."""
+    """Return name and shape of every canonical tensor, in a fixed order."""
     width, hidden, patch = variant.embed_dim, variant.ffn_dim, variant.patch_size
     shapes: dict[str, Shape] = {
         "cls_token": (1, 1, width),
@@ -39,40 +43,40 @@ def canonical_shapes(variant: VitVariant) -> dict[str, Shape]:
     return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
 
 
-def layouts(variant: VitVariant) -> tuple[Layout, ...]:
-    """Every layout that a file of `variant` may have."""
+def key_maps(variant: VitVariant) -> tuple[KeyMap, ...]:
+    """Return the key map of every format that a file of `variant` may have."""
     timm = _timm(variant)
     query_value_biases = {f"blocks.{i}.attn.{part}_bias" for i in range(variant.depth) for part in "qv"}
     without_biases = {key: entry for key, entry in timm.items() if key not in query_value_biases}
     return (
-        Layout("official", _official(variant)),
-        Layout("transformers", _transformers(variant), _transformers_spelling),
-        # Of `vit_*_patch16_dinov3`: timm's makers found these biases to be zeros, and store none. It is before the one
-        # that has them, whose names are all of these and more, so that a file without them is taken for the former.
-        Layout("timm", without_biases),
-        Layout("timm (qkvb)", timm),
+        KeyMap("official", _official(variant)),
+        KeyMap("transformers", _transformers(variant), _normalise_transformers_key),
+        # `vit_*_patch16_dinov3` does not store these biases: timm's authors found them to be zeros. It comes before
+        # the one with biases, a superset of it, so that a file without biases matches this one.
+        KeyMap("timm", without_biases),
+        KeyMap("timm (qkvb)", timm),
     )
 
 
-def _official(variant: VitVariant) -> dict[str, Entry]:
+def _official(variant: VitVariant) -> dict[str, FileTensor]:
     width = variant.embed_dim
-    entries: dict[str, Entry] = {
-        "mask_token": Entry((1, width), required=False),
-        # Of the models trained with a separate norm for local crops (7B, and ViT-L on SAT-493M).
-        "local_cls_norm.weight": Entry((width,), required=False),
-        "local_cls_norm.bias": Entry((width,), required=False),
-        PERIODS: Entry((variant.head_dim // 4,), (PERIODS,)),
+    entries: dict[str, FileTensor] = {
+        "mask_token": FileTensor((1, width), required=False),
+        # In models trained with a separate norm for local crops: 7B, and ViT-L on SAT-493M.
+        "local_cls_norm.weight": FileTensor((width,), required=False),
+        "local_cls_norm.bias": FileTensor((width,), required=False),
+        PERIODS: FileTensor((variant.head_dim // 4,), (PERIODS,)),
     }
     for name, shape in canonical_shapes(variant).items():
         prefix, attn, rest = name.partition("attn.")
         if not attn or rest.startswith("proj"):
-            entries[name] = Entry(shape, (name,))
+            entries[name] = FileTensor(shape, (name,))
         elif rest == "q.weight":
-            entries[f"{prefix}attn.qkv.weight"] = Entry((3 * width, width), _fused(prefix))
+            entries[f"{prefix}attn.qkv.weight"] = FileTensor((3 * width, width), _fused(prefix))
         elif rest == "q.bias":
             parts_of_bias = (f"{prefix}attn.q.bias", None, f"{prefix}attn.v.bias")
-            entries[f"{prefix}attn.qkv.bias"] = Entry((3 * width,), parts_of_bias)
-            entries[f"{prefix}attn.qkv.bias_mask"] = Entry((3 * width,), is_bias_mask=True)
+            entries[f"{prefix}attn.qkv.bias"] = FileTensor((3 * width,), parts_of_bias)
+            entries[f"{prefix}attn.qkv.bias_mask"] = FileTensor((3 * width,), is_bias_mask=True)
     return entries
 
 
@@ -105,8 +109,8 @@ _TRANSFORMERS_BLOCK = {
 }
 
 
-def _transformers(variant: VitVariant) -> dict[str, Entry]:
-    entries = {"embeddings.mask_token": Entry((1, 1, variant.embed_dim), required=False)}
+def _transformers(variant: VitVariant) -> dict[str, FileTensor]:
+    entries = {"embeddings.mask_token": FileTensor((1, 1, variant.embed_dim), required=False)}
     for name, shape in canonical_shapes(variant).items():
         if name in _TRANSFORMERS_OUTER:
             key = _TRANSFORMERS_OUTER[name]
@@ -114,12 +118,12 @@ def _transformers(variant: VitVariant) -> dict[str, Entry]:
             _, index, inner = name.split(".", 2)
             module, _, leaf = inner.rpartition(".")
             key = f"layer.{index}.{_TRANSFORMERS_BLOCK[module]}.{'lambda1' if leaf == 'gamma' else leaf}"
-        entries[key] = Entry(shape, (name,))
+        entries[key] = FileTensor(shape, (name,))
     return entries
 
 
-def _transformers_spelling(key: str) -> str:
-    """Files on the hub say `layer.0`, newer classes save `model.layer.0`."""
+def _normalise_transformers_key(key: str) -> str:
+    """Return the key as in files on the hub, `layer.0`; newer transformers classes save `model.layer.0`."""
     return key.removeprefix("model.") if key.startswith("model.layer.") else key
 
 
@@ -138,16 +142,18 @@ _TIMM_NAMES = {
 }
 
 
-def _timm(variant: VitVariant) -> dict[str, Entry]:
-    """Of `vit_*_patch16_dinov3_qkvb` (timm's `models/eva.py`), which has biases of queries and values; and of
-    `vit_7b_patch16_dinov3`, as that variant has none."""
+def _timm(variant: VitVariant) -> dict[str, FileTensor]:
+    """Return the tensors of `vit_*_patch16_dinov3_qkvb` (timm's `models/eva.py`), with biases of queries and values.
+
+    Also those of `vit_7b_patch16_dinov3`, a variant without such biases.
+    """
     width = variant.embed_dim
     entries = {}
     for name, shape in canonical_shapes(variant).items():
         inner = name.split(".", 2)[2] if name.startswith("blocks.") else name
         prefix = name.removesuffix(inner)
         if inner == "attn.q.weight":
-            entries[f"{prefix}attn.qkv.weight"] = Entry((3 * width, width), _fused(prefix))
+            entries[f"{prefix}attn.qkv.weight"] = FileTensor((3 * width, width), _fused(prefix))
         elif inner not in ("attn.k.weight", "attn.v.weight"):
-            entries[prefix + _TIMM_NAMES.get(inner, inner)] = Entry(shape, (name,))
+            entries[prefix + _TIMM_NAMES.get(inner, inner)] = FileTensor(shape, (name,))
     return entries

@@ -1,17 +1,21 @@
-"""The names and shapes of a DINOv3 ConvNeXt's tensors: canonical, and in each layout that files have.
+"""Names and shapes of a DINOv3 ConvNeXt's tensors: canonical, and as a key map for each checkpoint format.
 
-Canonical names are the official repository's (`dinov3/models/convnext.py`), without `norms.3`, which it has as a
-second name of `norm`.
+Canonical names are the official repository's (`dinov3/models/convnext.py`), without `norms.3`, its second name for
+`norm`.
 """
 
 from __future__ import annotations
 
-from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
-from dinov3_server.models.layout import Entry, Layout, Shape
+from typing import TYPE_CHECKING
+
+from dinov3_server.models.key_map import FileTensor, KeyMap, Shape
+
+if TYPE_CHECKING:
+    from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
 
 
 def canonical_shapes(variant: ConvNextVariant) -> dict[str, Shape]:
-    """Name and shape of every canonical tensor, in a fixed order.
+    """Return name and shape of every canonical tensor, in a fixed order.
 
     With C channels: a convolution is [C_out, C_in, kernel, kernel] (depthwise: C_in 1), a linear layer [C_out, C_in].
     """
@@ -43,20 +47,20 @@ def canonical_shapes(variant: ConvNextVariant) -> dict[str, Shape]:
     return shapes | {"norm.weight": (before,), "norm.bias": (before,)}
 
 
-def layouts(variant: ConvNextVariant) -> tuple[Layout, ...]:
-    """Every layout that a file of `variant` may have."""
+def key_maps(variant: ConvNextVariant) -> tuple[KeyMap, ...]:
+    """Return the key map of every format that a file of `variant` may have."""
     return (
-        Layout("official", _official(variant)),
-        Layout("transformers", _transformers(variant), _transformers_spelling),
-        Layout("timm", _timm(variant)),
+        KeyMap("official", _official(variant)),
+        KeyMap("transformers", _transformers(variant), _normalise_transformers_key),
+        KeyMap("timm", _timm(variant)),
     )
 
 
-def _official(variant: ConvNextVariant) -> dict[str, Entry]:
-    entries = {name: Entry(shape, (name,)) for name, shape in canonical_shapes(variant).items()}
+def _official(variant: ConvNextVariant) -> dict[str, FileTensor]:
+    entries = {name: FileTensor(shape, (name,)) for name, shape in canonical_shapes(variant).items()}
     width = (variant.embed_dim,)
     return entries | {
-        f"norms.3.{leaf}": Entry(width, required=False, same_as=f"norm.{leaf}") for leaf in ("weight", "bias")
+        f"norms.3.{leaf}": FileTensor(width, required=False, same_as=f"norm.{leaf}") for leaf in ("weight", "bias")
     }
 
 
@@ -68,8 +72,8 @@ _TRANSFORMERS_BLOCK = {
 }
 
 
-def _transformers(variant: ConvNextVariant) -> dict[str, Entry]:
-    """Of `DINOv3ConvNextModel`, in the hub files' spelling."""
+def _transformers(variant: ConvNextVariant) -> dict[str, FileTensor]:
+    """Return the tensors of `DINOv3ConvNextModel`, with the keys of files on the hub."""
     entries = {}
     for name, shape in canonical_shapes(variant).items():
         match name.split("."):
@@ -81,20 +85,20 @@ def _transformers(variant: ConvNextVariant) -> dict[str, Entry]:
                 key = f"stages.{stage}.layers.{block}.{_TRANSFORMERS_BLOCK[module]}.{leaf}"
             case [*_, leaf]:
                 key = f"layer_norm.{leaf}"
-        entries[key] = Entry(shape, (name,))
+        entries[key] = FileTensor(shape, (name,))
     return entries
 
 
-def _transformers_spelling(key: str) -> str:
-    """Files on the hub say `stages.0`, newer classes save `model.stages.0`."""
+def _normalise_transformers_key(key: str) -> str:
+    """Return the key as in files on the hub, `stages.0`; newer transformers classes save `model.stages.0`."""
     return key.removeprefix("model.") if key.startswith("model.stages.") else key
 
 
 _TIMM_BLOCK = {"dwconv": "conv_dw", "norm": "norm", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2"}
 
 
-def _timm(variant: ConvNextVariant) -> dict[str, Entry]:
-    """Of `convnext_*.dinov3_lvd1689m` (timm's `models/convnext.py`): 1x1 convolutions are linear layers there too."""
+def _timm(variant: ConvNextVariant) -> dict[str, FileTensor]:
+    """Return the tensors of timm's `convnext_*.dinov3_lvd1689m` (`models/convnext.py`)."""
     entries = {}
     for name, shape in canonical_shapes(variant).items():
         match name.split("."):
@@ -108,5 +112,5 @@ def _timm(variant: ConvNextVariant) -> dict[str, Entry]:
                 key = f"stages.{stage}.blocks.{block}.{_TIMM_BLOCK[module]}.{leaf}"
             case [*_, leaf]:
                 key = f"head.norm.{leaf}"
-        entries[key] = Entry(shape, (name,))
+        entries[key] = FileTensor(shape, (name,))
     return entries
