@@ -1,4 +1,4 @@
-"""From settings to a model that is ready to serve: `build`."""
+"""Builds a model that is ready to serve from the settings: `build`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from dinov3_server import host, malloc
 from dinov3_server.backbone.model import Model, native_model
-from dinov3_server.backbone.parity.check import Claim, certified
+from dinov3_server.backbone.parity.check import ParityInputs, checked_runner
 from dinov3_server.backbone.parity.upstream import UpstreamModel
 from dinov3_server.backbone.runners.base import TORCH_DTYPES, TorchRunner
 from dinov3_server.backbone.runners.cpu import CpuRunner
@@ -61,14 +61,14 @@ def build(
 ) -> TorchRunner:
     """Load a model, compare it with Meta's code, and run it once at each shape of `warm_up`.
 
-    `model` is a name of registry.py; `weights` the path of a file, or `random:SEED`; `dtype` "auto", "float32" or
-    "bfloat16"; `device` "cpu" or "cuda:N"; `threads` the CPU threads of one forward pass, 0 for as many as there are;
-    `preprocessing` the identity of what makes pixels of images, for the fingerprint; `dataset` what the weights were
-    trained on, where it is known; `backbone` "native", or "reference" for Meta's own modules.
+    `model` is a name of families/registry.py; `weights` the path of a file, or `random:SEED`; `dtype` "auto", "float32"
+    or "bfloat16"; `device` "cpu" or "cuda:N"; `threads` the CPU threads of one forward pass, 0 for all available;
+    `preprocessing` the identity of the image preprocessing, for the fingerprint; `dataset` the training dataset of the
+    weights, if known; `backbone` "native", or "reference" for Meta's own modules.
 
-    `provisioned` tells where Meta's code is, and what people call the weights. `parity checks` is the folder in which
-    proofs are kept; where it or Meta's code is missing, nothing is compared, and the parity check says why.
-    `projections` are names and files (projections.py).
+    `provisioned` has the path of Meta's code and the label of the weights. `parity_folder` is the folder of stored
+    parity checks. Without it or Meta's code nothing is compared, and the model's parity check gives the reason.
+    `projections` are names and files (runners/projections.py).
 
     Raises ConfigError, CheckpointError, UpstreamCodeError or ParityError.
     """
@@ -76,12 +76,12 @@ def build(
     torch_device = _device(device)
     compute_dtype = _dtype(dtype, torch_device)
     if threads < 0:
-        raise ConfigError(f"threads is {threads}; it must be at least 1, or 0 for all that there are")
+        raise ConfigError(f"threads is {threads}; it must be at least 1, or 0 for all available")
     threads = threads or host.available_threads()
     if torch_device.type == "cpu":
         torch.set_num_threads(threads)
     checkout = None if backbone == "native" else _checkout(provisioned)
-    maps = read_projections(projections, variant.layer_dims)  # before all that takes long
+    maps = read_projections(projections, variant.layer_dims)  # before the slow steps
     for projection in maps:
         logger.info("projection %s: %d channels to %d, fingerprint %s", *projection)
     seconds: dict[str, float] = {}
@@ -113,7 +113,7 @@ def build(
         on_device = {projection.name: linear_map.to(torch_device) for projection, linear_map in maps.items()}
         return (CudaRunner if torch_device.type == "cuda" else CpuRunner)(network, info, on_device)
 
-    claim = Claim(
+    inputs = ParityInputs(
         checkpoint,
         None if is_random else Path(weights),
         identity,
@@ -123,7 +123,7 @@ def build(
         provisioned,
         None if parity_folder is None else Path(parity_folder),
     )
-    runner = certified(claim, load, step)
+    runner = checked_runner(inputs, load, step)
     if torch_device.type == "cpu":
         malloc.keep_freed_memory()
     with step("warm_up", ", ".join(f"{shape.height}x{shape.width} {shape.format}" for shape in warm_up)):
@@ -135,7 +135,7 @@ def build(
 
 @contextmanager
 def _step(seconds: dict[str, float], name: str, what: str) -> Iterator[None]:
-    """Time a step of loading; the parts of one that has several are added up."""
+    """Time and log a step of loading; add up steps of the same name."""
     started = time.perf_counter()
     yield
     elapsed = time.perf_counter() - started
@@ -151,7 +151,7 @@ def _device(device: str) -> torch.device:
         raise ConfigError(f"device {device!r} is neither 'cpu' nor 'cuda:N'")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= count:
-        raise ConfigError(f"device {device!r} is not there: torch {torch.__version__} sees {count} CUDA devices")
+        raise ConfigError(f"device {device!r} is not available: torch {torch.__version__} sees {count} CUDA devices")
     return torch.device("cuda", int(index or 0))
 
 
@@ -170,7 +170,7 @@ def _dtype(dtype: str, device: torch.device) -> FeatureDtype:
 
 
 def _weights(variant: Variant, weights: str, dataset: str | None) -> tuple[Checkpoint, bool]:
-    """The checkpoint that `weights` names, and whether it is random."""
+    """Return the checkpoint that `weights` names, and whether it is random."""
     kind, colon, seed = weights.partition(":")
     if kind == "random" and colon:
         if not (seed.isdecimal() and int(seed) < 1 << 63):
@@ -185,25 +185,25 @@ def _weights(variant: Variant, weights: str, dataset: str | None) -> tuple[Check
 
 
 def _checkout(provisioned: Provisioned | None) -> Path:
-    """Where Meta's code is, which is to be served."""
+    """Return the folder of Meta's code, for --backbone reference. Raises UpstreamCodeError."""
     if provisioned is None or provisioned.checkout is None:
         reason = provisioned.unavailable_reason if provisioned else "nothing was provisioned"
         raise UpstreamCodeError(
-            f"--backbone reference serves Meta's code, and that is not here: {reason}. `dinov3-server vendor` fetches "
-            "it; --backbone native does without"
+            f"--backbone reference serves Meta's code, which is not available: {reason}. `dinov3-server vendor` "
+            "fetches it; --backbone native does not need it"
         )
     return Path(provisioned.checkout)
 
 
 def _model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, checkout: Path | None) -> Model:
-    """Meta's modules where `checkout` is given, else ours."""
+    """Build Meta's modules if `checkout` is given, else ours."""
     if checkout is not None:
         return UpstreamModel(checkout, checkpoint, dtype=dtype, device=device)
     return native_model(checkpoint, dtype=dtype, device=device)
 
 
 def _run_once(runner: TorchRunner, shape: PixelShape) -> None:
-    """A grey image through the whole path of a batch. Raises CheckpointError where its features are not finite."""
+    """Run a grey image through the whole path of a batch. Raises CheckpointError if its features are not finite."""
     info = runner.info
     if shape.height % info.patch_size or shape.width % info.patch_size:
         raise ConfigError(f"warm-up at {shape.height}x{shape.width}: not multiples of {info.patch_size}")

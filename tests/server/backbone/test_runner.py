@@ -298,7 +298,7 @@ def test_weights_that_give_nan_do_not_become_a_runner(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "'int8' is not one of 'auto', 'float32', 'bfloat16'"),
         ({"device": "gpu"}, "'gpu' is neither 'cpu' nor 'cuda:N'"),
         ({"device": "cuda:x"}, "neither"),
-        ({"device": "cuda:99"}, "'cuda:99' is not there: torch .* sees [0-9]+ CUDA devices"),
+        ({"device": "cuda:99"}, "'cuda:99' is not available: torch .* sees [0-9]+ CUDA devices"),
         ({"threads": -1}, "threads is -1"),
         ({"warm_up": (PixelShape(30, 32, "uint8"),)}, "30x32: not multiples of 16"),
     ],

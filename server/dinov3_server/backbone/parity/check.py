@@ -1,9 +1,14 @@
-"""The proof at start that what is served are the features of Meta's code.
+"""The parity check at start: compares the served features with those of Meta's code on the same weights.
 
-Meta's code computes the probes (probe.py) in float32 from the same weights, in a process of its own; then ours does, in
-float32, which shows the algebra (folded scales and normalisation, interleaved channels, the reading of names) to within
-rounding; then the very runner that will serve does, in its own dtype, which Meta's code is run in too, for a measure of
-what rounding does to these weights. Not more than one model is in memory at a time.
+The features of the reference images (reference_images.py) are computed three times:
+
+1. by Meta's code in float32, and in the serving dtype to measure what rounding does to these weights, in a separate
+   process;
+2. by ours in float32, which checks the algebra (folded scales and normalisation, interleaved channels, key maps) to
+   within rounding;
+3. by the runner that will serve, in its own dtype.
+
+At most one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,9 +28,14 @@ import torch.nn.functional as F
 
 import dinov3_server
 from dinov3_server import host
-from dinov3_server.backbone.parity import reference_images as probe
-from dinov3_server.backbone.parity.store import Kept, ParityStore
-from dinov3_server.backbone.parity.upstream_process import PROVEN, Features, NotRun, upstream_features
+from dinov3_server.backbone.parity import reference_images
+from dinov3_server.backbone.parity.store import ParityStore, StoredResult
+from dinov3_server.backbone.parity.upstream_process import (
+    COMPARED,
+    ReferenceFeatures,
+    UpstreamProcessFailed,
+    upstream_features,
+)
 from dinov3_server.backbone.runners.base import TorchRunner
 from dinov3_server.backbone.runners.self_test import run_image
 from dinov3_server.backbone.weights.checkpoint import Checkpoint
@@ -46,56 +56,54 @@ Step = Callable[[str, str], AbstractContextManager[None]]
 
 
 class Bound(NamedTuple):
-    """What an output must reach: the cosine of every token, and the relative error of every image."""
+    """The least cosine of every token, and the largest relative error of every image, that pass the check."""
 
     cosine: float
     relative_error: float
 
 
-# float32 differs by the order of sums alone: some 1e-6, and up to 1e-4 in large models whose weights multiply any
-# difference. The mildest mistake that we know of, RoPE periods rounded otherwise than they should be, is 2e-3 in CLS
-# (docs/architecture.md has the figures).
+# In float32 only the order of sums differs: by some 1e-6, and by up to 1e-4 in large models whose weights amplify any
+# difference. The smallest known mistake, wrongly rounded RoPE periods, causes 2e-3 in CLS (figures in
+# docs/architecture.md).
 EXACT = Bound(0.9999, 1e-3)
-# How far rounding to bfloat16 takes features depends on the weights; Meta's own code in bfloat16 shows how far. Ours
-# may be this many times as far from Meta's float32, in 1 - cosine and in relative error; or, where rounding
-# hardly shows and ratios say little, as far as `NEAR`.
+# The error of rounding to bfloat16 depends on the weights; Meta's own code in bfloat16 shows how large it is. Ours may
+# be this many times as far from Meta's float32, in 1 - cosine and in relative error; or as far as `NEAR`, as ratios of
+# tiny errors mean little.
 MARGIN = Bound(4.0, 2.0)
 NEAR = Bound(0.999, 0.05)
 
-# The code that computes features, by which a parity check is kept: a version may be several while it is worked on.
+# The code that computes features. A stored result holds its hash, as code may change without a new version.
 PACKAGE = Path(dinov3_server.__file__).parent
 CODE = ("backbone", "families", "models", "nn", "host.py")
 
-_NOT_PREPROCESSING = (
-    "The way from an image file to pixels (decoding, resizing) is not compared: the proof begins with pixels."
-)
+_NOT_PREPROCESSING = "Decoding and resizing of image files are not compared: the check begins with pixels."
 _NOT_NAMES = (
-    "The weights are not in Meta's own layout: Meta's code was given them under the names that we translated theirs "
-    "to, so that a mistake in that translation would not show."
+    "The weights are not in Meta's own layout: their names were translated for Meta's code too, so a mistake in that "
+    "translation would not show."
 )
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What is to be shown: that these weights, served in this dtype on this device, give the features of that code."""
+class ParityInputs:
+    """The inputs of a parity check: weights, serving dtype, device, and what was provisioned."""
 
     checkpoint: Checkpoint
-    weights: Path | None  # where the checkpoint was read from; None where it is random
+    weights: Path | None  # where the checkpoint was read from; None for random weights
     fingerprint: str
     dtype: FeatureDtype
     device: torch.device
     threads: int
     provisioned: Provisioned | None
-    folder: Path | None  # of parity checks
+    folder: Path | None  # of stored results; None if the check is disabled
 
-    def about(self, revision: str) -> dict[str, str | int]:
-        """Everything that the figures depend on."""
+    def identity(self, revision: str) -> dict[str, str | int]:
+        """Return everything that the result depends on."""
         return {
             "code": _code_digest(),
-            "device": _name(self.device),
+            "device": _device_name(self.device),
             "fingerprint": self.fingerprint,
             "names": "translated" if self.checkpoint.official is None else "Meta's",
-            "probe": probe.VERSION,
+            "reference_images": reference_images.VERSION,
             "revision": revision,
             "torch": torch.__version__,
         }
@@ -105,209 +113,216 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class _Theirs:
-    """What Meta's features are computed from."""
+class _ReferenceInputs:
+    """The weights and the code that Meta's features are computed from."""
 
     weights: Path
     checkout: Path
     revision: str
 
 
-def certified(claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: Step) -> TorchRunner:
-    """The runner that serves, with a parity check: a kept one, a new one, or one with the reason why there is none.
+def checked_runner(inputs: ParityInputs, load: Callable[[FeatureDtype], TorchRunner], step: Step) -> TorchRunner:
+    """Build the runner that serves, with its parity check: a stored result, a new one, or the reason for none.
 
-    `load` builds the model in a dtype; `step` times and logs what takes long. Raises ParityError where the
-    features are not Meta's, or where that cannot be found out; CheckpointError where Meta's are no numbers.
+    `load` builds the model in a dtype; `step` times and logs slow steps. Raises ParityError if the features are not
+    Meta's or cannot be compared, and CheckpointError if Meta's features are not finite.
     """
-    theirs = _theirs(claim)
-    if isinstance(theirs, str):
-        return _build(claim, load, step, replace(NOT_CHECKED, reason=theirs))
-    assert claim.folder is not None
-    folder = ParityStore(claim.folder, claim.about(theirs.revision))
-    parity_check = _holding(folder.read(), claim)
+    reference = _reference_inputs(inputs)
+    if isinstance(reference, str):
+        return _build(inputs, load, step, replace(NOT_CHECKED, reason=reference))
+    assert inputs.folder is not None
+    store = ParityStore(inputs.folder, inputs.identity(reference.revision))
+    parity_check = _valid(store.read(), inputs)
     if parity_check is None:
-        with folder.locked():
-            # Another process may have proven the same while this one waited.
-            parity_check = _holding(folder.read(), claim)
+        with store.locked():
+            # Another process may have stored a result while this one waited.
+            parity_check = _valid(store.read(), inputs)
             if parity_check is None:
-                runner, rounding = _prove(claim, theirs, load, step)
-                folder.write(Kept(runner.info.parity_check, rounding))
+                runner, rounding = _compare_with_reference(inputs, reference, load, step)
+                store.write(StoredResult(runner.info.parity_check, rounding))
                 return runner
-    return _build(claim, load, step, parity_check)
+    return _build(inputs, load, step, parity_check)
 
 
-def _theirs(claim: Claim) -> _Theirs | str:
-    """What Meta's features come from; or why there are none to compare with."""
-    if claim.weights is None:
+def _reference_inputs(inputs: ParityInputs) -> _ReferenceInputs | str:
+    """Return what to compute Meta's features from, or why they cannot be computed."""
+    if inputs.weights is None:
         return "random weights: nothing to verify"
-    if claim.provisioned is None:
+    if inputs.provisioned is None:
         return NOT_CHECKED.reason
-    if claim.folder is None:
+    if inputs.folder is None:
         return "the setting `parity_check` is false"
-    if claim.provisioned.checkout is None:
-        return claim.provisioned.unavailable_reason
-    return _Theirs(claim.weights, Path(claim.provisioned.checkout), claim.provisioned.revision)
+    if inputs.provisioned.checkout is None:
+        return inputs.provisioned.unavailable_reason
+    return _ReferenceInputs(inputs.weights, Path(inputs.provisioned.checkout), inputs.provisioned.revision)
 
 
 def _build(
-    claim: Claim, load: Callable[[FeatureDtype], TorchRunner], step: Step, parity_check: ParityCheck
+    inputs: ParityInputs, load: Callable[[FeatureDtype], TorchRunner], step: Step, parity_check: ParityCheck
 ) -> TorchRunner:
-    with step("build", f"{claim.dtype} on {claim.device}"):
-        runner = load(claim.dtype)
+    with step("build", f"{inputs.dtype} on {inputs.device}"):
+        runner = load(inputs.dtype)
     runner.info = replace(runner.info, parity_check=parity_check)
     return runner
 
 
-def _prove(
-    claim: Claim, theirs: _Theirs, load: Callable[[FeatureDtype], TorchRunner], step: Step
+def _compare_with_reference(
+    inputs: ParityInputs, reference: _ReferenceInputs, load: Callable[[FeatureDtype], TorchRunner], step: Step
 ) -> tuple[TorchRunner, tuple[OutputParity, ...]]:
-    """The runner with a new parity check, and what Meta's own rounding is (see Kept)."""
-    checkpoint = claim.checkpoint
-    dtypes: tuple[FeatureDtype, ...] = ("float32",) if claim.dtype == "float32" else ("float32", claim.dtype)
+    """Return the runner with a new parity check, and the rounding error of Meta's code (see StoredResult)."""
+    checkpoint = inputs.checkpoint
+    dtypes: tuple[FeatureDtype, ...] = ("float32",) if inputs.dtype == "float32" else ("float32", inputs.dtype)
     try:
         with step(
-            "upstream", f"Meta's code at {theirs.revision[:12]}: {len(probe.SIZES)} images in {' and '.join(dtypes)}"
+            "upstream",
+            f"Meta's code at {reference.revision[:12]}: {len(reference_images.SIZES)} images in {' and '.join(dtypes)}",
         ):
             computed = upstream_features(
-                theirs.checkout,
-                theirs.weights,
+                reference.checkout,
+                reference.weights,
                 checkpoint.variant,
                 checkpoint.dataset.name,
                 dtypes,
-                device=claim.device,
-                threads=claim.threads,
+                device=inputs.device,
+                threads=inputs.threads,
             )
-    except NotRun as error:
+    except UpstreamProcessFailed as error:
         raise ParityError(
-            f"Meta's code could not be run, so nobody knows whether the features of {checkpoint.variant.name} would be "
-            f"the right ones: {error}\nMend that, or serve them unproven: --parity-check false "
-            "(DINOV3_PARITY_CHECK=false)"
+            f"Meta's code could not be run, so the features of {checkpoint.variant.name} cannot be compared with it: "
+            f"{error}\nFix that, or serve them unverified: --parity-check false (DINOV3_PARITY_CHECK=false)"
         ) from None
     expected = computed["float32"]
     if not all(bool(tokens.isfinite().all()) for features in expected for tokens in features.values()):
         raise CheckpointError(
-            f"{theirs.weights}: Meta's own code gives NaN or infinite features with these weights: the file is "
+            f"{reference.weights}: Meta's own code gives NaN or infinite features with these weights: the file is "
             f"damaged, or does not belong to {checkpoint.variant.name}"
         )
-    proofs: list[OutputParity] = []
+    outputs: list[OutputParity] = []
     rounding: tuple[OutputParity, ...] = ()
-    if claim.dtype != "float32":
-        rounding = tuple(compare(computed[claim.dtype], expected, claim.dtype))
+    if inputs.dtype != "float32":
+        rounding = tuple(compare(computed[inputs.dtype], expected, inputs.dtype))
         with step("parity_check", "ours in float32"):
-            proofs += compare(_of_float32(claim, load), expected, "float32")
-        _check(claim, theirs, proofs, rounding)
+            outputs += compare(_float32_features(inputs, load), expected, "float32")
+        _require_parity(inputs, reference, outputs, rounding)
     parity_check = ParityCheck(
         verified=True,
         reason="",
-        revision=theirs.revision,
+        revision=reference.revision,
         outputs=(),
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        not_covered=claim.not_covered(),
+        not_covered=inputs.not_covered(),
     )
-    runner = _build(claim, load, step, parity_check)
-    with step("parity_check", f"ours in {claim.dtype}, as it will serve"):
-        proofs += compare(_features(runner), expected, claim.dtype)
-    _check(claim, theirs, proofs, rounding)
-    runner.info = replace(runner.info, parity_check=replace(parity_check, outputs=tuple(proofs)))
+    runner = _build(inputs, load, step, parity_check)
+    with step("parity_check", f"ours in {inputs.dtype}, as it will serve"):
+        outputs += compare(_features(runner), expected, inputs.dtype)
+    _require_parity(inputs, reference, outputs, rounding)
+    runner.info = replace(runner.info, parity_check=replace(parity_check, outputs=tuple(outputs)))
     return runner, rounding
 
 
-def _of_float32(claim: Claim, load: Callable[[FeatureDtype], TorchRunner]) -> Features:
-    """Ours in float32, with nothing of the model left in memory."""
+def _float32_features(inputs: ParityInputs, load: Callable[[FeatureDtype], TorchRunner]) -> ReferenceFeatures:
+    """Compute our features in float32, and free the model."""
     runner = load("float32")
     features = _features(runner)
     runner.close()
     del runner
-    if claim.device.type == "cuda":
+    if inputs.device.type == "cuda":
         torch.cuda.empty_cache()
     return features
 
 
-def compare(ours: Features, theirs: Features, dtype: FeatureDtype) -> list[OutputParity]:
-    """How near each output is, at worst, over all probes and tokens. `dtype` is that of ours."""
-    proofs = []
-    for kind in PROVEN:
-        pairs = [(a[kind].double(), b[kind].double()) for a, b in zip(ours, theirs, strict=True)]
+def compare(ours: ReferenceFeatures, reference: ReferenceFeatures, dtype: FeatureDtype) -> list[OutputParity]:
+    """Compare each output over all reference images and tokens. `dtype` is that of ours."""
+    outputs = []
+    for kind in COMPARED:
+        pairs = [(a[kind].double(), b[kind].double()) for a, b in zip(ours, reference, strict=True)]
         cosines = [float(F.cosine_similarity(a, b, dim=-1).min()) for a, b in pairs]
         errors = [float((a - b).norm() / b.norm()) for a, b in pairs]
-        proofs.append(OutputParity(kind, dtype, least_cosine=min(cosines), relative_error=max(errors)))
-    return proofs
+        outputs.append(OutputParity(kind, dtype, least_cosine=min(cosines), relative_error=max(errors)))
+    return outputs
 
 
-def bound(proof: OutputParity, rounding: Iterable[OutputParity]) -> Bound:
-    """What `proof` must reach, where Meta's own code in the serving dtype reaches `rounding`."""
-    for theirs in rounding:
-        if (theirs.output, theirs.dtype) == (proof.output, proof.dtype):
+def bound(output: OutputParity, rounding: Iterable[OutputParity]) -> Bound:
+    """Return the bound for `output`, given the rounding error of Meta's own code in the serving dtype."""
+    for reference in rounding:
+        if (reference.output, reference.dtype) == (output.output, output.dtype):
             return Bound(
-                min(NEAR.cosine, 1 - MARGIN.cosine * (1 - theirs.least_cosine)),
-                max(NEAR.relative_error, MARGIN.relative_error * theirs.relative_error),
+                min(NEAR.cosine, 1 - MARGIN.cosine * (1 - reference.least_cosine)),
+                max(NEAR.relative_error, MARGIN.relative_error * reference.relative_error),
             )
     return EXACT
 
 
-def holds(proof: OutputParity, rounding: Iterable[OutputParity]) -> bool:
-    """Whether it reaches its bound; what is not a number does not."""
-    least = bound(proof, rounding)
-    return proof.least_cosine >= least.cosine and proof.relative_error <= least.relative_error
+def passes(output: OutputParity, rounding: Iterable[OutputParity]) -> bool:
+    """Return whether `output` is within its bound. NaN never is."""
+    limit = bound(output, rounding)
+    return output.least_cosine >= limit.cosine and output.relative_error <= limit.relative_error
 
 
-def _features(runner: TorchRunner) -> Features:
-    # In float32 whatever it computes in: not the rounding of an answer is in question.
-    spec = FeatureSpec(tuple(Output(kind) for kind in PROVEN), "float32")
+def _features(runner: TorchRunner) -> ReferenceFeatures:
+    # Returned in float32 whatever dtype the model computes in: rounding of the answer is not what is checked.
+    spec = FeatureSpec(tuple(Output(kind) for kind in COMPARED), "float32")
     return [
-        dict(zip(PROVEN, run_image(runner, torch.from_numpy(image), spec), strict=True)) for image in probe.probes()
+        dict(zip(COMPARED, run_image(runner, torch.from_numpy(image), spec), strict=True))
+        for image in reference_images.reference_images()
     ]
 
 
-def _check(claim: Claim, theirs: _Theirs, proofs: Sequence[OutputParity], rounding: Sequence[OutputParity]) -> None:
-    failed = [proof for proof in proofs if not holds(proof, rounding)]
+def _require_parity(
+    inputs: ParityInputs,
+    reference: _ReferenceInputs,
+    outputs: Sequence[OutputParity],
+    rounding: Sequence[OutputParity],
+) -> None:
+    """Raise ParityError, with all figures, unless every output is within its bound."""
+    failed = [output for output in outputs if not passes(output, rounding)]
     if not failed:
         return
     lines = []
-    for proof in proofs:
-        least = bound(proof, rounding)
+    for output in outputs:
+        limit = bound(output, rounding)
         lines.append(
-            f"    {proof.output} in {proof.dtype}: cosine {proof.least_cosine:.6f} (at least {least.cosine:.6f}), "
-            f"relative error {proof.relative_error:.1e} (at most {least.relative_error:.1e})"
-            + (": FAILS" if proof in failed else "")
+            f"    {output.output} in {output.dtype}: cosine {output.least_cosine:.6f} (at least {limit.cosine:.6f}), "
+            f"relative error {output.relative_error:.1e} (at most {limit.relative_error:.1e})"
+            + (": FAILS" if output in failed else "")
         )
-    # Where float32 passes, the model is the right one.
+    # If float32 passes, only the serving dtype is at fault.
     exact = "" if failed[0].dtype == "float32" else "--dtype float32 serves features that pass; "
     raise ParityError(
         "\n".join(
             (
-                f"the features of {claim.checkpoint.variant.name} on {_name(claim.device)} are not those of Meta's "
-                f"code at {theirs.revision}:",
+                f"the features of {inputs.checkpoint.variant.name} on {_device_name(inputs.device)} are not those of "
+                f"Meta's code at {reference.revision}:",
                 *lines,
-                "They are not served. Please report it, with these figures. Until it is mended: "
-                f"{exact}--backbone reference serves Meta's own modules; --parity-check false serves these, unproven.",
+                "They are not served. Please report this, with these figures. Until it is fixed: "
+                f"{exact}--backbone reference serves Meta's own modules; --parity-check false serves these unverified.",
             )
         )
     )
 
 
-def _holding(kept: Kept | None, claim: Claim) -> ParityCheck | None:
-    """A kept parity check if it shows what is claimed, by the bounds of today."""
-    if kept is None:
+def _valid(stored: StoredResult | None, inputs: ParityInputs) -> ParityCheck | None:
+    """Return the stored parity check if it covers `inputs` and is within the current bounds."""
+    if stored is None:
         return None
-    parity_check, rounding = kept
-    serving = {(kind, claim.dtype) for kind in PROVEN}
-    wanted = serving | {(kind, "float32") for kind in PROVEN}
-    shown = {(proof.output, proof.dtype) for proof in parity_check.outputs}
-    judged = {(proof.output, proof.dtype) for proof in rounding}
+    parity_check, rounding = stored
+    serving = {(kind, inputs.dtype) for kind in COMPARED}
+    required = serving | {(kind, "float32") for kind in COMPARED}
+    compared = {(output.output, output.dtype) for output in parity_check.outputs}
+    measured = {(output.output, output.dtype) for output in rounding}
     if (
         not parity_check.verified
-        or shown != wanted
-        or judged != (set() if claim.dtype == "float32" else serving)
-        or not all(holds(proof, rounding) for proof in parity_check.outputs)
+        or compared != required
+        or measured != (set() if inputs.dtype == "float32" else serving)
+        or not all(passes(output, rounding) for output in parity_check.outputs)
     ):
-        log.warning("a kept parity check does not reach the bounds of today: the features are compared again")
+        log.warning("a stored parity check is not within the current bounds: the features are compared again")
         return None
     return parity_check
 
 
 def _code_digest() -> str:
-    """Return 16 hex digits of every module in CODE, subfolders included."""
+    """Return 16 hex digits of a hash of every module in CODE, subfolders included."""
     digest = hashlib.sha256()
     for path in sorted(path for name in CODE for path in [PACKAGE / name, *(PACKAGE / name).rglob("*.py")]):
         if path.is_file():
@@ -316,8 +331,8 @@ def _code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _name(device: torch.device) -> str:
-    """What computes: figures of one kind of device say nothing about another."""
+def _device_name(device: torch.device) -> str:
+    """Return the kind of device: results of one kind do not hold for another."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     bf16 = ", native bfloat16" if host.has_native_bf16() else ""

@@ -1,6 +1,6 @@
-"""The images on which features are compared: defined by a formula, the same bytes on every machine.
+"""The reference images on which features are compared: defined by a formula, the same bytes on every machine.
 
-With integers only (`//` rounds down), the pixel of probe k (0, 1, ...) of H x W at row y, column x, channel c is
+With integers only (`//` rounds down), the pixel of image k (0, 1, ...) of H x W at row y, column x, channel c is
 
     shade + board + grain, where
 
@@ -11,7 +11,7 @@ With integers only (`//` rounds down), the pixel of probe k (0, 1, ...) of H x W
     grain = ((7919 x + 104729 y + 1299709 c + 15485863 k)^2 // 1024) mod 32
 
 so there are smooth shades in three phases, long and short edges, and texture. Sizes are multiples of 32, which every
-variant takes.
+variant accepts.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# Changes when an image does: certificates of other probes are not taken for one of these.
+# Increment when an image changes: it invalidates stored results.
 VERSION = 1
 SIZES = ((224, 224), (256, 384), (128, 320))
 
 
-def probes() -> list[NDArray[np.uint8]]:
-    """One [H, W, 3] RGB image of each of `SIZES`."""
-    return [_probe(k, height, width) for k, (height, width) in enumerate(SIZES)]
+def reference_images() -> list[NDArray[np.uint8]]:
+    """Return one [H, W, 3] RGB image of each of `SIZES`."""
+    return [_image(k, height, width) for k, (height, width) in enumerate(SIZES)]
 
 
-def _probe(k: int, height: int, width: int) -> NDArray[np.uint8]:
+def _image(k: int, height: int, width: int) -> NDArray[np.uint8]:
     y = np.arange(height, dtype=np.int64)[:, None, None]
     x = np.arange(width, dtype=np.int64)[None, :, None]
     c = np.arange(3, dtype=np.int64)[None, None, :]

@@ -1,8 +1,8 @@
-"""Certificates kept in files, so that a restart does not prove again what was proven.
+"""Stores results of parity checks in files, so that a restart need not compare again.
 
-A parity check's file is named after what it is about, and says it too. Files are written whole, so reading needs no
-lock; the lock is for proving, so that of several workers or replicas one proves and the others read. A folder that
-cannot be used costs the time of a proof at every start, and nothing else.
+A file's name is a hash of the inputs of its check, and the file repeats them. Files are written atomically, so reading
+needs no lock. The lock is for comparing: of several workers or replicas one compares and the others read its result.
+With an unusable folder every start compares again; nothing else is lost.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dinov3_server.storage import locked, write_atomic
 log = logging.getLogger(__name__)
 
 
-class Kept(NamedTuple):
-    """A parity check, and what it is judged by: how near Meta's own code in the serving dtype is to itself in float32.
+class StoredResult(NamedTuple):
+    """A parity check, and the rounding error that it is judged by.
 
-    `rounding` is empty where the serving dtype is float32.
+    `rounding` compares Meta's code in the serving dtype with itself in float32; it is empty if that dtype is float32.
     """
 
     parity_check: ParityCheck
@@ -34,15 +34,15 @@ class Kept(NamedTuple):
 
 
 class ParityStore:
-    """The place of one parity check in `folder`; `about` is everything that its figures depend on."""
+    """The file of one parity check in `folder`; `inputs` is everything that its result depends on."""
 
-    def __init__(self, folder: Path, about: Mapping[str, str | int]) -> None:
-        self._about = dict(about)
-        key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:32]
+    def __init__(self, folder: Path, inputs: Mapping[str, str | int]) -> None:
+        self._inputs = dict(inputs)
+        key = hashlib.sha256(json.dumps(self._inputs, sort_keys=True).encode()).hexdigest()[:32]
         self.path = folder / f"{key}.json"
 
-    def read(self) -> Kept | None:
-        """What is kept; None where that is nothing, or cannot be read."""
+    def read(self) -> StoredResult | None:
+        """Return the stored result, None if there is none or it cannot be read."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -51,47 +51,47 @@ class ParityStore:
             log.warning("%s cannot be read (%s): the features are compared again", self.path, error.strerror)
             return None
         try:
-            return _parse(json.loads(data), self._about)
+            return _parse(json.loads(data), self._inputs)
         except (ValueError, TypeError, KeyError) as error:
-            log.warning("%s is no parity check of this (%s): the features are compared again", self.path, error)
+            log.warning("%s is not a valid result (%s): the features are compared again", self.path, error)
             return None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Wait while another process proves the same; go on without, where the folder cannot be written."""
+        """Wait while another process runs the same check. Continue without a lock if the folder cannot be written."""
         with ExitStack() as held:
             try:
                 held.enter_context(locked(self.path.with_suffix(".lock"), "comparing with Meta's code"))
             except StorageError as error:
-                log.warning("the parity check will not be kept, so every start will compare again: %s", error)
+                log.warning("the parity check will not be stored, so every start will compare again: %s", error)
             yield
 
-    def write(self, kept: Kept) -> None:
+    def write(self, result: StoredResult) -> None:
         content = {
-            "about": self._about,
-            "parity_check": asdict(kept.parity_check),
-            "rounding": [asdict(proof) for proof in kept.rounding],
+            "inputs": self._inputs,
+            "parity_check": asdict(result.parity_check),
+            "rounding": [asdict(output) for output in result.rounding],
         }
         try:
             write_atomic(self.path, json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
         except StorageError as error:
-            log.warning("the parity check is not kept, so every start compares again: %s", error)
+            log.warning("the parity check is not stored, so every start compares again: %s", error)
 
 
-def _parse(content: Any, about: Mapping[str, str | int]) -> Kept:
-    """Raises ValueError, TypeError or KeyError for anything but what `write` writes."""
-    if content["about"] != about:
-        raise ValueError("it is about something else")
+def _parse(content: Any, inputs: Mapping[str, str | int]) -> StoredResult:
+    """Parse a file's content. Raises ValueError, TypeError or KeyError if `write` did not write it for `inputs`."""
+    if content["inputs"] != inputs:
+        raise ValueError("its inputs are others")
     stored = dict(content["parity_check"])
-    outputs = _proofs(stored.pop("outputs"))
+    outputs = _parse_outputs(stored.pop("outputs"))
     if not isinstance(stored["verified"], bool) or not all(
         isinstance(stored[name], str) for name in ("reason", "revision", "time", "not_covered")
     ):
-        raise ValueError("a field is not what it should be")
-    return Kept(ParityCheck(outputs=outputs, **stored), _proofs(content["rounding"]))
+        raise ValueError("a field has the wrong type")
+    return StoredResult(ParityCheck(outputs=outputs, **stored), _parse_outputs(content["rounding"]))
 
 
-def _proofs(stored: Any) -> tuple[OutputParity, ...]:
+def _parse_outputs(stored: Any) -> tuple[OutputParity, ...]:
     return tuple(
         OutputParity(each["output"], each["dtype"], float(each["least_cosine"]), float(each["relative_error"]))
         for each in stored

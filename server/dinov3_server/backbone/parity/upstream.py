@@ -1,8 +1,8 @@
-"""Meta's own modules, from a checkout of their repository, with the weights of a checkpoint of ours.
+"""Meta's own modules, imported from a checkout of their repository, with the weights of a checkpoint.
 
-Their code is reached through `dinov3.hub.backbones` alone, whose functions make a model by its name, and their loaders
-of weights are never used. Importing it changes settings of torch for the whole process: it is imported in a process
-that does nothing else (`upstream_process.py`), or in a worker that serves it (`--backbone reference`).
+Only `dinov3.hub.backbones` is used, whose functions create a model by name; Meta's weight loaders are never used.
+Importing the code changes settings of torch for the whole process. So it is imported only in a process that does
+nothing else (`upstream_process.py`), or in a worker that serves it (`--backbone reference`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from dinov3_server.models.key_map import FileTensor
 
 _PACKAGE = "dinov3"
 _ENTRY_POINTS = "dinov3.hub.backbones"
-# What training uses and inference does not: a file may lack it, or have it where the model as it is made has not.
+# Tensors for training only: a file may lack them, or have them although the created model does not.
 _UNUSED = frozenset({"mask_token", "local_cls_norm.weight", "local_cls_norm.bias"})
-# Of an error of theirs, what a message of ours quotes.
+# How much of an error of Meta's code our messages quote.
 _MOST_LINES, _LONGEST_LINE = 4, 300
 
 
 class UpstreamModel:
-    """Meta's model, called as ours are: `model(pixels, outputs)` gives the features of a batch.
+    """Meta's model behind the `Model` interface: `model(pixels, outputs)` returns the features of a batch.
 
-    In bfloat16 it computes as their evaluation does, under autocast: matrix products in bfloat16, everything else and
-    the residual stream in float32. The weights of those products are rounded once, at load, where autocast would do it
-    at every call; the results are the same.
+    In bfloat16 it computes like Meta's evaluation, under autocast: matrix products in bfloat16, everything else and the
+    residual stream in float32. The weights of those products are rounded once, at load, instead of at every call by
+    autocast; the results are the same.
     """
 
     def __init__(self, checkout: Path, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -48,38 +48,38 @@ class UpstreamModel:
         self.device = device
         self._module = load_upstream(checkout, checkpoint, device)
         if dtype == torch.float32:
-            # Of convolutions TF32 is on by default: it rounds what they multiply to 10 bits. For the whole process.
+            # Convolutions use TF32 by default, which rounds their inputs to 10 bits. Disabled for the whole process.
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_tf32 = False
         else:
             for module in self._module.modules():
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
-        # On the device once and for all: a copy from the host would be no part of a CUDA graph.
+        # On the device from the start: a CUDA graph cannot contain a copy from the host.
         self._mean = torch.tensor(checkpoint.dataset.mean, device=device)
         self._std = torch.tensor(checkpoint.dataset.std, device=device)
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of the
-        patch size, which upstream would crop silently.
+        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of
+        the patch size (Meta's code would crop other sizes silently).
 
-        Gives for each output a [B, D] (cls) or [B, tokens, D] fp32 tensor.
+        Returns for each output a [B, D] (cls) or [B, tokens, D] fp32 tensor.
         """
-        wanted: dict[tuple[int | None, bool], list[Output]] = {}
+        by_layer: dict[tuple[int | None, bool], list[Output]] = {}
         for output in outputs:
-            wanted.setdefault((output.layer, output.norm), []).append(output)
+            by_layer.setdefault((output.layer, output.norm), []).append(output)
         if pixels.dtype == torch.uint8:
             pixels = ((pixels.float() / 255 - self._mean) / self._std).permute(0, 3, 1, 2).contiguous()
         features: dict[Output, Tensor] = {}
-        # cache_enabled: there is nothing to cache, and a cache would be no part of a CUDA graph.
+        # No cache: there is nothing to cache, and it would not work in a CUDA graph.
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            for (layer, norm), group in wanted.items():
+            for (layer, norm), group in by_layer.items():
                 tokens = self._final(pixels) if layer is None else self._layer(pixels, layer, norm)
                 features |= {output: tokens[output.kind].float() for output in group}
         return features
 
     def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """None: Meta's code makes its RoPE table anew in every forward pass."""
+        """Return no tensors: Meta's code computes its RoPE table in every forward pass."""
         return ()
 
     def _final(self, pixels: Tensor) -> dict[TokenKind, Tensor]:
@@ -91,22 +91,22 @@ class UpstreamModel:
         }
 
     def _layer(self, pixels: Tensor, layer: int, norm: bool) -> dict[TokenKind, Tensor]:
-        # A ConvNeXt's method knows no extra tokens.
+        # A ConvNeXt's method does not take this argument.
         extra = {"return_extra_tokens": True} if self.variant.registers else {}
         (parts,) = self._module.get_intermediate_layers(pixels, n=[layer], return_class_token=True, norm=norm, **extra)
         return dict(zip(("patches", "cls", "registers"), parts, strict=False))
 
 
 def load_upstream(checkout: Path, checkpoint: Checkpoint, device: torch.device) -> Any:
-    """Meta's module for the checkpoint's variant in fp32, in evaluation mode, with the checkpoint's weights.
+    """Create Meta's module for the checkpoint's variant in fp32, in evaluation mode, with the checkpoint's weights.
 
-    Where the file names its tensors as Meta does, those are loaded as they are, so that our reading of the names has no
-    part in it. Raises UpstreamCodeError where Meta's code cannot be used.
+    The tensors of a file in Meta's own format are loaded under the file's own keys, independently of our key maps.
+    Raises UpstreamCodeError if Meta's code cannot be used.
     """
     name = checkpoint.variant.name
     try:
         make = getattr(_import_from(checkout), name)
-        # On no device, so that it takes neither memory for weights that are replaced nor time to draw them.
+        # On the meta device: no memory and no time for initial weights that are replaced anyway.
         with torch.device("meta"):
             module = make(pretrained=False)
         state = official_tensors(checkpoint)
@@ -119,19 +119,22 @@ def load_upstream(checkout: Path, checkpoint: Checkpoint, device: torch.device) 
 
 
 def _short(error: Exception) -> str:
-    """The kind and beginning of an error: torch names every key of a state dict that does not fit."""
+    """Return the type and first lines of an error: torch lists every state-dict key that does not match."""
     text = ": ".join(filter(None, (type(error).__name__, str(error))))
     return "\n".join(map(cut, text.splitlines()[:_MOST_LINES]))
 
 
 def cut(line: str) -> str:
-    """A line of somebody else's words, no longer than a message of ours can quote."""
+    """Shorten a line of foreign output for our messages."""
     return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}..."
 
 
 def official_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights under the names of Meta's state dict: the file's own where it has those, else the canonical tensors
-    by the layout that reads official files, backwards."""
+    """Return the weights under Meta's state-dict keys.
+
+    They are the file's own tensors if it is in Meta's format, else the canonical tensors, with the key map of Meta's
+    format applied in reverse.
+    """
     entries = next(key_map.entries for key_map in checkpoint.variant.key_maps() if key_map.name == "official")
     state = dict(checkpoint.official or _translated(checkpoint, entries))
     for key, entry in entries.items():
@@ -157,7 +160,7 @@ def _translated(checkpoint: Checkpoint, entries: Mapping[str, FileTensor]) -> di
 
 
 def _fitted(state: Mapping[str, Tensor], made: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """`state` in fp32 on the device, with those unused tensors that the module as it was made has, and no others."""
+    """Return `state` in fp32 on the device, with exactly those of the `_UNUSED` tensors that the created module has."""
     fitted = {
         key: tensor.to(device, torch.float32) for key, tensor in state.items() if key in made or key not in _UNUSED
     }
@@ -167,12 +170,12 @@ def _fitted(state: Mapping[str, Tensor], made: Mapping[str, Tensor], device: tor
 
 
 def _import_from(checkout: Path) -> ModuleType:
-    """`dinov3.hub.backbones` of this checkout, whatever else is called dinov3 on this machine."""
-    checkout = checkout.resolve()  # as modules have their files
+    """Import `dinov3.hub.backbones` from this checkout, even if another package named dinov3 is installed."""
+    checkout = checkout.resolve()  # like the modules' __file__
     if _ENTRY_POINTS not in sys.modules:
         sys.meta_path.insert(0, _CheckoutFinder(checkout))
-        # It imports torch's compiler, which nothing here uses, and that makes a folder for its cache at once, under
-        # /tmp: a read-only container has none. A folder that exists need not be made.
+        # Meta's code imports torch's compiler, which is not used here and creates a cache folder under /tmp at once.
+        # A read-only container has no /tmp, so name a folder that exists.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", "/")
     module = importlib.import_module(_ENTRY_POINTS)
     if not Path(str(module.__file__)).is_relative_to(checkout):
@@ -181,7 +184,7 @@ def _import_from(checkout: Path) -> ModuleType:
 
 
 class _CheckoutFinder(MetaPathFinder):
-    """Finds the package `dinov3` in a checkout and nowhere else, and nothing else in the checkout."""
+    """An import hook that finds the package `dinov3` only in a checkout, and no other package there."""
 
     def __init__(self, checkout: Path) -> None:
         self.checkout = checkout
@@ -197,7 +200,7 @@ class _CheckoutFinder(MetaPathFinder):
 
 
 class _SourceLoader(SourceFileLoader):
-    """Compiles the source itself: what lies in a __pycache__ may be of anything, and a checkout is not written to."""
+    """Compiles sources without __pycache__: cached bytecode cannot be trusted, and a checkout is not written to."""
 
     def get_code(self, fullname: str) -> CodeType | None:
         return self.source_to_code(self.get_data(self.path), self.path)

@@ -1,8 +1,8 @@
-"""Meta's features of the probes, computed by a process of its own that ends with them.
+"""Computes features of the reference images with Meta's code, in a separate process.
 
-So what importing their code does to a process stays there, and its model's memory is given back whole before ours is
-built. It reads what to do from its standard input, and its standard output is the features: should it or its starter be
-killed, nothing is left behind.
+So the side effects of importing that code stay there, and all memory of its model is freed before ours is built. The
+process reads its task from standard input and writes the features to standard output: if it or its parent is killed,
+nothing is left behind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.parity.reference_images import probes
+from dinov3_server.backbone.parity.reference_images import reference_images
 from dinov3_server.backbone.parity.upstream import UpstreamModel, cut
 from dinov3_server.backbone.runners.base import TORCH_DTYPES
 from dinov3_server.backbone.weights.checkpoint import Checkpoint, load_checkpoint
@@ -29,17 +29,17 @@ from dinov3_server.models.interface import FeatureDtype, Output, TokenKind
 from dinov3_server.models.variant import DatasetName, Variant
 from dinov3_server.signals import die_with
 
-PROVEN: tuple[TokenKind, ...] = ("cls", "patches")
+COMPARED: tuple[TokenKind, ...] = ("cls", "patches")
 
-# Of each probe: [D] cls and [P, D] patches, fp32, on the CPU.
-Features = list[dict[TokenKind, Tensor]]
+# For each reference image: [D] cls and [P, D] patches, fp32, on the CPU.
+ReferenceFeatures = list[dict[TokenKind, Tensor]]
 
-# Of what the process said before it failed: the end of a traceback is what happened.
+# Lines of the failed process's stderr that an error quotes: the end of a traceback is what matters.
 _LAST_LINES = 6
 
 
-class NotRun(Exception):
-    """Meta's code could not be run to its end: how it ended, and the last that it said."""
+class UpstreamProcessFailed(Exception):
+    """The process that runs Meta's code failed. The message has its exit status and the end of its stderr."""
 
 
 def upstream_features(
@@ -51,10 +51,10 @@ def upstream_features(
     *,
     device: torch.device,
     threads: int,
-) -> dict[FeatureDtype, Features]:
-    """Meta's features of the probes, computed in each of `dtypes`, from the same weights that ours are built from.
+) -> dict[FeatureDtype, ReferenceFeatures]:
+    """Compute features of the reference images with Meta's code in each of `dtypes`, from the weights that ours use.
 
-    To be called on the main thread: the process dies with the thread that starts it. Raises NotRun.
+    Call it on the main thread: the process dies with the thread that starts it. Raises UpstreamProcessFailed.
     """
     # A mapping proxy cannot be pickled.
     plain = replace(variant, hashes=dict(variant.hashes))
@@ -65,23 +65,23 @@ def upstream_features(
         check=False,
     )
     if done.returncode:
-        raise NotRun(_how_it_ended(done.returncode, done.stderr.decode(errors="replace")))
-    features: dict[FeatureDtype, Features] = torch.load(io.BytesIO(done.stdout), weights_only=True)
+        raise UpstreamProcessFailed(_failure(done.returncode, done.stderr.decode(errors="replace")))
+    features: dict[FeatureDtype, ReferenceFeatures] = torch.load(io.BytesIO(done.stdout), weights_only=True)
     return features
 
 
-def _how_it_ended(code: int, said: str) -> str:
+def _failure(code: int, stderr: str) -> str:
     ended = f"exit status {code}"
     if code < 0:
         ended = f"killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            ended += ", as the kernel does where memory runs out"
-    return "\n    ".join([ended, *map(cut, said.rstrip().splitlines()[-_LAST_LINES:])])
+            ended += ", as the kernel does when memory runs out"
+    return "\n    ".join([ended, *map(cut, stderr.rstrip().splitlines()[-_LAST_LINES:])])
 
 
 def main() -> int:
     die_with(int(sys.argv[1]))
-    # Whatever prints shall not print among the features.
+    # Redirect prints to stderr, so that they do not mix with the features.
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
         try:
@@ -101,18 +101,18 @@ def _compute(
     dtypes: Sequence[FeatureDtype],
     device: str,
     threads: int,
-) -> dict[FeatureDtype, Features]:
+) -> dict[FeatureDtype, ReferenceFeatures]:
     torch.set_num_threads(threads)
     checkpoint = load_checkpoint(weights, variant, dataset)
     return {dtype: _features(checkout, checkpoint, dtype, torch.device(device)) for dtype in dtypes}
 
 
 @torch.inference_mode()
-def _features(checkout: Path, checkpoint: Checkpoint, dtype: FeatureDtype, device: torch.device) -> Features:
+def _features(checkout: Path, checkpoint: Checkpoint, dtype: FeatureDtype, device: torch.device) -> ReferenceFeatures:
     model = UpstreamModel(checkout, checkpoint, dtype=TORCH_DTYPES[dtype], device=device)
-    features: Features = []
-    for image in probes():
-        computed = model(torch.from_numpy(image)[None].to(device), [Output(kind) for kind in PROVEN])
+    features: ReferenceFeatures = []
+    for image in reference_images():
+        computed = model(torch.from_numpy(image)[None].to(device), [Output(kind) for kind in COMPARED])
         features.append({output.kind: tokens[0].cpu().clone() for output, tokens in computed.items()})
     return features
 

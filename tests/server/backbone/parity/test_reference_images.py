@@ -1,4 +1,4 @@
-"""The probe's images are what their formula says, for ever."""
+"""The reference images are those of their formula, and never change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from dinov3_server.backbone.parity import reference_images as probe
+from dinov3_server.backbone.parity.reference_images import SIZES, VERSION, reference_images
 from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS
 from dinov3_server.families.registry import VARIANTS
 
@@ -19,13 +19,13 @@ HASHES = (
 
 def test_the_bytes_are_the_same_everywhere() -> None:
     """Where this fails the images have changed: they need a new VERSION, and new hashes here."""
-    assert probe.VERSION == 1
-    assert tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in probe.probes()) == HASHES
+    assert VERSION == 1
+    assert tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in reference_images()) == HASHES
 
 
 def test_the_formula() -> None:
     """Written out from the docstring, in Python's own integers."""
-    for k, ((height, width), image) in enumerate(zip(probe.SIZES, probe.probes(), strict=True)):
+    for k, ((height, width), image) in enumerate(zip(SIZES, reference_images(), strict=True)):
         assert image.shape == (height, width, 3)
         assert image.dtype == np.uint8
         for y, x, c in ((0, 0, 0), (height // 2, width // 3, 1), (17, width - 1, 2), (height - 1, 40, 0)):
@@ -41,13 +41,13 @@ def test_the_formula() -> None:
 
 def test_every_variant_takes_every_probe() -> None:
     strides = {variant.patch_size for variant in (*VARIANTS.values(), *CONVNEXTS.values())}
-    assert not any(side % stride for size in probe.SIZES for side in size for stride in strides)
-    assert len(set(probe.SIZES)) == len(probe.SIZES)
+    assert not any(side % stride for size in SIZES for side in size for stride in strides)
+    assert len(set(SIZES)) == len(SIZES)
 
 
 def test_they_are_no_plain_pictures() -> None:
     """Every patch has structure: a patch of one colour would not tell one pixel of it from another."""
-    for image in probe.probes():
+    for image in reference_images():
         cells = image.reshape(image.shape[0] // 16, 16, image.shape[1] // 16, 16, 3)
         assert cells.std(axis=(1, 3)).min() > 5
         assert image.min() < 16
