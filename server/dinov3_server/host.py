@@ -1,4 +1,4 @@
-"""What this machine's CPU gives us: threads and how they wait, native bfloat16, and memory that stays where it is."""
+"""Facts about this machine: available CPU threads and memory, native bfloat16; and the environment of CPU workers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 _CPUINFO = Path("/proc/cpuinfo")
-# AVX512-BF16 and AMX-BF16 on x86, the bfloat16 extension on Arm. Elsewhere bfloat16 is emulated, slower than fp32.
+# CPU flags of AVX512-BF16 and AMX-BF16 on x86, and of the bfloat16 extension on Arm. Without one of them bfloat16 is
+# emulated, and slower than fp32.
 _NATIVE_BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-# How often a thread of libgomp looks whether it may go on before it sleeps: 10 us, about what it takes to wake it.
+# Spins of a waiting libgomp thread before it sleeps: 10 us, about as long as waking it takes.
 _SPINS = "1000"
-# oneDNN's primitives that are kept. A shape of batch needs six to eight: about half a MB and 0.3 ms each.
-# Two caches hold them, oneDNN's own and torch's over it (1024 each by default); bounding one alone frees nothing.
+# Cached oneDNN primitives. A batch shape needs six to eight, about 0.5 MB and 0.3 ms each. Two caches hold them,
+# oneDNN's own and torch's on top (1024 each by default); limiting only one of them frees nothing.
 _PRIMITIVES = "256"
 
 
 def available_threads() -> int:
-    """CPUs that this process may use: its affinity, less where a container's quota allows less."""
+    """Return the number of CPUs that this process may use: its affinity, limited by a container's quota."""
     allowed = len(os.sched_getaffinity(0))
     try:
         quota, period = (CGROUP / "cpu.max").read_text().split()
@@ -29,10 +30,10 @@ def available_threads() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken: the machine's, or what the control group (v2) leaves of its limit.
+    """Return the bytes that can still be allocated: the machine's, or what the control group's (v2) limit leaves.
 
-    The group's use counts the files that it has read. The kernel gives those pages up for others, so they count as
-    free; a worker that reads its weights would otherwise seem to leave nothing.
+    Cached pages of files count as used by the group, but the kernel reclaims them, so they count as free here.
+    Otherwise a worker that has read its weights would seem to leave no memory.
     """
     available = _table(Path("/proc/meminfo"))["MemAvailable:"] * 1024
     try:
@@ -47,13 +48,13 @@ def available_memory() -> int:
 
 
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that computes on the CPU: what its threads and caches cost others is bounded.
+    """Return the environment of a process that computes on the CPU, with limits on spinning threads and caches.
 
-    torch's libraries read these variables once, when they are loaded. Values in `environ` win.
+    torch's libraries read these variables once, when they are loaded. Values in `environ` take precedence.
 
-    A forward pass has thousands of barriers. By default libgomp's threads spin at each for milliseconds; where another
-    process runs on one of the cores, they spin on the core that the late thread is waiting for. GOMP_SPINCOUNT
-    overrides OMP_WAIT_POLICY, so it is not set where `environ` has that.
+    A forward pass has thousands of barriers, and by default libgomp's threads spin at each for milliseconds. If another
+    process runs on one of the cores, they take the core that the late thread needs. GOMP_SPINCOUNT overrides
+    OMP_WAIT_POLICY, so it is not set if `environ` has that.
     """
     ours = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": _PRIMITIVES, "LRU_CACHE_CAPACITY": _PRIMITIVES}
     if "OMP_WAIT_POLICY" not in environ:
@@ -62,7 +63,7 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def has_native_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself."""
+    """Return whether the CPU has bfloat16 products in hardware."""
     try:
         lines = _CPUINFO.read_text().splitlines()
     except OSError:
@@ -72,5 +73,5 @@ def has_native_bf16() -> bool:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """The numbers of a file of lines `name value [unit]`."""
+    """Read a file of lines `name value [unit]`."""
     return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}

@@ -1,7 +1,6 @@
-"""What this process has from malloc, and how what is free of it goes back to the system after a peak.
+"""Control of glibc's malloc: keep freed memory for speed, and return it to the system after a peak.
 
-`keep_freed_memory` turns glibc's own trimming off, for speed. Without more a process would keep the memory of its
-largest moment for good.
+`keep_freed_memory` disables glibc's own trimming. On its own, it would make a process keep its peak memory for good.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _STATM = Path("/proc/self/statm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-# How long memory is kept for what may come again.
+# How long freed memory is kept for reuse.
 _KEPT_SECONDS = 10.0
-# Less is not worth a trim, which holds malloc's locks for about 0.1 ms a megabyte that is freed.
-_LEAST_BYTES = 64 << 20
+# The least excess worth a trim, which holds malloc's locks for about 0.1 ms per megabyte freed.
+_MIN_EXCESS_BYTES = 64 << 20
 
 
 class _Mallinfo2(ctypes.Structure):
-    """mallinfo(3)."""
+    """The struct mallinfo2 of mallinfo(3)."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -43,12 +42,12 @@ if _has_mallinfo:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what this process frees from now on; what it has freed so far goes back to the kernel.
+    """Make malloc keep memory that is freed from now on; memory freed so far is returned to the kernel.
 
-    A forward pass takes and frees the same megabytes layer by layer, a frontend the same messages request by request.
-    By default glibc maps blocks of over 32 MiB anew each time and trims the heap as it shrinks, so that the kernel
-    zeroes and faults in the same pages over and over. The heap grows for some time and then keeps its size.
-    Process-wide; does nothing without glibc.
+    A forward pass allocates and frees the same megabytes in every layer, a frontend for every message. By default glibc
+    maps each block of over 32 MiB anew and trims the heap as it shrinks, so that the kernel zeroes and faults in the
+    same pages over and over. With this setting the heap grows for some time and then keeps its size. Process-wide; does
+    nothing without glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
@@ -58,10 +57,10 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give every whole page that malloc keeps free back to the kernel. It is kept again from then on.
+    """Return all free whole pages to the kernel, once; memory freed later is kept again.
 
-    Blocks that live long come to lie between freed ones, so that the heap grows with every new mix of sizes. What is
-    needed again is faulted in anew. Does nothing without glibc.
+    Long-lived blocks fragment the heap, which therefore grows with every new mix of sizes. Pages that are needed again
+    are faulted in again. Does nothing without glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -69,7 +68,7 @@ def give_back_freed_memory() -> None:
 
 
 def allocated_bytes() -> int:
-    """Return the bytes that are allocated now, by all threads; 0 without glibc 2.33. Takes some 40 us."""
+    """Return the bytes allocated by all threads; 0 without glibc 2.33. Takes about 40 us."""
     if not _has_mallinfo:
         return 0
     info = _libc.mallinfo2()
@@ -77,32 +76,32 @@ def allocated_bytes() -> int:
 
 
 def anonymous_bytes() -> int:
-    """Return the memory of its own that the process has from the system, used or free."""
+    """Return the process's resident private memory, whether malloc uses it or keeps it free."""
     _, resident, shared, *_ = map(int, _STATM.read_text().split())
     return (resident - shared) * _PAGE_BYTES
 
 
 class Trimmer:
-    """Gives memory back that was freed after a peak. `look` is to be called about once a second."""
+    """Returns freed memory to the system after a peak. Call `look` about once a second."""
 
     def __init__(self) -> None:
-        self._lately: deque[tuple[float, int]] = deque()
+        self._recent: deque[tuple[float, int]] = deque()
         self._trimming: threading.Thread | None = None
 
     def look(self, allocated: int) -> threading.Thread | None:
-        """Give back what is free where the process has over twice the most that it used in the last 10 s, and 64 MiB.
+        """Return free memory if the process holds over twice its peak use of the last 10 s plus 64 MiB.
 
-        `allocated` is the most that was allocated since the last look. Returns the thread that does it, where one is
-        begun: it takes about 0.1 ms a megabyte.
+        `allocated` is the peak use since the last call. Returns the thread that does it, if one was started: it takes
+        about 0.1 ms per megabyte.
         """
         now = time.monotonic()
-        self._lately.append((now, allocated))
-        while self._lately[0][0] < now - _KEPT_SECONDS:
-            self._lately.popleft()
-        used = max(most for _, most in self._lately)
+        self._recent.append((now, allocated))
+        while self._recent[0][0] < now - _KEPT_SECONDS:
+            self._recent.popleft()
+        used = max(peak for _, peak in self._recent)
         if not _has_mallinfo or (self._trimming is not None and self._trimming.is_alive()):
             return None
-        if anonymous_bytes() <= 2 * used + _LEAST_BYTES:
+        if anonymous_bytes() <= 2 * used + _MIN_EXCESS_BYTES:
             return None
         self._trimming = threading.Thread(target=give_back_freed_memory, name="trim", daemon=True)
         self._trimming.start()

@@ -159,10 +159,10 @@ class DecodePool:
             file, image = sources[index].file, sources[index].image
             assert file is not None
             try:
-                probe = partial(self._decoders.probe, file, cost)
-                _set_size(sources, index, await self._in_process(probe, cost, deadline))
+                read_size = partial(self._decoders.read_size, file, cost)
+                _set_size(sources, index, await self._in_process(read_size, cost, deadline))
             except InvalidInput as error:
-                failures[image] = without_traceback(file.blamed(error))
+                failures[image] = without_traceback(file.with_field(error))
             except DeadlineExceeded:
                 self._metrics.images.inc("expired", value=sum(len(source.rows) for source in sources))
                 raise
@@ -179,7 +179,7 @@ class DecodePool:
                         others.append((index, cost))
                         continue
                     with grant:
-                        _set_size(sources, index, source.file.probe())
+                        _set_size(sources, index, source.file.read_size())
                 except InvalidInput as error:
                     failures[source.image] = without_traceback(error)
         return others
@@ -245,7 +245,7 @@ class DecodePool:
             write = partial(self._decoders.write, file, cost, rows, task.outs)
             await self._in_process(write, cost, request.deadline)
         except InvalidInput as error:
-            request.failures[task.image] = without_traceback(file.blamed(error) if file else error)
+            request.failures[task.image] = without_traceback(file.with_field(error) if file else error)
         self._metrics.stage_seconds.observe(task.seconds + time.monotonic() - started, "decode")
 
     async def _in_process(self, use_decoder: Callable[[], Awaitable[T]], cost: Cost, deadline: float | None) -> T:

@@ -15,7 +15,7 @@ from dinov3_server.api.status import without_traceback
 from dinov3_server.api.wire import BytesResolver
 from dinov3_server.config.settings import Settings
 from dinov3_server.errors import InvalidInput, ServingError
-from dinov3_server.images.cost import Cost, resizing
+from dinov3_server.images.cost import Cost, transform_cost
 from dinov3_server.images.file import File
 from dinov3_server.images.preprocess import (
     Box,
@@ -232,7 +232,7 @@ def _pixel_source(index: int, field: str, pixels: Pixels, rows: tuple[RowSpec, .
         return Source(index, rows, partial(_write_floats, pixels, f"{field}.data"))
     size = pixels.height, pixels.width
     resized = any(row.transform.resizes(*size) for row in rows)
-    cost = partial(resizing, *size, [row.transform for row in rows]) if resized else None
+    cost = partial(transform_cost, *size, [row.transform for row in rows]) if resized else None
     return Source(index, rows, partial(_write_pixels, pixels, rows), cost)
 
 

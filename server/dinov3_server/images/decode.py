@@ -1,9 +1,9 @@
-"""Encoded files to RGB: JPEG, PNG, WebP, BMP and TIFF, by Pillow.
+"""Decodes JPEG, PNG, WebP, BMP and TIFF files to RGB with Pillow.
 
-The pixels are those that a training loader gets from `Image.open(file).convert("RGB")`, except where that call destroys
-the picture (16-bit and floating-point grayscale). `docs/preprocessing.md` lists what becomes of every kind of file.
+The pixels equal those of `Image.open(file).convert("RGB")` in a training loader, except where that call destroys the
+image (16-bit and floating-point grayscale). `docs/preprocessing.md` lists the result for every kind of file.
 
-Called by many threads at once: nothing here keeps state, and Pillow releases the GIL while it decodes.
+Thread-safe: nothing here keeps state, and Pillow releases the GIL while it decodes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import numpy.typing as npt
 
-# Plugins register themselves when imported. All are imported here, so that no thread has to do it on a first image.
+# Plugins register themselves when imported. Import all of them here, not on a thread's first image.
 from PIL import (
     BmpImagePlugin,  # noqa: F401
     ExifTags,
@@ -34,15 +34,15 @@ from PIL import (
 
 from dinov3_server.errors import InvalidInput
 
-# Settings of the whole process, made once: there is no way to change them for one thread.
-# Our own limit is checked on every header, and is an error; Pillow's is a global with a warning.
+# Process-wide settings, which cannot be changed for one thread.
+# Pillow's limit is global and only warns; ours is checked on every header and is an error.
 Image.MAX_IMAGE_PIXELS = None
-# Pillow warns of damaged metadata (EXIF, TIFF tags, MPO and APNG indices) of pictures that decode well. What is wrong
-# with a client's file is for that client and not for our stderr; `warnings.catch_warnings` is not safe in threads.
+# Pillow warns of damaged metadata (EXIF, TIFF tags, MPO and APNG indices) of images that decode well. A fault of a
+# client's file belongs in the client's error, not in our log. `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-# libtiff prints its errors to stderr unless it has no handlers, which Pillow has no call for. Where Pillow's libtiff is
-# out of reach (linked statically) it goes on printing.
+# libtiff prints errors to stderr unless its handlers are removed, for which Pillow has no function. A statically linked
+# libtiff cannot be reached and goes on printing.
 with suppress(OSError, AttributeError):
     for _name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         _set_handler = getattr(ctypes.CDLL(_imaging.__file__), _name)
@@ -52,7 +52,7 @@ with suppress(OSError, AttributeError):
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _ALLOWED = "allowed are JPEG, PNG, WebP, BMP and TIFF files"
 
-# (offset, bytes there, name): of the allowed formats, and of those that people send in their stead.
+# (offset, bytes at it, name) of the allowed formats, and of others that are often sent by mistake.
 _SIGNATURES = (
     (0, b"\xff\xd8\xff", "JPEG"),
     (0, b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -89,7 +89,7 @@ _SIGNATURES = (
 )
 ALLOWED_NAMES = {"JPEG", "PNG", "WebP", "BMP", "TIFF"}
 
-# Exif 2.32, tag 0x0112: what brings the stored rows and columns upright.
+# Exif 2.32, tag 0x0112: the transposition that turns the stored image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -104,11 +104,11 @@ _SWAPS_AXES = (5, 6, 7, 8)
 _PHOTOMETRIC_WHITE_IS_ZERO = 0  # TIFF 6.0, section 4
 
 
-def probe(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> tuple[int, int]:
-    """(height, width) that `decode` will give, from the header alone.
+def read_size(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> tuple[int, int]:
+    """Return (height, width) of the image that `decode` would return, from the header alone.
 
-    Raises InvalidInput like `decode`, except for what only the body shows. A PNG whose orientation is asked for is
-    decoded: its EXIF chunk may follow the pixels.
+    Raises InvalidInput like `decode`, except for errors in the body. With `apply_exif_orientation` a PNG is decoded, as
+    its EXIF chunk may follow the pixels.
     """
     with _errors_of(data):
         image = _open(data, max_pixels)
@@ -118,10 +118,10 @@ def probe(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> tupl
 
 
 def decode(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> Image.Image:
-    """The first (or only) picture of a file, in mode RGB.
+    """Decode the first (or only) image of a file, in mode RGB.
 
-    Raises InvalidInput for everything that is wrong with the file: empty, truncated, corrupt, of another format, more
-    than `max_pixels` (height * width), or of samples that have no documented meaning.
+    Raises InvalidInput for any fault of the file: empty, truncated, corrupt, of another format, more than `max_pixels`
+    (height * width), or samples without a documented meaning.
     """
     with _errors_of(data):
         image = _open(data, max_pixels)
@@ -133,8 +133,11 @@ def decode(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> Ima
 
 @contextmanager
 def _errors_of(data: bytes) -> Iterator[None]:
-    """Whatever Pillow raises on a file is the fault of that file: plugins let struct.error, ValueError, EOFError,
-    SyntaxError, ZeroDivisionError, MemoryError and more through."""
+    """Turn any exception of Pillow into InvalidInput.
+
+    Its plugins raise struct.error, ValueError, EOFError, SyntaxError, ZeroDivisionError, MemoryError and more for bad
+    files.
+    """
     try:
         yield
     except InvalidInput:
@@ -147,18 +150,19 @@ def _errors_of(data: bytes) -> Iterator[None]:
 
 
 def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    """Header read, pixels not decoded, size checked."""
+    """Open a file: read the header and check the size, without decoding pixels."""
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     check_pixels(data, "the image", *image.size, max_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # libtiff decodes whole tiles, however small the image that they cover: 16x16 pixels with a tile of 20000x20000
-        # is a file of 1 MB that takes 1.2 GB. (Strips end where the image ends.)
+        # libtiff decodes whole tiles, even if larger than the image: a 1 MB file of 16x16 pixels with a tile of
+        # 20000x20000 takes 1.2 GB. (Strips end where the image ends.)
         tile = image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 1), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 1)
         check_pixels(data, "a tile", *tile, max_pixels)
     return image
 
 
 def check_pixels(data: bytes | memoryview, what: str, width: int, height: int, max_pixels: int) -> None:
+    """Raise InvalidInput if height * width is over `max_pixels`; `what` names the part of the file."""
     if height * width > max_pixels:
         raise InvalidInput(
             f"{describe(data)} is too large: {what} has {height}x{width} (height x width) = {height * width} pixels, "
@@ -167,9 +171,9 @@ def check_pixels(data: bytes | memoryview, what: str, width: int, height: int, m
 
 
 def _orientation(image: ImageFile.ImageFile) -> object:
-    """Orientation by EXIF (or XMP): 1 to 8, None without; anything else in a broken file."""
+    """Return the orientation by EXIF (or XMP): 1 to 8, None without one, anything else in a broken file."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        # A tag of the format itself there: Pillow applies it when it loads, asked or not, and tells the size after it.
+        # In TIFF it is a tag of the format: Pillow always applies it when it loads, and reports the size after it.
         return None
     return image.getexif().get(ExifTags.Base.Orientation)
 
@@ -181,15 +185,15 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
         return _gray_to_rgb(_integers_to_uint8(image), image)
     if image.mode == "F":
         return _gray_to_rgb(_floats_to_uint8(image), image)
-    # Which colour a palette or a tRNS chunk makes transparent: alpha is dropped, and converting it can fail.
+    # The transparent colour of a palette or a tRNS chunk: alpha is dropped, and converting it can fail.
     image.info.pop("transparency", None)
-    if image.mode == "La":  # grayscale premultiplied by alpha, which Pillow converts to LA only
+    if image.mode == "La":  # grayscale premultiplied by alpha: Pillow converts it only to LA
         return image.convert("LA").convert("RGB")
     return image.convert("RGB")
 
 
 def _integers_to_uint8(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
-    """The high byte, as Pillow reduces 16-bit RGB; `convert("RGB")` would clip at 255, which is nearly all white."""
+    """Return the high byte, as Pillow does for 16-bit RGB; `convert("RGB")` would clip at 255, to nearly all white."""
     samples: npt.NDArray[np.integer] = np.asarray(image)
     bits = 16
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):
@@ -203,7 +207,7 @@ def _integers_to_uint8(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
 
 
 def _floats_to_uint8(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
-    """0.0 is black and 1.0 white, as Adobe's TIFF Technical Note 3 has it; `convert("RGB")` would make both black."""
+    """Map 0.0 to black and 1.0 to white (Adobe's TIFF Technical Note 3); `convert("RGB")` would make both black."""
     samples: npt.NDArray[np.float32] = np.asarray(image)
     low, high = float(samples.min()), float(samples.max())
     if not (low >= 0 and high <= 1):  # NaN too
@@ -214,26 +218,27 @@ def _floats_to_uint8(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
 def _gray_to_rgb(gray: npt.NDArray[np.uint8], source: ImageFile.ImageFile) -> Image.Image:
     if isinstance(source, TiffImagePlugin.TiffImageFile):
         photometric = source.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
-        if photometric == _PHOTOMETRIC_WHITE_IS_ZERO:  # Pillow sees to it for samples of 8 bits and fewer only
+        if photometric == _PHOTOMETRIC_WHITE_IS_ZERO:  # Pillow inverts only samples of up to 8 bits
             gray = 255 - gray
     return Image.fromarray(gray).convert("RGB")
 
 
 def format_name(data: bytes | memoryview) -> str | None:
+    """Return the name of a file's format by its signature, None if unknown."""
     return next((name for at, magic, name in _SIGNATURES if data[at : at + len(magic)] == magic), None)
 
 
 def describe(data: bytes | memoryview) -> str:
+    """Return format and size of a file, for messages."""
     return f"the {format_name(data) or 'image'} file of {len(data)} bytes"
 
 
 def unidentified(data: bytes | memoryview) -> str:
+    """Return the error message for a file of no allowed format."""
     if not data:
         return f"the file is empty (0 bytes); {_ALLOWED}"
     name = format_name(data)
     if name in ALLOWED_NAMES:
-        return (
-            f"{describe(data)} has no readable header: it is truncated or corrupt, or of a kind that is not supported"
-        )
-    looks = f"looks like {name}" if name else "is no image of a known format"
+        return f"{describe(data)} has no readable header: it is truncated, corrupt or of an unsupported kind"
+    looks = f"looks like {name}" if name else "is not an image of a known format"
     return f"the file of {len(data)} bytes {looks} (it begins with {data[:8].hex(' ')}); {_ALLOWED}"

@@ -1,12 +1,12 @@
-"""A process that decodes: what it is asked for comes through a socket, and so does what becomes of it.
+"""The main module of a decode process, which receives jobs and returns pixels through a socket.
 
-It holds one picture at a time, in the memory and processor time that the asker allows, and may be killed at any
-moment. Nothing that it says is trusted: should a file get the better of a decoder, it has this process, which holds
-no other picture, no arena and no connection.
+It holds one image at a time, within the memory and processor time that each job allows, and may be killed at any time.
+Its answers are not trusted: a file that exploits a decoder controls only this process, which holds no other image, no
+arena and no connection.
 
-A message is its length (4 bytes, little-endian) and JSON. A job is a message and the file; the answer of a measurement
-is its size, that of a transform the bytes of each row, a message before them. Either may be an error instead, at any
-point, which ends the job.
+A message is its length (4 bytes, little-endian) and JSON. A job is a message, followed by the file. The answer to a
+size request is one message; the answer to a transform is, for each row, a message and its pixels. A message with an
+error may take the place of any answer, and ends the job.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images.decode import decode, describe, probe
+from dinov3_server.images.decode import decode, describe, read_size
 from dinov3_server.images.preprocess import Box, Transform, check_box, transform_into
 from dinov3_server.signals import die_with
 
 
 def pack(message: dict[str, Any]) -> bytes:
+    """Return a message's length and JSON."""
     data = json.dumps(message).encode()
     return struct.pack("<I", len(data)) + data
 
@@ -44,12 +45,12 @@ def _unpack_transform(packed: list[Any]) -> Transform:
 
 
 def main() -> None:
-    """`decode_process DESCRIPTOR PARENT`: serve until the other end of the socket is closed."""
+    """Run `decode_process DESCRIPTOR PARENT`: serve jobs until the other end of the socket is closed."""
     descriptor, parent = map(int, sys.argv[1:])
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the supervisor alone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the supervisor handles Ctrl-C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError):  # where memory runs out all the same, the kernel is to take this process first
+    with suppress(OSError):  # if memory runs out, the kernel kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     with socket.socket(fileno=descriptor) as channel, channel.makefile("rb") as reader:
         channel.sendall(pack({}))  # ready
@@ -62,7 +63,7 @@ def _serve(job: dict[str, Any], reader: BufferedReader, channel: socket.socket) 
     _limit(job["nbytes"], job["seconds"])
     try:
         if job["rows"] is None:
-            size = probe(data, max_pixels=job["max_pixels"], apply_exif_orientation=job["exif"])
+            size = read_size(data, max_pixels=job["max_pixels"], apply_exif_orientation=job["exif"])
             channel.sendall(pack({"size": size}))
             return
         image = decode(data, max_pixels=job["max_pixels"], apply_exif_orientation=job["exif"])
@@ -77,14 +78,16 @@ def _serve(job: dict[str, Any], reader: BufferedReader, channel: socket.socket) 
             channel.sendall(pack({"row_bytes": len(out)}))
             channel.sendall(out)
     except (InvalidInput, MemoryError) as error:
-        told = {"error": str(error), "field": error.field if isinstance(error, InvalidInput) else ""}
+        message = {"error": str(error), "field": error.field if isinstance(error, InvalidInput) else ""}
         if MemoryError in (type(error), type(error.__cause__)):
-            told["error"] = f"{describe(data)} takes more than {job['nbytes']} bytes of memory, too many for its size"
-        channel.sendall(pack(told))
+            message["error"] = (
+                f"{describe(data)} takes more than {job['nbytes']} bytes of memory, too many for its size"
+            )
+        channel.sendall(pack(message))
 
 
 def _limit(nbytes: int, seconds: int) -> None:
-    """From now on, of memory and of processor time."""
+    """Limit the process to `nbytes` more memory and `seconds` more processor time."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + nbytes, resource.RLIM_INFINITY))
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -1,8 +1,7 @@
-"""The decode processes of a frontend: few, started when they are needed, ended when they are not, killed at any time.
+"""A pool of decode processes for a frontend's event loop, for files that are not plain (`images/cost.py`).
 
-For files that are not plain (`images/cost.py`), and in the event loop. A process decodes and transforms, and its
-rows are read straight into the places that they are meant for: once `write` has returned or raised, however it did,
-nothing writes there.
+Processes start on demand, end when idle, and can be killed at any time. A process decodes and transforms, and its rows
+are received directly into their target buffers. After `write` has returned or raised, nothing writes there.
 """
 
 from __future__ import annotations
@@ -29,47 +28,47 @@ from dinov3_server.images.preprocess import Transform
 
 log = logging.getLogger(__name__)
 
-# After which a process that has nothing to do is ended. A new one is ready in a fifth of a second.
+# An idle process ends after this time. A new one is ready within 0.2 s.
 IDLE_SECONDS = 30.0
-# How long each row may take, of processor time.
+# Processor time allowed for each row.
 _SECONDS_PER_ROW = 1
-_MOST_MESSAGE_BYTES = 1 << 16
+_MAX_MESSAGE_BYTES = 1 << 16
 
 
 class Decoders:
-    """To be made in the event loop. `slots` are to be held around `probe` and `write`: there are `most`."""
+    """A pool of decode processes. Create it in the event loop; hold one of the `most` `slots` around each call."""
 
     def __init__(self, most: int) -> None:
         self.slots = asyncio.Semaphore(most)
         self._idle: list[tuple[_Process, asyncio.TimerHandle]] = []
 
     def close(self) -> None:
-        """End all processes. To be called when nothing is asked any more."""
+        """End all processes. Call it when no call is in progress."""
         for process, timer in self._idle:
             timer.cancel()
             process.kill()
             process.reap()
         self._idle.clear()
 
-    async def probe(self, file: File, cost: Cost) -> tuple[int, int]:
-        """(height, width) as `decode.probe` tells them. Raises like `write`."""
-        height, width = await self._ask(file, cost, None, ())
+    async def read_size(self, file: File, cost: Cost) -> tuple[int, int]:
+        """Return (height, width) like `decode.read_size`. Raises like `write`."""
+        height, width = await self._request(file, cost, None, ())
         return height, width
 
     async def write(
         self, file: File, cost: Cost, rows: Sequence[tuple[str, Transform]], outs: Sequence[memoryview]
     ) -> None:
-        """Decode a file and write its `rows`, each the field that asks for it and what it asks, into `outs`.
+        """Decode a file and write its `rows`, pairs of request field and transform, into `outs`.
 
-        Raises InvalidInput where the file or a row is at fault, also where decoding takes more memory or time than
-        `cost` has, or a decoder dies of it; Unavailable where no process can be started.
+        Raises InvalidInput for a fault of the file or a row, if decoding takes more memory or time than `cost` allows,
+        and if the file crashes the decoder; Unavailable if no process can be started.
         """
         if not rows:
             return
         packed = [{"field": field, "transform": pack_transform(transform)} for field, transform in rows]
-        await self._ask(file, cost, packed, outs)
+        await self._request(file, cost, packed, outs)
 
-    async def _ask(
+    async def _request(
         self, file: File, cost: Cost, rows: list[dict[str, Any]] | None, outs: Sequence[memoryview]
     ) -> list[int]:
         job = {
@@ -92,9 +91,11 @@ class Decoders:
                         "too much for its size"
                     ) from None
                 how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-                log.warning("a decode process died (%s) while it had %s", how, describe(file.data))
-                if last:  # it may have been killed from outside, once
-                    raise InvalidInput(f"{describe(file.data)} cannot be decoded: decoders die of it ({how})") from None
+                log.warning("a decode process died (%s) while decoding %s", how, describe(file.data))
+                if last:  # the first one may have been killed from outside
+                    raise InvalidInput(
+                        f"{describe(file.data)} cannot be decoded: it crashes decoders ({how})"
+                    ) from None
             except BaseException:
                 await process.end()
                 raise
@@ -103,7 +104,7 @@ class Decoders:
                 if "error" in answer:
                     raise InvalidInput(answer["error"], field=answer["field"])
                 return list(answer.get("size", ()))
-        raise AssertionError("the second time returns or raises")
+        raise AssertionError("the second attempt returns or raises")
 
     async def _take(self) -> _Process:
         if self._idle:
@@ -135,22 +136,22 @@ class Decoders:
 
 
 class _Process:
-    """One decode process, and the socket that leads there."""
+    """One decode process and its socket."""
 
     def __init__(self) -> None:
-        """Raises OSError where it cannot be started."""
+        """Start the process. Raises OSError."""
         self._loop = asyncio.get_running_loop()
         self._socket, theirs = socket.socketpair()
         with theirs:
             try:
-                # In the main thread, as the event loop is: a process dies with the thread that started it.
+                # In the main thread, which runs the event loop: the process dies with the thread that started it.
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", decode_process.__name__, str(theirs.fileno()), str(os.getpid())],
                     stdin=subprocess.DEVNULL,
                     stdout=sys.stderr,
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
-                    # Large blocks go back to the system once they are freed; numpy's threads have nothing to do here.
+                    # Return large blocks to the system once freed; numpy needs no threads here.
                     env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OPENBLAS_NUM_THREADS": "1"},
                 )
             except BaseException:
@@ -162,7 +163,10 @@ class _Process:
         self._loop.add_reader(self._pidfd, self.reap)
 
     async def do(self, job: dict[str, Any], data: bytes | memoryview, outs: Sequence[memoryview]) -> dict[str, Any]:
-        """The last message of the answer. Raises OSError or EOFError where the process is gone, or talks nonsense."""
+        """Run a job and return the last message of its answer.
+
+        Raises OSError or EOFError if the process has ended or sends anything unexpected.
+        """
         await self._loop.sock_sendall(self._socket, pack(job))
         await self._loop.sock_sendall(self._socket, data)
         answer: dict[str, Any] = {}
@@ -181,7 +185,7 @@ class _Process:
         head = bytearray(4)
         await self._receive(memoryview(head))
         (nbytes,) = struct.unpack("<I", head)
-        if nbytes > _MOST_MESSAGE_BYTES:
+        if nbytes > _MAX_MESSAGE_BYTES:
             raise EOFError
         body = bytearray(nbytes)
         await self._receive(memoryview(body))
@@ -199,7 +203,7 @@ class _Process:
             into = into[received:]
 
     async def end(self) -> int:
-        """Kill it. Returns its exit status when all that it held is the system's again."""
+        """Kill the process. Return its exit status once the system has freed all that it held."""
         self.kill()
         return await asyncio.shield(self._ended)
 
@@ -208,7 +212,7 @@ class _Process:
         self._socket.close()
 
     def reap(self) -> None:
-        """Wait for the end of a process that is ending."""
+        """Wait for the end of the killed process."""
         if not self._ended.done():
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)

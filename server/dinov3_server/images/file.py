@@ -1,4 +1,4 @@
-"""An encoded image of a request, and how it is to be read."""
+"""An encoded image of a request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dinov3_server.images import cost, decode
 
 
 class File(NamedTuple):
-    """`field` names it in errors. Methods may be called from any thread."""
+    """An encoded file, with the options for decoding it. `field` names it in errors. Thread-safe."""
 
     data: bytes | memoryview
     max_pixels: int
@@ -19,33 +19,33 @@ class File(NamedTuple):
     field: str
 
     def cost(self) -> cost.Cost:
-        """As `cost.cost_of` tells it."""
+        """Return the cost of decoding (`cost.cost_of`)."""
         try:
             return cost.cost_of(
                 self.data, max_pixels=self.max_pixels, apply_exif_orientation=self.apply_exif_orientation
             )
         except InvalidInput as error:
-            raise self.blamed(error) from None
+            raise self.with_field(error) from None
 
-    def probe(self) -> tuple[int, int]:
-        """As `decode.probe` does."""
+    def read_size(self) -> tuple[int, int]:
+        """Return (height, width), from the header (`decode.read_size`)."""
         try:
-            return decode.probe(
+            return decode.read_size(
                 bytes(self.data), max_pixels=self.max_pixels, apply_exif_orientation=self.apply_exif_orientation
             )
         except InvalidInput as error:
-            raise self.blamed(error) from error.__cause__
+            raise self.with_field(error) from error.__cause__
 
     def decode(self) -> Image.Image:
-        """As `decode.decode` does."""
+        """Decode the file (`decode.decode`)."""
         try:
             return decode.decode(
                 bytes(self.data), max_pixels=self.max_pixels, apply_exif_orientation=self.apply_exif_orientation
             )
         except InvalidInput as error:
-            raise self.blamed(error) from error.__cause__
+            raise self.with_field(error) from error.__cause__
 
-    def blamed(self, error: InvalidInput) -> InvalidInput:
-        """`error`, about this file where it does not say what it is about."""
+    def with_field(self, error: InvalidInput) -> InvalidInput:
+        """Set the error's field to that of this file, unless it has one."""
         error.field = error.field or self.field
         return error

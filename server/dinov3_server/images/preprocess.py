@@ -1,7 +1,7 @@
-"""RGB pictures of any size to the model's input pixels: presets, size rules, and crop, resampling and flip by Pillow.
+"""Preprocesses RGB images to model input: presets, size rules, and crop, resampling and flip by Pillow.
 
-The result is uint8; mean and std are applied on the device. `docs/preprocessing.md` states how near it comes to
-upstream's transform.
+The result is uint8; mean and std are applied on the device. `docs/preprocessing.md` states how close it is to Meta's
+transform.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _RESAMPLING: Mapping[str, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# Identifies the numbers, and so is part of the model's fingerprint: Pillow resamples and converts, its libjpeg decodes
-# (the JPEG standard leaves the last bit of the inverse DCT open). The last figure is this package's own: it rises with
-# every change to images/ that changes a pixel.
+# Part of the model's fingerprint, as it determines the pixels: Pillow resamples and converts, its libjpeg decodes (the
+# JPEG standard leaves the last bit of the inverse DCT open). Increment the last number, our own, with every change to
+# images/ that changes a pixel.
 PREPROCESSING_ID = f"pillow-{PIL.__version__}/libjpeg-turbo-{features.version_feature('libjpeg_turbo')}/1"
 
 _DINOV2_PATCH = 14
 
 
 class Box(NamedTuple):
-    """A rectangle of a picture, in pixels: the numbers of torchvision's RandomResizedCrop.get_params, in its order."""
+    """A rectangle of an image, in pixels: the result of torchvision's RandomResizedCrop.get_params, in its order."""
 
     top: int
     left: int
@@ -46,12 +46,12 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """What is to be done with a picture: cropped, then resized, then flipped, in Pillow's words
-    `image.crop(...).resize(size, interpolation).transpose(FLIP_LEFT_RIGHT)`.
+    """A transform of an image: crop, then resize, then flip.
 
-    `size` is (height, width) of the model's input in pixels; None leaves what is left of the picture as it is. The
-    aspect ratio is not kept, and nothing is cropped unless a view asks for it, as in upstream's transform. All filters
-    but "nearest" widen with the scale when they shrink an image (antialias).
+    In Pillow: `image.crop(...).resize(size, interpolation).transpose(FLIP_LEFT_RIGHT)`. `size` is (height, width) of
+    the model's input in pixels; None does not resize. The aspect ratio is not kept, and nothing is cropped unless a
+    view asks for it, as in Meta's transform. All filters but "nearest" widen with the scale when they shrink an image
+    (antialias).
     """
 
     size: tuple[int, int] | None
@@ -60,7 +60,7 @@ class Transform:
     flip: bool = False
 
     def resizes(self, height: int, width: int) -> bool:
-        """Whether more is to be done than to copy, with a picture of that size."""
+        """Return whether an image of that size must be resampled."""
         return self.size not in (None, self.crop[2:] if self.crop else (height, width))
 
 
@@ -70,10 +70,9 @@ PRESETS: Mapping[str, Transform] = MappingProxyType(
 
 
 def transform(preset: str, size: tuple[int, int] | None, interpolation: str | None) -> Transform:
-    """`preset` with its size (height, width) and interpolation replaced where they are given.
+    """Return the preset's transform, with its size (height, width) and interpolation replaced if given.
 
-    Raises InvalidInput for a preset or interpolation that does not exist. Whether the model can take the size is
-    `check_size`'s to say.
+    Raises InvalidInput for an unknown preset or interpolation. `check_size` checks whether the model accepts the size.
     """
     if preset not in PRESETS:
         allowed = ", ".join(
@@ -95,14 +94,14 @@ def transform(preset: str, size: tuple[int, int] | None, interpolation: str | No
 
 
 def check_size(height: int, width: int, patch: int, field: str) -> None:
-    """Raises InvalidInput, naming `field`, unless both are positive multiples of the model's patch size (pixels)."""
+    """Raise InvalidInput, naming `field`, unless both are positive multiples of the model's patch size (pixels)."""
     faults = [(name, value) for name, value in (("height", height), ("width", width)) if value <= 0 or value % patch]
     if not faults:
         return
-    told = " and ".join(f"{name} {value} is not (nearest: {_nearest(value, patch)})" for name, value in faults)
+    values = " and ".join(f"{name} {value} is not (nearest: {_nearest(value, patch)})" for name, value in faults)
     message = (
         f"the model takes heights and widths that are positive multiples of its patch size, {patch} pixels; "
-        f"of {height}x{width} (height x width), {told}"
+        f"of {height}x{width} (height x width), {values}"
     )
     if any(value > 0 and value % _DINOV2_PATCH == 0 for _, value in faults):
         message += f". Patches of {_DINOV2_PATCH} pixels, and with them sizes such as 518, are DINOv2's"
@@ -115,9 +114,9 @@ def _nearest(value: int, patch: int) -> str:
 
 
 def check_box(box: Box, picture: tuple[int, int] | None, field: str) -> None:
-    """Raises InvalidInput, naming `field`, unless `box` has pixels and lies within a picture of that (height, width).
+    """Raise InvalidInput, naming `field`, unless `box` has pixels and lies within an image of size `picture`.
 
-    None: its size is not known yet, and any will do.
+    `picture` is (height, width), or None if it is not known yet; then only the box itself is checked.
     """
     top, left, box_height, box_width = box
     given = f"the crop box with top {top}, left {left}, height {box_height}, width {box_width}"
@@ -136,9 +135,9 @@ def check_box(box: Box, picture: tuple[int, int] | None, field: str) -> None:
 
 
 def transform_into(image: Image.Image, transform: Transform, out: memoryview) -> None:
-    """Write `image` (mode RGB) into `out` as [H, W, 3] uint8, as `transform` has it.
+    """Transform `image` (mode RGB), and write the result into `out` as [H, W, 3] uint8.
 
-    `out` is contiguous bytes, exactly H * W * 3 of them. The box to crop must lie within the image (`check_box`).
+    `out` is exactly H * W * 3 contiguous bytes. The crop box must lie within the image (`check_box`).
     """
     if transform.crop is not None:
         top, left, height, width = transform.crop
@@ -146,7 +145,7 @@ def transform_into(image: Image.Image, transform: Transform, out: memoryview) ->
     if transform.resizes(image.height, image.width):
         assert transform.size is not None
         height, width = transform.size
-        # Of the cropped image. `resize(box=...)` would take pixels from around the box into those at its borders.
+        # Resize the cropped image: `resize(box=...)` would mix pixels outside the box into its borders.
         image = image.resize((width, height), _RESAMPLING[transform.interpolation])
     if transform.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -154,12 +153,12 @@ def transform_into(image: Image.Image, transform: Transform, out: memoryview) ->
 
 
 def transform_pixels_into(pixels: npt.NDArray[np.uint8], transform: Transform, out: memoryview) -> None:
-    """The same for raw pixels, [H, W, 3] RGB. Where nothing is to be resized, they are only copied."""
+    """Transform raw pixels, [H, W, 3] RGB, like `transform_into`. Without resizing, they are only copied."""
     if transform.crop is not None:
         top, left, height, width = transform.crop
         pixels = pixels[top : top + height, left : left + width]
     if transform.resizes(*pixels.shape[:2]):
-        # One pass over the pixels that cannot be saved: Pillow resamples four bytes a pixel.
+        # This copy cannot be avoided: Pillow resamples four bytes a pixel.
         image = Image.fromarray(pixels)
         transform_into(image, replace(transform, crop=None), out)
         return
@@ -167,7 +166,7 @@ def transform_pixels_into(pixels: npt.NDArray[np.uint8], transform: Transform, o
         raise ValueError(f"{pixels.size} bytes of pixels do not go into {len(out)}")
     to = np.frombuffer(out, np.uint8).reshape(pixels.shape)
     if transform.flip:
-        for channel in range(3):  # four times as fast as all at once, whose inner loop would be three bytes long
+        for channel in range(3):  # four times as fast as one copy, whose inner loop would be three bytes long
             to[..., channel] = pixels[:, ::-1, channel]
     else:
         to[...] = pixels

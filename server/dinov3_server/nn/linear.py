@@ -1,7 +1,7 @@
-"""Dense layers with what follows them fused in where the device can.
+"""Dense layers, with activation, addition and product fused in where the device supports it.
 
-`Linear` runs anywhere; `PackedLinear` holds its weight in oneDNN's blocked layout, which in fp32 is much
-faster than the default BLAS on the CPU of docs/performance.md. Both compute y = x W^T + b, with the exact (erf) GELU.
+`Linear` runs anywhere. `PackedLinear` holds its weight in oneDNN's blocked layout, which in fp32 is much faster than
+the default BLAS on the CPU of docs/performance.md. Both compute y = x W^T + b, with the exact (erf) GELU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Linear:
 
 
 class PackedLinear(Linear):
-    """A Linear on oneDNN primitives, with activation, addition and product computed on the fp32 accumulators."""
+    """A Linear by oneDNN primitives, with activation, addition and product computed on the fp32 accumulators."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
@@ -71,12 +71,12 @@ class PackedLinear(Linear):
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """The fastest Linear for where `weight` is."""
+    """Return the fastest Linear for the device and dtype of `weight`."""
     return (PackedLinear if packs(weight) else Linear)(weight, bias)
 
 
 def packs(tensor: Tensor) -> bool:
-    """Whether oneDNN has its fast layouts for such a tensor here."""
+    """Return whether oneDNN has blocked layouts for the tensor's device and dtype on this machine."""
     return (
         tensor.device.type == "cpu"
         and platform.machine() in ("x86_64", "AMD64")

@@ -1,4 +1,4 @@
-"""Layer normalisation, the same in both families."""
+"""Layer normalisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels to the first tokens: each patch of p x p pixels goes through one dense layer."""
+"""Patch embedding: one dense layer maps each patch of p x p pixels to a token."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from torch import Tensor
 from dinov3_server.models.variant import Dataset
 from dinov3_server.nn.linear import linear
 
-# Bytes enter the dense layer as byte - 128: exact in bfloat16, and near zero mean, so that the folded mean and std
-# cost no precision.
+# The dense layer's input is byte - 128: exact in bfloat16 and with a mean near zero, so that folding mean and std loses
+# no precision.
 _BYTE_CENTRE = 128
 
 
 class PatchEmbedding:
-    """`weight` [D, 3, p, p] and `bias` [D] are fp32, and of normalised pixels; bytes are normalised by a layer of their
-    own, which has mean, std and the division by 255 in it.
+    """Embeds patches of normalised floats or of bytes.
 
-    `multiple` is what heights and widths of pixels must be multiples of: p, or more where the model goes on to join
-    patches. `dtype` is that of the products.
+    `weight` [D, 3, p, p] and `bias` [D] are fp32, for normalised pixels. Bytes have a second dense layer with mean, std
+    and the division by 255 folded in. Heights and widths must be multiples of `multiple`: p, or more if the model
+    merges patches later. `dtype` is that of the matrix products.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, dataset: Dataset, *, multiple: int, dtype: torch.dtype) -> None:
         self._side = weight.shape[-1]
         self._multiple = multiple
         self._dtype = dtype
-        of_bytes, offset = _fold_normalisation(weight, bias, dataset)
-        self._of_floats = linear(weight.flatten(1).to(dtype).contiguous(), bias.to(dtype))
-        self._of_bytes = linear(of_bytes.to(dtype).contiguous(), offset.to(dtype))
+        byte_weight, byte_bias = _fold_normalisation(weight, bias, dataset)
+        self._floats = linear(weight.flatten(1).to(dtype).contiguous(), bias.to(dtype))
+        self._bytes = linear(byte_weight.to(dtype).contiguous(), byte_bias.to(dtype))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Of [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats: [B, H / p, W / p, D].
+        """Embed [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats: [B, H / p, W / p, D].
 
         Raises ValueError for pixels of another shape or dtype.
         """
@@ -39,25 +39,25 @@ class PatchEmbedding:
         height, width, channels = pixels.shape[1:] if is_bytes else (*pixels.shape[2:], pixels.shape[1])
         if channels != 3 or height % multiple or width % multiple or not height or not width:
             raise ValueError(
-                f"pixels of shape {tuple(pixels.shape)} {pixels.dtype}; wanted [B, H, W, 3] uint8 or [B, 3, H, W] "
-                f"floats with H and W positive multiples of {multiple}"
+                f"pixels of shape {tuple(pixels.shape)} {pixels.dtype}; they must be [B, H, W, 3] uint8 or "
+                f"[B, 3, H, W] floats with H and W positive multiples of {multiple}"
             )
         rows, columns = height // side, width // side
         if is_bytes:
             grid = pixels.view(-1, rows, side, columns, side, 3).permute(0, 1, 3, 2, 4, 5)
-            # Made contiguous as bytes, when a copy is cheapest.
+            # Make it contiguous while it is bytes: that is the cheapest copy.
             patches = grid.reshape(-1, rows, columns, side * side * 3).to(self._dtype).sub_(_BYTE_CENTRE)
-            return self._of_bytes(patches)
+            return self._bytes(patches)
         grid = pixels.view(-1, 3, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5)
-        return self._of_floats(grid.to(self._dtype).reshape(-1, rows, columns, 3 * side * side))
+        return self._floats(grid.to(self._dtype).reshape(-1, rows, columns, 3 * side * side))
 
 
 def _fold_normalisation(weight: Tensor, bias: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """A [D, 3, p, p] patch embedding of (byte / 255 - mean) / std as a [D, p p 3] one of byte - 128.
+    """Convert a [D, 3, p, p] patch embedding of (byte / 255 - mean) / std to a [D, p p 3] one of byte - 128.
 
     (byte / 255 - mean) / std = (byte - 128) / (255 std) + (128 / 255 - mean) / std
     """
-    # In fp64: it is done once, and a sum of 768 products loses digits in fp32.
+    # In fp64, as a sum of 768 products loses digits in fp32; it runs only once.
     mean = torch.tensor(dataset.mean, dtype=torch.float64, device=weight.device)
     std = torch.tensor(dataset.std, dtype=torch.float64, device=weight.device)
     exact = weight.double()

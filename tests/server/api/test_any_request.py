@@ -71,7 +71,7 @@ def read(request: pb.ExtractRequest) -> None:
                 try:
                     assert source.cost
                     source.cost()
-                    query.sources[index] = source._replace(rows=source.rows_with_size(source.file.probe()))
+                    query.sources[index] = source._replace(rows=source.rows_with_size(source.file.read_size()))
                 except InvalidInput as error:
                     query.failures[source.image] = error
         placed = _plan(query, MODEL)

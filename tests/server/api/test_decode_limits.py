@@ -89,7 +89,7 @@ async def test_files_for_threads_and_for_processes_in_one_request() -> None:
             unreadable, too_much = mixed.errors
             assert (unreadable.image_index, too_much.image_index) == (6, 7)
             assert "the TIFF file of 24 bytes has no readable header" in unreadable.status.message
-            assert "asks for too much work: it has more than 200 scans" in too_much.status.message
+            assert "takes too much work: it has more than 200 scans" in too_much.status.message
             size = len(plain.blocks[0].cls.data)
             assert mixed.blocks[0].cls.data[:size] == plain.blocks[0].cls.data
         assert rig.server.budget.pictures.used == 0

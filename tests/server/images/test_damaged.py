@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images.decode import decode, probe
+from dinov3_server.images.decode import decode, read_size
 from tests.server.images.files import PNG_RGB, encode, exif, photo, png, png16, png_chunk, tiff
 
 MAX_PIXELS = 10_000
@@ -25,10 +25,10 @@ def refused(data: bytes, *, by_probe: bool = True) -> str:
         decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
     if by_probe:
         with pytest.raises(InvalidInput) as same:
-            probe(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+            read_size(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
         assert str(same.value) == str(error.value)
     else:
-        probe(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+        read_size(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
     return str(error.value)
 
 
@@ -36,8 +36,8 @@ def refused(data: bytes, *, by_probe: bool = True) -> str:
     ("data", "told"),
     [
         (b"", "the file is empty (0 bytes)"),
-        (b"no image", "the file of 8 bytes is no image of a known format (it begins with 6e 6f 20 69 6d 61 67 65)"),
-        (b"\x00", "the file of 1 bytes is no image of a known format (it begins with 00)"),
+        (b"no image", "the file of 8 bytes is not an image of a known format (it begins with 6e 6f 20 69 6d 61 67 65)"),
+        (b"\x00", "the file of 1 bytes is not an image of a known format (it begins with 00)"),
         (encode(photo(), "GIF"), "looks like GIF"),
         (encode(photo(), "AVIF"), "looks like AVIF"),
         (encode(photo(), "JPEG2000"), "looks like JPEG 2000"),
@@ -126,13 +126,13 @@ def test_more_pixels_than_allowed_is_seen_in_the_header(data: bytes, told: str) 
 
 
 def test_as_many_pixels_as_allowed() -> None:
-    assert probe(encode(photo(100, 100), "PNG"), max_pixels=MAX_PIXELS, apply_exif_orientation=False) == (100, 100)
+    assert read_size(encode(photo(100, 100), "PNG"), max_pixels=MAX_PIXELS, apply_exif_orientation=False) == (100, 100)
 
 
 def test_pillows_own_limit_is_out_of_the_way() -> None:
     """Ours alone counts: Pillow would warn from 90 million pixels on."""
     data = encode(Image.new("1", (10_000, 10_000)), "PNG")
-    assert probe(data, max_pixels=100_000_000, apply_exif_orientation=False) == (10_000, 10_000)
+    assert read_size(data, max_pixels=100_000_000, apply_exif_orientation=False) == (10_000, 10_000)
 
 
 def test_a_small_tiff_in_one_huge_tile() -> None:
@@ -213,7 +213,7 @@ def test_damaged_files_are_rgb_or_refused(name: str, capfd: pytest.CaptureFixtur
                 refused += 1
                 continue
             assert image.mode == "RGB"
-            size = probe(file, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
+            size = read_size(file, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
             assert size == (image.height, image.width)
             assert len(image.tobytes()) == size[0] * size[1] * 3
     assert refused

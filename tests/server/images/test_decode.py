@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images.decode import decode, probe
+from dinov3_server.images.decode import decode, read_size
 from tests.server.images.files import (
     PNG_GRAY,
     PNG_PALETTE,
@@ -40,11 +40,11 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 
 def pixels(data: bytes, *, upright: bool = False) -> Pixels:
-    """Decoded, having checked that `probe` told the same size."""
+    """Decoded, having checked that `read_size` told the same size."""
     image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
     assert image.mode == "RGB"
     array = np.asarray(image)
-    assert probe(data, max_pixels=MAX_PIXELS, apply_exif_orientation=upright) == array.shape[:2]
+    assert read_size(data, max_pixels=MAX_PIXELS, apply_exif_orientation=upright) == array.shape[:2]
     return array
 
 
@@ -320,10 +320,10 @@ def test_samples_without_a_documented_meaning(samples: Pixels, tags: dict[int, l
 
 DAMAGED_METADATA = r"""
 import concurrent.futures, sys
-from dinov3_server.images.decode import decode, probe
+from dinov3_server.images.decode import decode, read_size
 data = sys.stdin.buffer.read()
 def once(_):
-    probe(data, max_pixels=100, apply_exif_orientation=False)
+    read_size(data, max_pixels=100, apply_exif_orientation=False)
     return decode(data, max_pixels=100, apply_exif_orientation=False).getpixel((0, 0))
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     sys.stdout.write(repr(set(pool.map(once, range(40)))))

@@ -75,7 +75,7 @@ async def test_the_same_pixels_of_every_kind_of_file(pool: Decoders) -> None:
         for upright in (False, True):
             asked = file(data, upright=upright)
             assert await written(pool, asked, SMALL, crop) == expected(asked, SMALL, crop)
-            assert await pool.probe(asked, asked.cost()) == asked.probe()
+            assert await pool.read_size(asked, asked.cost()) == asked.read_size()
     assert len(running()) == 1  # one after the other, in one process
 
 
@@ -135,7 +135,7 @@ async def test_a_file_that_decoders_die_of_fails_alone(pool: Decoders, caplog: p
         [pid] = running()
         seen.add(pid)
         os.kill(pid, signal.SIGSEGV)
-    with pytest.raises(InvalidInput, match=r"cannot be decoded: decoders die of it \(SIGSEGV\)"):
+    with pytest.raises(InvalidInput, match=r"cannot be decoded: it crashes decoders \(SIGSEGV\)"):
         await task
     assert len(caplog.records) == 2
     asked = file(SEEDS["tiff"])
@@ -145,7 +145,7 @@ async def test_a_file_that_decoders_die_of_fails_alone(pool: Decoders, caplog: p
 async def test_a_caller_that_leaves_ends_the_process(pool: Decoders) -> None:
     outs = [memoryview(bytearray(b"\7" * 16 * 32 * 3))] * 2
     long = file(LONG)
-    for what in (pool.write(long, long.cost(), [("", SMALL)] * 2, outs), pool.probe(long, long.cost())):
+    for what in (pool.write(long, long.cost(), [("", SMALL)] * 2, outs), pool.read_size(long, long.cost())):
         task = asyncio.create_task(what)
         await until_async(running)
         task.cancel()

@@ -1,12 +1,12 @@
 """The DINOv3 ConvNeXt, for inference only.
 
-Written from the papers (arXiv:2201.03545, arXiv:2508.10104) and the layout of the published checkpoints. Exact algebra
-done once, at load: LayerScale is folded into the layer before it, the scale and shift of every norm but the stem's and
-the last into the layer behind it; mean, std and the division by 255 into the stem of bytes. Maps stay [B, h, w, C] all
-the way (channels last), so that a dense layer is a matrix product, and so are the convolutions between stages, whose
-patches do not overlap. Stages that no requested output needs are not computed.
+Written from the papers (arXiv:2201.03545, arXiv:2508.10104) and the layout of the published checkpoints. Some algebra
+is done once, at load: LayerScale is folded into the layer before it, the scale and shift of every norm but the stem's
+and the last into the layer after it; mean, std and the division by 255 into the stem for bytes. Maps stay [B, h, w, C]
+throughout (channels last), so that dense layers are matrix products, and so are the convolutions between stages, whose
+patches do not overlap. Only the stages that the requested outputs need are computed.
 
-The residual stream and the norms are fp32 in any dtype; the convolutions and matrix products are in the model's.
+The residual stream and the norms are always fp32; convolutions and matrix products are in the model's dtype.
 
 Shapes: B images, H x W pixels; stage i has a map of h x w = H / s x W / s cells of C channels, s = 4 * 2^i.
 """
@@ -30,10 +30,10 @@ _KERNEL = 7  # of the depthwise convolutions
 
 
 class ConvNext:
-    """`model(pixels, outputs)` gives the features of a batch.
+    """A ConvNeXt: `model(pixels, outputs)` returns the features of a batch.
 
-    `tensors` are canonical (see key_maps.py), in any floating dtype and on any device; the model keeps none of
-    them. On the meta device it is built, and runs, without memory.
+    `tensors` are canonical (see key_maps.py), in any floating dtype and on any device; the model keeps none of them.
+    On the meta device it can be built and run without memory.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ConvNext:
         self.dtype = dtype
         self.device = device
         if device.type == "cuda" and dtype == torch.float32:
-            # Or cuDNN's convolutions round to TF32. It is set for the whole process.
+            # Otherwise cuDNN's convolutions round to TF32. The setting is process-wide.
             torch.backends.cudnn.allow_tf32 = False
 
         def exact(name: str) -> Tensor:
@@ -69,35 +69,36 @@ class ConvNext:
         self._norm = norm("norm")
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of 32.
+        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of
+        32.
 
-        Gives for each output a [B, C] (cls, the mean of the map) or [B, h w, C] (patches, row-major) fp32 tensor; they
-        may be views of one another's memory. The layers are the stages; the final norm comes after the last only, so
-        that the others' features are the same with and without it. Raises ValueError for what the model does not have.
-        Nothing here waits for the device, and nothing depends on the values of the pixels.
+        Returns for each output a [B, C] (cls, the mean of the map) or [B, h w, C] (patches, row-major) fp32 tensor;
+        they may share memory. Layers are stages. The final norm applies to the last stage only; `norm` does not change
+        the others' features. Raises ValueError for outputs that the model does not have. Never waits for the device,
+        nor depends on the values of the pixels.
         """
-        wanted: dict[int, list[Output]] = {}
+        by_layer: dict[int, list[Output]] = {}
         for output in outputs:
-            wanted.setdefault(self._source(output), []).append(output)
-        if not wanted:
+            by_layer.setdefault(self._source(output), []).append(output)
+        if not by_layer:
             return {}
         features: dict[Output, Tensor] = {}
         x = self._stem_norm(self._stem(pixels).float())
-        for layer in range(max(wanted) + 1):
+        for layer in range(max(by_layer) + 1):
             if layer:
                 x = self._downsamples[layer - 1](x)
             for block in self._stages[layer]:
                 x = block(x)
-            if group := wanted.get(layer):
+            if group := by_layer.get(layer):
                 features |= self._pick(x, group)
         return features
 
     def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """None: a forward pass reads weights only."""
+        """Return no tensors: a forward pass reads weights only."""
         return ()
 
     def _source(self, output: Output) -> int:
-        """The stage whose map it is of."""
+        """Return the stage that computes `output`."""
         if output.kind not in ("cls", "patches"):
             raise ValueError(f"no output kind {output.kind!r} in {self.variant.name}: its kinds are cls and patches")
         last = self.variant.depth - 1
@@ -106,7 +107,7 @@ class ConvNext:
         return last if output.layer is None else output.layer
 
     def _pick(self, x: Tensor, group: list[Output]) -> dict[Output, Tensor]:
-        """The outputs of one stage, from its map."""
+        """Return the outputs of one stage, from its map."""
         picked = {}
         for output in group:
             tokens = x.mean((1, 2)) if output.kind == "cls" else x.flatten(1, 2)
@@ -133,7 +134,7 @@ class _Downsample:
 class _Block:
     """x + pwconv2(gelu(pwconv1(norm(dwconv x)))), the norm's scale and shift in pwconv1 and LayerScale in pwconv2.
 
-    x, [B, h, w, C] fp32, may be written over.
+    x, [B, h, w, C] fp32, may be overwritten.
     """
 
     def __init__(
@@ -151,14 +152,14 @@ class _Block:
         mixed = F.conv2d(planes, self.weight, self.bias, padding=_KERNEL // 2, groups=channels).permute(0, 2, 3, 1)
         normed = F.layer_norm(mixed, (channels,), eps=self.eps)
         hidden = self.pwconv1.gelu(normed)
-        # In another dtype the addition is an operator of its own: in its place, which takes half the memory.
+        # In another dtype the addition is a separate operator; in place, it takes half the memory.
         return self.pwconv2.add(hidden, x) if self.dtype == x.dtype else x.add_(self.pwconv2(hidden))
 
 
 def _downsample(
     variant: ConvNextVariant, dtype: torch.dtype, stage: int, exact: Callable[[str], Tensor]
 ) -> _Downsample:
-    """What stands before a stage but the first."""
+    """Build the downsampling before a stage other than the first."""
     prefix = f"downsample_layers.{stage}."
     weight = exact(f"{prefix}1.weight").permute(0, 2, 3, 1)  # [C', 2, 2, C]
     scale, shift = exact(f"{prefix}0.weight"), exact(f"{prefix}0.bias")
@@ -167,7 +168,7 @@ def _downsample(
 
 
 def _block(variant: ConvNextVariant, dtype: torch.dtype, prefix: str, exact: Callable[[str], Tensor]) -> _Block:
-    """One block of canonical tensors."""
+    """Build a block from canonical tensors."""
     scale, shift, gamma = exact(f"{prefix}norm.weight"), exact(f"{prefix}norm.bias"), exact(f"{prefix}gamma")
     weight1, weight2 = exact(f"{prefix}pwconv1.weight"), exact(f"{prefix}pwconv2.weight")
     pwconv1 = _dense(weight1 * scale, exact(f"{prefix}pwconv1.bias") + weight1 @ shift, dtype)

@@ -1,12 +1,12 @@
 """The DINOv3 vision transformer, for inference only.
 
-Written from the paper (arXiv:2508.10104) and the layout of the published checkpoints. Exact algebra done once, at
+Written from the paper (arXiv:2508.10104) and the layout of the published checkpoints. Some algebra is done once, at
 load, in fp32: LayerScale is folded into the projection before it, the attention scale into the queries, mean, std
 and the division by 255 into the patch embedding of bytes; keys have no bias; query and key channels are interleaved
-for RoPE (see rope.py). What no requested output needs is not computed.
+for RoPE (see rope.py). Only what the requested outputs need is computed.
 
-The residual stream and the norms are fp32 in any dtype; the matrix products are in the model's. In bfloat16 that
-nearly halves the angle between the patch features and the fp32 ones: the stream's rounding is otherwise the largest.
+The residual stream and the norms are always fp32; the matrix products are in the model's dtype. In bfloat16 that nearly
+halves the angle between the patch features and the fp32 ones: rounding of the stream would be the largest error.
 
 Shapes: B images, H x W pixels, T = 1 + G + P tokens (CLS, registers, patches), D channels, h heads of d channels.
 """
@@ -30,10 +30,10 @@ from dinov3_server.nn.rope import Rope, interleave
 
 
 class VisionTransformer:
-    """`model(pixels, outputs)` gives the features of a batch.
+    """A ViT: `model(pixels, outputs)` returns the features of a batch.
 
     `tensors` are canonical (see key_maps.py), in any floating dtype and on any device; the model keeps none of them.
-    On the meta device it is built, and runs, without memory.
+    On the meta device it can be built and run without memory.
     """
 
     def __init__(
@@ -69,20 +69,21 @@ class VisionTransformer:
         }
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of 16.
+        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of
+        16.
 
-        Gives for each output a [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major) fp32 tensor; they
-        may be views of one another's memory. Raises ValueError for what the model does not have.
-        Nothing here waits for the device, and nothing depends on the values of the pixels.
+        Returns for each output a [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major) fp32 tensor;
+        they may share memory. Raises ValueError for outputs that the model does not have. Never waits for the device,
+        nor depends on the values of the pixels.
         """
-        wanted: dict[tuple[int, bool], list[Output]] = {}
+        by_layer: dict[tuple[int, bool], list[Output]] = {}
         for output in outputs:
-            wanted.setdefault(self._source(output), []).append(output)
-        if not wanted:
+            by_layer.setdefault(self._source(output), []).append(output)
+        if not by_layer:
             return {}
-        last = max(layer for layer, _ in wanted)
-        # The last block need not compute tokens that nobody wants of it; those of the earlier ones feed the next.
-        kept = {o.kind for (layer, _), group in wanted.items() if layer == last for o in group}
+        last = max(layer for layer, _ in by_layer)
+        # The last block computes only the tokens that are requested of it; earlier blocks feed the next one.
+        kept = {o.kind for (layer, _), group in by_layer.items() if layer == last for o in group}
         keep = None if "patches" in kept else max(self._ranges[kind].stop for kind in kept)
 
         x, rows, columns = self._embed(pixels)
@@ -91,16 +92,16 @@ class VisionTransformer:
         for layer, block in enumerate(self._blocks[: last + 1]):
             x = block(x, rotations, keep if layer == last else None)
             for norm in (False, True):
-                if group := wanted.get((layer, norm)):
+                if group := by_layer.get((layer, norm)):
                     features |= self._pick(x, group, norm)
         return features
 
     def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """The RoPE table for pixels of this size, which is cached for a while only."""
+        """Return the rotations for pixels of this size, which Rope keeps in an LRU cache."""
         return (self._rope.rotations(height // self.variant.patch_size, width // self.variant.patch_size),)
 
     def _source(self, output: Output) -> tuple[int, bool]:
-        """The block whose output it is, and whether the final norm comes after it."""
+        """Return the block that computes `output`, and whether to apply the final norm."""
         depth = self.variant.depth
         if output.kind not in self._ranges:
             raise ValueError(f"no output kind {output.kind!r}; the kinds are {', '.join(self._ranges)}")
@@ -111,17 +112,17 @@ class VisionTransformer:
         return output.layer, output.norm
 
     def _embed(self, pixels: Tensor) -> tuple[Tensor, int, int]:
-        """The [B, T, D] tokens that enter the first block, and the patch grid."""
+        """Return the [B, T, D] tokens that enter the first block, and the patch grid."""
         patches = self._patch_embedding(pixels)
         batch, rows, columns, _ = patches.shape
         stream = torch.cat((self._prefix.expand(batch, -1, -1), patches.flatten(1, 2).float()), dim=1)
         return stream, rows, columns
 
     def _pick(self, x: Tensor, group: list[Output], norm: bool) -> dict[Output, Tensor]:
-        """The outputs of one layer, from its [B, T, D] tokens (fewer T where the rest was not computed)."""
+        """Return the outputs of one layer, from its [B, T, D] tokens (fewer than T if not all were computed)."""
         start = min(self._ranges[output.kind].start for output in group)
         if norm:
-            # Of one range of tokens that holds all that is wanted: one pass, and none over what is not.
+            # Normalise the smallest range of tokens with all requested outputs, in one pass.
             stops = [self._ranges[output.kind].stop for output in group]
             x = self._norm(x[:, start : None if None in stops else max(stops)])
         else:
@@ -136,7 +137,7 @@ class VisionTransformer:
 
 class _FeedForward(Protocol):
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + f(x)."""
+        """Return residual + f(x)."""
         ...
 
 
@@ -185,7 +186,7 @@ class _Block:
         self.ffn = ffn
 
     def __call__(self, x: Tensor, rotations: Tensor, keep: int | None) -> Tensor:
-        """[B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` are for the last P of the T."""
+        """Map [B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` are for the last P of the T tokens."""
         qkv = self.qkv(self.norm1(x).to(self.dtype)).view(*x.shape[:2], 3, self.heads, -1)
         if keep is not None:
             x = x[:, :keep].contiguous()
@@ -200,7 +201,7 @@ def _block(
     exact: Callable[[str], Tensor],
     dense: Callable[[Tensor, Tensor | None], Linear],
 ) -> _Block:
-    """One block of canonical tensors: `exact` reads one in fp32, `dense` makes a layer in the model's dtype."""
+    """Build a block: `exact` returns a canonical tensor in fp32, `dense` makes a layer in the model's dtype."""
 
     def norm(name: str) -> Norm:
         return Norm(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"), variant.norm_eps)
