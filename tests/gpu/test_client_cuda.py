@@ -20,7 +20,7 @@ VIEWS = [View(size=64), View((0, 0, 20, 20), size=32), View(size=32)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
-def test_page_locked_and_moved(dtype: Any) -> None:
+def test_features_are_page_locked_and_moved_to_the_device(dtype: Any) -> None:
     rng = np.random.default_rng(0)
     images = [ImageViews(rng.integers(0, 256, (64, 96, 3), np.uint8), VIEWS) for _ in range(3)]
     with FakeServer() as server, Client(server.target, deadline=60) as client:

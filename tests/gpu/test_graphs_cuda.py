@@ -110,7 +110,7 @@ def test_replays_equal_eager_passes_on_both_sides_of_every_padded_size(
         arena.end = 0
 
 
-def test_two_batches_in_flight_mix_nothing_up_while_graphs_are_captured(
+def test_two_batches_in_flight_stay_separate_while_graphs_are_captured(
     runner: CudaRunner, arena: Arena, replays: list[int]
 ) -> None:
     """From two threads, as in a worker: one launches, and captures, while the other waits for batches' ends."""
@@ -174,7 +174,7 @@ def test_a_capture_does_not_wait_for_the_batch_before_it(runner: CudaRunner, are
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # it failed at its first allocation
-def test_without_memory_for_a_graph_its_batches_run_without(
+def test_batches_run_without_a_graph_if_it_does_not_fit(
     runner: CudaRunner, arena: Arena, replays: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     request = Request(runner, arena, SHAPES[0], 32, FINAL, seed=0)
@@ -197,7 +197,7 @@ def test_without_memory_for_a_graph_its_batches_run_without(
     assert replays == [2], "the device and other graphs are none the worse"
 
 
-def test_graphs_give_way_to_a_batch_that_does_not_fit(runner: CudaRunner, arena: Arena, replays: list[int]) -> None:
+def test_graphs_are_freed_for_a_batch_that_does_not_fit(runner: CudaRunner, arena: Arena, replays: list[int]) -> None:
     small = Request(runner, arena, SHAPES[0], 8, FINAL, seed=0)
     for _ in range(CAPTURE_AT + 1):
         serve(runner, small.shape, small.rows)

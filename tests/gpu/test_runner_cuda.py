@@ -100,7 +100,7 @@ def test_bf16_is_near_the_cpus_fp32(variant: VitVariant, size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("size", [(224, 224), (256, 384)])
-def test_a_convnext_in_fp32_and_in_bf16(size: tuple[int, int]) -> None:
+def test_convnext_features_are_near_the_cpus(size: tuple[int, int]) -> None:
     tensors, images = random_tensors(CONVNEXT, 7), picture(*size, count=2)
     outputs = [Output(kind, layer) for layer in (None, 0, 1, 2, 3) for kind in ("cls", "patches")]
     with torch.inference_mode():
@@ -130,7 +130,7 @@ def test_a_convnext_is_captured_as_a_graph() -> None:
     arena.memory.close()
 
 
-def test_build_says_what_it_made(runner: CudaRunner) -> None:
+def test_build_describes_the_model(runner: CudaRunner) -> None:
     assert (runner.info.dtype, runner.info.device, runner.pipeline_depth) == ("bfloat16", "cuda:0", 2)
     memory = runner.memory()
     assert 0 < memory["allocated"] <= memory["reserved"] < memory["total"]

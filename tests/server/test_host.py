@@ -19,7 +19,7 @@ from dinov3_server.nn.linear import packs
     ("quota", "threads"),
     [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("1600000 100000", 8), ("", 8)],
 )
-def test_threads_are_the_affinity_less_a_quota(
+def test_threads_are_the_affinity_limited_by_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, threads: int
 ) -> None:
     (tmp_path / "cpu.max").write_text(quota)
@@ -49,7 +49,7 @@ def test_native_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: 
     assert host.has_native_bf16() is native
 
 
-def test_native_bfloat16_where_the_kernel_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_native_bfloat16_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_CPUINFO", tmp_path / "none")
     assert host.has_native_bf16() is False
 
@@ -76,7 +76,7 @@ print(faults(10))
     assert int(done.stdout) < 1000  # pages; 163,840 without
 
 
-def test_what_a_worker_gets_of_its_environment() -> None:
+def test_the_worker_environment() -> None:
     assert host.worker_environment({"HOME": "/"}) == {
         "HOME": "/",
         "GOMP_SPINCOUNT": "1000",
@@ -86,18 +86,18 @@ def test_what_a_worker_gets_of_its_environment() -> None:
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"])
-def test_what_the_user_has_set_stays(name: str) -> None:
+def test_user_settings_take_precedence(name: str) -> None:
     assert host.worker_environment({name: "7"})[name] == "7"
 
 
-def test_a_users_wait_policy_is_not_overridden_by_a_count() -> None:
+def test_a_users_wait_policy_disables_the_spin_count() -> None:
     environment = host.worker_environment({"OMP_WAIT_POLICY": "ACTIVE"})
     assert environment["OMP_WAIT_POLICY"] == "ACTIVE"
     assert "GOMP_SPINCOUNT" not in environment
 
 
 @GLIBC
-def test_freed_memory_between_blocks_in_use_is_given_back_and_then_kept_again() -> None:
+def test_freed_memory_between_blocks_in_use_is_returned_once() -> None:
     code = """
 from pathlib import Path
 from dinov3_server import malloc
@@ -124,7 +124,7 @@ print(megabytes())
 
 
 @pytest.mark.skipif(not packs(torch.empty(0)), reason="no oneDNN for float32 here")
-def test_the_variables_bound_both_caches_of_primitives() -> None:
+def test_the_variables_limit_both_primitive_caches() -> None:
     """The first of 40 primitives is made again where ten are kept; one cache without a bound would still have it."""
     code = """
 import torch

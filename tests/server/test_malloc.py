@@ -26,5 +26,5 @@ assert Trimmer().look(allocated_bytes()) is None
 """
 
 
-def test_what_a_peak_has_left_is_given_back() -> None:
+def test_memory_freed_after_a_peak_is_returned() -> None:
     subprocess.run([sys.executable, "-c", PEAK], check=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -24,8 +25,8 @@ Step = Callable[[], bool]  # does its work and gives True, or gives False: not y
 
 
 class FakeCuda:
-    """A stand-in for torch.cuda. `log` tells what was called, in order; `seed` picks the order of the streams' work,
-    None: all of it at once."""
+    """A stand-in for torch.cuda. `log` records the calls in order. `seed` picks the order of the streams' work; without
+    one all work runs at once."""
 
     def __init__(self, seed: int | None = None) -> None:
         self.log: list[str] = []
@@ -40,6 +41,11 @@ class FakeCuda:
         self._streams: list[Stream] = []
         self._current: Stream | None = None
         self._begun: set[str] = set()
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Replace torch in the CUDA runner's modules."""
+        for module in ("cuda", "cuda_graphs"):
+            monkeypatch.setattr(f"dinov3_server.backbone.runners.{module}.torch", FakeTorch(self))
 
     # --- what the runner calls ---------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov3_server import host
 from dinov3_server.backbone import runner
 from dinov3_server.backbone.runner import build
-from dinov3_server.backbone.runners import cpu as cpu_runner
+from dinov3_server.backbone.runners import cpu
 from dinov3_server.backbone.runners.base import TorchRunner
 from dinov3_server.backbone.runners.cpu import CpuRunner
 from dinov3_server.backbone.weights.random_weights import random_tensors
@@ -93,7 +93,7 @@ def test_mixed_requests_of_two_arenas_in_one_batch(shape: PixelShape) -> None:
             assert error <= TOLERANCE[row.spec.dtype], (i, output)
 
 
-def test_nothing_is_written_beside_the_ranges_asked_for() -> None:
+def test_only_the_requested_ranges_are_written() -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
     arena.take(64)
@@ -119,7 +119,7 @@ def test_only_the_row_with_bad_features_is_flagged() -> None:
     assert serve(served, FLOATS, rows).finite == (True, False, True, False, True)
 
 
-def test_overflow_of_the_dtype_asked_for_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overflow_of_the_requested_dtype_flags_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
     model = served._model
@@ -152,7 +152,7 @@ def test_one_bad_output_of_several_flags_the_row(monkeypatch: pytest.MonkeyPatch
     assert serve(served, BYTES, rows).finite == (True, False, True)
 
 
-def test_detach_lets_the_arena_go() -> None:
+def test_detach_releases_the_arena() -> None:
     served, arena = tiny_runner(), Arena(0)
     view = memoryview(arena.memory)
     reference = weakref.ref(view)
@@ -166,7 +166,7 @@ def test_detach_lets_the_arena_go() -> None:
     arena.memory.close()
 
 
-def test_a_failed_batch_lets_the_arena_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detach_releases_the_arena_after_a_failed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
     (row,) = arena.request(served.info, BYTES, picture(32, 48), SPECS[0])
@@ -178,7 +178,7 @@ def test_a_failed_batch_lets_the_arena_go_too(monkeypatch: pytest.MonkeyPatch) -
     arena.memory.close()
 
 
-def test_ranges_outside_the_arena_and_unknown_arenas() -> None:
+def test_ranges_outside_the_arena_and_unknown_arenas_are_refused() -> None:
     served, arena = tiny_runner(), Arena(0, size=1 << 16)
     served.attach(0, memoryview(arena.memory))
     (row,) = arena.request(served.info, BYTES, picture(32, 48), SPECS[3])
@@ -195,7 +195,7 @@ def test_ranges_outside_the_arena_and_unknown_arenas() -> None:
     assert serve(served, BYTES, [row]).finite == (True,)
 
 
-def test_failures_of_the_device_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_errors_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
     rows = arena.request(served.info, BYTES, picture(32, 48), SPECS[0])
@@ -223,7 +223,7 @@ def test_failures_of_the_device_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
     assert serve(served, BYTES, rows).finite == (True,)
 
 
-def test_memory_of_a_failed_batch_is_free_when_its_failure_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_failed_batch_is_freed_before_its_error_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
     activations: list[weakref.ref[Tensor]] = []
@@ -239,20 +239,20 @@ def test_memory_of_a_failed_batch_is_free_when_its_failure_is_raised(monkeypatch
     assert [reference() for reference in activations] == [None]
 
 
-def test_freed_memory_is_given_back_every_so_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freed_memory_is_returned_every_64_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
     rows = arena.request(served.info, BYTES, picture(32, 48), SPECS[0])
     served_when_given_back: list[int] = []
     served_count = 0
-    monkeypatch.setattr(cpu_runner, "give_back_freed_memory", lambda: served_when_given_back.append(served_count))
-    while served_count < 2 * cpu_runner.RETURN_EVERY:
+    monkeypatch.setattr(cpu, "give_back_freed_memory", lambda: served_when_given_back.append(served_count))
+    while served_count < 2 * cpu.RETURN_EVERY:
         serve(served, BYTES, rows)
         served_count += 1
-    assert served_when_given_back == [cpu_runner.RETURN_EVERY - 1, 2 * cpu_runner.RETURN_EVERY - 1]
+    assert served_when_given_back == [cpu.RETURN_EVERY - 1, 2 * cpu.RETURN_EVERY - 1]
 
 
-def test_build_tells_what_it_made(caplog: pytest.LogCaptureFixture) -> None:
+def test_build_describes_the_model(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         built = build("tiny", "random:3", dtype="bfloat16", warm_up=(BYTES, FLOATS), preprocessing="p")
     info = built.info
@@ -279,7 +279,7 @@ def test_build_from_a_file(tmp_path: Path) -> None:
     assert built.info.fingerprint == tiny_runner().info.fingerprint
 
 
-def test_weights_that_give_nan_do_not_become_a_runner(tmp_path: Path) -> None:
+def test_weights_that_give_nan_are_refused(tmp_path: Path) -> None:
     state = official_state(TINY, random_tensors(TINY, 0))
     state["blocks.1.mlp.fc1.weight"][3, 4] = torch.nan
     torch.save(state, tmp_path / "tiny.pth")
@@ -303,19 +303,19 @@ def test_weights_that_give_nan_do_not_become_a_runner(tmp_path: Path) -> None:
         ({"warm_up": (PixelShape(30, 32, "uint8"),)}, "30x32: not multiples of 16"),
     ],
 )
-def test_settings_that_cannot_be(settings: dict[str, object], told: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, object], told: str) -> None:
     arguments = {"model": "tiny", "weights": "random:0", **settings}
     with pytest.raises(ConfigError, match=told):
         build(**arguments)
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_auto_dtype_is_what_the_cpu_is_fast_in(monkeypatch: pytest.MonkeyPatch, native: bool, dtype: str) -> None:
+def test_auto_dtype_is_bfloat16_only_if_native(monkeypatch: pytest.MonkeyPatch, native: bool, dtype: str) -> None:
     monkeypatch.setattr(host, "has_native_bf16", lambda: native)
     assert tiny_runner(dtype="auto").info.dtype == dtype
 
 
-def test_emulated_bfloat16_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_emulated_bfloat16_logs_a_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(host, "has_native_bf16", lambda: False)
     assert tiny_runner(dtype="bfloat16").info.dtype == "bfloat16"
     assert "no native bfloat16" in caplog.text

@@ -83,7 +83,7 @@ def test_bf16_cosine_of_every_token() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_output_does_not_depend_on_what_else_is_wanted(dtype: torch.dtype) -> None:
+def test_an_output_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     """Blocks write over their input: never over one that is an answer already."""
     model, images = ours(NARROW, varied_tensors(NARROW), dtype=dtype), picture(64, 96, count=2)
     outputs = [
@@ -107,7 +107,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
             assert float((alone[0] - together[output][row]).norm() / alone.norm()) < bound
 
 
-def test_stops_at_the_deepest_stage_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computation_stops_at_the_deepest_requested_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     model, blocks = ours(NARROW, varied_tensors(NARROW)), []
     original = convnext._Block.__call__
     monkeypatch.setattr(convnext._Block, "__call__", lambda self, x: (blocks.append(self), original(self, x))[1])
@@ -134,7 +134,7 @@ def test_stops_at_the_deepest_stage_wanted(monkeypatch: pytest.MonkeyPatch) -> N
         torch.zeros(1, 0, 32, 3, dtype=torch.uint8),
     ],
 )
-def test_pixels_of_a_size_that_it_does_not_take(pixels: Tensor) -> None:
+def test_pixels_of_an_unsupported_size_are_refused(pixels: Tensor) -> None:
     with pytest.raises(ValueError, match="positive multiples of 32"):
         run(ours(NARROW, varied_tensors(NARROW)), pixels, FINAL)
 
@@ -147,7 +147,7 @@ def test_pixels_of_a_size_that_it_does_not_take(pixels: Tensor) -> None:
         (Output("patches", -1), "no layer -1"),
     ],
 )
-def test_outputs_that_are_not_there(output: Output, told: str) -> None:
+def test_missing_outputs_are_refused(output: Output, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         run(ours(NARROW, varied_tensors(NARROW)), picture(32, 32), [output])
 

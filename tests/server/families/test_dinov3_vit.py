@@ -33,7 +33,7 @@ def run(model: vit.VisionTransformer, pixels: Tensor, outputs: Iterable[Output])
         return model(pixels, outputs)
 
 
-def test_stops_at_the_deepest_layer_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computation_stops_at_the_deepest_requested_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     calls = []
     original = vit._Block.__call__
@@ -57,7 +57,7 @@ def test_stops_at_the_deepest_layer_wanted(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_output_does_not_depend_on_what_else_is_wanted(dtype: torch.dtype) -> None:
+def test_an_output_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     model, images = tiny(dtype=dtype), picture(48, 64, count=2)
     together = run(model, images, every_output(TINY.depth))
     for output, expected in together.items():
@@ -74,7 +74,7 @@ def test_the_last_layer_by_number_is_the_last_layer() -> None:
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 400), (368, 32)])
-def test_sizes_from_one_patch_on(size: tuple[int, int]) -> None:
+def test_all_sizes_from_one_patch_on(size: tuple[int, int]) -> None:
     tensors, periods = random_tensors(TINY, 3), default_periods(TINY.head_dim, 100.0)
     images = picture(*size, count=2)
     expected = transformers_features(transformers_model(TINY, tensors, periods), normalised(images))
@@ -91,13 +91,13 @@ def test_sizes_from_one_patch_on(size: tuple[int, int]) -> None:
         torch.zeros(1, 0, 32, 3, dtype=torch.uint8),
     ],
 )
-def test_pixels_that_are_no_grid_of_patches(pixels: Tensor) -> None:
+def test_pixels_that_are_not_a_grid_of_patches_are_refused(pixels: Tensor) -> None:
     with pytest.raises(ValueError, match="positive multiples of 16"):
         run(tiny(), pixels, [Output("cls")])
 
 
 @pytest.mark.parametrize("layer", [-1, 3])
-def test_a_layer_that_is_not_there(layer: int) -> None:
+def test_a_missing_layer_is_refused(layer: int) -> None:
     with pytest.raises(ValueError, match=f"no layer {layer} .* 0 to 2"):
         run(tiny(), picture(32, 32), [Output("cls", layer)])
 
@@ -120,7 +120,7 @@ def test_default_periods_are_the_official_ones() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_layers_compute_what_plain_ones_do(dtype: torch.dtype) -> None:
+def test_packed_layers_equal_plain_ones(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(96, 64, generator=generator) / 8, torch.randn(96, generator=generator)
     x, other = torch.randn(2, 7, 64, generator=generator), torch.randn(2, 7, 96, generator=generator)
@@ -182,7 +182,7 @@ def test_every_variant_builds_and_runs_without_memory(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vits16", "vith16plus", "vit7b16"])
 @pytest.mark.parametrize("wanted", [Output("cls"), Output("patches")], ids=["cls", "patches"])
-def test_fused_attention_gets_what_it_takes(name: str, wanted: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_attention_gets_supported_inputs(name: str, wanted: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's flash and cuDNN kernels want bfloat16, the channels of a head side by side, and addresses on 16 bytes; for
     anything else a slow one is taken in silence."""
     variant = dataclasses.replace(lookup(name), depth=1)

@@ -54,7 +54,7 @@ def timm_model(name: str, **dimensions: Any) -> Any:
 
 
 @pytest.mark.parametrize(("theirs", "name"), PUBLISHED.items())
-def test_every_published_model_has_the_names_and_shapes_that_we_read(theirs: str, name: str) -> None:
+def test_the_key_maps_match_every_published_model(theirs: str, name: str) -> None:
     with torch.device("meta"):
         state = timm_model(theirs).state_dict()
     layout = VARIANTS[name].key_map_for(state)
@@ -75,7 +75,7 @@ def test_every_published_model_has_the_names_and_shapes_that_we_read(theirs: str
         ("vit_7b_patch16_dinov3", NARROW_7B, False),
     ],
 )
-def test_a_vit_that_timm_converts_from_the_official_file(
+def test_a_vit_converted_by_timm_from_the_official_file(
     tmp_path: Path, theirs: str, variant: VitVariant, biases: bool
 ) -> None:
     tensors = random_tensors(variant, 5)
@@ -106,7 +106,7 @@ def test_a_vit_that_timm_converts_from_the_official_file(
     assert worst_error(ours(variant, dict(checkpoint.tensors), checkpoint.periods), images, expected) <= 1e-5
 
 
-def test_a_convnext_that_timm_converts_from_the_official_file(tmp_path: Path) -> None:
+def test_a_convnext_converted_by_timm_from_the_official_file(tmp_path: Path) -> None:
     tensors = random_tensors(NARROW, 5)
     model = timm_model("convnext_tiny.dinov3_lvd1689m", dims=NARROW.dims, depths=NARROW.depths)
     convert = timm.models.convnext.checkpoint_filter_fn

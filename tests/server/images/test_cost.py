@@ -32,7 +32,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_every_kind_of_file(name: str) -> None:
+def test_the_cost_of_every_kind_of_file(name: str) -> None:
     data = SEEDS[name]
     if name == "webp":  # with EXIF it is of the extended format
         data = encode(photo(24, 32), "WEBP")
@@ -46,7 +46,7 @@ def test_every_kind_of_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_a_file_that_is_cut_off_anywhere_has_a_cost_or_is_no_image(name: str) -> None:
+def test_a_truncated_file_has_a_cost_or_is_refused(name: str) -> None:
     data = SEEDS[name]
     signature = 12 if data[:4] == b"RIFF" else 8 if data[:4] == b"\x89PNG" else 4
     for length in range(signature, min(len(data), 1000)):
@@ -90,7 +90,7 @@ def test_many_scans_are_refused() -> None:
     assert "a progressive file has about 10" in str(error.value)
 
 
-def test_segments_without_end_are_refused() -> None:
+def test_too_many_segments_are_refused() -> None:
     scan = jpeg_scans(2, 100)
     comment = b"\xff\xfe\0\2"
     with pytest.raises(InvalidInput, match="takes too much work"):
@@ -98,7 +98,7 @@ def test_segments_without_end_are_refused() -> None:
     assert not cost(scan[:2] + comment * 1_000_000 + scan[2:]).plain  # before the first scan
 
 
-def test_scans_of_thumbnails_and_of_pictures_that_follow_are_not_counted() -> None:
+def test_scans_of_thumbnails_and_further_images_are_not_counted() -> None:
     other = jpeg_scans(MAX_SCANS + 1, 100)
     segment = b"\xff\xe2" + struct.pack(">H", 2 + len(other)) + other
     data = jpeg_scans(10, 100)
@@ -113,7 +113,7 @@ def test_a_baseline_jpeg_in_one_scan_is_not_searched_for_more() -> None:
     assert cost(data[:-2] + b"\xff\xda" * 1000 + data[-2:]).plain
 
 
-def test_restarts_and_stuffed_bytes_are_no_segments() -> None:
+def test_restarts_and_stuffed_bytes_are_not_segments() -> None:
     data = jpeg_scans(2, 100)
     assert cost(data[:-2] + b"\xff\xd0\xff\0" * 100_000 + data[-2:]).plain
 
@@ -126,7 +126,7 @@ def test_arithmetic_coding_and_two_frames_are_not_plain() -> None:
     assert not cost(data[: frame + length] + data[frame:]).plain
 
 
-def test_blocks_count_whole() -> None:
+def test_partial_blocks_count_as_whole() -> None:
     """A picture one pixel wide is kept in blocks of 8, times the sampling."""
     data = encode(Image.new("RGB", (1, 60_000)), "JPEG", progressive=True, subsampling=2)
     assert cost(data).nbytes > 60_000 * 16 * 2 * 1.5
@@ -144,14 +144,14 @@ def test_blocks_count_whole() -> None:
     ],
 )
 @pytest.mark.parametrize("after", [False, True])
-def test_what_makes_a_png_not_plain(chunk: bytes, after: bool) -> None:
+def test_pngs_that_are_not_plain(chunk: bytes, after: bool) -> None:
     rows = photo().tobytes()
     assert cost(png(7, 5, 8, PNG_RGB, rows)).plain
     data = png(7, 5, 8, PNG_RGB, rows, after=chunk) if after else png(7, 5, 8, PNG_RGB, rows, chunk)
     assert not cost(data).plain
 
 
-def test_a_little_text_costs_what_it_may_inflate_to() -> None:
+def test_compressed_text_costs_its_largest_inflated_size() -> None:
     rows = photo().tobytes()
     text = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(1 << 19)))
     with_text = cost(png(7, 5, 8, PNG_RGB, rows, text))
@@ -170,7 +170,7 @@ def test_a_little_text_costs_what_it_may_inflate_to() -> None:
         (tiff(900, 800, 1, [32], bytes(300), order=">"), (800, 900)),
     ],
 )
-def test_what_is_never_plain(data: bytes, size: tuple[int, int]) -> None:
+def test_formats_that_are_never_plain(data: bytes, size: tuple[int, int]) -> None:
     seen = cost(data)
     assert not seen.plain
     assert (seen.height, seen.width) == size
@@ -179,7 +179,7 @@ def test_what_is_never_plain(data: bytes, size: tuple[int, int]) -> None:
         cost_of(data, max_pixels=1000)
 
 
-def test_a_tiff_that_breaks_off_or_points_anywhere() -> None:
+def test_a_tiff_that_is_truncated_or_has_wild_offsets() -> None:
     for offset in (0, 3, 1 << 20, (1 << 64) - 1):
         big = b"II+\0\x08\0\0\0" + struct.pack("<Q", offset) + bytes(40)
         assert not cost(big).plain
@@ -197,5 +197,5 @@ def test_transforms_count_one_at_a_time() -> None:
     assert seen.with_transforms([Transform((16, 16), "nearest", Box(0, 0, 100, 100))]).nbytes < 200_000
 
 
-def test_exif_costs_nothing_where_it_is_small() -> None:
+def test_small_exif_costs_nothing() -> None:
     assert cost(encode(photo(), "JPEG", exif=exif(6))).plain

@@ -50,7 +50,7 @@ def refused(data: bytes, *, by_probe: bool = True) -> str:
         (b"\x93NUMPY\x01\x00", "looks like npy"),
     ],
 )
-def test_what_is_no_image_of_an_allowed_format(data: bytes, told: str) -> None:
+def test_other_formats_are_refused(data: bytes, told: str) -> None:
     message = refused(data)
     assert told in message
     assert "allowed are JPEG, PNG, WebP, BMP and TIFF files" in message
@@ -66,13 +66,13 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_only_a_signature(name: str) -> None:
+def test_a_file_of_only_a_signature_is_refused(name: str) -> None:
     message = refused(WHOLE[name][:12])
     assert f"the {name} file of 12 bytes" in message
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "BMP"])
-def test_truncated(name: str) -> None:
+def test_truncated_files_are_refused(name: str) -> None:
     data = WHOLE[name][: len(WHOLE[name]) * 2 // 3]
     message = refused(data, by_probe=False)
     assert message.startswith(f"the {name} file of {len(data)} bytes cannot be decoded: ")
@@ -80,12 +80,12 @@ def test_truncated(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["WebP", "TIFF"])
-def test_truncated_where_the_header_tells_it(name: str) -> None:
+def test_files_with_a_truncated_header_are_refused(name: str) -> None:
     data = WHOLE[name][: len(WHOLE[name]) * 2 // 3]
     assert f"the {name} file of {len(data)} bytes" in refused(data)
 
 
-def test_corrupt_body() -> None:
+def test_files_with_a_corrupt_body_are_refused() -> None:
     data = bytearray(WHOLE["PNG"])
     middle = len(data) // 2
     data[middle : middle + 64] = bytes(64)
@@ -119,23 +119,23 @@ def webp_canvas(height: int, width: int) -> bytes:
         (encode(photo(100, 101), "PNG"), "100x101 (height x width) = 10100 pixels"),
     ],
 )
-def test_more_pixels_than_allowed_is_seen_in_the_header(data: bytes, told: str) -> None:
+def test_too_many_pixels_are_refused_by_the_header(data: bytes, told: str) -> None:
     message = refused(data)
     assert told in message
     assert "allowed are 10000" in message
 
 
-def test_as_many_pixels_as_allowed() -> None:
+def test_exactly_the_allowed_pixels_are_accepted() -> None:
     assert read_size(encode(photo(100, 100), "PNG"), max_pixels=MAX_PIXELS, apply_exif_orientation=False) == (100, 100)
 
 
-def test_pillows_own_limit_is_out_of_the_way() -> None:
+def test_pillows_own_limit_is_disabled() -> None:
     """Ours alone counts: Pillow would warn from 90 million pixels on."""
     data = encode(Image.new("1", (10_000, 10_000)), "PNG")
     assert read_size(data, max_pixels=100_000_000, apply_exif_orientation=False) == (10_000, 10_000)
 
 
-def test_a_small_tiff_in_one_huge_tile() -> None:
+def test_a_small_tiff_with_a_huge_tile_is_refused() -> None:
     """libtiff would take the memory of the whole tile, and the time to inflate it."""
     tile = {322: [30_000], 323: [20_000], 259: [8]}
     data = tiff(16, 16, 2, [8, 8, 8], zlib.compress(bytes(1000)), tags=tile)
@@ -144,14 +144,14 @@ def test_a_small_tiff_in_one_huge_tile() -> None:
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
-def test_a_png_with_text_that_inflates(kind: bytes) -> None:
+def test_a_png_with_inflating_text_is_refused(kind: bytes) -> None:
     text = zlib.compress(bytes(8 << 20))
     head = b"Comment\0\0" if kind == b"zTXt" else b"Comment\0\1\0\0\0"
     message = refused(png(7, 5, 8, PNG_RGB, photo().tobytes(), png_chunk(kind, head + text)))
     assert "Decompressed data too large" in message
 
 
-def test_pillow_does_not_log_one_clients_file(caplog: pytest.LogCaptureFixture) -> None:
+def test_pillow_logs_nothing_of_a_clients_file(caplog: pytest.LogCaptureFixture) -> None:
     refused(tiff(7, 5, 2, [8, 8, 8], photo().tobytes(), tags={277: [100]}))  # samples per pixel
     assert not caplog.records
 
@@ -199,7 +199,7 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", SEEDS)
-def test_damaged_files_are_rgb_or_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files_are_decoded_or_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     data = SEEDS[name]
     chance = random.Random(name)
     assert decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False).mode == "RGB"
@@ -220,7 +220,7 @@ def test_damaged_files_are_rgb_or_refused(name: str, capfd: pytest.CaptureFixtur
     assert capfd.readouterr().err == ""
 
 
-def test_an_error_of_any_type_is_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_exception_of_pillow_is_invalid_input(monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division by zero")
 

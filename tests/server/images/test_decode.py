@@ -234,7 +234,7 @@ def test_jpeg_ycck() -> None:
     assert np.abs(array - [255 - 201, 255 - 49, 255 - 100]).max() <= 2
 
 
-def test_jpeg_of_several_pictures_gives_the_first() -> None:
+def test_a_jpeg_of_several_images_gives_the_first() -> None:
     first, second = flat(200, 30, 90, mode="RGB"), flat(0, 0, 0, mode="RGB")
     array = pixels(encode(first, "MPO", save_all=True, append_images=[second], quality=95)).astype(int)
     assert np.abs(array - [200, 30, 90]).max() <= 2
@@ -281,11 +281,11 @@ def test_exif_orientation_of_jpeg() -> None:
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_is_none(orientation: int) -> None:
+def test_an_invalid_orientation_is_ignored(orientation: int) -> None:
     np.testing.assert_array_equal(pixels(encode(COLOUR, "PNG", exif=exif(orientation)), upright=True), COLOUR)
 
 
-def test_exif_behind_the_pixels_of_a_png() -> None:
+def test_exif_after_the_pixels_of_a_png_is_applied() -> None:
     after = png_chunk(b"eXIf", exif(6).tobytes()[6:])
     data = png(7, 5, 8, PNG_RGB, COLOUR.tobytes(), after=after)
     np.testing.assert_array_equal(pixels(data), COLOUR)
@@ -312,7 +312,7 @@ def test_orientation_of_tiff_is_part_of_the_format_and_always_applied(
         (np.array([[-1, 5]], np.int32), {339: [2]}, "integers from -1 to 5: allowed are 0 to 65535"),
     ],
 )
-def test_samples_without_a_documented_meaning(samples: Pixels, tags: dict[int, list[int]], told: str) -> None:
+def test_samples_without_a_meaning_are_refused(samples: Pixels, tags: dict[int, list[int]], told: str) -> None:
     with pytest.raises(InvalidInput) as error:
         pixels(tiff_of(samples, BLACK_IS_ZERO, [32], tags=tags))
     assert told in str(error.value)

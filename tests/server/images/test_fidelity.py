@@ -23,7 +23,7 @@ def photo(name: str) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"])
-def test_dinov3_is_upstreams_transform(name: str) -> None:
+def test_the_dinov3_preset_is_near_metas_transform(name: str) -> None:
     image = decode(photo(name), max_pixels=10_000_000, apply_exif_orientation=False)
     out = bytearray(SIZE[0] * SIZE[1] * 3)
     transform_into(image, PRESETS["dinov3"], memoryview(out))

@@ -22,7 +22,7 @@ def test_presets() -> None:
     }
 
 
-def test_a_preset_with_parts_replaced() -> None:
+def test_size_and_interpolation_replace_those_of_the_preset() -> None:
     assert preprocess.transform("dinov3", None, None) == PRESETS["dinov3"]
     assert preprocess.transform("hf", (384, 512), None) == Transform((384, 512), "bilinear")
     assert preprocess.transform("none", (32, 48), "lanczos") == Transform((32, 48), "lanczos")
@@ -46,7 +46,7 @@ def test_a_preset_with_parts_replaced() -> None:
         ("hf", "", "preprocessing.interpolation", "there is no interpolation ''"),
     ],
 )
-def test_what_does_not_exist(preset: str, interpolation: str | None, field: str, told: str) -> None:
+def test_unknown_names_are_refused(preset: str, interpolation: str | None, field: str, told: str) -> None:
     with pytest.raises(InvalidInput) as error:
         preprocess.transform(preset, None, interpolation)
     assert told in str(error.value)
@@ -71,7 +71,7 @@ def test_allowed_sizes(size: tuple[int, int]) -> None:
         ((224, 98), ["width 98 is not (nearest: 96 or 112)", "Patches of 14 pixels"]),
     ],
 )
-def test_sizes_that_the_model_cannot_take(size: tuple[int, int], told: list[str]) -> None:
+def test_unsupported_sizes_are_refused_with_the_nearest(size: tuple[int, int], told: list[str]) -> None:
     with pytest.raises(InvalidInput) as error:
         check_size(*size, patch=16, field="preprocessing.size")
     message = str(error.value)
@@ -131,7 +131,7 @@ def test_resampling_is_pillows_for_files_and_for_raw_pixels(name: str, resamplin
     np.testing.assert_array_equal(into(32, 48, pixels, transform), expected)
 
 
-def test_height_and_width_are_not_mistaken_for_each_other() -> None:
+def test_height_and_width_are_not_swapped() -> None:
     pixels = photo(32, 48)
     transform = Transform((48, 32), "bilinear")
     expected = np.asarray(Image.fromarray(pixels).resize((32, 48), Image.Resampling.BILINEAR))
@@ -139,13 +139,13 @@ def test_height_and_width_are_not_mistaken_for_each_other() -> None:
     np.testing.assert_array_equal(into(48, 32, pixels, transform), expected)
 
 
-def test_one_pixel_is_enough_where_it_is_resized() -> None:
+def test_one_pixel_can_be_resized() -> None:
     image = Image.new("RGB", (1, 1), (10, 200, 90))
     assert (into(256, 256, image, PRESETS["dinov3"]) == [10, 200, 90]).all()
 
 
 @pytest.mark.parametrize("length", [32 * 48 * 3 - 1, 32 * 48 * 3 + 1])
-def test_an_out_of_another_length_is_never_written(length: int) -> None:
+def test_a_buffer_of_another_length_is_refused(length: int) -> None:
     out = bytearray(b"\xa5" * length)
     with pytest.raises(ValueError, match="different structures"):
         transform_into(Image.fromarray(photo(32, 48)), PRESETS["none"], memoryview(out))

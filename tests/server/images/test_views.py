@@ -53,7 +53,7 @@ def pixels_of(source: Image.Image | npt.NDArray[np.uint8], how: Transform) -> np
     st.booleans(),
     st.sampled_from(sorted(RESAMPLING)),
 )
-def test_pixels_are_those_of_pillow_at_the_client(
+def test_views_equal_pillow_at_the_client(
     crop: Box | None, size: tuple[int, int] | None, flip: bool, interpolation: preprocess.Interpolation
 ) -> None:
     image = Image.fromarray(PHOTO)
@@ -69,7 +69,7 @@ def test_pixels_are_those_of_pillow_at_the_client(
     np.testing.assert_array_equal(pixels_of(PHOTO, how), np.asarray(expected))
 
 
-def test_the_pixels_around_the_box_have_no_part_in_it() -> None:
+def test_pixels_outside_the_box_do_not_matter() -> None:
     """What `resize(box=...)` would get wrong: its filter reaches over the borders of the box."""
     box, size = Box(10, 20, 30, 40), (48, 64)
     ours = pixels_of(Image.fromarray(PHOTO), Transform(size, "bilinear", box))
@@ -84,7 +84,7 @@ def test_the_pixels_around_the_box_have_no_part_in_it() -> None:
     assert (np.asarray(at_once) != ours).any()
 
 
-def test_it_is_flipped_last() -> None:
+def test_the_flip_comes_last() -> None:
     """Another order would be seen: a resize of the mirrored picture rounds differently, a crop of it is elsewhere."""
     how = Transform((16, 48), "bicubic", Box(3, 5, 50, 41), flip=True)
     not_flipped = pixels_of(PHOTO, Transform((16, 48), "bicubic", Box(3, 5, 50, 41)))
@@ -151,7 +151,7 @@ def test_pixels_that_need_no_resizing_are_only_copied(how: Transform, monkeypatc
         (Box(2**32 - 1, 0, 2**32 - 1, 1), "top + height is 8589934590"),
     ],
 )
-def test_boxes(box: Box, told: str | None) -> None:
+def test_boxes_outside_the_image_are_refused(box: Box, told: str | None) -> None:
     if told is None:
         check_box(box, (61, 90), "images[0].views[0].crop")
         return
@@ -161,7 +161,7 @@ def test_boxes(box: Box, told: str | None) -> None:
     assert error.value.field == "images[0].views[0].crop"
 
 
-def test_a_box_in_a_picture_of_unknown_size() -> None:
+def test_a_box_in_an_image_of_unknown_size() -> None:
     check_box(Box(10**6, 10**6, 1, 1), None, "")
     with pytest.raises(InvalidInput, match="no pixels"):
         check_box(Box(0, 0, 0, 1), None, "")

@@ -52,7 +52,7 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ours_is_proven(export: Export, tmp_path: Path, dtype: str) -> None:
+def test_our_features_are_verified(export: Export, tmp_path: Path, dtype: str) -> None:
     def start() -> dict[str, float]:
         served = build(
             export.name,
@@ -73,7 +73,7 @@ def test_ours_is_proven(export: Export, tmp_path: Path, dtype: str) -> None:
     assert not {"upstream", "parity_check"} & start().keys()
 
 
-def test_metas_modules_are_served_as_they_are(export: Export) -> None:
+def test_the_reference_backbone_serves_metas_features(export: Export) -> None:
     """In a process of its own, as a worker is: what is compared here is what it wrote."""
     script = """
 import sys, torch

@@ -17,13 +17,13 @@ HASHES = (
 )
 
 
-def test_the_bytes_are_the_same_everywhere() -> None:
+def test_the_bytes_never_change() -> None:
     """Where this fails the images have changed: they need a new VERSION, and new hashes here."""
     assert VERSION == 1
     assert tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in reference_images()) == HASHES
 
 
-def test_the_formula() -> None:
+def test_images_follow_the_documented_formula() -> None:
     """Written out from the docstring, in Python's own integers."""
     for k, ((height, width), image) in enumerate(zip(SIZES, reference_images(), strict=True)):
         assert image.shape == (height, width, 3)
@@ -39,13 +39,13 @@ def test_the_formula() -> None:
             assert image[y, x, c] == 5 * wave // 8 + board + grain
 
 
-def test_every_variant_takes_every_probe() -> None:
+def test_every_variant_accepts_every_reference_image() -> None:
     strides = {variant.patch_size for variant in (*VARIANTS.values(), *CONVNEXTS.values())}
     assert not any(side % stride for size in SIZES for side in size for stride in strides)
     assert len(set(SIZES)) == len(SIZES)
 
 
-def test_they_are_no_plain_pictures() -> None:
+def test_images_have_smooth_shades_edges_and_texture() -> None:
     """Every patch has structure: a patch of one colour would not tell one pixel of it from another."""
     for image in reference_images():
         cells = image.reshape(image.shape[0] // 16, 16, image.shape[1] // 16, 16, 3)

@@ -44,7 +44,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((f"convnext_{size}", "lvd1689m") for size in ("tiny", "small", "base", "large")),
     ],
 )
-def test_features_equal_upstreams(checkout: Path, tmp_path: Path, name: str, dataset: str) -> None:
+def test_features_equal_metas(checkout: Path, tmp_path: Path, name: str, dataset: str) -> None:
     variant = lookup(name)
     if isinstance(variant, VitVariant):
         variant = dataclasses.replace(variant, depth=DEPTHS[name])

@@ -46,7 +46,7 @@ def checkpoint(folder: Path, variant: VitVariant = TINY) -> Checkpoint:
     return load_checkpoint(folder / "weights.pth", variant)
 
 
-def test_every_output_is_that_of_ours(tmp_path: Path) -> None:
+def test_every_output_equals_the_native_models(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path)
     assert weights.periods is not None
     theirs = UpstreamModel(write_checkout(tmp_path / "code"), weights, dtype=torch.float32, device=CPU)
@@ -62,7 +62,7 @@ def test_every_output_is_that_of_ours(tmp_path: Path) -> None:
                 assert worst_error(model, pixels, expected) <= 1e-5
 
 
-def test_bfloat16_is_autocast(tmp_path: Path) -> None:
+def test_bfloat16_equals_autocast(tmp_path: Path) -> None:
     """Weights of matrix products are rounded at load; what comes out is what autocast makes of float32 ones."""
     weights, code = checkpoint(tmp_path), write_checkout(tmp_path / "code")
     pixels, wanted = normalised(picture(64, 96)), [Output("cls"), Output("patches")]
@@ -79,7 +79,7 @@ def test_bfloat16_is_autocast(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", [SHALLOW, SHALLOW_SWIGLU, dataclasses.replace(SHALLOW, qkv_bias=False)])
-def test_translated_weights_are_those_of_an_official_file(variant: VitVariant) -> None:
+def test_translated_weights_equal_those_of_an_official_file(variant: VitVariant) -> None:
     tensors = random_tensors(variant, 1)
     periods = default_periods(variant.head_dim, variant.rope_base)
     translated = official_tensors(Checkpoint(variant, DATASETS["lvd1689m"], tensors, periods))
@@ -105,7 +105,7 @@ def test_an_official_files_own_tensors_are_loaded_untranslated(tmp_path: Path) -
     assert float(module.blocks[0].attn.qkv.bias[TINY.embed_dim]) == 3.0
 
 
-def test_tensors_that_inference_does_not_use_may_be_there_or_not(tmp_path: Path) -> None:
+def test_unused_tensors_are_optional(tmp_path: Path) -> None:
     state = official_state(TINY, random_tensors(TINY, 5))
     del state["mask_token"]
     state |= {"local_cls_norm.weight": torch.ones(64), "local_cls_norm.bias": torch.ones(64)}
@@ -115,7 +115,7 @@ def test_tensors_that_inference_does_not_use_may_be_there_or_not(tmp_path: Path)
     assert not hasattr(module, "local_cls_norm")
 
 
-def test_transformers_file_of_half_precision(tmp_path: Path) -> None:
+def test_a_transformers_file_in_half_precision(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: tensor.bfloat16() for name, tensor in random_tensors(TINY, 5).items()}
@@ -132,7 +132,7 @@ def test_transformers_file_of_half_precision(tmp_path: Path) -> None:
     assert worst_error(ours(TINY, dict(weights.tensors), weights.periods), images, expected) <= 1e-5
 
 
-def test_sources_are_read_and_nothing_is_written(tmp_path: Path) -> None:
+def test_only_sources_are_read_and_nothing_is_written(tmp_path: Path) -> None:
     """A __pycache__ of something else is no use, and the checkout stays as it was."""
     code = write_checkout(tmp_path / "code")
     source = code / "dinov3" / "hub" / "backbones.py"
@@ -150,7 +150,7 @@ def test_sources_are_read_and_nothing_is_written(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in code.rglob("*")} == before
 
 
-def test_torchs_compiler_makes_no_folder(tmp_path: Path) -> None:
+def test_importing_creates_no_compiler_cache_folder(tmp_path: Path) -> None:
     """A read-only container has no /tmp: what Meta's code imports must not want one."""
     code, temporary = write_checkout(tmp_path / "code", "import torch._dynamo"), tmp_path / "temporary"
     temporary.mkdir()
@@ -164,14 +164,14 @@ def test_torchs_compiler_makes_no_folder(tmp_path: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
-def test_another_package_of_that_name_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_of_the_same_name_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(write_checkout(tmp_path / "elsewhere", "SCALE = 2.0"))
     module = load_upstream(write_checkout(tmp_path / "code"), checkpoint(tmp_path), CPU)
     assert module.forward_features.__globals__["SCALE"] == 1.0
     assert str(tmp_path / "code") not in sys.path
 
 
-def test_a_checkout_may_be_named_from_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checkout_may_be_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkout(tmp_path / "code")
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "code")
@@ -181,7 +181,7 @@ def test_a_checkout_may_be_named_from_where_one_is(tmp_path: Path, monkeypatch: 
         load_upstream(Path(code), weights, CPU)
 
 
-def test_one_process_has_one_checkout(tmp_path: Path) -> None:
+def test_a_second_checkout_in_one_process_is_refused(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path)
     load_upstream(write_checkout(tmp_path / "code"), weights, CPU)
     with pytest.raises(UpstreamCodeError, match=r"this process has dinov3 from .*code/dinov3/hub/backbones.py already"):
@@ -199,13 +199,13 @@ def test_one_process_has_one_checkout(tmp_path: Path) -> None:
         ("WIDTH = 32", "size mismatch for cls_token"),
     ],
 )
-def test_code_that_cannot_be_used(tmp_path: Path, changes: str, message: str) -> None:
+def test_unusable_code_is_an_upstream_code_error(tmp_path: Path, changes: str, message: str) -> None:
     code = write_checkout(tmp_path / "code", changes)
     with pytest.raises(UpstreamCodeError, match=message) as refused:
         load_upstream(code, checkpoint(tmp_path), CPU)
     assert f"Meta's code in {code} does not make dinov3_vits16" in str(refused.value)
 
 
-def test_a_folder_without_the_code(tmp_path: Path) -> None:
+def test_a_folder_without_the_code_is_an_upstream_code_error(tmp_path: Path) -> None:
     with pytest.raises(UpstreamCodeError, match="no module 'dinov3' in "):
         load_upstream(tmp_path / "nowhere", checkpoint(tmp_path), CPU)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.model import Model
-from dinov3_server.backbone.runners import cuda as cuda_runner
 from dinov3_server.backbone.runners import cuda_graphs
 from dinov3_server.backbone.runners.cuda import CudaRunner
 from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT, MAX_TOKENS, GraphCache, GraphKey, padded
@@ -33,7 +32,7 @@ from dinov3_server.models.interface import (
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena
 from tests.server.backbone.convnext_files import NARROW as CONVNEXT
-from tests.server.backbone.fake_cuda import FakeCuda, FakeTorch
+from tests.server.backbone.fake_cuda import FakeCuda
 from tests.server.backbone.features import LVD, ours, picture
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=2, heads=2, ffn_dim=128)
@@ -101,14 +100,14 @@ def test_a_key_is_due_from_its_third_use_until_it_has_a_graph() -> None:
     assert cache.is_due(key(2), tokens=5)
 
 
-def test_what_keeps_the_device_busy_anyway_is_never_due() -> None:
+def test_batches_with_many_tokens_are_never_captured() -> None:
     cache = GraphCache(max_bytes=100)
     use(cache, key(1), CAPTURE_AT)
     assert cache.is_due(key(1), tokens=MAX_TOKENS // 4)
     assert not cache.is_due(key(1), tokens=MAX_TOKENS // 4 + 1)
 
 
-def test_what_was_refused_stays_without_and_nothing_is_due_after_stop() -> None:
+def test_refused_keys_and_keys_after_stop_are_never_due() -> None:
     cache = GraphCache(max_bytes=100)
     use(cache, key(1), CAPTURE_AT)
     cache.refuse(key(1))
@@ -119,7 +118,7 @@ def test_what_was_refused_stays_without_and_nothing_is_due_after_stop() -> None:
     assert not cache.is_due(key(2), tokens=5)
 
 
-def test_the_graph_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     cache = GraphCache(max_bytes=100)
     for number, nbytes in ((1, 10), (2, 20)):
@@ -138,7 +137,7 @@ def test_the_graph_used_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) 
     assert cache.find(key(4)).nbytes == 95, "by memory"
 
 
-def test_a_graph_over_the_bound_is_not_kept_nor_tried_again() -> None:
+def test_a_graph_over_the_limit_is_neither_kept_nor_captured_again() -> None:
     cache = GraphCache(max_bytes=100)
     for number, nbytes in ((1, 60), (2, 101)):
         use(cache, key(number), CAPTURE_AT)
@@ -148,7 +147,7 @@ def test_a_graph_over_the_bound_is_not_kept_nor_tried_again() -> None:
     assert not cache.is_due(key(2), tokens=5)
 
 
-def test_keys_are_forgotten_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "MAX_KEYS", 3)
     cache = GraphCache(max_bytes=100)
     for number in range(100):
@@ -173,8 +172,7 @@ class Rig:
         make: Callable[[], Model] = tiny_vit,
         info: ModelInfo = INFO,
     ) -> None:
-        for module in (cuda_graphs, cuda_runner):
-            monkeypatch.setattr(module, "torch", FakeTorch(cuda))
+        cuda.install(monkeypatch)
         self.cuda = cuda
         self.info = info
         self.model = make()
@@ -213,7 +211,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_two_batches_in_flight_mix_nothing_up(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_batches_in_flight_stay_separate(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of two shapes and three sizes in turn, with and without graphs: each gets the features of its pixels."""
     rig = Rig(FakeCuda(seed), monkeypatch)
     kinds = [(SQUARE, 2, BOTH), (SQUARE, 2, BOTH), (WIDE, 3, NARROW), (SQUARE, 17, BOTH), (WIDE, 3, NARROW)]
@@ -237,7 +235,7 @@ def test_two_batches_in_flight_mix_nothing_up(seed: int, monkeypatch: pytest.Mon
     assert rig.cuda.log.count("replay") == 25 - (3 + 3 + 3)
 
 
-def test_a_capture_comes_after_its_batch_is_on_its_way_and_a_replay_in_the_place_of_the_forward_pass(rig: Rig) -> None:
+def test_a_capture_follows_its_batch_and_a_replay_replaces_the_forward_pass(rig: Rig) -> None:
     rig.serve(SQUARE, 2, times=CAPTURE_AT - 1)
     whole = [
         "copy_in begin",
@@ -284,7 +282,7 @@ def test_a_convnext_is_captured_with_its_stages(monkeypatch: pytest.MonkeyPatch)
     assert rig.cuda.log.count("replay") == 2
 
 
-def test_what_is_captured_has_just_run_with_the_same_shape(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_pass_has_just_run_with_the_same_shape(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no kernel, workspace or table is made in a capture."""
     model, sizes = rig.runner._model, []
 
@@ -298,7 +296,7 @@ def test_what_is_captured_has_just_run_with_the_same_shape(rig: Rig, monkeypatch
     assert sizes == [*[(17, False)] * (CAPTURE_AT - 1), (18, False), (18, True)]
 
 
-def test_rows_that_want_different_things_share_a_graph_whatever_their_order(rig: Rig) -> None:
+def test_rows_with_different_outputs_share_a_graph_in_any_order(rig: Rig) -> None:
     for turn in range(CAPTURE_AT + 1):
         requests = [rig.request(SQUARE, 1, spec) for spec in (BOTH, NARROW)[:: 1 if turn % 2 else -1]]
         batch = Batch(SQUARE, tuple(row for rows, _ in requests for row in rows))
@@ -308,7 +306,7 @@ def test_rows_that_want_different_things_share_a_graph_whatever_their_order(rig:
     assert rig.cuda.log.count("replay") == 1
 
 
-def test_a_replay_flags_the_row_that_is_not_finite_and_only_that(rig: Rig) -> None:
+def test_a_replay_flags_only_the_row_that_is_not_finite(rig: Rig) -> None:
     shape = PixelShape(32, 32, "float32")
     pixels = torch.zeros(3, 3, 32, 32)
     rig.serve(SQUARE, 3)
@@ -319,7 +317,7 @@ def test_a_replay_flags_the_row_that_is_not_finite_and_only_that(rig: Rig) -> No
     assert rig.cuda.log.count("replay") == 1
 
 
-def test_a_graph_keeps_the_rope_table_that_it_reads(rig: Rig) -> None:
+def test_a_graph_keeps_the_cached_rotations_alive(rig: Rig) -> None:
     (table,) = rig.runner._model.cached_tensors(32, 32)
     rig.serve(SQUARE, 2, times=CAPTURE_AT)
     rig.runner._model._rope.rotations.cache_clear()
@@ -328,7 +326,7 @@ def test_a_graph_keeps_the_rope_table_that_it_reads(rig: Rig) -> None:
     rig.serve(SQUARE, 2)
 
 
-def test_without_memory_for_a_graph_its_batches_run_without(rig: Rig) -> None:
+def test_batches_run_without_a_graph_if_it_does_not_fit(rig: Rig) -> None:
     rig.cuda.capture_fails = torch.OutOfMemoryError("CUDA out of memory.")
     rig.serve(SQUARE, 2, times=CAPTURE_AT + 3)
     assert rig.cuda.log.count("capture begins") == 1
@@ -339,7 +337,7 @@ def test_without_memory_for_a_graph_its_batches_run_without(rig: Rig) -> None:
     assert rig.cuda.log.count("replay") == 1
 
 
-def test_a_capture_that_fails_otherwise_is_the_last_one(rig: Rig) -> None:
+def test_after_another_capture_error_no_more_are_captured(rig: Rig) -> None:
     rig.serve(SQUARE, 2, times=CAPTURE_AT)
     rig.cuda.capture_fails = RuntimeError("CUDA error: operation not permitted when stream is capturing")
     rig.serve(WIDE, 2, times=CAPTURE_AT + 1)
@@ -350,7 +348,7 @@ def test_a_capture_that_fails_otherwise_is_the_last_one(rig: Rig) -> None:
     assert rig.cuda.log.count("replay") == 1, "what was captured before is kept"
 
 
-def test_memory_that_a_batch_lacks_is_taken_from_the_graphs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_are_freed_when_a_batch_runs_out_of_memory(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.serve(SQUARE, 2, times=CAPTURE_AT)
     assert len(rig.runner._graphs) == 1
     rows, _ = rig.request(WIDE, 2, BOTH)

@@ -67,7 +67,7 @@ class GiftedRig(Rig):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_the_order_each_gets_its_own(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_gets_its_own_outputs_in_any_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of rows that want different things of the same outputs, two in flight."""
     rig = GiftedRig(FakeCuda(seed), monkeypatch)
     flying: list[tuple[LaunchedBatch, list[tuple[list[Row], Tensor]]]] = []
@@ -93,9 +93,7 @@ def test_whatever_the_order_each_gets_its_own(seed: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_replay_flags_the_row_that_is_not_finite_and_only_that(
-    spec: FeatureSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replay_flags_only_the_row_that_is_not_finite(spec: FeatureSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = GiftedRig(FakeCuda(), monkeypatch)
     floats = PixelShape(64, 96, "float32")
     pixels = torch.zeros(3, 3, 64, 96)

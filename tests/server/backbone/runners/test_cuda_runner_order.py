@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.runner import build
-from dinov3_server.backbone.runners import cuda as cuda_runner
-from dinov3_server.backbone.runners import cuda_graphs
 from dinov3_server.backbone.runners.cuda import CudaRunner
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.registry import lookup
 from dinov3_server.models.interface import Batch, DeviceLost, DeviceOutOfMemory, FeatureSpec, Output, PixelShape, Row
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena
-from tests.server.backbone.fake_cuda import FakeCuda, FakeTorch
+from tests.server.backbone.fake_cuda import FakeCuda
 from tests.server.backbone.features import ours, picture
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=2, heads=2, ffn_dim=128)
@@ -35,8 +33,7 @@ PAGE_LOCK_FAILS = 801
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     noted = FakeCuda()
-    for module in (cuda_runner, cuda_graphs):
-        monkeypatch.setattr(module, "torch", FakeTorch(noted))
+    noted.install(monkeypatch)
     return noted
 
 
@@ -57,7 +54,7 @@ def request(runner: CudaRunner, arena: Arena, count: int = 2) -> list[Row]:
     return arena.request(runner.info, SHAPE, picture(32, 32, count), SPEC)
 
 
-def test_a_batch_goes_through_three_streams_and_one_wait(runner: CudaRunner, notes: FakeCuda) -> None:
+def test_a_batch_uses_three_streams_and_waits_once(runner: CudaRunner, notes: FakeCuda) -> None:
     arena = Arena(0)
     runner.attach(0, memoryview(arena.memory))
     rows = request(runner, arena)
@@ -97,7 +94,7 @@ def test_each_batch_in_flight_has_a_slot_of_its_own(runner: CudaRunner) -> None:
     assert runner.finish(third).finite == (True,) * 2
 
 
-def test_a_batch_that_failed_gives_its_slot_back_with_nothing_under_way(
+def test_a_failed_batch_returns_its_slot_after_the_device_is_idle(
     runner: CudaRunner, notes: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = Arena(0)
@@ -130,7 +127,7 @@ def test_a_batch_that_failed_gives_its_slot_back_with_nothing_under_way(
         assert runner.finish(launched).finite == (True, True)
 
 
-def test_an_error_that_shows_while_memory_is_freed_is_a_lost_device(
+def test_an_error_while_freeing_memory_means_the_device_is_lost(
     runner: CudaRunner, notes: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arena = Arena(0)
@@ -157,7 +154,7 @@ def test_arenas_are_registered_while_attached(runner: CudaRunner, notes: FakeCud
     memory.close()
 
 
-def test_an_arena_that_cannot_be_page_locked_is_used_as_it_is(
+def test_an_arena_that_cannot_be_page_locked_is_used_with_a_warning(
     runner: CudaRunner, notes: FakeCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With a warning, and CUDA's error is not taken for one of the next kernel."""

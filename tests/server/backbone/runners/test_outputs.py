@@ -181,7 +181,7 @@ def test_layers_equal_transformers_with_and_without_norm(case: Case, dtype: Feat
     check(case, specs)
 
 
-def test_every_step_is_done_once_for_all_that_share_it(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_distinct_step_runs_once_per_batch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"pool": 0, "quantise": 0, "project": 0}
 
     def counted(name: str, function: Any) -> Any:
@@ -209,7 +209,7 @@ def test_every_step_is_done_once_for_all_that_share_it(case: Case, monkeypatch: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pooling", [*POOLINGS, Pooling("bilinear", 2, 2)])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_seen_through_every_step(
+def test_non_finite_features_are_flagged_after_every_step(
     dtype: FeatureDtype, pooling: Pooling | None, bad: float
 ) -> None:
     """One value of the first patch, which a bilinear pooling to few cells passes over."""
@@ -245,7 +245,7 @@ def test_a_projection_beyond_the_range_of_the_dtype_is_an_error() -> None:
 # --- the definitions -----------------------------------------------------------------------------------------------
 
 
-def test_quantisation_rounds_half_to_even_and_knows_zero() -> None:
+def test_quantisation_rounds_half_to_even_and_maps_zeros_to_scale_0() -> None:
     tokens = torch.tensor(
         [
             [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0],
@@ -275,7 +275,7 @@ def test_a_token_that_is_not_finite_has_no_finite_scale(bad: float) -> None:
 
 @pytest.mark.parametrize("pooling", [p for p in POOLINGS if p] + [Pooling("area", 1, 1), Pooling("bilinear", 12, 20)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numpy_by_the_definitions_agrees(pooling: Pooling, dtype: FeatureDtype) -> None:
+def test_postprocessing_equals_the_numpy_reference(pooling: Pooling, dtype: FeatureDtype) -> None:
     """What the tests' runner without a model computes is what this one does."""
     patches = torch.randn(1, 60, 8)
     maps = {"p": linear_map(8, 3)}
@@ -290,7 +290,7 @@ def test_numpy_by_the_definitions_agrees(pooling: Pooling, dtype: FeatureDtype) 
             np.testing.assert_allclose(section[0].float().numpy(), other.astype(np.float32), rtol=0, atol=atol)
 
 
-def test_build_reads_projections_and_says_what_they_are(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_reads_and_logs_projections(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "lookup", lambda name: VIT)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     np.save(tmp_path / "p.npy", np.ones((2, 384), np.float32))

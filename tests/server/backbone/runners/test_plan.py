@@ -97,13 +97,13 @@ def test_rows_in_the_wrong_order_are_not_a_run() -> None:
     assert [run.count for run in feature_runs(batch, INFO)] == [1, 1]
 
 
-def test_strides_are_those_of_the_dtype_asked_for() -> None:
+def test_strides_are_those_of_the_requested_dtype() -> None:
     half = FeatureSpec((CLS,), "bfloat16")
     pair = (Row(0, 0, (5000,), half), Row(0, PIXELS, (5000 + 8 * 2,), half))
     assert feature_runs(Batch(SHAPE, pair), INFO) == [FeatureRun(0, (5000,), half, 0, 2)]
 
 
-def test_rows_that_only_look_like_neighbours() -> None:
+def test_adjacent_rows_of_another_arena_or_spec_are_separate_runs() -> None:
     cls, patches = FeatureSpec((CLS,), "float32"), FeatureSpec((PATCHES,), "float32")
     row = Row(0, 0, (9000,), cls)
     elsewhere = Row(1, PIXELS, (9000 + CLS_BYTES,), cls)

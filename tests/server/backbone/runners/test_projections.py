@@ -34,7 +34,7 @@ def fingerprint(path: str) -> str:
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_a_npy_matrix_of_any_floats(dtype: str, order: Any, tmp_path: Path) -> None:
+def test_a_npy_matrix_of_any_float_dtype(dtype: str, order: Any, tmp_path: Path) -> None:
     matrix = np.array(MATRIX, dtype, order=order)
     [(projection, linear_map)] = read_projections([("p", npy(tmp_path, matrix))], WIDTHS).items()
     assert projection[:3] == ("p", 384, 8)
@@ -53,7 +53,7 @@ def test_a_safetensors_weight_and_bias(tmp_path: Path) -> None:
     torch.testing.assert_close(linear_map(x), x @ weight.bfloat16().float().T + bias, rtol=0, atol=1e-4)
 
 
-def test_the_fingerprint_is_of_the_numbers(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_values_only(tmp_path: Path) -> None:
     matrix = MATRIX.astype(np.float32)
     weight = torch.from_numpy(matrix)
     same = {
@@ -85,7 +85,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_with_an_array_is_said(name: str, tmp_path: Path) -> None:
+def test_bad_arrays_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     array, message = BAD[name]
     path = npy(tmp_path, array)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -94,13 +94,13 @@ def test_what_is_wrong_with_an_array_is_said(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"\x93NUMPY", b"PK\x03\x04", b"no array at all"])
-def test_a_file_that_is_no_npy(raw: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_npy_is_refused(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "p.npy").write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"p.npy is not a readable .npy file"):
         read_projections([("p", str(tmp_path / "p.npy"))], WIDTHS)
 
 
-def test_a_npy_that_is_cut_short(tmp_path: Path) -> None:
+def test_a_truncated_npy_is_refused(tmp_path: Path) -> None:
     path = Path(npy(tmp_path, MATRIX))
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match=r"not a readable \.npy file"):
@@ -119,6 +119,6 @@ def test_a_npy_that_is_cut_short(tmp_path: Path) -> None:
         ({"weight": torch.zeros(384, 8)}, "transposed"),
     ],
 )
-def test_what_is_wrong_with_tensors_is_said(tensors: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
+def test_bad_tensors_are_refused(tensors: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_projections([("p", safetensors(tmp_path, **tensors))], WIDTHS)
