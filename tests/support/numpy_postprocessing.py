@@ -1,4 +1,4 @@
-"""Postprocessing of features in numpy, from the definitions: poolings as matrices, quantisation per token."""
+"""A numpy reference of postprocessing, from the definitions alone: pooling as matrices, quantisation by token."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ Floats = NDArray[np.float32]
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def sent(
-    features: Floats, wanted: OutputSpec, grid: tuple[int, int], projections: Mapping[str, Floats]
+def postprocess(
+    features: Floats, spec: OutputSpec, grid: tuple[int, int], projections: Mapping[str, Floats]
 ) -> list[NDArray[Any]]:
-    """Return the output buffers of one row. `features` are [D] (cls) or [tokens, D], `grid` is that of the patches."""
-    if wanted.pooling:
-        method, rows, columns = wanted.pooling
+    """Return the output buffers of one row; `features` are [D] (cls) or [tokens, D], `grid` is that of the patches."""
+    if spec.pooling:
+        method, rows, columns = spec.pooling
         weights = _area if method == "area" else _bilinear
         cells = features.reshape(*grid, -1)
         pooled = np.einsum("ih,jw,hwd->ijd", weights(grid[0], rows), weights(grid[1], columns), cells)
         features, grid = pooled.astype(np.float32).reshape(rows * columns, -1), (rows, columns)
-    if wanted.projection:
-        features = features @ projections[wanted.projection].T
-    if wanted.dtype == "int8":
+    if spec.projection:
+        features = features @ projections[spec.projection].T
+    if spec.dtype == "int8":
         scales = np.abs(features).max(-1) / np.float32(127)
         values = np.rint(features / np.where(scales == 0, 1, scales)[..., None]).astype(np.int8)
-        return [_laid_out(values, wanted, grid), scales]
-    return [_laid_out(features.astype(DTYPES[wanted.dtype]), wanted, grid)]
+        return [_laid_out(values, spec, grid), scales]
+    return [_laid_out(features.astype(DTYPES[spec.dtype]), spec, grid)]
 
 
-def _laid_out(tokens: NDArray[Any], wanted: OutputSpec, grid: tuple[int, int]) -> NDArray[Any]:
-    return tokens.T.reshape(-1, *grid) if wanted.channels_first else tokens
+def _laid_out(tokens: NDArray[Any], spec: OutputSpec, grid: tuple[int, int]) -> NDArray[Any]:
+    return tokens.T.reshape(-1, *grid) if spec.channels_first else tokens
 
 
 def _area(size: int, cells: int) -> Floats:
-    """Return the weights [cells, size]: each cell is the mean of the values that it covers, also in part."""
+    """Return [cells, size] weights: each cell is the mean of the pixels that it covers, in whole or in part."""
     weights = np.zeros((cells, size), np.float32)
     for cell in range(cells):
         covered = slice(cell * size // cells, math.ceil((cell + 1) * size / cells))
@@ -49,7 +49,7 @@ def _area(size: int, cells: int) -> Floats:
 
 
 def _bilinear(size: int, cells: int) -> Floats:
-    """Return the weights [cells, size]: the centre of each cell is between two values."""
+    """Return [cells, size] weights: each cell interpolates between the two neighbours of its centre."""
     weights = np.zeros((cells, size), np.float32)
     for cell in range(cells):
         place = max((cell + 0.5) * size / cells - 0.5, 0)

@@ -33,7 +33,7 @@ from dinov3_server.models.interface import (
     Projection,
     Row,
 )
-from tests.support.numpy_postprocessing import Floats, sent
+from tests.support.numpy_postprocessing import Floats, postprocess
 
 DIMS = (32, 64, 64, 64)
 STRIDES = (8, 16, 16, 16)
@@ -139,11 +139,11 @@ class NumpyRunner:
         arrays: list[NDArray[Any]] = []
         for output in row.spec.outputs:
             grid = self.info.grid(shape, output.layer)
-            arrays += sent(expected(image, output), row.spec.output_spec(output), grid, self._projections)
-        sections = self.info.output_buffers(row.spec, shape)
-        for array, section, start in zip(arrays, sections, row.output_offsets, strict=True):
-            assert (array.shape, array.dtype.name) == (section.shape, section.dtype)
-            self._arenas[row.arena][start : start + section.nbytes] = array.tobytes()
+            arrays += postprocess(expected(image, output), row.spec.output_spec(output), grid, self._projections)
+        buffers = self.info.output_buffers(row.spec, shape)
+        for array, buffer, start in zip(arrays, buffers, row.output_offsets, strict=True):
+            assert (array.shape, array.dtype.name) == (buffer.shape, buffer.dtype)
+            self._arenas[row.arena][start : start + buffer.nbytes] = array.tobytes()
 
     def memory(self) -> dict[str, int]:
         return {}

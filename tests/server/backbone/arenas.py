@@ -1,4 +1,4 @@
-"""Arenas as a frontend would fill them. Needs nothing but torch."""
+"""Arenas, filled like a frontend does. Needs only torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dinov3_server.models.interface import Batch, BatchResult, FeatureSpec, Mode
 
 
 class Arena:
-    """Memory that hands out ranges one after the other, and reads them back."""
+    """Memory that hands out consecutive ranges, and reads features back."""
 
     def __init__(self, number: int, size: int = 1 << 20) -> None:
         self.number = number
@@ -27,11 +27,11 @@ class Arena:
         return start
 
     def request(self, info: ModelInfo, shape: PixelShape, pixels: Tensor, spec: FeatureSpec) -> list[Row]:
-        """Rows for [n, ...] pixels, each section's rows side by side."""
+        """Rows for [n, ...] pixels, with contiguous pixels and output buffers."""
         count = pixels.shape[0]
         start = self.take(count * shape.nbytes)
         self.memory[start : start + count * shape.nbytes] = pixels.contiguous().numpy().tobytes()
-        sizes = [section.nbytes for section in info.output_buffers(spec, shape)]
+        sizes = [buffer.nbytes for buffer in info.output_buffers(spec, shape)]
         places = [self.take(count * size) for size in sizes]
         return [
             Row(
@@ -46,14 +46,14 @@ class Arena:
     def features(self, info: ModelInfo, shape: PixelShape, row: Row) -> list[Tensor]:
         """A copy of a row's outputs, each [tokens, D] fp32 (or [D rows, columns]), dequantised."""
         found: list[Tensor] = []
-        for section, offset in zip(info.output_buffers(row.spec, shape), row.output_offsets, strict=True):
-            dtype = TORCH_DTYPES[section.dtype]
-            values = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(section.shape), offset=offset)
-            if row.spec.dtype == "int8" and section.dtype == "float32":  # the scales of the values before them
-                first = row.spec.output_spec(section.output).channels_first
-                found[-1] *= values.view(found[-1].shape[1:]) if first else values.view(section.shape).unsqueeze(-1)
+        for buffer, offset in zip(info.output_buffers(row.spec, shape), row.output_offsets, strict=True):
+            dtype = TORCH_DTYPES[buffer.dtype]
+            values = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(buffer.shape), offset=offset)
+            if row.spec.dtype == "int8" and buffer.dtype == "float32":  # the scales of the values before them
+                first = row.spec.output_spec(buffer.output).channels_first
+                found[-1] *= values.view(found[-1].shape[1:]) if first else values.view(buffer.shape).unsqueeze(-1)
             else:
-                found.append(values.view(section.shape).float())
+                found.append(values.view(buffer.shape).float())
         return [values.reshape(-1, values.shape[-1]).clone() for values in found]
 
 

@@ -1,6 +1,6 @@
 """torch.cuda on a machine without CUDA: streams that do their work later, in any order that events allow.
 
-What is called under a stream is queued there and done, on the CPU, when somebody waits for it; until then its results
+Work on a stream is queued and runs, on the CPU, when something waits for it; until then its results
 hold rubbish. So is what a captured graph left in memory that its pool's graphs share, once another of them is
 replayed. A read that nothing orders after its write therefore reads rubbish, in some order if not in the first.
 """

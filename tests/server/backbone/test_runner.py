@@ -42,7 +42,7 @@ CLS, REGISTERS, PATCHES = Output("cls"), Output("registers"), Output("patches")
 
 @pytest.fixture(autouse=True)
 def _small_vits16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tiny` is a model name, and `build` leaves the number of threads alone."""
+    """Add the model name `tiny`, and keep `build` from changing the number of threads."""
     monkeypatch.setattr(runner, "lookup", lambda name: TINY if name == "tiny" else lookup(name))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 
@@ -182,13 +182,13 @@ def test_ranges_outside_the_arena_and_unknown_arenas_are_refused() -> None:
     served, arena = tiny_runner(), Arena(0, size=1 << 16)
     served.attach(0, memoryview(arena.memory))
     (row,) = arena.request(served.info, BYTES, picture(32, 48), SPECS[3])
-    for wrong, told in [
+    for wrong, reason in [
         (dataclasses.replace(row, pixel_offset=(1 << 16) - 10), "outside arena 0 of 65536"),
         (dataclasses.replace(row, output_offsets=((1 << 16) - 2,)), "outside arena 0 of 65536"),
         (dataclasses.replace(row, output_offsets=(-2,)), "outside arena 0"),
         (dataclasses.replace(row, arena=5), "no arena 5 is attached"),
     ]:
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reason):
             serve(served, BYTES, [wrong])
     with pytest.raises(ValueError, match="attached already"):
         served.attach(0, memoryview(arena.memory))
@@ -288,7 +288,7 @@ def test_weights_that_give_nan_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reason"),
     [
         ({"model": "giant2"}, "DINOv3 has no giant2"),
         ({"weights": "random:x"}, "seed must be a whole number"),
@@ -303,9 +303,9 @@ def test_weights_that_give_nan_are_refused(tmp_path: Path) -> None:
         ({"warm_up": (PixelShape(30, 32, "uint8"),)}, "30x32: not multiples of 16"),
     ],
 )
-def test_invalid_settings_are_refused(settings: dict[str, object], told: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, object], reason: str) -> None:
     arguments = {"model": "tiny", "weights": "random:0", **settings}
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=reason):
         build(**arguments)
 
 

@@ -1,4 +1,4 @@
-"""Our ConvNeXt against transformers' DINOv3ConvNextModel with the same weights; what it computes and refuses."""
+"""Our ConvNeXt against transformers' DINOv3ConvNextModel with the same weights; skipped work and refused inputs."""
 
 from __future__ import annotations
 
@@ -140,15 +140,15 @@ def test_pixels_of_an_unsupported_size_are_refused(pixels: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "told"),
+    ("output", "reason"),
     [
         (Output("registers"), "no output kind 'registers' in dinov3_convnext_tiny: its kinds are cls and patches"),
         (Output("cls", 4), "no layer 4 in dinov3_convnext_tiny: its layers are 0 to 3"),
         (Output("patches", -1), "no layer -1"),
     ],
 )
-def test_missing_outputs_are_refused(output: Output, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_missing_outputs_are_refused(output: Output, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
         run(ours(NARROW, varied_tensors(NARROW)), picture(32, 32), [output])
 
 

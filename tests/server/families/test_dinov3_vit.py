@@ -1,4 +1,4 @@
-"""What the model computes and what it leaves out; its behaviour without memory and at odd sizes."""
+"""The ViT: skipped work, building without memory, odd sizes, layers and attention."""
 
 from __future__ import annotations
 
@@ -181,8 +181,8 @@ def test_every_variant_builds_and_runs_without_memory(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vits16", "vith16plus", "vit7b16"])
-@pytest.mark.parametrize("wanted", [Output("cls"), Output("patches")], ids=["cls", "patches"])
-def test_fused_attention_gets_supported_inputs(name: str, wanted: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("output", [Output("cls"), Output("patches")], ids=["cls", "patches"])
+def test_fused_attention_gets_supported_inputs(name: str, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's flash and cuDNN kernels want bfloat16, the channels of a head side by side, and addresses on 16 bytes; for
     anything else a slow one is taken in silence."""
     variant = dataclasses.replace(lookup(name), depth=1)
@@ -196,7 +196,7 @@ def test_fused_attention_gets_supported_inputs(name: str, wanted: Output, monkey
         return original(q, k, v, scale=scale)
 
     monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
-    run(model, torch.empty(2, 64, 96, 3, dtype=torch.uint8, device=META), [wanted])
+    run(model, torch.empty(2, 64, 96, 3, dtype=torch.uint8, device=META), [output])
     assert len(given) == 3
     for tensor in given:
         assert tensor.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The variants as data, and what a name that is none of them is told."""
+"""The variants as data, and the errors for unknown names."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_official_file_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
         ("giant2", "DINOv3 has no giant2.*vith16plus.*1280.*vit7b16.*4096"),
         ("dinov3_vitg14", "DINOv3 has no giant2"),
@@ -73,8 +73,8 @@ def test_official_file_names() -> None:
         ("", "is not known"),
     ],
 )
-def test_unknown_names_are_explained(name: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=told) as caught:
+def test_unknown_names_are_explained(name: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
         lookup(name)
     assert repr(name) in str(caught.value)
     assert all(known in str(caught.value) for known in VARIANTS)

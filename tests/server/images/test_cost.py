@@ -1,4 +1,4 @@
-"""What is told of a file before it is decoded."""
+"""The predicted cost of decoding a file."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_arithmetic_coding_and_two_frames_are_not_plain() -> None:
 
 
 def test_partial_blocks_count_as_whole() -> None:
-    """A picture one pixel wide is kept in blocks of 8, times the sampling."""
+    """An image one pixel wide takes blocks of 8, times the sampling."""
     data = encode(Image.new("RGB", (1, 60_000)), "JPEG", progressive=True, subsampling=2)
     assert cost(data).nbytes > 60_000 * 16 * 2 * 1.5
 

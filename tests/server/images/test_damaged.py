@@ -33,7 +33,7 @@ def refused(data: bytes, *, by_probe: bool = True) -> str:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "reason"),
     [
         (b"", "the file is empty (0 bytes)"),
         (b"no image", "the file of 8 bytes is not an image of a known format (it begins with 6e 6f 20 69 6d 61 67 65)"),
@@ -50,9 +50,9 @@ def refused(data: bytes, *, by_probe: bool = True) -> str:
         (b"\x93NUMPY\x01\x00", "looks like npy"),
     ],
 )
-def test_other_formats_are_refused(data: bytes, told: str) -> None:
+def test_other_formats_are_refused(data: bytes, reason: str) -> None:
     message = refused(data)
-    assert told in message
+    assert reason in message
     assert "allowed are JPEG, PNG, WebP, BMP and TIFF files" in message
 
 
@@ -109,7 +109,7 @@ def webp_canvas(height: int, width: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "reason"),
     [
         (with_size(WHOLE["JPEG"], 65000, 64000), "65000x64000 (height x width) = 4160000000 pixels"),
         (png(90000, 80000, 8, PNG_RGB, b""), "80000x90000 (height x width) = 7200000000 pixels"),
@@ -119,9 +119,9 @@ def webp_canvas(height: int, width: int) -> bytes:
         (encode(photo(100, 101), "PNG"), "100x101 (height x width) = 10100 pixels"),
     ],
 )
-def test_too_many_pixels_are_refused_by_the_header(data: bytes, told: str) -> None:
+def test_too_many_pixels_are_refused_by_the_header(data: bytes, reason: str) -> None:
     message = refused(data)
-    assert told in message
+    assert reason in message
     assert "allowed are 10000" in message
 
 

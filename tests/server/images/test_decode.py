@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 
 def pixels(data: bytes, *, upright: bool = False) -> Pixels:
-    """Decoded, having checked that `read_size` told the same size."""
+    """Decoded, having checked that `read_size` returns the same size."""
     image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
     assert image.mode == "RGB"
     array = np.asarray(image)
@@ -303,7 +303,7 @@ def test_orientation_of_tiff_is_part_of_the_format_and_always_applied(
 
 
 @pytest.mark.parametrize(
-    ("samples", "tags", "told"),
+    ("samples", "tags", "reason"),
     [
         (np.array([[0.0, 254.7]], np.float32), {339: [3]}, "floats from 0 to 254.7: allowed are 0.0"),
         (np.array([[-0.5, 1.0]], np.float32), {339: [3]}, "floats from -0.5 to 1: allowed are 0.0"),
@@ -312,10 +312,10 @@ def test_orientation_of_tiff_is_part_of_the_format_and_always_applied(
         (np.array([[-1, 5]], np.int32), {339: [2]}, "integers from -1 to 5: allowed are 0 to 65535"),
     ],
 )
-def test_samples_without_a_meaning_are_refused(samples: Pixels, tags: dict[int, list[int]], told: str) -> None:
+def test_samples_without_a_meaning_are_refused(samples: Pixels, tags: dict[int, list[int]], reason: str) -> None:
     with pytest.raises(InvalidInput) as error:
         pixels(tiff_of(samples, BLACK_IS_ZERO, [32], tags=tags))
-    assert told in str(error.value)
+    assert reason in str(error.value)
 
 
 DAMAGED_METADATA = r"""

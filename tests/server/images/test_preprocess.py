@@ -29,7 +29,7 @@ def test_size_and_interpolation_replace_those_of_the_preset() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "interpolation", "field", "told"),
+    ("preset", "interpolation", "field", "reason"),
     [
         (
             "imagenet",
@@ -46,10 +46,10 @@ def test_size_and_interpolation_replace_those_of_the_preset() -> None:
         ("hf", "", "preprocessing.interpolation", "there is no interpolation ''"),
     ],
 )
-def test_unknown_names_are_refused(preset: str, interpolation: str | None, field: str, told: str) -> None:
+def test_unknown_names_are_refused(preset: str, interpolation: str | None, field: str, reason: str) -> None:
     with pytest.raises(InvalidInput) as error:
         preprocess.transform(preset, None, interpolation)
-    assert told in str(error.value)
+    assert reason in str(error.value)
     assert error.value.field == field
 
 
@@ -59,7 +59,7 @@ def test_allowed_sizes(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "told"),
+    ("size", "reason"),
     [
         ((250, 256), ["of 250x256 (height x width), height 250 is not (nearest: 240 or 256)"]),
         ((256, 100), ["width 100 is not (nearest: 96 or 112)"]),
@@ -71,14 +71,14 @@ def test_allowed_sizes(size: tuple[int, int]) -> None:
         ((224, 98), ["width 98 is not (nearest: 96 or 112)", "Patches of 14 pixels"]),
     ],
 )
-def test_unsupported_sizes_are_refused_with_the_nearest(size: tuple[int, int], told: list[str]) -> None:
+def test_unsupported_sizes_are_refused_with_the_nearest(size: tuple[int, int], reason: list[str]) -> None:
     with pytest.raises(InvalidInput) as error:
         check_size(*size, patch=16, field="preprocessing.size")
     message = str(error.value)
     assert message.startswith("the model takes heights and widths that are positive multiples of its patch size, 16")
-    for part in told:
+    for part in reason:
         assert part in message
-    assert ("DINOv2" in message) == any("14" in part for part in told)
+    assert ("DINOv2" in message) == any("14" in part for part in reason)
     assert error.value.field == "preprocessing.size"
 
 

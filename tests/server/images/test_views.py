@@ -135,7 +135,7 @@ def test_pixels_that_need_no_resizing_are_only_copied(how: Transform, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("box", "told"),
+    ("box", "reason"),
     [
         (Box(0, 0, 61, 90), None),
         (Box(60, 89, 1, 1), None),
@@ -151,13 +151,13 @@ def test_pixels_that_need_no_resizing_are_only_copied(how: Transform, monkeypatc
         (Box(2**32 - 1, 0, 2**32 - 1, 1), "top + height is 8589934590"),
     ],
 )
-def test_boxes_outside_the_image_are_refused(box: Box, told: str | None) -> None:
-    if told is None:
+def test_boxes_outside_the_image_are_refused(box: Box, reason: str | None) -> None:
+    if reason is None:
         check_box(box, (61, 90), "images[0].views[0].crop")
         return
     with pytest.raises(InvalidInput) as error:
         check_box(box, (61, 90), "images[0].views[0].crop")
-    assert told in str(error.value)
+    assert reason in str(error.value)
     assert error.value.field == "images[0].views[0].crop"
 
 

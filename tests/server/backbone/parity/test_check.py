@@ -40,7 +40,7 @@ def test_equal_features_are_verified_without_writing_to_the_checkout(start: Star
     ]
     assert all(output.relative_error < 1e-5 for output in parity_check.outputs if output.dtype == "float32")
     assert all(1e-4 < output.relative_error < 0.05 for output in parity_check.outputs if output.dtype == "bfloat16")
-    assert "decoding, resizing" in parity_check.not_covered
+    assert "Decoding and resizing" in parity_check.not_covered
     assert "layout" not in parity_check.not_covered
     assert served.info.weights == "the label"
     assert {path: path.stat().st_mtime_ns for path in start.checkout.rglob("*")} == before
@@ -87,7 +87,7 @@ def test_weights_of_another_file_fail_the_check(start: Start, upstream: FakeUpst
         start()
 
 
-def test_url_secrets_in_a_file_name_are_not_logged(
+def test_signatures_of_urls_in_file_names_are_not_logged(
     start: Start, upstream: FakeUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     start.weights = start.weights.rename(f"{start.weights}?Policy=secret")

@@ -66,7 +66,7 @@ def test_our_features_are_verified(export: Export, tmp_path: Path, dtype: str) -
         shown = served.info.parity_check
         assert shown.verified
         assert shown.revision == REVISION
-        assert all(proof.relative_error < 1e-5 for proof in shown.outputs if proof.dtype == "float32")
+        assert all(output.relative_error < 1e-5 for output in shown.outputs if output.dtype == "float32")
         return served.load_seconds
 
     assert {"upstream", "parity_check"} <= start().keys()
@@ -74,7 +74,7 @@ def test_our_features_are_verified(export: Export, tmp_path: Path, dtype: str) -
 
 
 def test_the_reference_backbone_serves_metas_features(export: Export) -> None:
-    """In a process of its own, as a worker is: what is compared here is what it wrote."""
+    """Features are computed in a separate process, like a worker, and compared here."""
     script = """
 import sys, torch
 from pathlib import Path

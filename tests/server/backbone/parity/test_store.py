@@ -128,7 +128,7 @@ def test_concurrent_starts_compare_once(
 def test_without_a_writable_folder_every_start_compares(
     start: Start, upstream: FakeUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
-    start.store.write_text("a file where a folder is wanted")
+    start.store.write_text("a file instead of a folder")
     for calls in (1, 2):
         assert start().info.parity_check.verified
         assert upstream.calls == calls

@@ -151,7 +151,7 @@ def test_only_sources_are_read_and_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_importing_creates_no_compiler_cache_folder(tmp_path: Path) -> None:
-    """A read-only container has no /tmp: what Meta's code imports must not want one."""
+    """A read-only container has no /tmp: Meta's imports must not need one."""
     code, temporary = write_checkout(tmp_path / "code", "import torch._dynamo"), tmp_path / "temporary"
     temporary.mkdir()
     program = "import sys; from pathlib import Path; from dinov3_server.backbone.parity.upstream import _import_from; "

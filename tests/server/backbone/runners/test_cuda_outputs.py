@@ -68,7 +68,7 @@ class GiftedRig(Rig):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_each_row_gets_its_own_outputs_in_any_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of rows that want different things of the same outputs, two in flight."""
+    """Batches of rows with different specs for the same outputs, two in flight."""
     rig = GiftedRig(FakeCuda(seed), monkeypatch)
     flying: list[tuple[LaunchedBatch, list[tuple[list[Row], Tensor]]]] = []
 

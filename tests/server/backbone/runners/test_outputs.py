@@ -107,30 +107,30 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 
 @torch.inference_mode()
-def by_torch(tokens: Tensor, wanted: OutputSpec, grid: tuple[int, int], maps: dict[str, LinearMap]) -> Tensor:
+def by_torch(tokens: Tensor, spec: OutputSpec, grid: tuple[int, int], maps: dict[str, LinearMap]) -> Tensor:
     """[D] or [tokens, D] to what should come back, in float32."""
-    if wanted.pooling:
-        method, *grid_wanted = wanted.pooling
+    if spec.pooling:
+        method, *size = spec.pooling
         cells = tokens.T.reshape(1, -1, *grid)
         if method == "area":
-            cells = F.interpolate(cells, grid_wanted, mode="area")
+            cells = F.interpolate(cells, size, mode="area")
         else:
-            cells = F.interpolate(cells, grid_wanted, mode="bilinear", align_corners=False, antialias=False)
-        tokens, grid = cells[0].flatten(1).T, (grid_wanted[0], grid_wanted[1])
-    if wanted.projection:
-        weight, bias = maps[wanted.projection].weight, maps[wanted.projection].bias
+            cells = F.interpolate(cells, size, mode="bilinear", align_corners=False, antialias=False)
+        tokens, grid = cells[0].flatten(1).T, (size[0], size[1])
+    if spec.projection:
+        weight, bias = maps[spec.projection].weight, maps[spec.projection].bias
         tokens = tokens @ weight.T + bias
-    return tokens.T.reshape(-1, *grid) if wanted.channels_first else tokens
+    return tokens.T.reshape(-1, *grid) if spec.channels_first else tokens
 
 
-def sections(case: Case, row: Any) -> Iterator[tuple[Output, list[Tensor]]]:
+def buffers(case: Case, row: Any) -> Iterator[tuple[Output, list[Tensor]]]:
     """Of each output of a row what lies in the arena."""
     info = case.runner.info
     found: dict[Output, list[Tensor]] = {}
-    for section, start in zip(info.output_buffers(row.spec, SHAPE), row.output_offsets, strict=True):
-        dtype = numpy_postprocessing.DTYPES.get(section.dtype, np.dtype("int8"))
-        raw = np.frombuffer(case.arena.memory[start : start + section.nbytes], dtype).reshape(section.shape)
-        found.setdefault(section.output, []).append(torch.from_numpy(raw.astype(np.float32)))
+    for buffer, start in zip(info.output_buffers(row.spec, SHAPE), row.output_offsets, strict=True):
+        dtype = numpy_postprocessing.DTYPES.get(buffer.dtype, np.dtype("int8"))
+        raw = np.frombuffer(case.arena.memory[start : start + buffer.nbytes], dtype).reshape(buffer.shape)
+        found.setdefault(buffer.output, []).append(torch.from_numpy(raw.astype(np.float32)))
     yield from found.items()
 
 
@@ -143,22 +143,22 @@ def check(case: Case, specs: list[FeatureSpec]) -> None:
         rows += case.arena.request(case.runner.info, SHAPE, images[i % 2 : i % 2 + 1], spec)
     assert serve(case.runner, SHAPE, rows).finite == (True,) * len(rows)
     for i, row in enumerate(rows):
-        for output, (values, *scales) in sections(case, row):
-            wanted = row.spec.output_spec(output)
+        for output, (values, *scales) in buffers(case, row):
+            spec = row.spec.output_spec(output)
             grid = case.runner.info.grid(SHAPE, output.layer)
-            expected = by_torch(case.expected[output][i % 2], wanted, grid, case.maps)
-            assert values.shape == expected.shape, wanted
+            expected = by_torch(case.expected[output][i % 2], spec, grid, case.maps)
+            assert values.shape == expected.shape, spec
             if scales:
-                channels = 0 if wanted.channels_first else -1
-                scale = scales[0].reshape(values.shape[1:]) if wanted.channels_first else scales[0]
+                channels = 0 if spec.channels_first else -1
+                scale = scales[0].reshape(values.shape[1:]) if spec.channels_first else scales[0]
                 largest = expected.abs().amax(channels)
                 torch.testing.assert_close(scale, largest / 127, rtol=1e-4, atol=1e-7)
-                assert values.abs().amax(channels).eq(127).all(), wanted
+                assert values.abs().amax(channels).eq(127).all(), spec
                 step, values = scale.unsqueeze(channels), values * scale.unsqueeze(channels)
-                assert ((values - expected).abs() <= 0.501 * step + 1e-4 * largest.max()).all(), wanted
+                assert ((values - expected).abs() <= 0.501 * step + 1e-4 * largest.max()).all(), spec
             else:
                 error = (values - expected).norm() / expected.norm()
-                assert error <= TOLERANCE[row.spec.dtype], (wanted, float(error))
+                assert error <= TOLERANCE[row.spec.dtype], (spec, float(error))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -282,9 +282,9 @@ def test_postprocessing_equals_the_numpy_reference(pooling: Pooling, dtype: Feat
     bare = {name: each.weight.numpy() for name, each in maps.items()}
     maps["p"].bias.zero_()
     for projection, channels_first in itertools.product((None, "p"), (False, True)):
-        wanted = OutputSpec(PATCHES, dtype, pooling, projection, channels_first)
-        made = Postprocessing({PATCHES: patches}, lambda layer: (6, 10), maps).buffers(wanted)
-        expected = numpy_postprocessing.sent(patches[0].numpy(), wanted, (6, 10), bare)
+        spec = OutputSpec(PATCHES, dtype, pooling, projection, channels_first)
+        made = Postprocessing({PATCHES: patches}, lambda layer: (6, 10), maps).buffers(spec)
+        expected = numpy_postprocessing.postprocess(patches[0].numpy(), spec, (6, 10), bare)
         for section, other in zip(made, expected, strict=True):
             atol = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1}[other.dtype.name]
             np.testing.assert_allclose(section[0].float().numpy(), other.astype(np.float32), rtol=0, atol=atol)
@@ -298,5 +298,5 @@ def test_build_reads_and_logs_projections(tmp_path: Any, monkeypatch: pytest.Mon
     [projection] = built.info.projections
     assert projection[:3] == ("p", 384, 2)
     plain = runner.build("vits16", "random:0", dtype="float32", warm_up=())
-    assert built.info.fingerprint == plain.info.fingerprint, "whoever pins the model is not troubled"
+    assert built.info.fingerprint == plain.info.fingerprint, "clients that pin the model are not affected"
     assert built.info.answer_fingerprint("p") == f"{plain.info.fingerprint}+{projection.fingerprint}"

@@ -1,4 +1,4 @@
-"""Runs: every row once, in order, and as few copies as the arenas' order allows."""
+"""Runs hold every row once, in order, and merge contiguous rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CLS_BYTES, PATCH_BYTES = 8 * 4, 6 * 8 * 4
 
 
 def rows(count: int, *, arena: int = 0, start: int = 0, spec: FeatureSpec = BOTH) -> list[Row]:
-    """A request: its pixels side by side, then each output's rows side by side."""
+    """A request: contiguous pixels, then contiguous rows of each output."""
     cls = start + count * PIXELS
     patches = cls + count * CLS_BYTES
     return [
@@ -78,9 +78,9 @@ def test_requests_of_other_arenas_specs_and_places_are_runs_of_their_own() -> No
         (0, 5, 3),
     ]
     assert batch_outputs(batch) == [CLS, PATCHES]
-    wanted = (OutputSpec(CLS, "float32"), OutputSpec(PATCHES, "float16"), OutputSpec(PATCHES, "float32"))
+    specs = (OutputSpec(CLS, "float32"), OutputSpec(PATCHES, "float16"), OutputSpec(PATCHES, "float32"))
     assert batch_output_specs(batch) == batch_output_specs(Batch(batch.shape, batch.rows[::-1]))
-    assert sorted(batch_output_specs(batch)) == sorted(wanted)
+    assert sorted(batch_output_specs(batch)) == sorted(specs)
 
 
 def test_adjacent_pixels_with_scattered_features() -> None:
