@@ -6,7 +6,7 @@ or bfloat16.
 
 Two runners, each in a process of its own. `bounded` answers them all; `unbounded` takes turns with it for every fifth
 block of 50 requests:
-- `bounded`: as the server starts a worker on a CPU (`worker_environment` in backbone/cpu.py), giving freed memory back.
+- `bounded`: as the server starts a worker on a CPU (`worker_environment` in host.py), giving freed memory back.
 - `unbounded`: with the caches of 1024 primitives that torch and oneDNN have by default, and no memory given back.
 
 `bounded_mib` and `unbounded_mib`: the most anonymous memory of the process (RssAnon of /proc/PID/status, looked at

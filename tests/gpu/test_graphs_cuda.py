@@ -54,7 +54,7 @@ def arena(runner: CudaRunner) -> Iterator[Arena]:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of rows of each replay so far."""
+    """Return the number of rows of each replay so far."""
     counts: list[int] = []
     original = ForwardGraph.replay
 
@@ -67,7 +67,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class Request:
-    """Rows with pixels of their own, and a check of what came of them against an eager pass on the device."""
+    """Rows with distinct pixels, whose features are compared with an eager pass on the device."""
 
     def __init__(self, runner: CudaRunner, arena: Arena, shape: PixelShape, count: int, spec: FeatureSpec, seed: int):
         self._runner, self._arena, self.shape = runner, arena, shape
@@ -87,7 +87,7 @@ class Request:
             for output, actual in zip(
                 row.spec.outputs, self._arena.features(self._runner.info, self.shape, row), strict=True
             ):
-                # Other sizes of batch may take other kernels: not equal to the last bit.
+                # Other batch sizes may use other kernels, so features differ in the last bit.
                 assert worst_cosine(actual, expected[output][i].view(actual.shape)) >= 0.9999, (i, output)
 
 
@@ -181,7 +181,7 @@ def test_batches_run_without_a_graph_if_it_does_not_fit(
     for _ in range(CAPTURE_AT - 1):
         serve(runner, request.shape, request.rows)
     memory = runner.memory()
-    # What an eager pass takes is there already; a capture takes memory of its own.
+    # Memory of an eager pass is already reserved; a capture needs its own.
     torch.cuda.set_per_process_memory_fraction(memory["reserved"] / memory["total"])
     try:
         serve(runner, request.shape, request.rows)

@@ -138,16 +138,16 @@ def test_build_describes_the_model(runner: CudaRunner) -> None:
 
 
 def test_mixed_requests_in_one_batch(runner: CudaRunner, arena: Arena) -> None:
-    wanted: list[tuple[Output, ...]] = [
+    requested: list[tuple[Output, ...]] = [
         (Output("cls"), Output("patches")),
         (Output("patches"), Output("registers")),
         (Output("patches", 3, False), Output("cls", 0)),
     ]
     dtypes: list[FeatureDtype] = ["float32", "bfloat16", "float16"]
     images = picture(224, 224, count=6)
-    expected = on_cpu(lookup("vits16"), images, list(dict.fromkeys(o for outputs in wanted for o in outputs)))
+    expected = on_cpu(lookup("vits16"), images, list(dict.fromkeys(o for outputs in requested for o in outputs)))
     rows = []
-    for i, (outputs, dtype) in enumerate(zip(wanted, dtypes, strict=True)):
+    for i, (outputs, dtype) in enumerate(zip(requested, dtypes, strict=True)):
         rows += arena.request(runner.info, SHAPE, images[2 * i : 2 * i + 2], FeatureSpec(outputs, dtype))
     finished = serve(runner, SHAPE, rows)
     assert finished.finite == (True,) * 6
@@ -165,8 +165,8 @@ def test_two_batches_in_flight(runner: CudaRunner, arena: Arena) -> None:
         serve(runner, SHAPE, rows)
         alone.append([arena.features(runner.info, SHAPE, row) for row in rows])
     for rows in requests:
-        for offset, section in zip(rows[0].output_offsets, runner.info.output_buffers(spec, SHAPE), strict=True):
-            size = len(rows) * section.nbytes
+        for offset, buffer in zip(rows[0].output_offsets, runner.info.output_buffers(spec, SHAPE), strict=True):
+            size = len(rows) * buffer.nbytes
             arena.memory[offset : offset + size] = b"\xee" * size
     batches = [Batch(SHAPE, tuple(rows)) for rows in requests]
     launched = [runner.launch(batches[0]), runner.launch(batches[1])]
@@ -182,7 +182,7 @@ def test_two_batches_in_flight(runner: CudaRunner, arena: Arena) -> None:
 
 def test_launch_neither_waits_nor_synchronises(runner: CudaRunner, arena: Arena) -> None:
     rows = arena.request(runner.info, SHAPE, picture(224, 224, count=4), FeatureSpec(FINAL, "bfloat16"))
-    serve(runner, SHAPE, rows)  # what a first batch allocates is there
+    serve(runner, SHAPE, rows)  # allocates what a first batch needs
     with torch.cuda.stream(runner._compute):
         torch.cuda._sleep(2_000_000_000)  # about a second
     try:
@@ -226,7 +226,7 @@ def test_an_arena_that_cannot_be_page_locked_gives_the_same_features(
     cudart = torch.cuda.cudart()
 
     def cannot(address: int, size: int, flags: int) -> object:
-        return cudart.cudaHostRegister(0, size, flags)  # an error of CUDA's own: it is its last one, too
+        return cudart.cudaHostRegister(0, size, flags)  # a real CUDA error, which CUDA also stores as its last one
 
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -238,7 +238,7 @@ def test_an_arena_that_cannot_be_page_locked_gives_the_same_features(
         runner.attach(5, memoryview(pageable.memory))
     try:
         assert not runner._arenas[5].is_pinned()
-        torch.ones(1, device="cuda")  # and is no longer
+        torch.ones(1, device="cuda")  # raises if the error is still stored
         again = pageable.request(runner.info, SHAPE, picture(224, 224, count=4), FeatureSpec(FINAL, "float32"))
         serve(runner, SHAPE, again)
         for row, features in zip(again, expected, strict=True):

@@ -1,4 +1,4 @@
-"""The whole service on a CUDA device: features, page-locked arenas, and a device taken over by a successor."""
+"""The whole service on a CUDA device: features, page-locked arenas, and recovery by a new worker."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_worker_killed_on_the_device_loses_no_request_and_changes_no_feature() -> None:
-    """With batches of whatever sizes come together: features do not depend on their neighbours."""
+    """Batches have any size that forms: features do not depend on other rows."""
     with Server(
         "--devices", "cuda:0", "--frontends", "2", "--arena-bytes", "256MiB", module="dinov3_server.cli", limit=240
     ) as server:
@@ -70,7 +70,7 @@ def test_a_worker_killed_on_the_device_loses_no_request_and_changes_no_feature()
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
-    """Nobody sees it but the log: 24 images of 512 px in one request, on a device with room for some."""
+    """Only the log mentions it: 24 images of 512 px in one request, on a device with room for some."""
     images = np.random.default_rng(0).integers(0, 255, (24, 512, 512, 3), np.uint8)
     with Server(
         *("--devices", "cuda:0", "--frontends", "1", "--arena-bytes", "256MiB"),
@@ -90,7 +90,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
 
 
 def test_arenas_are_page_locked_and_counted_out_when_a_frontend_dies() -> None:
-    """A frontend's successor has an arena of its own; the worker goes on."""
+    """A new frontend has its own arena; the worker continues."""
     with Server("--devices", "cuda:0", "--frontends", "1", module="dinov3_server.cli", limit=240) as server:
         with server.client() as client:
             before = client.extract(photo(0), preset="none", dtype="float32")

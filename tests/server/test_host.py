@@ -1,4 +1,4 @@
-"""What a CPU and its container allow, from the files in which the kernel says so."""
+"""Facts about the CPU and its container, read from the kernel's files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt an
 
 @GLIBC
 def test_freed_memory_is_kept_and_not_faulted_in_again() -> None:
-    """In a process of its own, since it is a setting of the whole process."""
+    """In a separate process, as the setting is process-wide."""
     code = """
 import resource, torch
 from dinov3_server import malloc
@@ -125,7 +125,7 @@ print(megabytes())
 
 @pytest.mark.skipif(not packs(torch.empty(0)), reason="no oneDNN for float32 here")
 def test_the_variables_limit_both_primitive_caches() -> None:
-    """The first of 40 primitives is made again where ten are kept; one cache without a bound would still have it."""
+    """With ten cached primitives the first of 40 is created again; an unlimited cache would still have it."""
     code = """
 import torch
 from dinov3_server.nn.linear import linear
@@ -139,7 +139,7 @@ with torch.inference_mode():
     environ = {**os.environ, "ONEDNN_VERBOSE": "profile_create"}
 
     def made(capacity: str) -> list[int]:
-        """Primitives that oneDNN made at each call."""
+        """Return the number of primitives that oneDNN created at each call."""
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True, text=True, check=True, env=environ | dict.fromkeys(names, capacity),

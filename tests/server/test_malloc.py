@@ -1,4 +1,4 @@
-"""Memory that a peak has left goes back to the system."""
+"""Memory freed after a peak is returned to the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a ConvNeXt in each layout, written as their makers write them.
+"""ConvNeXt checkpoints in each format, written like Meta, transformers and timm do.
 
 The key maps are written out here, independently of those in key_maps.py, which they check. timm's names are those
 of timm 1.0.31, with which test_timm.py compares where timm is installed.
@@ -60,7 +60,7 @@ def convnext_transformers_state(
 
 
 def convnext_timm_state(variant: ConvNextVariant, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's layout: the stem apart, the final norm in the head."""
+    """timm's layout: a separate stem, the final norm in the head."""
     state = {"head.norm.weight": tensors["norm.weight"], "head.norm.bias": tensors["norm.bias"]}
     for i, depth in enumerate(variant.depths):
         for leaf in ("0.weight", "0.bias", "1.weight", "1.bias"):

@@ -1,4 +1,4 @@
-"""torch.cuda on a machine without CUDA: streams that do their work later, in any order that events allow.
+"""A fake torch.cuda without a device: streams run their work later, in any order that events allow.
 
 Work on a stream is queued and runs, on the CPU, when something waits for it; until then its results
 hold rubbish. So is what a captured graph left in memory that its pool's graphs share, once another of them is
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-Step = Callable[[], bool]  # does its work and gives True, or gives False: not yet
+Step = Callable[[], bool]  # runs and returns True, or returns False if it must wait
 
 
 class FakeCuda:
@@ -104,7 +104,7 @@ class FakeCuda:
         return self._current
 
     def queue(self, step: Step) -> None:
-        """At the end of the current stream, or into the graph that is being captured."""
+        """Append a step to the current stream, or to the graph being captured."""
         if self.capturing is not None:
             self.capturing.steps.append(step)
             return
@@ -113,7 +113,7 @@ class FakeCuda:
             self.work_until(lambda: False)
 
     def work_until(self, reached: Callable[[], bool]) -> None:
-        """Let streams work, one step at a time, until then or until none can."""
+        """Run the streams' steps one at a time, until the condition holds or none can run."""
         assert self.capturing is None, "waited for the device during a capture"
         streams = list(self._streams)
         while streams and not reached():
@@ -139,7 +139,7 @@ class FakeCuda:
             raise RuntimeError(f"CUDA error {error} of an earlier call")
 
     def call(self, operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """An operator under a stream."""
+        """Run an operator on a stream."""
         self.launch_kernel()
         if self.capturing is not None and self.capture_fails is not None:
             raise self.capture_fails
@@ -214,7 +214,7 @@ class Event:
 
 
 class CUDAGraph:
-    """What was queued while it was captured, queued again by each replay."""
+    """A captured graph: each replay queues the captured steps again."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.steps: list[Step] = []
@@ -257,7 +257,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class FakeTorch:
-    """torch, but for its CUDA part and page-locked memory."""
+    """torch, except for its CUDA part and page-locked memory."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda

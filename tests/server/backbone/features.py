@@ -1,4 +1,4 @@
-"""Our model, pictures to show it, and the comparison that decides. Needs nothing but torch."""
+"""Our ViT, synthetic images, and comparisons of features. Needs only torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ours(
 
 
 def picture(height: int, width: int, count: int = 1, seed: int = 0) -> Tensor:
-    """[count, height, width, 3] uint8: smooth shades with some noise, as photos have."""
+    """Return [count, height, width, 3] uint8: smooth shades with some noise, as photos have."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.linspace(0, 1, height)[:, None, None]
     x = torch.linspace(0, 1, width)[None, :, None]
@@ -46,13 +46,13 @@ def picture(height: int, width: int, count: int = 1, seed: int = 0) -> Tensor:
 
 
 def normalised(images: Tensor, dataset: Dataset = LVD) -> Tensor:
-    """[B, H, W, 3] bytes as the [B, 3, H, W] floats that other implementations take."""
+    """Convert [B, H, W, 3] bytes to the [B, 3, H, W] normalised floats that other implementations take."""
     scaled = (images.float() / 255 - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)
     return scaled.permute(0, 3, 1, 2).contiguous()
 
 
 def every_output(depth: int) -> list[Output]:
-    """The final features, and each layer's with and without the final norm."""
+    """Return the final outputs, and each layer's with and without the final norm."""
     final = [Output("cls"), Output("registers"), Output("patches")]
     return final + [
         Output(kind, layer, norm)
@@ -64,7 +64,7 @@ def every_output(depth: int) -> list[Output]:
 
 @torch.inference_mode()
 def worst_error(model: Model, pixels: Tensor, expected: dict[Output, Tensor]) -> float:
-    """The largest relative error, norm(a - b) / norm(b), of any output."""
+    """Return the largest relative error, norm(a - b) / norm(b), of any output."""
     actual = model(pixels, list(expected))
     assert {output: tensor.shape for output, tensor in actual.items()} == {
         output: tensor.shape for output, tensor in expected.items()
@@ -76,5 +76,5 @@ def worst_error(model: Model, pixels: Tensor, expected: dict[Output, Tensor]) ->
 
 
 def worst_cosine(actual: Tensor, expected: Tensor) -> float:
-    """The smallest cosine of any token."""
+    """Return the smallest cosine of any token."""
     return float(torch.cosine_similarity(actual.double(), expected.double(), dim=-1).min())

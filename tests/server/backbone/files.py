@@ -1,4 +1,4 @@
-"""Checkpoints of a ViT in each layout, written as their makers write them."""
+"""ViT checkpoints in each format, written like Meta, transformers and timm do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dinov3_server.families.registry import lookup
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.reference import transformers_names
 
-# vits16's width, so that a wrong variant is really another one, at a quarter of its depth.
+# vits16 at a quarter of its depth.
 SHALLOW = dataclasses.replace(lookup("vits16"), depth=3)
 SHALLOW_SWIGLU = dataclasses.replace(lookup("vits16plus"), depth=3)
 

@@ -1,4 +1,4 @@
-"""The oracles: transformers' DINOv3ViTModel and DINOv3ConvNextModel with our weights; and photographs to show all.
+"""Reference models: transformers' DINOv3ViTModel and DINOv3ConvNextModel with our weights; and photographs.
 
 The key map is written out here, independently of the one in key_maps.py, which it checks.
 """
@@ -46,7 +46,7 @@ _SWIGLU = {"w1": "gate_proj", "w2": "up_proj", "w3": "down_proj"}
 
 
 def transformers_names(variant: VitVariant) -> dict[str, str]:
-    """Our name to transformers' (newer spelling), of every tensor."""
+    """Map our name of every tensor to transformers' (newer spelling)."""
     names = dict(_OUTER)
     ffn = _MLP if variant.ffn == "mlp" else _SWIGLU
     inner = dict(_BLOCK)
@@ -61,7 +61,7 @@ def transformers_names(variant: VitVariant) -> dict[str, str]:
 
 
 def transformers_model(variant: VitVariant, tensors: dict[str, Tensor], periods: Tensor) -> DINOv3ViTModel:
-    """The same model by transformers, with the same RoPE periods, which it would otherwise make in fp32."""
+    """Build the model in transformers, with the same RoPE periods (its own are fp32, not rounded)."""
     model = DINOv3ViTModel(transformers_config(variant)).eval()
     names = transformers_names(variant)
     state = {names[name]: tensor for name, tensor in tensors.items()}
@@ -72,16 +72,16 @@ def transformers_model(variant: VitVariant, tensors: dict[str, Tensor], periods:
 
 
 def photographs(height: int, width: int) -> Tensor:
-    """[2, height, width, 3] uint8, height at most 400 and width at most 512."""
+    """Return [2, height, width, 3] uint8, height at most 400 and width at most 512."""
     cut = [np.ascontiguousarray(photo()[:height, :width]) for photo in (data.astronaut, data.coffee)]
     return torch.from_numpy(np.stack(cut))
 
 
 @torch.inference_mode()
 def transformers_features(model: DINOv3ViTModel, pixels: Tensor) -> dict[Output, Tensor]:
-    """What `every_output` names, from normalised floats."""
+    """Compute the outputs of `every_output` from normalised floats."""
     answer = model(pixels, output_hidden_states=True)
-    # hidden_states[0] is the embedding; [i + 1] is what block i gives, before the final norm.
+    # hidden_states[0] is the embedding; [i + 1] is the output of block i, before the final norm.
     hidden = answer.hidden_states
     registers = model.config.num_register_tokens
     features: dict[Output, Tensor] = {}
@@ -97,7 +97,7 @@ def transformers_features(model: DINOv3ViTModel, pixels: Tensor) -> dict[Output,
 
 
 def transformers_convnext(variant: ConvNextVariant, tensors: dict[str, Tensor]) -> DINOv3ConvNextModel:
-    """The same model by transformers."""
+    """Build the model in transformers."""
     config = DINOv3ConvNextConfig(hidden_sizes=list(variant.dims), depths=list(variant.depths))
     model = DINOv3ConvNextModel(config).eval()
     model.load_state_dict(convnext_transformers_state(variant, tensors, older=False), strict=True)
@@ -106,7 +106,7 @@ def transformers_convnext(variant: ConvNextVariant, tensors: dict[str, Tensor]) 
 
 @torch.inference_mode()
 def transformers_convnext_features(model: DINOv3ConvNextModel, pixels: Tensor) -> dict[Output, Tensor]:
-    """The final features and every stage's, from normalised floats; the final norm is the last stage's alone."""
+    """Compute the final outputs and every stage's from normalised floats; only the last stage has the final norm."""
     answer = model(pixels, output_hidden_states=True)
     features = {Output("cls"): answer.last_hidden_state[:, 0], Output("patches"): answer.last_hidden_state[:, 1:]}
     maps = answer.hidden_states[-4:]  # [B, C, h, w] each

@@ -1,4 +1,4 @@
-"""The CPU runner between arenas, and `build`."""
+"""The CPU runner on arenas, and `build`."""
 
 from __future__ import annotations
 

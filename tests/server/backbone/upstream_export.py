@@ -1,4 +1,4 @@
-"""Run by test_upstream.py in a process of its own: Meta's model with seeded weights, its file and its features.
+"""Run by test_upstream.py in a separate process: Meta's model with seeded weights, its file and its features.
 
     python upstream_export.py CHECKOUT NAME DATASET DEPTH OUT
 
@@ -37,7 +37,7 @@ def seed_weights(model: torch.nn.Module) -> None:
 
 
 def make(backbones: Any, name: str, dataset: str, depth: int) -> Any:
-    """The model by upstream's own entry point, whose call of its constructor is given another depth."""
+    """Create the model by Meta's entry point, with another depth."""
     construct = backbones._make_dinov3_vit
     backbones._make_dinov3_vit = lambda **settings: construct(**settings | {"depth": depth})
     weights = backbones.Weights[dataset.upper()]

@@ -1,4 +1,4 @@
-"""One thread a test process: the processes of a parallel run share the cores."""
+"""Use one thread per test process: parallel test processes share the cores."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ META = torch.device("meta")
 
 
 def varied_tensors(variant: ConvNextVariant, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights whose LayerScales differ from channel to channel, as trained ones do."""
+    """Return random weights with a LayerScale that differs between channels, as in trained ones."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(tensor.shape, generator=generator) if name.endswith("gamma") else tensor
@@ -84,7 +84,7 @@ def test_bf16_cosine_of_every_token() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_output_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
-    """Blocks write over their input: never over one that is an answer already."""
+    """Blocks overwrite their input, but never one that is already an output."""
     model, images = ours(NARROW, varied_tensors(NARROW), dtype=dtype), picture(64, 96, count=2)
     outputs = [
         Output(kind, layer, norm)
@@ -166,7 +166,7 @@ def test_every_variant_builds_and_runs_without_memory(variant: ConvNextVariant) 
 
 
 def test_convolutions_and_products_are_in_the_models_dtype_and_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cuDNN and oneDNN have their fast kernels for; for anything else they copy in silence."""
+    """cuDNN and oneDNN have fast kernels only for these; otherwise they copy silently."""
     shallow = dataclasses.replace(TINY, depths=(1, 1, 1, 1))
     tensors = {key: torch.empty(shape, device=META) for key, shape in shallow.canonical_shapes().items()}
     model, given = ours(shallow, tensors, dtype=torch.bfloat16, device=META), []

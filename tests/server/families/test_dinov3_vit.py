@@ -183,8 +183,8 @@ def test_every_variant_builds_and_runs_without_memory(name: str) -> None:
 @pytest.mark.parametrize("name", ["vits16", "vith16plus", "vit7b16"])
 @pytest.mark.parametrize("output", [Output("cls"), Output("patches")], ids=["cls", "patches"])
 def test_fused_attention_gets_supported_inputs(name: str, output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's flash and cuDNN kernels want bfloat16, the channels of a head side by side, and addresses on 16 bytes; for
-    anything else a slow one is taken in silence."""
+    """CUDA's flash and cuDNN kernels need bfloat16, contiguous channels of a head, and 16-byte aligned addresses;
+    otherwise torch silently uses a slow kernel."""
     variant = dataclasses.replace(lookup(name), depth=1)
     tensors = {n: torch.empty(shape, device=META) for n, shape in variant.canonical_shapes().items()}
     model = ours(variant, tensors, torch.ones(variant.head_dim // 4), dtype=torch.bfloat16, device=META)

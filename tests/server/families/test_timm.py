@@ -1,4 +1,4 @@
-"""Our reading of timm's layout against timm itself: its classes, and its own conversion of official files.
+"""Our key maps of timm's layout against timm: its classes, and its own conversion of official files.
 
 timm needs torchvision, and neither is a dependency of this project. Where they are not installed, timm's layout is held
 to the names that files.py and convnext_files.py write out from its source (timm 1.0.31), and to nothing else.

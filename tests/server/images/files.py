@@ -1,4 +1,4 @@
-"""Files of kinds that Pillow reads and does not write, made by hand; all lossless."""
+"""Writers of lossless files that Pillow can read but not write."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORIENTATION = 0x0112
 
 
 def photo(height: int = 5, width: int = 7, channels: int = 3) -> npt.NDArray[np.uint8]:
-    """[height, width, channels] (or [height, width] for one): any two pixels and channels differ, nearly."""
+    """Return [height, width, channels] (or [height, width] for one channel) in which nearly all values differ."""
     shape = (height, width, channels) if channels > 1 else (height, width)
     return np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
 
@@ -40,7 +40,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png(width: int, height: int, bits: int, colour: int, rows: bytes, *chunks: bytes, after: bytes = b"") -> bytes:
-    """`rows` packed, without filter bytes; `chunks` come before the pixels, `after` behind them."""
+    """Write a PNG of packed `rows` without filter bytes; `chunks` precede the pixels, `after` follows them."""
     stride = len(rows) // height
     filtered = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
@@ -60,7 +60,7 @@ PNG_GRAY, PNG_RGB, PNG_PALETTE, PNG_LA, PNG_RGBA = 0, 2, 3, 4, 6
 
 
 def png16(samples: npt.NDArray[np.uint16]) -> bytes:
-    """[H, W] or [H, W, 2 to 4] as 16-bit gray, LA, RGB or RGBA."""
+    """Write [H, W] or [H, W, 2 to 4] as 16-bit gray, LA, RGB or RGBA."""
     height, width, *channels = samples.shape
     colour = {0: PNG_GRAY, 2: PNG_LA, 3: PNG_RGB, 4: PNG_RGBA}[channels[0] if channels else 0]
     return png(width, height, 16, colour, samples.astype(">u2").tobytes())
@@ -76,7 +76,7 @@ def tiff(
     order: Literal["<", ">"] = "<",
     tags: Mapping[int, Sequence[int]] | None = None,
 ) -> bytes:
-    """`body`, stored as it is, in one strip; in one tile where `tags` give its width and length (322, 323)."""
+    """Write a TIFF with `body` in one uncompressed strip, or one tile if `tags` have its sides (322, 323)."""
     tags = tags or {}
     offset, size, rows = (324, 325, 323) if 322 in tags else (273, 279, 278)
     entries: dict[int, Sequence[int]] = {

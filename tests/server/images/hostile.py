@@ -1,4 +1,4 @@
-"""Small files that ask a decoder for much."""
+"""Small files that are expensive to decode."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def jpeg_scans(scans: int, side: int) -> bytes:
-    """A progressive gray JPEG with `scans` scans, all but the first empty: libjpeg walks the picture for each."""
+    """Write a progressive gray JPEG with `scans` scans, all but the first empty: libjpeg walks the image for each."""
     out = b"\xff\xd8\xff\xdb" + struct.pack(">HB", 67, 0) + bytes([1] * 64)
     out += b"\xff\xc2" + struct.pack(">HBHHB", 11, 8, side, side, 1) + bytes([1, 0x11, 0])
     for table in (0, 0x10):
@@ -29,12 +29,12 @@ def one_bit_png(side: int) -> bytes:
 
 
 def lossless_webp(height: int, width: int) -> bytes:
-    """The header of a lossless WebP of that size, and nothing behind it."""
+    """Write only the header of a lossless WebP of that size."""
     head = b"\x2f" + struct.pack("<I", width - 1 | height - 1 << 14)
     return b"RIFF" + struct.pack("<I", 12 + len(head) + 1) + b"WEBPVP8L" + struct.pack("<I", len(head)) + head + b"\0"
 
 
 def bmp_runs(side: int) -> bytes:
-    """A BMP of 8 bits whose runs are a pixel long for one row and then skip to the end."""
+    """Write a BMP of 8 bits with one row of one-pixel runs and then a skip to the end."""
     head = struct.pack("<IIIHHIIIIII", 40, side, side, 1, 8, 1, 0, 0, 0, 256, 0)
     return b"BM" + struct.pack("<IHHI", 0, 0, 0, 54 + 1024) + head + bytes(range(256)) * 4 + b"\1\7" * side + b"\0\1"

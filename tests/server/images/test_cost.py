@@ -24,7 +24,7 @@ def cost(data: bytes) -> Cost:
     return cost_of(data, max_pixels=MAX_PIXELS)
 
 
-# Those that threads decode. All others are a decode process's.
+# Kinds that threads decode. Decode processes decode all others.
 PLAIN = {
     *("jpeg", "jpeg progressive", "jpeg cmyk", "jpeg mpo"),
     *("png", "png palette", "png 16-bit", "webp", "bmp", "bmp palette"),
@@ -34,7 +34,7 @@ PLAIN = {
 @pytest.mark.parametrize("name", SEEDS)
 def test_the_cost_of_every_kind_of_file(name: str) -> None:
     data = SEEDS[name]
-    if name == "webp":  # with EXIF it is of the extended format
+    if name == "webp":  # with EXIF it has the extended format
         data = encode(photo(24, 32), "WEBP")
     seen = cost(data)
     with Image.open(io.BytesIO(data)) as image:
@@ -64,7 +64,7 @@ def test_the_largest_plain_picture() -> None:
 
 
 def test_memory_by_mode() -> None:
-    """Bytes a pixel, of what Pillow and libjpeg hold at once."""
+    """Memory in bytes a pixel that Pillow and libjpeg hold at once."""
     side = 2000
     image = Image.new("RGB", (side, side))
 
@@ -108,7 +108,7 @@ def test_scans_of_thumbnails_and_further_images_are_not_counted() -> None:
 
 
 def test_a_baseline_jpeg_in_one_scan_is_not_searched_for_more() -> None:
-    """libjpeg takes no second one, so the search through all its bytes is spared."""
+    """libjpeg accepts no second scan, so the file need not be searched."""
     data = encode(photo(40, 56), "JPEG")
     assert cost(data[:-2] + b"\xff\xda" * 1000 + data[-2:]).plain
 
@@ -192,7 +192,7 @@ def test_transforms_count_one_at_a_time() -> None:
     small, large = Transform((16, 16), "bilinear"), Transform((1000, 500), "bilinear", flip=True)
     assert seen.with_transforms([small, large]).nbytes == seen.with_transforms([large]).nbytes
     assert seen.with_transforms([large]).nbytes > 50 + 4 * 1000 * 500 * 3
-    crop = Transform(None, "bilinear", Box(0, 0, 1 << 31, 1 << 31))  # is refused later
+    crop = Transform(None, "bilinear", Box(0, 0, 1 << 31, 1 << 31))  # refused later
     assert seen.with_transforms([crop]).nbytes < 1000 * 2000 * 30
     assert seen.with_transforms([Transform((16, 16), "nearest", Box(0, 0, 100, 100))]).nbytes < 200_000
 

@@ -1,4 +1,4 @@
-"""Files that cannot be used: each is InvalidInput, says what was given, and nothing worse happens."""
+"""Unusable files: each raises InvalidInput, whose message describes the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.server.images.files import PNG_RGB, encode, exif, photo, png, png16, 
 
 MAX_PIXELS = 10_000
 
-# What importing decode.py sets for the process, which pytest replaces for every test.
+# Warning filters that decode.py sets on import, which pytest replaces for every test.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 
@@ -93,13 +93,13 @@ def test_files_with_a_corrupt_body_are_refused() -> None:
 
 
 def with_size(data: bytes, height: int, width: int) -> bytes:
-    """A JPEG whose frame header tells another size (ITU-T T.81, B.2.2)."""
+    """Return a JPEG whose frame header has another size (ITU-T T.81, B.2.2)."""
     frame = data.index(b"\xff\xc0")
     return data[: frame + 5] + struct.pack(">HH", height, width) + data[frame + 9 :]
 
 
 def webp_canvas(height: int, width: int) -> bytes:
-    """An animation of one small frame on a canvas of this size (WebP container specification)."""
+    """Return an animation of one small frame on a canvas of this size (WebP container specification)."""
     frame = encode(photo(16, 16), "WEBP")[12:]
     placed = bytes(6) + (15).to_bytes(3, "little") * 2 + (10).to_bytes(3, "little") + b"\0" + frame
     canvas = b"\x02\0\0\0" + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
@@ -130,13 +130,13 @@ def test_exactly_the_allowed_pixels_are_accepted() -> None:
 
 
 def test_pillows_own_limit_is_disabled() -> None:
-    """Ours alone counts: Pillow would warn from 90 million pixels on."""
+    """Only our limit counts: Pillow would warn from 90 million pixels on."""
     data = encode(Image.new("1", (10_000, 10_000)), "PNG")
     assert read_size(data, max_pixels=100_000_000, apply_exif_orientation=False) == (10_000, 10_000)
 
 
 def test_a_small_tiff_with_a_huge_tile_is_refused() -> None:
-    """libtiff would take the memory of the whole tile, and the time to inflate it."""
+    """libtiff would allocate and inflate the whole tile."""
     tile = {322: [30_000], 323: [20_000], 259: [8]}
     data = tiff(16, 16, 2, [8, 8, 8], zlib.compress(bytes(1000)), tags=tile)
     message = refused(data)
@@ -157,7 +157,7 @@ def test_pillow_logs_nothing_of_a_clients_file(caplog: pytest.LogCaptureFixture)
 
 
 def seeds() -> dict[str, bytes]:
-    """One file of every decoder and container that a byte can damage."""
+    """Return one file of every decoder and container."""
     colour = Image.fromarray(photo(24, 32))
     turned = colour.rotate(180)
     samples = np.random.default_rng(3).integers(0, 1 << 16, (24, 32), dtype=np.uint16)

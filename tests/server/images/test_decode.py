@@ -1,4 +1,4 @@
-"""What becomes of every kind of file: exact pixels, from files made here without loss."""
+"""The exact pixels of every kind of file, from lossless files made here."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from tests.server.images.files import (
 MAX_PIXELS = 10_000
 BLACK_IS_ZERO, WHITE_IS_ZERO, RGB, PALETTE, CMYK, YCBCR = 1, 0, 2, 3, 5, 6
 
-# What importing decode.py sets for the process, which pytest replaces for every test.
+# Warning filters that decode.py sets on import, which pytest replaces for every test.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 
 def pixels(data: bytes, *, upright: bool = False) -> Pixels:
-    """Decoded, having checked that `read_size` returns the same size."""
+    """Decode a file, and check that `read_size` returns the same size."""
     image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
     assert image.mode == "RGB"
     array = np.asarray(image)
@@ -194,7 +194,7 @@ def test_pixels(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if "transparent" in kind or "alpha" in kind])
 def test_alpha_is_dropped_without_a_warning(kind: str) -> None:
-    """A sound file decodes even where the filters that decode.py sets are not in force."""
+    """A valid file decodes even without the warning filters that decode.py sets."""
     data, _ = FORMATS[kind]()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -331,7 +331,7 @@ with concurrent.futures.ThreadPoolExecutor(4) as pool:
 
 
 def test_pillows_warnings_neither_fail_an_image_nor_reach_stderr() -> None:
-    """In a process of its own, where nothing but decode.py sets filters after -W error."""
+    """In a separate process, where only decode.py sets filters after -W error."""
     artist = 315
     data = tiff_of(COLOUR, RGB, [8, 8, 8], tags={artist: range(9)})
     where = data.index(struct.pack("<HHI", artist, 3, 9)) + 8

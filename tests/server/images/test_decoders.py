@@ -1,4 +1,4 @@
-"""Decode processes: the same pixels and words as in this process, limits that hold, and ends at any time."""
+"""Decode processes: the same pixels and errors as in this process, limits, and kills at any time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.waiting import until_async
 
 MAX_PIXELS = 100_000_000
 
-# What importing decode.py sets for the process, which pytest replaces for every test.
+# Warning filters that decode.py sets on import, which pytest replaces for every test.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 AS_IS = Transform(None, "bilinear")
 SMALL = Transform((16, 32), "bicubic")
@@ -76,7 +76,7 @@ async def test_the_same_pixels_of_every_kind_of_file(pool: Decoders) -> None:
             asked = file(data, upright=upright)
             assert await written(pool, asked, SMALL, crop) == expected(asked, SMALL, crop)
             assert await pool.read_size(asked, asked.cost()) == asked.read_size()
-    assert len(running()) == 1  # one after the other, in one process
+    assert len(running()) == 1  # one process served both
 
 
 async def test_large_rows_and_files(pool: Decoders) -> None:
@@ -92,7 +92,7 @@ async def test_the_same_words(pool: Decoders, data: bytes) -> None:
         await written(pool, file(data), SMALL)
     assert str(there.value) == str(here.value)
     assert await written(pool, file(SEEDS["png"]), SMALL) == expected(file(SEEDS["png"]), SMALL)
-    assert len(running()) == 1  # an error is no death
+    assert len(running()) == 1  # an error does not end the process
 
 
 async def test_a_box_beyond_the_picture(pool: Decoders) -> None:
@@ -151,7 +151,7 @@ async def test_a_caller_that_leaves_ends_the_process(pool: Decoders) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not running()  # it has ended, and with it what it held
+        assert not running()  # it has ended
     assert bytes(outs[0]) == b"\7" * 16 * 32 * 3
     asked = file(SEEDS["tiff"])
     assert await written(pool, asked, SMALL) == expected(asked, SMALL)

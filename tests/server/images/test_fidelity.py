@@ -1,4 +1,4 @@
-"""The claim of docs/preprocessing.md: preset `dinov3` is within one level of upstream's transform, on real photos."""
+"""The claim of docs/preprocessing.md: preset `dinov3` is within one level of Meta's transform, on real photos."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def test_the_dinov3_preset_is_near_metas_transform(name: str) -> None:
     assert by_float.max() <= 1
     assert (by_float > 0).mean() < 0.25
     assert by_uint8.max() <= 1
-    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # where torchvision keeps to uint8
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # with which torchvision resizes in uint8
         assert (by_uint8 > 0).mean() < 0.005

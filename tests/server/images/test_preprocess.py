@@ -1,4 +1,4 @@
-"""Presets, size rules, and what is written into the arena."""
+"""Presets, size rules, and the pixels written."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ BEFORE, AFTER = 5, 9
 def into(
     height: int, width: int, image: Image.Image | npt.NDArray[np.uint8], transform: Transform
 ) -> npt.NDArray[np.uint8]:
-    """[height, width, 3], written into the middle of a buffer whose rest must stay as it is."""
+    """Return [height, width, 3], written into the middle of a buffer whose rest must not change."""
     buffer = bytearray(b"\xa5" * (BEFORE + height * width * 3 + AFTER))
     out = memoryview(buffer)[BEFORE:-AFTER]
     if isinstance(image, np.ndarray):

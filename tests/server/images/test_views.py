@@ -1,4 +1,4 @@
-"""Views: crop, then resize, then flip, and that by Pillow's own calls at the client, to the last bit."""
+"""Views: crop, then resize, then flip, bit-equal to Pillow's own calls at the client."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def boxes(draw: st.DrawFn) -> Box:
 
 
 def pixels_of(source: Image.Image | npt.NDArray[np.uint8], how: Transform) -> npt.NDArray[np.uint8]:
-    """[H, W, 3], written into the middle of a buffer whose rest must stay as it is."""
+    """Return [H, W, 3], written into the middle of a buffer whose rest must not change."""
     size = how.size or (how.crop[2:] if how.crop else (HEIGHT, WIDTH))
     buffer = bytearray(b"\xa5" * (7 + size[0] * size[1] * 3 + 5))
     out = memoryview(buffer)[7:-5]
@@ -70,7 +70,7 @@ def test_views_equal_pillow_at_the_client(
 
 
 def test_pixels_outside_the_box_do_not_matter() -> None:
-    """What `resize(box=...)` would get wrong: its filter reaches over the borders of the box."""
+    """`resize(box=...)` would fail this: its filter reaches beyond the borders of the box."""
     box, size = Box(10, 20, 30, 40), (48, 64)
     ours = pixels_of(Image.fromarray(PHOTO), Transform(size, "bilinear", box))
     other = PHOTO.copy()
@@ -85,7 +85,7 @@ def test_pixels_outside_the_box_do_not_matter() -> None:
 
 
 def test_the_flip_comes_last() -> None:
-    """Another order would be seen: a resize of the mirrored picture rounds differently, a crop of it is elsewhere."""
+    """In another order, resizing the mirrored image rounds differently, and cropping it gives another part."""
     how = Transform((16, 48), "bicubic", Box(3, 5, 50, 41), flip=True)
     not_flipped = pixels_of(PHOTO, Transform((16, 48), "bicubic", Box(3, 5, 50, 41)))
     np.testing.assert_array_equal(pixels_of(PHOTO, how), not_flipped[:, ::-1])
@@ -98,7 +98,7 @@ def test_the_flip_comes_last() -> None:
 def random_resized_crop_params(
     height: int, width: int, draws: random.Random, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """As RandomResizedCrop.get_params of torchvision (transforms/transforms.py), for its default ratio."""
+    """Draw a box like RandomResizedCrop.get_params of torchvision (transforms/transforms.py), for its default ratio."""
     while True:
         area = height * width * draws.uniform(*scale)
         ratio = math.exp(draws.uniform(math.log(3 / 4), math.log(4 / 3)))

@@ -30,7 +30,7 @@ REVISION = "6876159a11b4df116f30f667f8c9888617df0751"
 
 
 class Export(NamedTuple):
-    """What Meta's code wrote in a process of its own: a checkpoint, and its features of random pixels."""
+    """Return a checkpoint and features of random pixels by Meta's code, written by a separate process."""
 
     name: str
     weights: Path
@@ -116,7 +116,7 @@ torch.save(features, out)
             for kind, tokens in parts.items()
         }
         compared = features.keys() & theirs.keys()
-        assert len(compared) == len(each["final"]) * 4  # the final ones and three layers' before the norm
+        assert len(compared) == len(each["final"]) * 4  # the final outputs, and three layers' before the norm
         for output in compared:
             error = (features[output] - theirs[output]).norm() / theirs[output].norm()
             assert float(error) <= 1e-6, output

@@ -1,4 +1,4 @@
-"""Our features against Meta's own code, through a file that it wrote, for every variant."""
+"""Our features against Meta's own code for every variant, with a file that Meta's code wrote."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
     ),
 ]
 
-# Of the large ones two blocks are made, which are all alike: their names, widths and heads are what differs.
+# Large variants have only two blocks here: all blocks are alike, and names, widths and heads are what differs.
 DEPTHS = {"vits16": 12, "vits16plus": 12, "vitb16": 12, "vitl16": 2, "vitl16plus": 2, "vith16plus": 2, "vit7b16": 2}
 
 
@@ -55,7 +55,7 @@ def test_features_equal_metas(checkout: Path, tmp_path: Path, name: str, dataset
     checkpoint = load_checkpoint(path, variant)
     assert checkpoint.dataset.name == dataset
     model = native_model(checkpoint, dtype=torch.float32, device=CPU)
-    path.unlink()  # up to 2 GB that pytest would keep
+    path.unlink()  # pytest would keep up to 2 GB
     kinds = 3 if variant.registers else 2
     for stored in torch.load(tmp_path / "features.pth", weights_only=True).values():
         expected = {Output(kind): tokens for kind, tokens in stored["final"].items()}

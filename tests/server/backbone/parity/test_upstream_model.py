@@ -1,4 +1,4 @@
-"""Meta's modules behind our call: what is imported and from where, whose weights, and which features."""
+"""UpstreamModel: imports from the checkout, weights under Meta's keys, and features."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_output_equals_the_native_models(tmp_path: Path) -> None:
 
 
 def test_bfloat16_equals_autocast(tmp_path: Path) -> None:
-    """Weights of matrix products are rounded at load; what comes out is what autocast makes of float32 ones."""
+    """Weights of matrix products are rounded at load; the features equal those of autocast with float32 weights."""
     weights, code = checkpoint(tmp_path), write_checkout(tmp_path / "code")
     pixels, wanted = normalised(picture(64, 96)), [Output("cls"), Output("patches")]
     half = UpstreamModel(code, weights, dtype=torch.bfloat16, device=CPU)
@@ -97,11 +97,11 @@ def test_an_official_files_own_tensors_are_loaded_untranslated(tmp_path: Path) -
     loaded = official_tensors(weights)
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[key], stored[key]) for key in stored)
-    # Whatever became of the canonical ones.
+    # Independently of the canonical ones.
     broken = dataclasses.replace(weights, tensors={name: tensor + 1 for name, tensor in weights.tensors.items()})
     module = load_upstream(write_checkout(tmp_path / "code"), broken, CPU)
     assert torch.equal(module.norm.weight, stored["norm.weight"])
-    # A key bias that the mask takes away is there, as in the file.
+    # The key bias, which the mask disables, is loaded as in the file.
     assert float(module.blocks[0].attn.qkv.bias[TINY.embed_dim]) == 3.0
 
 
@@ -133,12 +133,12 @@ def test_a_transformers_file_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_only_sources_are_read_and_nothing_is_written(tmp_path: Path) -> None:
-    """A __pycache__ of something else is no use, and the checkout stays as it was."""
+    """A __pycache__ with other code is ignored, and the checkout is not changed."""
     code = write_checkout(tmp_path / "code")
     source = code / "dinov3" / "hub" / "backbones.py"
     other = tmp_path / "other.py"
     other.write_text("def dinov3_vits16(**_):\n    raise RuntimeError('compiled from something else')\n")
-    # Unchecked: Python takes it without a look at the source.
+    # Unchecked: Python would use it without comparing it with the source.
     py_compile.compile(
         str(other),
         cache_from_source(str(source)),

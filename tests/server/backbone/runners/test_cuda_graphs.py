@@ -1,4 +1,4 @@
-"""CUDA graphs: which batches get one, and that replays mix nothing up, whatever order the device works in."""
+"""CUDA graphs: which batches get one, and that replays give each row its features in any order of the device's work."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_least_recently_used_graph_is_dropped(monkeypatch: pytest.MonkeyPatc
     cache.keep(key(3), stub(30))
     assert len(cache) == 2
     assert cache.find(key(2)) is None, "by number"
-    assert not cache.is_due(key(2), tokens=5), "its uses count anew"
+    assert not cache.is_due(key(2), tokens=5), "its uses are counted from 0 again"
     use(cache, key(1))
     use(cache, key(4), CAPTURE_AT)
     cache.keep(key(4), stub(95))
@@ -163,7 +163,7 @@ def tiny_vit() -> Model:
 
 
 class Rig:
-    """A CUDA runner over a fake device, and what its features should be."""
+    """A CUDA runner on a fake device, with the expected features."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Rig:
         cuda.log.clear()
 
     def request(self, shape: PixelShape, count: int, spec: FeatureSpec) -> tuple[list[Row], Tensor]:
-        """Rows of pixels that no other request has."""
+        """Return rows with distinct pixels."""
         self._seed += 1
         pixels = picture(shape.height, shape.width, count, seed=self._seed)
         return self.arena.request(self.info, shape, pixels, spec), pixels
@@ -268,7 +268,7 @@ def test_a_padded_graph_serves_every_size_up_to_its_own(rig: Rig) -> None:
 
 
 def test_a_convnext_is_captured_with_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no tables beside its weights, and its layers differ in width and grid."""
+    """It has no cached tensors, and its layers differ in width and grid."""
 
     def make() -> Model:
         return ConvNext(CONVNEXT, random_tensors(CONVNEXT, 0), LVD, dtype=torch.float32, device=torch.device("cpu"))
@@ -283,7 +283,7 @@ def test_a_convnext_is_captured_with_its_stages(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_captured_pass_has_just_run_with_the_same_shape(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that no kernel, workspace or table is made in a capture."""
+    """So no kernel, workspace or cached tensor is created in a capture."""
     model, sizes = rig.runner._model, []
 
     def noted(pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
@@ -345,7 +345,7 @@ def test_after_another_capture_error_no_more_are_captured(rig: Rig) -> None:
     rig.serve(WIDE, 3, times=CAPTURE_AT + 1)
     assert rig.cuda.log.count("capture begins") == 2
     rig.serve(SQUARE, 2)
-    assert rig.cuda.log.count("replay") == 1, "what was captured before is kept"
+    assert rig.cuda.log.count("replay") == 1, "earlier graphs are kept"
 
 
 def test_graphs_are_freed_when_a_batch_runs_out_of_memory(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

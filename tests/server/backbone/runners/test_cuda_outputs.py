@@ -40,7 +40,7 @@ SPECS = [
 
 
 class GiftedRig(Rig):
-    """With projections; what comes back is compared with what the CPU's runner makes of the same pixels."""
+    """A CUDA runner with projections, compared with the CPU runner on the same pixels."""
 
     def __init__(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(cuda, monkeypatch)
@@ -60,7 +60,7 @@ class GiftedRig(Rig):
         for row, twin in zip(rows, twins, strict=True):
             pairs = zip(self.arena.features(GIFTED, shape, row), other.features(GIFTED, shape, twin), strict=True)
             for actual, expected in pairs:
-                # Another number of rows may be summed in another order, and a value fall to the other side of a half.
+                # Another number of rows may be summed in another order, so a value may round to the other side.
                 tolerance = {"float32": 1e-5, "int8": 2e-2}.get(row.spec.dtype, 2e-2)
                 assert (actual - expected).norm() <= tolerance * expected.norm(), row.spec
         self.cpu.detach(1)

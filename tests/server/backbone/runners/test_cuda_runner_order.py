@@ -1,7 +1,7 @@
 """The CUDA runner's order of work, on a machine without CUDA (fake_cuda.py).
 
 What it shows is which stream does what after which event, that slots come back and that arenas are registered and
-unregistered; not that CUDA does as it is told (tests/gpu does).
+unregistered; not CUDA's own behaviour (tests/gpu does).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def test_arenas_are_registered_while_attached(runner: CudaRunner, notes: FakeCud
 def test_an_arena_that_cannot_be_page_locked_is_used_with_a_warning(
     runner: CudaRunner, notes: FakeCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a warning, and CUDA's error is not taken for one of the next kernel."""
+    """CUDA's error is not attributed to the next kernel."""
     arena = Arena(3)
     notes.register_result = PAGE_LOCK_FAILS
     runner.attach(3, memoryview(arena.memory))

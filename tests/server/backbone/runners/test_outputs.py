@@ -51,7 +51,7 @@ SHAPE = PixelShape(96, 160, "uint8")
 CLS, PATCHES, REGISTERS = Output("cls"), Output("patches"), Output("registers")
 POOLINGS = (None, Pooling("area", 3, 5), Pooling("area", 4, 7), Pooling("bilinear", 4, 7), Pooling("bilinear", 9, 2))
 DTYPES: tuple[FeatureDtype, ...] = ("float32", "float16", "bfloat16", "int8")
-# Of norm(a - b) / norm(b); int8's of the largest value of a token.
+# Bounds of norm(a - b) / norm(b); for int8 relative to the largest value of a token.
 TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 2**-8}
 
 
@@ -108,7 +108,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 @torch.inference_mode()
 def by_torch(tokens: Tensor, spec: OutputSpec, grid: tuple[int, int], maps: dict[str, LinearMap]) -> Tensor:
-    """[D] or [tokens, D] to what should come back, in float32."""
+    """Return the expected output for [D] or [tokens, D], in float32."""
     if spec.pooling:
         method, *size = spec.pooling
         cells = tokens.T.reshape(1, -1, *grid)
@@ -124,7 +124,7 @@ def by_torch(tokens: Tensor, spec: OutputSpec, grid: tuple[int, int], maps: dict
 
 
 def buffers(case: Case, row: Any) -> Iterator[tuple[Output, list[Tensor]]]:
-    """Of each output of a row what lies in the arena."""
+    """Yield the buffers of each output of a row, from the arena."""
     info = case.runner.info
     found: dict[Output, list[Tensor]] = {}
     for buffer, start in zip(info.output_buffers(row.spec, SHAPE), row.output_offsets, strict=True):
@@ -135,7 +135,7 @@ def buffers(case: Case, row: Any) -> Iterator[tuple[Output, list[Tensor]]]:
 
 
 def check(case: Case, specs: list[FeatureSpec]) -> None:
-    """One batch, a photograph for each spec."""
+    """Serve one batch, with a photograph for each spec, and check its outputs."""
     case.arena.end = 0
     images = photographs(*SHAPE[:2])
     rows = []
@@ -166,7 +166,7 @@ def check(case: Case, specs: list[FeatureSpec]) -> None:
 def test_final_features_equal_transformers(case: Case, dtype: FeatureDtype, channels_first: bool) -> None:
     kinds = (CLS, PATCHES, REGISTERS) if case.runner.info.registers else (CLS, PATCHES)
     name = f"p{case.runner.info.embed_dim}"
-    # All poolings in one batch: none of them is mistaken for another.
+    # All poolings in one batch, to notice mix-ups.
     combinations = itertools.product(POOLINGS, (None, name))
     check(case, [FeatureSpec(kinds, dtype, pooling, name, channels_first) for pooling, name in combinations])
 
@@ -203,7 +203,7 @@ def test_each_distinct_step_runs_once_per_batch(case: Case, monkeypatch: pytest.
     assert counts == {"pool": 1, "quantise": 2, "project": 1}
 
 
-# --- what is not finite --------------------------------------------------------------------------------------------
+# --- non-finite features --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,7 +212,7 @@ def test_each_distinct_step_runs_once_per_batch(case: Case, monkeypatch: pytest.
 def test_non_finite_features_are_flagged_after_every_step(
     dtype: FeatureDtype, pooling: Pooling | None, bad: float
 ) -> None:
-    """One value of the first patch, which a bilinear pooling to few cells passes over."""
+    """One value of the first patch, which bilinear pooling to few cells skips."""
     maps = {"p": linear_map(8, 3)}
     info = dataclasses.replace(info_of(VIT, maps), layer_dims=(8,), layer_strides=(16,))
     features = torch.randn(3, math.prod(info.grid(SHAPE)), 8)
@@ -251,7 +251,7 @@ def test_quantisation_rounds_half_to_even_and_maps_zeros_to_scale_0() -> None:
             [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0],
             [0.0, -0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
             [-254.0, 1.0, 3.0, 5.0, 0.0, 253.0, 7.0],
-            [1e-44, -1e-44, 0.0, 5e-45, 0.0, 0.0, 0.0],  # its scale would be nothing
+            [1e-44, -1e-44, 0.0, 5e-45, 0.0, 0.0, 0.0],  # its scale would underflow
             [3.4e38, -3.4e38, 1.7e38, 0.0, 1.0, 0.0, 0.0],
         ]
     )
@@ -276,7 +276,7 @@ def test_a_token_that_is_not_finite_has_no_finite_scale(bad: float) -> None:
 @pytest.mark.parametrize("pooling", [p for p in POOLINGS if p] + [Pooling("area", 1, 1), Pooling("bilinear", 12, 20)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_postprocessing_equals_the_numpy_reference(pooling: Pooling, dtype: FeatureDtype) -> None:
-    """What the tests' runner without a model computes is what this one does."""
+    """The numpy runner of other tests computes the same."""
     patches = torch.randn(1, 60, 8)
     maps = {"p": linear_map(8, 3)}
     bare = {name: each.weight.numpy() for name, each in maps.items()}

@@ -1,4 +1,4 @@
-"""Projections from files: what may be in them, and what identifies them."""
+"""Projections from files: accepted contents, and fingerprints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_safetensors_weight_and_bias(tmp_path: Path) -> None:
     path = safetensors(tmp_path, weight=weight.bfloat16(), bias=bias)
     [(projection, linear_map)] = read_projections([("p", path)], WIDTHS).items()
     assert projection[:3] == ("p", 96, 8)
-    Path(path).write_bytes(b"")  # nothing is read from the file any more
+    Path(path).write_bytes(b"")  # the file is not read again
     x = torch.randn(3, 96)
     torch.testing.assert_close(linear_map(x), x @ weight.bfloat16().float().T + bias, rtol=0, atol=1e-4)
 
