@@ -60,7 +60,7 @@ format: install
 docs: .venv-docs/installed
 	rm -rf build/docs build/site
 	mkdir -p build/docs
-	ln -s $(addprefix ../../,$(PAGES)) build/docs/
+	cp -r $(PAGES) build/docs/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 bench: install
