@@ -1,18 +1,18 @@
-"""The model alone, in images a second: our runner beside three others, a batch of each in turn, round after round.
+"""The model alone, in images a second: our runner beside three baselines, one batch of each in turn per round.
 
 - `ours`: pixels gathered from an arena as uint8, normalised, the forward pass, CLS and patches written into the arena
   as bfloat16, the check that they are finite.
-- `eager`: transformers' DINOv3ViTModel with its sdpa attention; `compiled`: the same by torch.compile for the one
-  shape; `upstream`: Meta's own model, where DINOV3_UPSTREAM names a copy of its repository. Of these the forward pass
-  alone, on pixels that are normalised already and in the model's dtype.
+- `eager`: transformers' DINOv3ViTModel with its sdpa attention; `compiled`: the same with torch.compile for the one
+  shape; `upstream`: Meta's own model, if DINOV3_UPSTREAM names a copy of its repository. Of these only the forward
+  pass, on normalised pixels in the model's dtype.
 
-All run in one thread of one process and have its malloc, which our runner sets to keep freed memory; eager alone gains
-from that too. Seeded random weights. A configuration is measured for SECONDS after one batch of each to warm up, at
-least MINIMUM rounds unless the first takes LONG; the HEAVIEST beside eager alone. Rates are of the median batch;
-`ours/x` is the median over rounds of x's time by ours.
+All run in one thread of one process and share its malloc, which our runner sets to keep freed memory; eager gains from
+that, too. Seeded random weights. A configuration is measured for SECONDS after one batch of each as a warm-up, for at
+least MINIMUM rounds unless the first takes LONG; the HEAVIEST only beside eager. Rates are of the median batch;
+`ours/x` is the median over rounds of x's time over ours.
 
-`linears` is the limit that the matrix products set: all dense layers of a forward pass as our model has them, packed,
-with weights of their own, back to back on inputs that are there, and nothing else: no attention, no GELU, no residual.
+`linears` is the limit set by the matrix products: all dense layers of a forward pass as our model has them, packed,
+each with its own weights, one after another on prepared inputs, without attention, GELU or residuals.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def measure() -> dict[str, Any]:
 
 
 def absent_baselines() -> dict[str, str]:
-    """The baselines that cannot run here, and why."""
+    """Return the baselines that cannot run here, and why."""
     absent: dict[str, str] = {}
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
@@ -104,7 +104,8 @@ def show(result: dict[str, Any]) -> str:
 
 
 def in_turn(works: Mapping[str, Work], images: int) -> dict[str, Any]:
-    """Images a second of each, and the median ratio of the first to each other, over rounds of one batch of each."""
+    """Measure rounds of one batch of each work. Return the images/s of each, and the median ratio of the first to
+    each."""
     for work in works.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -127,7 +128,7 @@ def in_turn(works: Mapping[str, Work], images: int) -> dict[str, Any]:
 
 
 def our_batch(runner: TorchRunner, size: int, images: int) -> Work:
-    """One batch through the runner, from an arena of its own and into it."""
+    """Return a work that runs one batch through the runner, from its own arena and back into it."""
     shape = PixelShape(size, size, "uint8")
     block = Block.plan(runner.info, shape, images, SPEC)
     memory = mmap.mmap(-1, block.end)
@@ -149,7 +150,7 @@ def our_batch(runner: TorchRunner, size: int, images: int) -> Work:
 def baseline_models(
     variant: VitVariant, dtype: torch.dtype, checkout: Path | None
 ) -> dict[str, Callable[[Tensor], object]]:
-    """Forward passes that give the last layer's CLS and patches, of eager code."""
+    """Return eager forward passes that compute CLS and patches of the last layer."""
     models: dict[str, Callable[[Tensor], object]] = {"eager": transformers_model(variant, dtype)}
     if checkout is not None:
         models["upstream"] = upstream_model(checkout, variant, dtype).forward_features
@@ -171,14 +172,14 @@ def baseline_batches(
 
     works = {name: forward(model) for name, model in models.items()}
     if compiled:
-        # Anew for each shape: after eight of them torch.compile would go on in eager mode without a word.
+        # Reset for each shape: after eight shapes torch.compile would silently fall back to eager mode.
         torch.compiler.reset()
         works["compiled"] = forward(torch.compile(models["eager"], dynamic=False))
     return {baseline: works[baseline] for baseline in BASELINES if baseline in works}
 
 
 def linears(variant: VitVariant, dtype: torch.dtype, size: int, images: int) -> Work:
-    """The dense layers of one forward pass; what they give is thrown away."""
+    """Return a work that runs the dense layers of one forward pass and discards their outputs."""
     width, hidden, patches = variant.embed_dim, variant.ffn_dim, (size // variant.patch_size) ** 2
     tokens = 1 + variant.registers + patches
     block = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]

@@ -1,7 +1,7 @@
-"""Our runner in a loop, in a process of its own, to be measured between rounds of the service.
+"""Our runner in a loop in a separate process, to be measured between rounds of the service.
 
-In the load generator's process its threads and the generator's would share one interpreter. Between two calls the
-process waits and takes no CPU.
+In the load generator's process, its threads and the generator's would share one interpreter. Between two calls the
+process waits without using CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from dinov3_server.backbone.runner import build
 
 @dataclass(frozen=True)
 class Bare:
-    """Batches that ran one after another: their images, the wall time of each, and the CPU time of all."""
+    """The result of batches that ran one after another: their images, the wall time of each, and the CPU time of
+    all."""
 
     images: int
     seconds: list[float]
@@ -36,8 +37,8 @@ Replay = Callable[[int, Sequence[int], float], Bare]
 
 @contextmanager
 def bare_process(model: str, weights: str) -> Iterator[Replay]:
-    """Gives `replay(size, batches, seconds)`: run batches of so many images, size x size pixels, CLS and bfloat16
-    patches out, one after another, until all have run or `seconds` have passed."""
+    """Yield `replay(size, batches, seconds)`, which runs batches of these numbers of images, of size x size pixels with
+    CLS and bfloat16 patches out, one after another, until all have run or `seconds` have passed."""
     with ProcessPoolExecutor(1, get_context("spawn"), _build, (model, weights)) as pool:
         yield lambda size, batches, seconds: pool.submit(_replay, size, tuple(batches), seconds).result()
 
@@ -49,7 +50,7 @@ def _build(model: str, weights: str) -> None:
     @functools.cache
     def work(size: int, images: int) -> Callable[[], None]:
         batch = our_batch(runner, size, images)
-        batch()  # first use, which makes what oneDNN keeps for a shape
+        batch()  # the first use fills oneDNN's cache for the shape
         return batch
 
     _work = work

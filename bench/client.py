@@ -1,22 +1,24 @@
-"""Bytes a second of patch tensors that one client process receives, from a server that answers instantly.
+"""The rate, in bytes, at which one client process receives patch tensors from a server that answers instantly.
 
-Answers are 32 images' patches of a ViT-B/16 at 224 px in bfloat16 (9.6 MB), premade in a server process of its own
+Answers are the patches of 32 images of a ViT-B/16 at 224 px in bfloat16 (9.6 MB), prepared by a separate server process
 (bench/premade.py). A request is 32 small JPEG files (224x224, `request_bytes` together); in the row
-`pixels in`, 32 images of uint8 pixels (4.8 MB). GB/s are of the tensors' bytes alone, one direction. IN_FLIGHT requests
-are in flight all the time, in every row; client and server share the machine's cores.
+`pixels in`, 32 images of uint8 pixels (4.8 MB). GB/s count only the bytes of the tensors, in one direction. IN_FLIGHT
+requests are in flight all the time, in every row; client and server share the machine's cores.
 
-Of every answer shape and dtype are checked, and one number in each page of 4096 bytes is read and compared with what
-was sent, on one thread, in all rows:
+In all rows, one thread checks the shape and dtype of every answer, and compares one number in each page of 4096 bytes
+with the sent one:
 
-- extract_many: `Client.extract_many`, its arrays as they come. `AsyncClient.extract_many` is the asynchronous one;
-  `.torch()` is the first with each answer made writable torch tensors.
-- naive: the generated stub with protobuf messages, one made of the files for each call, and
-  `np.frombuffer(tensor.data, ...)` of the answer; futures, one connection, no retries and no checks.
-- bare: grpcio alone on the same connection: premade bytes out, bytes in, no message is parsed; `of_bare` is the ratio
-  to it. `bare, tuned` is the same in a process whose malloc keeps freed memory.
+- extract_many: `Client.extract_many`. `AsyncClient.extract_many` is the asynchronous one; `.torch()` is the first with
+  each answer converted to writable torch tensors.
+- naive: the generated stub with protobuf messages, a new one for each call, and `np.frombuffer(tensor.data, ...)` of
+the
+  answer; futures, one connection, no retries and no checks.
+- bare: grpcio alone, one connection: prepared bytes out, bytes in, no message is parsed; `of_bare` is the ratio to it.
+  `bare, tuned` is the same in a process whose malloc keeps freed memory.
 
-The rows run one after the other in one process (`tuned` in one of its own), in another order each round, ROUNDS times;
-ratios are taken in each round, and medians over rounds reported. `client_cores` is the client's CPU time in that time.
+The rows run one after the other in one process (`tuned` in a separate one), in another order each round, ROUNDS times;
+ratios are taken within a round, and medians over rounds are reported. `client_cores` is the client's CPU time over the
+measured time.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ PAGE = 4096 // 2
 
 
 class Run(NamedTuple):
-    """Answers in the measured time, and the client's CPU time in it."""
+    """The number of answers in the measured time, and the client's CPU time in it."""
 
     answers: int
     seconds: float
@@ -77,7 +79,7 @@ class Run(NamedTuple):
 
 
 class Meter:
-    """Counts answers from the first one after `warm_up` on, for `seconds`. `answered` tells whether to go on."""
+    """Count answers for `seconds` from the first one after `warm_up`. `answered` returns whether to go on."""
 
     def __init__(self, seconds: float, warm_up: float) -> None:
         self._from = time.perf_counter() + warm_up
@@ -143,7 +145,7 @@ def show(result: dict[str, Any]) -> str:
 def run(way: str, address: str, seconds: float, warm_up: float) -> Run:
     meter = Meter(seconds, warm_up)
     WAYS[way](address, meter)
-    assert meter.run is not None, f"{way} ended by itself"
+    assert meter.run is not None, f"{way} ended before the measured time"
     return meter.run
 
 
@@ -190,14 +192,14 @@ def bare(address: str, meter: Meter) -> None:
     with grpc.insecure_channel(address, OPTIONS) as channel:
         call: Any = channel.unary_unary(METHOD)
         for answer in in_flight(lambda: call.future(ready)):
-            start = answer.index(head())  # the tensor's bytes, wherever they lie in the message
+            start = answer.index(head())  # the tensor's bytes within the message
             check(np.frombuffer(answer, ml_dtypes.bfloat16, nbytes // 2, start).reshape(sent().shape))
             if not meter.answered():
                 break
 
 
 def in_flight(send: Callable[[], Any]) -> Iterator[Any]:
-    """Answers in the order of their requests, IN_FLIGHT of them on their way."""
+    """Yield answers in the order of their requests, with IN_FLIGHT requests in flight."""
     calls = deque(send() for _ in range(IN_FLIGHT))
     try:
         while True:
@@ -249,7 +251,7 @@ def head() -> bytes:
 
 @cache
 def files() -> list[bytes]:
-    """IMAGES JPEG files of 224x224."""
+    """Return IMAGES JPEG files of 224x224."""
     coarse = np.random.default_rng(0).integers(0, 256, (IMAGES, 28, 28, 3), np.uint8)
     images = (Image.fromarray(each).resize((224, 224), Image.Resampling.BICUBIC) for each in coarse)
     return [encoded(image, "JPEG", quality=90) for image in images]

@@ -1,14 +1,14 @@
-"""The service beside others on the same cores: a busy process, and a second server. ViT-S/16, float32, seeded weights.
+"""The service beside other processes on the same cores: a busy one, and a second server. ViT-S/16, float32.
 
-At each server a closed loop of two requests of 32 images of 64x64 or 224x224, CLS back; the load generator (our client)
-is a process on the same cores. A round measures each case once, in turn; rates are images a second between a server's
-first and last answer, and every ratio is the median over ROUNDS of ratios within a round.
+Seeded random weights. Each server gets a closed loop of two requests of 32 images of 64x64 or 224x224, CLS back; the
+load generator (our client) runs on the same cores. A round measures each case once, in turn; rates are images/s between
+a server's first and last answer, and every ratio is the median over ROUNDS of ratios within a round.
 
-- `idle`: the rate of a server with nothing beside it but the load generator.
+- `idle`: the rate of a server beside the load generator alone.
 - `busy`: the rate beside one other process in a busy loop, over `idle`. Of two cores a fair share is about a half.
-- `two_servers`: the slower of two servers that are under load at a time, over `idle` of the first.
-- `of_spinning`: `idle` over the rate of a server whose threads spin as long as is libgomp's default
-  (GOMP_SPINCOUNT=300000): the cost of shorter spinning on cores that nothing else uses.
+- `two_servers`: the rate of the slower of two servers under load at the same time, over `idle` of the first.
+- `of_spinning`: `idle` over the rate of a server whose threads spin as long as libgomp's default
+  (GOMP_SPINCOUNT=300000): the cost of shorter spinning on otherwise idle cores.
 - `spinning_busy`: `busy` of that server.
 """
 
@@ -30,7 +30,7 @@ from dinov3_client import Client
 
 FLAGS = ("--model", "vits16", "--weights", "random:0", "--dtype", "float32", "--warm-up-sizes", "64x64,224x224")
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
-SECONDS = {64: 3.0, 224: 5.0}  # of one case, by size; longer where fewer than ANSWERS have come
+SECONDS = {64: 3.0, 224: 5.0}  # of one case, by size; longer until there are ANSWERS answers
 ANSWERS = 4
 IMAGES = 32
 IN_FLIGHT = 2
@@ -77,7 +77,7 @@ def _row(size: int, ours: Client, second: Client, spinning: Client) -> dict[str,
 
 
 def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """The figures of one size, of the rates of each round."""
+    """Return the figures of one size from the rates of each round."""
 
     def ratio(above: str, below: str) -> float:
         return round(statistics.median(one[above] / one[below] for one in rounds), 3)
@@ -93,7 +93,7 @@ def summary(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 
 def rates_of(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
-    """Images a second of each server while all are under load; `calls` are one request to each."""
+    """Return the images/s of each server while all are under load; `calls` make one request to each."""
     ends: list[list[float]] = [[] for _ in calls]
     stop = threading.Event()
 
@@ -111,7 +111,7 @@ def rates_of(calls: Sequence[Callable[[], object]], seconds: float) -> list[floa
         stop.wait(seconds)
         while min(len(each) for each in ends) < ANSWERS and not stop.wait(0.05):
             pass
-        measured = [sorted(each) for each in ends]  # what ends from here on has the cores for itself
+        measured = [sorted(each) for each in ends]  # later answers have the cores to themselves
         stop.set()
         for one in running:
             one.result()
@@ -119,7 +119,7 @@ def rates_of(calls: Sequence[Callable[[], object]], seconds: float) -> list[floa
 
 
 def rate(ends: Sequence[float]) -> float:
-    """Images a second, of the times at which the answers came, ascending."""
+    """Return the images/s from the times of the answers, ascending."""
     return (len(ends) - 1) * IMAGES / (ends[-1] - ends[0])
 
 

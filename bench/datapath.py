@@ -1,16 +1,16 @@
-"""What the service costs around a model: a runner that answers instantly, beside a bare grpcio echo of the same bytes.
+"""The cost of the service around a model: a runner that answers instantly, beside a bare grpcio echo of the same bytes.
 
 Ours is the whole server, with one frontend and one worker: requests are parsed and checked, their pixels copied into
-the arena, their rows submitted to the worker and scheduled there, and an answer is framed out of the arena (ViT-B/16,
-bfloat16). Only the model is missing: the runner (bench/instant.py) neither reads pixels nor writes features, and says
-that they are finite. The echo (bench/echo.py) is one grpc.aio server in one process that takes the very same request
-as bytes, does not look at it, and answers as many bytes as ours, one copy of bytes that are there already. `of_echo` is
-against it as it is; `of_tuned_echo` against one whose malloc keeps freed memory, as our frontends' does.
+the arena, their rows submitted to the worker and scheduled there, and an answer is built from the arena (ViT-B/16,
+bfloat16). Only the model is missing: the runner (bench/instant.py) neither reads pixels nor writes features, and
+reports them as finite. The echo (bench/echo.py) is one grpc.aio server in one process that takes the same request as
+bytes, does not look at it, and answers as many bytes as ours, one copy of existing bytes. `of_echo` is our rate over
+its rate; `of_tuned_echo` that over an echo whose malloc keeps freed memory, as our frontends' does.
 
-One load generator (bench/flood.py) for all, in a process of its own: a closed loop of bytes over one connection,
-`in_flight` requests of 224x224 uint8 images. GB/s are of the bytes of both directions. `generator_cores` is the CPU
-that it takes while it calls ours: near 1 it would be what limits. `frontend_ms`, `worker_ms` and `echo_ms` are CPU time
-a request. The servers are called in turn, ROUNDS times; ratios are medians over the rounds, other figures too.
+One load generator (bench/flood.py) for all, in a separate process: a closed loop of bytes over one connection,
+`in_flight` requests of 224x224 uint8 images. GB/s count the bytes of both directions. `generator_cores` is the CPU that
+it uses while it calls ours: near 1 it would be the bottleneck. `frontend_ms`, `worker_ms` and `echo_ms` are CPU time
+per request. The servers are called in turn, ROUNDS times; all figures and ratios are medians over the rounds.
 
 Two frontends are compared with one in the same way, over CHANNELS connections, which the kernel spreads over them.
 """
@@ -56,7 +56,7 @@ CASES = (
 
 
 class Target(NamedTuple):
-    """A server to be called, and how much CPU (seconds, by role) it has taken so far."""
+    """A server to call, and the CPU seconds that it has used so far, by role."""
 
     address: str
     cpu_seconds: Callable[[], dict[str, float]]
@@ -64,7 +64,7 @@ class Target(NamedTuple):
 
 class Measured(NamedTuple):
     load: Flood
-    cpu_ms: dict[str, float]  # a request, by role
+    cpu_ms: dict[str, float]  # per request, by role
 
 
 def measure() -> dict[str, Any]:
@@ -129,7 +129,7 @@ def two_frontends(generator: ProcessPoolExecutor, one: Target, two: Target, case
 def in_turn(
     generator: ProcessPoolExecutor, case: Case, request: bytes, channels: int, targets: tuple[Target, ...]
 ) -> tuple[list[Measured], ...]:
-    """What each target did, round by round."""
+    """Measure the targets in turn, ROUNDS times. Return the results of each target."""
     measured: tuple[list[Measured], ...] = tuple([] for _ in targets)
     for _ in range(ROUNDS):
         for target, its in zip(targets, measured, strict=True):

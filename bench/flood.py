@@ -1,6 +1,6 @@
-"""The load generator of the data path: a process of its own that sends the same bytes again and again.
+"""The load generator of the data path, for a separate process: it sends the same bytes again and again.
 
-A closed loop over one grpc.aio connection a channel, bytes in and out: it parses nothing and makes no message.
+A closed loop over one grpc.aio connection per channel, bytes in and out: it neither parses nor builds messages.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dinov3_server.malloc import keep_freed_memory
 
 @dataclass(frozen=True)
 class Flood:
-    """`requests` were answered in the measured `seconds`, in which the generator took `cpu_seconds`; `answered` counts
-    all of them, also those before and after. `answer_nbytes` is the size of the last answer."""
+    """The result of a load: `requests` were answered in the measured `seconds`, in which the generator used
+    `cpu_seconds`; `answered` also counts those before and after. `answer_nbytes` is the size of the last answer."""
 
     requests: int
     seconds: float
@@ -28,11 +28,11 @@ class Flood:
 
 
 def flood(address: str, request: bytes, in_flight: int, seconds: float, warm_up: float, channels: int) -> Flood:
-    """Keep `in_flight` requests on their way to `address` for `warm_up` seconds that do not count, then `seconds`.
+    """Keep `in_flight` requests to `address` in flight for `warm_up` seconds and then the measured `seconds`.
 
     They are spread evenly over `channels` connections. An error of a call is raised.
     """
-    keep_freed_memory()  # or page faults of its own would hold it up more than either server does
+    keep_freed_memory()  # otherwise its page faults would delay it more than either server does
     return asyncio.run(_flood(address, request, in_flight, seconds, warm_up, channels))
 
 

@@ -1,4 +1,4 @@
-"""As much of HTTP/2 (RFC 9113, 7541) as a rude caller needs: half a message, or an answer that is never read."""
+"""The part of HTTP/2 (RFC 9113, 7541) for a misbehaving caller: it sends half a message, or never reads an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FRAME_BYTES = 16384
 
 
 class Caller:
-    """One connection with one call. Nothing of an answer is let through: the window for it is zero bytes."""
+    """One connection with one call. Its window for answers is zero bytes, so it receives nothing of an answer."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -42,7 +42,8 @@ class Caller:
         return caller
 
     async def send(self, message: bytes, announced: int = 0, compressed: bool = False) -> None:
-        """Send `message` as one of `announced` bytes, or whole; return at the end, or when the call has ended."""
+        """Send `message`, announced as `announced` bytes (by default its length). Return at its end or that of the
+        call."""
         data = struct.pack(">?I", compressed, announced or len(message)) + message
         view, sent = memoryview(data), 0
         while sent < len(data) and not self.status.is_set():
@@ -70,17 +71,17 @@ class Caller:
             while True:
                 head = await self._reader.readexactly(9)
                 payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
-                kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
-                if kind == WINDOW_UPDATE:
+                frame_type, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
+                if frame_type == WINDOW_UPDATE:
                     self._windows[stream] += int.from_bytes(payload, "big")
-                elif kind == SETTINGS and not flags & ACK:
+                elif frame_type == SETTINGS and not flags & ACK:
                     initial = dict(struct.iter_unpack(">HI", payload)).get(INITIAL_WINDOW_SIZE, self._initial)
                     self._windows[1] += initial - self._initial
                     self._initial = initial
                     self._writer.write(_frame(SETTINGS, ACK, 0))
-                elif kind == PING and not flags & ACK:
+                elif frame_type == PING and not flags & ACK:
                     self._writer.write(_frame(PING, ACK, 0, payload))
-                elif kind == HEADERS and flags & END_STREAM:
+                elif frame_type == HEADERS and flags & END_STREAM:
                     self.status.set()
                 self._more.set()
         except (OSError, asyncio.IncompleteReadError):
@@ -88,5 +89,5 @@ class Caller:
             self._more.set()
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+def _frame(frame_type: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", frame_type, flags, stream) + payload

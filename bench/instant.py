@@ -1,7 +1,7 @@
-"""A runner that answers instantly: what is left of a request is the data path.
+"""A runner that answers instantly, which leaves the data path of a request.
 
-Pixels are not read and features are not written: an answer holds whatever lies in the arena. `python -m bench.instant`
-is `dinov3-server` with this runner in place of a model.
+Pixels are not read and features are not written: an answer has the current content of the arena. `python -m
+bench.instant` is `dinov3-server` with this runner instead of a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Launched:
 
 
 class InstantRunner:
-    """Of a ViT's dimensions in bfloat16, and nothing else of it."""
+    """A runner with the dimensions of a ViT in bfloat16, and without its computation."""
 
     pipeline_depth = 1
 

@@ -1,4 +1,4 @@
-"""The load generator: closed loops. Every caller sends its next request when the answer to its last one is there."""
+"""A load generator of closed loops: every caller sends its next request when it has the answer to its last one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ MINIMUM_CALLS = 6
 
 @dataclass(frozen=True)
 class Load:
-    """What a closed loop saw in its measured time. `latencies` (seconds, ascending) and `answers` (in the order of
-    their arrival) are of the calls that ended in it."""
+    """The result of a closed loop: `latencies` (seconds, ascending) and `answers` (in order of arrival) of the calls
+    that ended in the measured time."""
 
     seconds: float
     latencies: list[float]
@@ -34,15 +34,15 @@ class Load:
 
 
 def closed_loop(callers: Sequence[Callable[[], Any]], seconds: float, warm_up: float = 3.0) -> Load:
-    """Run every caller in a thread of its own, again and again: `warm_up` seconds that do not count, then `seconds`.
+    """Call each caller repeatedly in its own thread, for `warm_up` seconds and then the measured `seconds`.
 
-    A caller is one blocking request; what it returns is kept in `answers`, so let it be small. An error of a caller is
-    raised.
+    A caller makes one blocking request; its result, which should be small, is kept in `answers`. An error of a caller
+    is raised.
 
-    Answers come a batch at a time. So that the time holds whole batches, it is cut within `seconds`: from the widest
-    gap between answers in the first third of them to that in the last third.
+    Answers arrive a batch at a time. So that the measured time has whole batches, it is cut within `seconds`: from the
+    widest gap between answers in their first third to that in their last third.
     """
-    calls: list[tuple[float, float, Any]] = []  # when it ended, how long it took, what it returned
+    calls: list[tuple[float, float, Any]] = []  # end, duration, result
     lock, stop = threading.Lock(), threading.Event()
 
     def run(call: Callable[[], Any]) -> None:
@@ -73,7 +73,7 @@ def closed_loop(callers: Sequence[Callable[[], Any]], seconds: float, warm_up: f
 
 
 def whole_batches(ends: list[float]) -> tuple[int, int]:
-    """Return the indices of two of the times at which answers came: the last ones of two batches."""
+    """Return the indices of the last answers of two batches, given the times of all answers."""
     if len(ends) < MINIMUM_CALLS:
         raise ValueError(
             f"{len(ends)} calls ended in the measured time, {MINIMUM_CALLS} are needed; measure for longer"

@@ -1,14 +1,14 @@
-"""Memory of each process over many requests: does it grow?
+"""The growth of each process's memory over many requests.
 
-Two runs, 32 requests in flight over one connection, of our client's threads: 20,000 requests to ViT-S/16 (`dtype auto`,
-seeded random weights), and 60,000 to a runner that answers instantly (bench/instant.py), which leaves the data path.
-Of 20 requests 16 are one image of 112x112 uint8, one is 224x224, one four images of 112x112, one a JPEG of 640x480
+Two runs, with 32 requests of our client in flight over one connection: 20,000 requests to ViT-S/16 (`dtype auto`,
+seeded random weights), and 60,000 to a runner that answers instantly (bench/instant.py), which leaves the data path. Of
+20 requests, 16 are one uint8 image of 112x112, one is 224x224, one is four images of 112x112, one a JPEG of 640x480
 resized to 112x112, and one a damaged JPEG, whose error is the answer; CLS and bfloat16 patches back.
 
-After each twentieth of the requests, with none in flight, every process is looked at: `private` is its anonymous memory
-(RssAnon of /proc/PID/status), which no other process has; `shared` the pages of the arena that it has touched
-(RssShmem), which frontend and worker share. `client` is the load generator, this process.
-`growth` is from a tenth of the requests to the end; by request, in bytes; `last_half` of it, from half of them on.
+After each twentieth of the requests, with none in flight, the memory of every process is read: `private` is anonymous
+memory (RssAnon of /proc/PID/status), which no other process has; `shared` are the pages of the arena that it has
+touched (RssShmem), which frontend and worker share. `client` is the load generator, this process. `growth` is in bytes
+per request, from a tenth of the requests to the end; `last_half` is the same from half of them on.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(module: str, requests: int) -> dict[str, Any]:
         request = _mixture(client)
         for _ in range(SAMPLES):
             if not all(pool.map(request, range(each))):
-                raise RuntimeError("an image failed that is sound, or a damaged one did not")
+                raise RuntimeError("a valid image failed, or a damaged one did not")
             samples.append({**server.memory(), "client": memory_of(os.getpid())})
     processes = [_growth(name, [sample[name] for sample in samples], each) for name in samples[0]]
     for process in processes:
@@ -83,7 +83,7 @@ def _mixture(client: Client) -> Callable[[int], bool]:
     )
 
     def request(index: int) -> bool:
-        """Whether the answer is what this request must get."""
+        """Send a request, and return whether its answer is as expected."""
         match index % 20:
             case 0:
                 features = client.extract(large, preset="none", dtype="bfloat16")

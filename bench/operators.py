@@ -1,12 +1,12 @@
-"""Where the time of our forward pass goes, by kind of operator: torch.profiler's self times on the CPU.
+"""The time of our forward pass by kind of operator: torch.profiler's self times on the CPU.
 
-A batch through the runner, from the arena and back, as in `bare`; seeded random weights. After two batches to warm up,
-BATCHES with the profiler and as many without in turn. `ms` is the mean of a batch with it, `batch_ms` the median batch
-without.
+A batch through the runner, from the arena and back, as in `bare`; seeded random weights. After two batches as a
+warm-up, BATCHES with the profiler and as many without, in turn. `ms` is the mean of a batch with the profiler,
+`batch_ms` the median batch without.
 
-Dense layers are told apart by the shapes of their inputs and outputs; the operators of attention, RoPE, the patch
-embedding and the gather of pixels by the function that they are called from. `casts and copies` are those outside of
-these. `between operators` is when no operator ran: Python, and the profiler itself.
+Dense layers are identified by the shapes of their inputs and outputs; the operators of attention, RoPE, the patch
+embedding and the gather of pixels by the calling function. `casts and copies` are those outside of these. `between
+operators` is the time without an operator: Python, and the profiler itself.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ DTYPES = ("float32", "bfloat16")
 IMAGES = 8
 BATCHES = 5
 
-# Functions whose operators are named after them: where they are, and what they are.
+# Functions whose operators are named after them: owner, attribute, name.
 SCOPES: tuple[tuple[Any, str, str], ...] = (
     (vit, "attention", "attention"),
     (attention, "rotate_into", "RoPE"),
     (vit.VisionTransformer, "_embed", "patch embedding"),
     (cpu_runner.CpuRunner, "_gather", "gather"),
 )
-# In a scope, and outside of all.
+# Names of operators inside a scope, and outside of all scopes.
 IN_SCOPE: Mapping[tuple[str, str], str] = {
     ("attention", "aten::bmm"): "attention: products",
     ("attention", "aten::mkldnn_convolution"): "attention: products",
@@ -78,7 +78,7 @@ def measure() -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> str:
-    """A table with a line an operator, and ms and percent a case."""
+    """Return a table with a line per operator, and ms and percent per case."""
     rows = result["rows"]
     titles = [f"{row['model']} {row['size']} {row['dtype']}" for row in rows]
     shares: defaultdict[str, float] = defaultdict(float)
@@ -98,7 +98,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def operator_times(work: Work, variant: VitVariant, size: int) -> dict[str, Any]:
-    """`ms` of a batch by kind of operator, the largest first, and `batch_ms`, that of a batch without the profiler."""
+    """Return `ms` of a batch by kind of operator, the largest first, and `batch_ms` of a batch without the profiler."""
     layers = dense_layers(variant, size)
     alone: list[float] = []
     ms: defaultdict[str, float] = defaultdict(float)
@@ -106,7 +106,7 @@ def operator_times(work: Work, variant: VitVariant, size: int) -> dict[str, Any]
     work()
     for _ in range(BATCHES):
         alone.append(_seconds(work))
-        # Without shapes: to record them makes fc1 take half as long again, and no other.
+        # Without shapes: recording them makes fc1, and only fc1, take 1.5 times as long.
         with named_functions(layers), profile(activities=[ProfilerActivity.CPU]) as profiler:
             ms[BETWEEN] += _seconds(work) * 1e3 / BATCHES
         for event in profiler.events() or ():
@@ -127,7 +127,7 @@ def _seconds(work: Work) -> float:
 
 
 def dense_layers(variant: VitVariant, size: int) -> dict[tuple[int, int, int], str]:
-    """The names of the dense layers of an MLP model, by rows of their input in a batch, its width and the output's."""
+    """Return the names of the dense layers of an MLP model, by (rows, input width, output width)."""
     width, hidden = variant.embed_dim, variant.ffn_dim
     patches = (size // variant.patch_size) ** 2
     tokens = IMAGES * (1 + variant.registers + patches)
@@ -156,7 +156,7 @@ def _parents(event: FunctionEvent) -> Iterator[FunctionEvent]:
 
 @contextmanager
 def named_functions(layers: Mapping[tuple[int, int, int], str]) -> Iterator[None]:
-    """The profiler sees the functions of SCOPES, and dense layers, by their names."""
+    """Let the profiler record the functions of SCOPES, and dense layers, by their names."""
 
     def named(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
         @functools.wraps(function)

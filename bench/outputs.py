@@ -1,14 +1,14 @@
-"""What a wire dtype costs in fidelity, and what pooling, projecting and quantising cost in time.
+"""The cost of a wire dtype in fidelity, and of pooling, projecting and quantising in time.
 
-Fidelity: ViT-S/16 in float32 with the random weights of seed 7 on the 12 photos that scikit-image's wheel holds, at
-224x224 (Pillow, bilinear). The features that the CPU's runner writes in a dtype, read back as a client does, against
-those that it writes in float32: the least and the mean cosine over the CLS and all patch tokens of all photos (2364).
-Also of patches pooled to 7x7 by area (588), since quantisation comes after pooling. Bytes are of the CLS and patch
+Fidelity: ViT-S/16 in float32 with the random weights of seed 7 on the 12 photos in scikit-image's wheel, at 224x224
+(Pillow, bilinear). The features that the CPU runner writes in a dtype, as a client reads them, are compared with those
+that it writes in float32: the least and the mean cosine over the CLS and all patch tokens of all photos (2364). The
+same for patches pooled to 7x7 by area (588), since quantisation comes after pooling. Bytes are of the CLS and patch
 tokens of one image of ViT-B/16 at 224x224, with the scales of int8.
 
-Time: images/s of the CPU's runner alone (pixels in an arena to features in an arena), ViT-S/16 in the dtype that the
-machine serves it in, batches of 8 at 224x224, CLS and patches. The variants take turns; each figure is the median of
-its rounds. `share` is what the variant takes beyond plain bfloat16, of the time of plain bfloat16.
+Time: images/s of the CPU runner alone (pixels in an arena to features in an arena), ViT-S/16 in the dtype of `dtype
+auto`, batches of 8 at 224x224, CLS and patches. The variants take turns; each figure is the median of
+its rounds. `share` is the additional time of a variant over the time of plain bfloat16.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _fidelity(runner: TorchRunner, images: list[Tensor], dtype: FeatureDtype) ->
 
 
 def _cosines(runner: TorchRunner, images: list[Tensor], spec: FeatureSpec) -> Tensor:
-    """Of every token with itself in float32."""
+    """Return the cosine of every token with the same token in float32."""
     found = []
     for image in images:
         pairs = zip(_tokens(runner, image, spec), _tokens(runner, image, spec._replace(dtype="float32")), strict=True)
@@ -114,7 +114,7 @@ def _cosines(runner: TorchRunner, images: list[Tensor], spec: FeatureSpec) -> Te
 
 
 def _tokens(runner: TorchRunner, image: Tensor, spec: FeatureSpec) -> list[Tensor]:
-    """[tokens, D] of each output, as a client reads it."""
+    """Return the tokens of each output as a client reads them, [tokens, D]."""
     sections = run_image(runner, image, spec)
     if spec.dtype == "int8":
         pairs = zip(sections[::2], sections[1::2], strict=True)
@@ -123,7 +123,7 @@ def _tokens(runner: TorchRunner, image: Tensor, spec: FeatureSpec) -> list[Tenso
 
 
 def _rounds(runner: TorchRunner, images: list[Tensor]) -> dict[str, float]:
-    """Median seconds of a batch, by the name of its spec."""
+    """Return the median seconds of a batch, by the name of its spec."""
     blocks = {name: Block.plan(runner.info, SHAPE, BATCH, spec) for name, spec in SPECS.items()}
     memory = mmap.mmap(-1, max(block.end for block in blocks.values()))
     memory[: BATCH * SHAPE.nbytes] = torch.stack(images).numpy().tobytes()
@@ -138,4 +138,4 @@ def _rounds(runner: TorchRunner, images: list[Tensor]) -> dict[str, float]:
             finished = runner.finish(runner.launch(Batch(SHAPE, rows)))
             seconds[name].append(time.perf_counter() - started)
             assert all(finished.finite)
-    return {name: statistics.median(each[1:]) for name, each in seconds.items()}  # the first is to warm up
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}  # the first is the warm-up

@@ -1,8 +1,8 @@
-"""How near our presets come to upstream's transforms, on real photos, in pixels and in features; and what they cost.
+"""The differences between our presets and upstream's transforms on real photos, in pixels and features, and their cost.
 
 Upstream's transform of the DINOv3 README is torchvision's Resize of a uint8 tensor, and that is
-`torch.nn.functional.interpolate(mode="bilinear", antialias=True)`: on uint8 itself where the CPU has AVX2, else in
-float32, rounded afterwards. Both are measured, the former in both memory layouts that reach it. transformers' processor
+`torch.nn.functional.interpolate(mode="bilinear", antialias=True)`: on uint8 itself if the CPU has AVX2, else in
+float32, rounded afterwards. Both are measured, the former in both memory layouts that occur. transformers' processor
 resizes in float32 and does not round.
 
 Features are of transformers' DINOv3ViTModel, ViT-S/16, in float32, with seeded random weights (q and k of standard
@@ -29,7 +29,7 @@ from bench.requests import encoded
 from dinov3_server.images.decode import decode
 from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, Transform, transform_into
 
-# Photos that scikit-image's wheel holds; the rest of its data would be fetched.
+# The photos in scikit-image's wheel; its other data would be downloaded.
 PHOTOS = (
     "astronaut.png",
     "brick.png",
@@ -75,7 +75,7 @@ def photos() -> dict[str, bytes]:
 
 
 def ours(data: bytes, transform: Transform) -> torch.Tensor:
-    """[3, h, w] uint8, by the way that a request takes."""
+    """Decode and transform a file as for a request. Return [3, h, w] uint8."""
     assert transform.size is not None
     out = bytearray(transform.size[0] * transform.size[1] * 3)
     image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
@@ -84,7 +84,7 @@ def ours(data: bytes, transform: Transform) -> torch.Tensor:
 
 
 def full_size(data: bytes) -> torch.Tensor:
-    """[3, H, W] uint8, channels last in memory, as torchvision makes it of a PIL image."""
+    """Decode a file. Return [3, H, W] uint8, channels last in memory, as torchvision converts a PIL image."""
     image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -104,7 +104,7 @@ def random_model() -> DINOv3ViTModel:
 
 @torch.inference_mode()
 def features(model: DINOv3ViTModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLS [384] and patches [P, 384] of [3, h, w] in 0..255."""
+    """Return CLS [384] and patches [P, 384] of pixels [3, h, w] in 0..255."""
     tokens = model(((pixels.float() / 255 - MEAN) / STD)[None])
     return tokens.last_hidden_state[0, 0], tokens.last_hidden_state[0, 5:]
 
@@ -114,9 +114,9 @@ def cosine(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def fidelity(model: DINOv3ViTModel, files: dict[str, bytes]) -> list[dict[str, Any]]:
-    """One row a preset, photo and reference."""
+    """Return a row for each preset, photo and reference."""
     rows = []
-    # The yardstick: how far another filter is from the same reference.
+    # For comparison: the difference between another filter and the same reference.
     bicubic = replace(PRESETS["dinov3"], interpolation="bicubic")
     cases = [
         ("dinov3", PRESETS["dinov3"], UPSTREAM["dinov3"]),
@@ -165,7 +165,7 @@ def milliseconds(work: Callable[[], object], repeats: int = 300) -> dict[str, fl
 
 
 def cost(files: dict[str, bytes]) -> dict[str, Any]:
-    """Of one thread, in milliseconds."""
+    """Measure decoding and transforming with one thread, in milliseconds."""
     data = jpeg_640x480(files)
     image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
     out = memoryview(bytearray(256 * 256 * 3))
@@ -177,7 +177,7 @@ def cost(files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst and the mean over all photos, by preset and reference."""
+    """Return the worst and the mean over all photos, by preset and reference."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["preset"], row["reference"]), []).append(row)

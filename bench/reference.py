@@ -1,5 +1,5 @@
-"""The references that we did not write, at the dimensions of our registry: transformers' DINOv3ViTModel, and Meta's own
-code where the environment variable DINOV3_UPSTREAM names a local copy of its repository."""
+"""Reference models with the dimensions of our registry: transformers' DINOv3ViTModel, and Meta's own code if the
+environment variable DINOV3_UPSTREAM names a local copy of its repository."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ def transformers_config(variant: VitVariant) -> DINOv3ViTConfig:
 
 
 def transformers_model(variant: VitVariant, dtype: torch.dtype) -> DINOv3ViTModel:
-    """In evaluation mode, on the CPU, of seed 0."""
+    """Return a model with random weights of seed 0, in evaluation mode, on the CPU."""
     torch.manual_seed(0)
     model: DINOv3ViTModel = DINOv3ViTModel(transformers_config(variant)).eval().to(dtype)
     return model
 
 
 def upstream_model(checkout: Path, variant: VitVariant, dtype: torch.dtype) -> Any:
-    """Meta's model in evaluation mode, on the CPU, of seed 0. Importing it sets two limits of torch.compile, for the
-    whole process, and puts `checkout` on its path."""
+    """Return Meta's model with random weights of seed 0, in evaluation mode, on the CPU.
+
+    The import sets two limits of torch.compile for the whole process, and puts `checkout` on its path.
+    """
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     torch.manual_seed(0)
@@ -52,7 +54,8 @@ def upstream_model(checkout: Path, variant: VitVariant, dtype: torch.dtype) -> A
 
 
 def upstream_checkout(scratch: Path) -> Path:
-    """A work tree of what DINOV3_UPSTREAM names: that itself, or the HEAD of a git directory, laid out in `scratch`."""
+    """Return a work tree of DINOV3_UPSTREAM: the folder itself, or the HEAD of a git directory, extracted into
+    `scratch`."""
     source = Path(os.environ["DINOV3_UPSTREAM"])
     if (source / "dinov3" / "hub" / "backbones.py").is_file():
         return source
@@ -62,7 +65,7 @@ def upstream_checkout(scratch: Path) -> Path:
 
 
 def upstream_commit() -> str | None:
-    """The commit of what DINOV3_UPSTREAM names; None where it names nothing or no git repository."""
+    """Return the commit of DINOV3_UPSTREAM; None if it is not set or not a git repository."""
     if "DINOV3_UPSTREAM" not in os.environ:
         return None
     command = ["git", "-C", os.environ["DINOV3_UPSTREAM"], "rev-parse", "HEAD"]

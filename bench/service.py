@@ -2,26 +2,26 @@
 
 Closed loops; the load generator (our client, a thread a caller) is a process on the same cores. Of each case:
 
-- Rounds of the service and of `bare` in turn, ROUNDS of both; rates and differences are medians over rounds, latencies
-  are of all rounds together. `bare` is our runner in a loop, in a process of its own: it replays batches of the sizes
-  that the service has formed in the round before, 224x224 pixels in and CLS and bfloat16 patches out, whatever the
-  requests brought and asked for. The other of the two is idle meanwhile.
+- ROUNDS rounds of the service and of `bare`, in turn; rates and differences are medians over rounds, latencies are of
+  all rounds together. `bare` is our runner in a loop in a separate process: it replays batches of the sizes that the
+  service formed in the round before, 224x224 pixels in and CLS and bfloat16 patches out, regardless of the requests.
+  The other of the two is idle meanwhile.
 - `of_bare`: images a second of the service over those of bare. `over_bare_ms`: the service's p50 less bare's median
-  batch (where a request is a batch). `cpu_over_bare_ms`: CPU time of frontends and workers less bare's, an image. CPU
-  times are of whole rounds, from idle to idle, and so are `stage_ms` (sums of dinov3_stage_seconds an image; `queue` is
-  waiting) and `device_batch`.
-- `mean_batch` is the size of an image's batch, averaged over images; `device_batch` that of a batch, over batches.
+  batch (if a request is a batch). `cpu_over_bare_ms`: CPU time per image of frontends and workers, less bare's. CPU
+  times are of whole rounds, from idle to idle, and so are `stage_ms` (sums of dinov3_stage_seconds per image; `queue`
+  is waiting) and `device_batch`.
+- `mean_batch` is the batch size averaged over images; `device_batch` that averaged over batches.
 
 `raw`: uint8 pixels of 224x224, CLS and bfloat16 patches back (151 KB an image). `jpeg`: a photo of 640x480, resized to
 224x224 by the preset hf. `cls`: as raw, CLS alone back.
 
-`mixed`: 32 requests in flight, each caller asks for 224, 256 and 512 px in turn; beside it each size alone, 32 in
+`mixed`: 32 requests in flight, each caller sends 224, 256 and 512 px in turn; for comparison each size alone, 32 in
 flight. With n_i images of size i answered in the mixed run's time T, and rate_i images a second of size i alone in the
 same round, `of_single` is (sum of n_i / rate_i) / T: 1 where mixing costs nothing.
 
-`frontends`: raw, 32 in flight over 16 connections, with 1, 2 and 4 frontends, each a server of its own that is idle
-while another is measured; `shares` are the images that each frontend has answered, `of_one` the rate over that of one
-frontend in the same round.
+`frontends`: raw, 32 in flight over 16 connections, with 1, 2 and 4 frontends, each a separate server that is idle while
+another is measured; `shares` are the shares of images that each frontend has answered, `of_one` the rate over that of
+one frontend in the same round.
 
 `memory`, of the processes of the server that all cases but `frontends` ran on, at its end, in MiB: `private` (RssAnon),
 `shared` (RssShmem: touched pages of the arena, which frontend and worker share), `peak` (VmHWM: both and mapped files).
@@ -71,7 +71,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Round:
-    """One closed loop. All but `load` is of all of its calls, from idle to idle."""
+    """One closed loop. All fields but `load` cover all of its calls, from idle to idle."""
 
     load: Load
     answers: list[Answer]
@@ -89,7 +89,7 @@ class Round:
         return images / self.load.seconds
 
     def batches(self) -> list[int]:
-        """Sizes of the batches that the device ran, in a random order."""
+        """Return the sizes of the batches that the device ran, in random order."""
         images: Counter[int] = Counter()
         for answer in self.answers:
             images[answer.batch_images] += answer.images
@@ -109,7 +109,7 @@ def measure() -> dict[str, Any]:
     ]
     with serving(*FLAGS) as server, Client(server.grpc) as client:
         with bare_process(MODEL, WEIGHTS) as replay:
-            rows = [beside_bare(server, client, replay, *case) for case in cases]
+            rows = [compare_with_bare(server, client, replay, *case) for case in cases]
         mixed = mixed_sizes(server, client)
         memory = [
             {"process": process, **{kind: round(nbytes / 2**20, 1) for kind, nbytes in kinds.items()}}
@@ -147,7 +147,8 @@ def raw(size: int, images: int = 1, *, patches: bool = True) -> Request:
 def closed_round(
     server: Server, clients: Sequence[Client], requests: Sequence[Request], in_flight: int, seconds: float
 ) -> Round:
-    """Callers are spread over `clients`; each makes the `requests` in turn, its neighbour one request ahead."""
+    """Run a closed loop. Callers are spread over `clients`; each makes the `requests` in turn, each starting one
+    later."""
     answers: list[Answer] = []
     generator = psutil.Process()
 
@@ -180,17 +181,17 @@ def closed_round(
 
 
 def _metrics_since(server: Server, before: dict[tuple[str, ...], float], images: int) -> dict[tuple[str, ...], float]:
-    """How much each metric has grown, once both processes have told of all `images`."""
+    """Return the growth of each metric, once frontend and worker have reported all `images`."""
     end = time.monotonic() + 5
     while True:
         grown = {key: value - before.get(key, 0.0) for key, value in server.metrics().items()}
         if grown["dinov3_batch_images_sum",] == images == grown.get(("dinov3_images_total", "ok")):
             return grown
-        assert time.monotonic() < end, f"/metrics does not tell of the {images} images that were answered"
+        assert time.monotonic() < end, f"/metrics does not report the {images} answered images"
         time.sleep(0.05)
 
 
-def beside_bare(
+def compare_with_bare(
     server: Server, client: Client, replay: Replay, name: str, request: Request, in_flight: int
 ) -> dict[str, Any]:
     rounds: list[tuple[Round, Bare]] = []
@@ -285,7 +286,7 @@ def several_frontends() -> list[dict[str, Any]]:
 
 
 def _figures(rounds: Sequence[Round]) -> dict[str, Any]:
-    """Of all rounds of one case: the median rate, latencies of all calls, and batch sizes."""
+    """Return the figures of all rounds of a case: the median rate, latencies of all calls, and batch sizes."""
     latencies = sorted(itertools.chain.from_iterable(one.load.latencies for one in rounds))
     answers = [answer for one in rounds for answer in one.answers]
     images = sum(one.images for one in rounds)

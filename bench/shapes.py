@@ -1,19 +1,18 @@
-"""Memory of the worker's runner under random shapes, as multi-scale training sends them, and what bounding it costs.
+"""Memory of the worker's runner under random shapes, as in multi-scale training, and the cost of bounding it.
 
-10,000 requests to ViT-S/16 (seeded random weights), one a batch: 1 to 8 images, each number alike probable, of 16 to
-320 pixels a side in steps of 16, small sides more often (uniform in the logarithm); CLS and patches in float32, float16
+10,000 requests to ViT-S/16 (seeded random weights), one per batch: 1 to 8 images (uniform), with sides of 16 to 320
+pixels in steps of 16, small sides more often (uniform in the logarithm); CLS and patches in float32, float16
 or bfloat16.
 
-Two runners, each in a process of its own. `bounded` answers them all; `unbounded` takes turns with it for every fifth
+Two runners, each in a separate process. `bounded` answers all requests; `unbounded` takes turns with it for every fifth
 block of 50 requests:
-- `bounded`: as the server starts a worker on a CPU (`worker_environment` in host.py), giving freed memory back.
-- `unbounded`: with the caches of 1024 primitives that torch and oneDNN have by default, and no memory given back.
+- `bounded`: as the server starts a worker on a CPU (`worker_environment` in host.py), returning freed memory.
+- `unbounded`: with the default caches of torch and oneDNN, of 1024 primitives, and without returning memory.
 
-`bounded_mib` and `unbounded_mib`: the most anonymous memory of the process (RssAnon of /proc/PID/status, looked at
-after each request) in this tenth of the requests. `rate`: images a second of bounded over unbounded, the median over
-the tenth's blocks that both answered; `cpu`: CPU time of unbounded over that of bounded, likewise, which other
-processes on the same cores disturb less. Of the row `all`, memory is the most and the ratios are the medians of all
-such blocks.
+`bounded_mib` and `unbounded_mib`: the most anonymous memory of the process (RssAnon of /proc/PID/status, read after
+each request) in this tenth of the requests. `rate`: images/s of bounded over unbounded, the median over the tenth's
+blocks that both answered; `cpu`: CPU time of unbounded over that of bounded, likewise, which depends less on other
+processes on the same cores. In the row `all`, memory is the most and the ratios are the medians over all such blocks.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _FEATURES = MOST_IMAGES * (MOST_STEPS**2 + 1) * 384 * 4 + MOST_IMAGES * 2 * 64  
 
 @dataclass(frozen=True)
 class Block:
-    """The same requests, one after another, to one runner."""
+    """The result of the same requests, one after another, to one runner."""
 
     seconds: float
     cpu_seconds: float
@@ -80,7 +79,7 @@ def show(result: dict[str, Any]) -> str:
 
 
 def summary(blocks: Sequence[tuple[Block, Block | None]]) -> dict[str, float]:
-    """The figures of blocks of requests to the bounded runner, and to the unbounded one where it had them."""
+    """Return the figures of blocks of requests to the bounded runner, and to the unbounded one, if it had them."""
     pairs = [(bounded, unbounded) for bounded, unbounded in blocks if unbounded is not None]
     return {
         "bounded_mib": round(max(bounded.private for bounded, _ in blocks) / 2**20, 1),
@@ -92,16 +91,16 @@ def summary(blocks: Sequence[tuple[Block, Block | None]]) -> dict[str, float]:
 
 @contextmanager
 def runner_process(dtype: str, bounded: bool) -> Iterator[Run]:
-    """Gives `run(first, last)`: send the requests of these numbers to a runner in a process of its own."""
+    """Yield `run(first, last)`, which sends the requests of these numbers to a runner in a separate process."""
     with ProcessPoolExecutor(1, get_context("spawn"), _build, (dtype, bounded)) as pool:
-        # The process starts at its first task, and has its environment from then on.
+        # The process starts at its first task, with the environment of that moment.
         with patch.dict(os.environ, worker_environment(os.environ) if bounded else worker_environment(UNBOUNDED)):
             pool.submit(os.getpid).result()
         yield lambda first, last: pool.submit(_run, first, last).result()
 
 
 def request(number: int) -> tuple[int, PixelShape, FeatureDtype]:
-    """How many images the request has, of which shape, and the dtype of its features."""
+    """Return the number of images of a request, their shape, and the dtype of its features."""
     generator = np.random.default_rng(number)
     images = int(generator.integers(1, MOST_IMAGES, endpoint=True))
     height, width = (STEP * int(2**power) for power in generator.uniform(0, np.log2(MOST_STEPS + 1), 2))

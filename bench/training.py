@@ -1,17 +1,17 @@
-"""A training loop that takes its teacher's features from the service: how long its steps are.
+"""The duration of the steps of a training loop that gets its teacher's features from the service.
 
-The student's step is an idle wait, as on a GPU of its own: of half the service's time for a batch, of that time, and of
+The student's step is an idle wait, as if on another GPU, of half the service's time for a batch, of that time, and of
 twice that. The service is a real one on this machine's CPU (ViT-S/16, `dtype auto`, seeded random weights); batches are
-8 images of 224x224 uint8 pixels that are there already, CLS and bfloat16 patches come back (151 KB an image). Loop and
-service share the cores.
+8 prepared images of 224x224 uint8 pixels, CLS and bfloat16 patches come back (151 KB per image). Loop and service share
+the cores.
 
-- `service_ms`: seconds a batch when the service does nothing else: a closed loop of requests of one batch, as many in
-  flight as with_features has, just before each loop.
+- `service_ms`: the time of a batch when the service does nothing else: a closed loop of requests of one batch, as many
+  in flight as with_features has, just before each loop.
 - with_features: `dinov3_client.torch.with_features`, PREFETCH batches ahead. naive: a call for the batch,
   then the student's step.
 - `step_ms`: from the end of a step to that of the next, mean over STEPS steps after the first SKIPPED ones.
-  `over_ideal` is it over the larger of the student's step and the service's time (goal: 1.05 for with_features).
-- `wait_share`: part of the measured time in which the loop waited for features.
+  `over_ideal` is `step_ms` over the larger of the student's step and the service's time (goal: 1.05 for with_features).
+- `wait_share`: the share of the measured time in which the loop waited for features.
 
 ROUNDS rounds of all cases, the two loops in turn; medians over rounds, ratios taken in each.
 """
@@ -38,7 +38,7 @@ FLAGS = ("--model", MODEL, "--weights", "random:0", "--warm-up-sizes", "224x224"
 IMAGES = 8
 PREFETCH = 2
 STUDENT = {"half": 0.5, "equal": 1.0, "double": 2.0}
-"""The student's step, by its name, in service times."""
+"""The student's step by name, in multiples of the service time."""
 ROUNDS = 3
 STEPS = 40
 SKIPPED = 6
@@ -51,7 +51,7 @@ OPTIONS: ExtractOptions = {"preset": "none", "dtype": "bfloat16"}
 
 
 class Steps(NamedTuple):
-    """Seconds a step, and of them those that were waited for features."""
+    """Seconds per step, and the part of them spent waiting for features."""
 
     seconds: float
     waited: float
@@ -99,7 +99,7 @@ def row(name: str, student: float, loop: str, rounds: list[Round]) -> dict[str, 
 
 
 def service_seconds(client: Client, seconds: float) -> float:
-    """Of a batch."""
+    """Return the service's time for a batch."""
     batch = next(batches())
 
     def call() -> None:
@@ -127,7 +127,7 @@ LOOPS: dict[str, Callable[[Client], Generator[Features, None, None]]] = {
 
 
 def steps(features: Iterator[object], student: float) -> Steps:
-    """Train for SKIPPED steps that do not count, then STEPS."""
+    """Run SKIPPED steps as a warm-up, then measure STEPS."""
     waited = 0.0
     begin = time.perf_counter()
     for step in range(SKIPPED + STEPS):

@@ -1,4 +1,4 @@
-"""Meta's own repository, as DINOV3_UPSTREAM names it, made to be fetched from."""
+"""Make a copy of Meta's repository (DINOV3_UPSTREAM) that git can fetch from."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import subprocess
 from pathlib import Path
 
-_AUTHOR = {f"GIT_{who}_{what}": "tests" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+_AUTHOR = {f"GIT_{role}_{field}": "tests" for role in ("AUTHOR", "COMMITTER") for field in ("NAME", "EMAIL")}
 
 
 def served_repository(tmp_path: Path) -> tuple[str, str]:
-    """The URL of a git repository in `tmp_path`, and the commit in it that holds Meta's code.
+    """Make a git repository in `tmp_path`. Return its URL, and its commit with Meta's code.
 
-    It is the HEAD of the git repository DINOV3_UPSTREAM, where that has all files of it. A copy may lack some, such as
-    large notebooks: then it is a new commit with all others.
+    The commit is the HEAD of the git repository DINOV3_UPSTREAM if that has all of its files. If some are missing, such
+    as large notebooks, it is a new commit with all others.
     """
     source, served = Path(os.environ["DINOV3_UPSTREAM"]), tmp_path / "upstream"
     objects = Path(_git(source, "rev-parse", "--git-path", "objects"))
@@ -28,7 +28,7 @@ def served_repository(tmp_path: Path) -> tuple[str, str]:
             about, path = line.split("\t")
             if about.split()[2] in missing:
                 _git(served, "update-index", "--force-remove", path)
-        commit = _git(served, "commit-tree", "-m", "Without what this copy lacks", _git(served, "write-tree"))
+        commit = _git(served, "commit-tree", "-m", "Without the files that this copy lacks", _git(served, "write-tree"))
     _git(served, "update-ref", "refs/heads/main", commit)
     return served.as_uri(), commit
 

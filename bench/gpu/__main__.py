@@ -1,6 +1,6 @@
 """`make gpu-bench`, or `python -m bench.gpu`: forward passes and the service on a GPU, in one run of 9 minutes.
 
-peak: the best of some bf16 matrix products of random numbers; shares elsewhere are of it.
+peak: the best of some bf16 matrix products of random numbers; other shares are relative to it.
 forward: ViT-S, B, L, H+ at 224, 256, 512 pixels: bytes on the device to CLS and patches in bfloat16 on the device, and
 the check that they are finite; eager, and as the CUDA graph that the server replays.
 pipeline: the server's runner in a loop, two batches in flight, from page-locked memory and back; its stage times.
@@ -10,8 +10,8 @@ baselines: ours eager, as a graph, compiled (Inductor), compiled and as a graph;
 normalised floats, without conversion and check. In turn, a round of each.
 profile: where the time goes, kernel by kernel.
 
-Seeded random weights. A section ends when its time is up, with the rows that it has. The record, $OUT/gpu.json or
-bench/results/gpu.json, is written anew after every row.
+Seeded random weights. A section ends when its time is up, with the rows so far. The record, $OUT/gpu.json or
+bench/results/gpu.json, is rewritten after every row.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ SECTIONS: dict[str, Section] = {
     "baselines": baselines,
     "profile": profile,
 }
-LIMIT = 520.0  # seconds, of everything but imports: the rest of ten minutes is for those and for what ends late
-CARD = "driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem"  # what nvidia-smi is asked
+LIMIT = 520.0  # seconds for everything but imports: the rest of ten minutes is for those and for late ends
+CARD = "driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem"  # fields of nvidia-smi
 STATE = "clocks.sm,clocks.mem,power.draw,temperature.gpu"  # after each section
 
 
 class TimeUp(BaseException):
-    """No Exception, so that nothing that tries and falls back takes it for a failure."""
+    """The time of a section is up. A BaseException, so that no `except Exception` in the measured code catches it."""
 
 
 class Record:
-    """A run's result so far, on disk after every row."""
+    """The result of a run so far, written to disk after every row."""
 
     def __init__(self, plan: Plan) -> None:
         self._path = Path(os.environ.get("OUT") or RESULTS) / "gpu.json"
@@ -74,9 +74,9 @@ class Record:
         self._result.setdefault(section, []).append(row)
         self.write()
 
-    def end(self, section: str, how: str) -> None:
-        print(section, how, flush=True)
-        self._result["ended"][section] = {"how": how, "nvidia_smi": _nvidia_smi(self._device, STATE)}
+    def end(self, section: str, reason: str) -> None:
+        print(section, reason, flush=True)
+        self._result["ended"][section] = {"how": reason, "nvidia_smi": _nvidia_smi(self._device, STATE)}
         self.write()
 
     def write(self) -> None:
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def _run(measure: Callable[[], None], limit: float) -> str:
-    """How a section ended. One that fails or is cut off is none of the others' business."""
+    """Run a section, and return how it ended. A section that fails or is cut off does not affect the others."""
     if limit <= 0:
         return "no time was left"
     signal.setitimer(signal.ITIMER_REAL, limit)
@@ -130,7 +130,7 @@ def _time_up(number: int, frame: FrameType | None) -> None:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """What torch and nvidia-smi say of it."""
+    """Return the description of the device by torch and nvidia-smi."""
     if device.type != "cuda":
         return {"name": "cpu", "dry_run": True}
     properties = torch.cuda.get_device_properties(device)
@@ -144,15 +144,15 @@ def _device(device: torch.device) -> dict[str, Any]:
 
 
 def _nvidia_smi(device: torch.device, fields: str) -> dict[str, str] | None:
-    """None where it cannot be asked."""
+    """Return fields of nvidia-smi; None if it cannot be run."""
     if device.type != "cuda":
         return None
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={device.index or 0}"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return dict(zip(fields.split(","), said.strip().split(", "), strict=False))
+    return dict(zip(fields.split(","), output.strip().split(", "), strict=False))
 
 
 if __name__ == "__main__":

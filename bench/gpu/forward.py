@@ -24,7 +24,7 @@ KERNELS = 15  # that take longest
 
 @torch.inference_mode()
 def peak(plan: Plan, add: Add) -> None:
-    """[m, k] x [n, k]^T products of random numbers in the model's dtype."""
+    """Measure [m, k] x [n, k]^T products of random numbers in the model's dtype."""
     for m, n, k in plan.products:
         x = torch.randn(m, k, device=plan.device, dtype=plan.dtype)
         weight = torch.randn(n, k, device=plan.device, dtype=plan.dtype)
@@ -36,7 +36,7 @@ def peak(plan: Plan, add: Add) -> None:
 
 @torch.inference_mode()
 def forward(plan: Plan, add: Add) -> None:
-    """Ours, eager and as a CUDA graph, in turn."""
+    """Measure our model, eager and as a CUDA graph, in turn."""
     with _stream(plan):
         model = None
         for config in plan.forward:
@@ -49,9 +49,9 @@ def forward(plan: Plan, add: Add) -> None:
 
 @torch.inference_mode()
 def baselines(plan: Plan, add: Add) -> None:
-    """Ours eager, as a graph, compiled, compiled and as a graph; transformers eager and compiled: all in turn.
+    """Measure ours eager, as a graph, compiled, compiled and as a graph, and transformers eager and compiled, in turn.
 
-    What cannot be made here is `absent`, with the reason.
+    Variants that cannot be built here are in `absent`, with the reason.
     """
     with _stream(plan):
         for config in plan.baselines:
@@ -87,7 +87,7 @@ def _side_by_side(plan: Plan, config: Config) -> dict[str, Any]:
 
 @torch.inference_mode()
 def profile(plan: Plan, add: Add) -> None:
-    """Where a forward pass of the service's shape spends the device's time, kernel by kernel: eager, and compiled."""
+    """Measure the device's time of a forward pass of the service's shape by kernel, eager and compiled."""
     config = plan.service
     model, pixels = models.native_model(plan, config.variant), models.bytes_for(plan, config)
     _profile(plan, add, "eager", functools.partial(models.eager(model), pixels))
@@ -96,9 +96,9 @@ def profile(plan: Plan, add: Add) -> None:
 
 
 def _profile(plan: Plan, add: Add, variant: str, work: Work) -> None:
-    kind = plan.device.type
-    # On a GPU its kernels alone: operators of the host would count them once more.
-    activity = torch.profiler.ProfilerActivity.CUDA if kind == "cuda" else torch.profiler.ProfilerActivity.CPU
+    device = plan.device.type
+    # On a GPU only its kernels: operators of the host would count them again.
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
     for _ in range(3):
         work()
     wait(plan.device)
@@ -107,7 +107,10 @@ def _profile(plan: Plan, add: Add, variant: str, work: Work) -> None:
             work()
         wait(plan.device)
     times = {
-        event.key: (getattr(event, "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"), event.count)
+        event.key: (
+            getattr(event, "self_device_time_total" if device == "cuda" else "self_cpu_time_total"),
+            event.count,
+        )
         for event in profiler.key_averages()
     }
     total = sum(microseconds for microseconds, _ in times.values())
@@ -126,7 +129,7 @@ def _profile(plan: Plan, add: Add, variant: str, work: Work) -> None:
 def _ours(
     plan: Plan, run: models.Forward, model: VisionTransformer, config: Config, plain: str, graph: str
 ) -> dict[str, Work]:
-    """`run` on pixels of its own, and on a GPU captured too, by these names."""
+    """Return works by name: `run` on its own pixels, and on a GPU also as a captured graph."""
     pixels = models.bytes_for(plan, config)
     works: dict[str, Work] = {plain: functools.partial(run, pixels)}
     run(pixels)
@@ -147,7 +150,7 @@ def _row(plan: Plan, config: Config, works: dict[str, Work]) -> dict[str, Any]:
 
 
 def _stream(plan: Plan) -> contextlib.AbstractContextManager[object]:
-    """A stream that can be captured: the default one cannot."""
+    """Return a stream that can be captured, unlike the default one."""
     if plan.device.type != "cuda":
         return contextlib.nullcontext()
     return torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]

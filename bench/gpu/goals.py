@@ -1,4 +1,4 @@
-"""The goals, and what a result so far reaches of them."""
+"""The goals, and how far a result reaches them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 MODEL, SIZE = "vitl16", 256
 SERVED = ("eager", "graph")  # what the server runs
-COMPILED = ("compiled", "compiled_graph")  # what it could
+COMPILED = ("compiled", "compiled_graph")  # what it could run
 
 
 def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """`reached` is None where what it takes was not measured (yet). All are for MODEL at SIZE pixels."""
+    """Return the goals, all for MODEL at SIZE pixels. `reached` is None if its figures are not measured (yet)."""
     product = max((row["teraflops"] for row in result.get("peak", [])), default=None)
     passes = [row for row in result.get("forward", []) if _counts(row)]
     bare = _best(passes, "images_per_second", SERVED)

@@ -25,26 +25,26 @@ Forward = Callable[[Tensor], ForwardResult]
 
 
 def native_model(plan: Plan, variant: VitVariant) -> VisionTransformer:
-    """Of random weights, drawn on the device."""
+    """Return our model with random weights, drawn on the device."""
     generator = torch.Generator(plan.device).manual_seed(0)
     tensors = {}
     for name, shape in variant.canonical_shapes().items():
         drawn = torch.randn(shape, generator=generator, device=plan.device).mul_(0.02)
         tensors[name] = drawn.add_(1.0) if "norm" in name and name.endswith("weight") else drawn
     periods = default_periods(variant.head_dim, variant.rope_base)
-    with mock.patch.object(linear, "packs", return_value=False):  # as on CUDA, also where this is tried on a CPU
+    with mock.patch.object(linear, "packs", return_value=False):  # as on CUDA, also in a dry run on a CPU
         return VisionTransformer(variant, tensors, periods, DATASETS["lvd1689m"], dtype=plan.dtype, device=plan.device)
 
 
 def bytes_for(plan: Plan, config: Config) -> Tensor:
-    """Random pixels [B, size, size, 3], on the device."""
+    """Return random pixels [B, size, size, 3] on the device."""
     generator = torch.Generator(plan.device).manual_seed(0)
     shape = (config.batch, config.size, config.size, 3)
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=plan.device, generator=generator)
 
 
 def eager(model: VisionTransformer) -> Forward:
-    """As the server runs it: from bytes to CLS and patches in bfloat16 and the check that they are finite."""
+    """Return the forward pass of the server: from bytes to CLS and patches in bfloat16, and the check of finiteness."""
 
     def run(pixels: Tensor) -> ForwardResult:
         _, height, width, _ = pixels.shape
@@ -55,14 +55,14 @@ def eager(model: VisionTransformer) -> Forward:
 
 
 def graph(run: Forward, model: VisionTransformer, pixels: Tensor) -> Callable[[], object]:
-    """A captured `run` of `pixels`, with the copies in and out that the server makes. It must have run before."""
+    """Return a captured `run` of `pixels`, with the copies in and out of the server. It must have run before."""
     size = pixels.shape[1]
     captured = ForwardGraph(run, pixels, model.cached_tensors(size, size), pool=None)
     return lambda: captured.replay(pixels, len(pixels))
 
 
 def compiled(model: VisionTransformer) -> Forward:
-    """The same by torch.compile, of a model that `fusible` gave."""
+    """Return the same forward pass compiled by torch.compile, of a model from `fusible`."""
 
     def whole(pixels: Tensor) -> tuple[list[list[Tensor]], Tensor]:
         features = model(pixels, BOTH)
@@ -75,9 +75,9 @@ def compiled(model: VisionTransformer) -> Forward:
 
 @contextmanager
 def fusible(model: VisionTransformer, size: int) -> Iterator[VisionTransformer]:
-    """The same model for images of `size`, with RoPE in real numbers: Inductor makes no code for complex ones.
+    """Yield the same model for images of `size`, with RoPE in real numbers: Inductor generates no complex code.
 
-    To be called until the block is left; the given model may be called meanwhile.
+    It can be called inside the block, and so can the given model.
     """
     table = torch.view_as_real(model.cached_tensors(size, size)[0]).clone()  # [P, 1, 1, d/2, 2]
 
@@ -100,7 +100,7 @@ def fusible(model: VisionTransformer, size: int) -> Iterator[VisionTransformer]:
 
 
 class FixedRope:
-    """One table for whatever grid."""
+    """RoPE with one table for every grid."""
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
@@ -110,9 +110,9 @@ class FixedRope:
 
 
 def transformers_model(plan: Plan, config: Config) -> tuple[Any, Tensor]:
-    """transformers' model on the device, and pixels [B, 3, size, size] that are normalised already.
+    """Return transformers' model on the device, and normalised pixels [B, 3, size, size].
 
-    Raises ImportError where transformers is not there or knows no DINOv3.
+    Raises ImportError if transformers is not installed or has no DINOv3.
     """
     from transformers import DINOv3ViTModel
 

@@ -1,4 +1,4 @@
-"""Our runner in a loop, as a worker drives it: do the copies hide behind the forward passes?"""
+"""Our runner in a loop, as a worker drives it: how far copies overlap with forward passes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ ARENA = 0
 
 
 def pipeline(plan: Plan, add: Add) -> None:
-    """Batches of one request each, as many in flight as the runner takes; sums of its own times (the device's clock)
-    as shares of the wall time. Shares that add up to more than one, with a forward share near one, are the overlap."""
+    """Run batches of one request each, as many in flight as the runner allows. The runner's stage times (by the
+    device's clock) are given as shares of the wall time: a sum above one, with a forward share near one, shows the
+    overlap."""
     model = models.native_model(plan, plan.service.variant)
     for name, spec in SPECS.items():
         runner = (CudaRunner if plan.device.type == "cuda" else CpuRunner)(model, _info(plan, model))
@@ -37,7 +38,7 @@ def pipeline(plan: Plan, add: Add) -> None:
 def _loop(plan: Plan, runner: TorchRunner, config: Config, spec: FeatureSpec) -> dict[str, Any]:
     shape = PixelShape(config.size, config.size, "uint8")
     blocks = [Block.plan(runner.info, shape, config.batch, spec)]
-    for _ in range(runner.pipeline_depth):  # one more than are in flight: none is written while it is read
+    for _ in range(runner.pipeline_depth):  # one more than in flight, so that none is written while it is read
         blocks.append(Block.plan(runner.info, shape, config.batch, spec, base=blocks[-1].end))
     memory = mmap.mmap(-1, blocks[-1].end)
     generator = torch.Generator().manual_seed(0)

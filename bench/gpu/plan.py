@@ -1,4 +1,4 @@
-"""What one run of `python -m bench.gpu` measures: all of it on a GPU, and a little of everything without one."""
+"""The plan of a run of `python -m bench.gpu`: everything on a GPU, and the smallest of each without one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECS = {"cls": FeatureSpec(BOTH[:1], "bfloat16"), "cls+patches": FeatureSpec(BO
 
 @dataclass(frozen=True)
 class Config:
-    """A forward pass: a model, square images of `size` pixels, `batch` of them."""
+    """A forward pass: a model, and `batch` square images of `size` pixels."""
 
     model: str
     size: int
@@ -28,12 +28,13 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Of one image: CLS, registers and patches."""
+        """Tokens of one image: CLS, registers and patches."""
         return 1 + self.variant.registers + (self.size // self.variant.patch_size) ** 2
 
     @property
     def flops(self) -> int:
-        """Of one image, a multiply-add counted as two: T tokens of width D, P of them patches, F wide feed-forward.
+        """Operations of one image, a multiply-add counts as two: T tokens of width D, P of them patches, feed-forward
+        F.
 
         Patch embedding 2 P (3 16^2) D; a block's linears 2 T D (4 D) + 2 T D F n, n being 2 (MLP) or 3 (SwiGLU); its
         attention 4 T^2 D (scores and weighted sums). Norms, activations, RoPE and softmax count nothing.
@@ -47,12 +48,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """`seconds` are measured for each figure; `budgets` are each section's seconds, in the order of their running."""
+    """The parameters of a run: `seconds` for each figure, `budgets` in seconds for each section, in their order."""
 
     device: torch.device
     dtype: torch.dtype
     seconds: float
-    products: tuple[tuple[int, int, int], ...]  # m, n, k of the matrix products whose best is the peak
+    products: tuple[tuple[int, int, int], ...]  # m, n, k of matrix products, the best of which is the peak
     forward: tuple[Config, ...]
     baselines: tuple[Config, ...]
     service: Config  # the batch is the server's largest
@@ -65,7 +66,8 @@ class Plan:
 
 
 def full(device: torch.device) -> Plan:
-    """Fits 9 minutes on an H200 with 16 cores. In each section what matters most comes first."""
+    """Return the plan for a GPU. It fits into 9 minutes on an H200 with 16 cores; each section begins with the most
+    important figures."""
     large = Config("vitl16", 256, 64)
     forward = tuple(
         config
@@ -96,7 +98,7 @@ def full(device: torch.device) -> Plan:
 
 
 def dry(device: torch.device) -> Plan:
-    """Every section at the smallest size: it shows that the script runs, and measures nothing of interest."""
+    """Return the plan of a dry run: every section at the smallest size, to test the script."""
     small = Config("vits16", 32, 2)
     return Plan(
         device=device,

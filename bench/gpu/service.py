@@ -21,18 +21,18 @@ Add = Callable[[dict[str, Any]], None]
 
 PHOTO = (375, 500)  # of the JPEGs, height and width: about ImageNet's average
 QUALITY = 90
-CONNECTIONS = 8  # of each generator; the kernel spreads them over the frontends, by chance
-QUEUE = 4096  # more than all generators have in flight: one frontend may have to hold it
+CONNECTIONS = 8  # of each generator; the kernel spreads them over the frontends randomly
+QUEUE = 4096  # more than all generators have in flight, which one frontend may have to hold
 STAGES = ("copy_in", "forward", "copy_out")
 
 _together: Barrier | None = None
 
 
 def service(plan: Plan, add: Add) -> None:
-    """Closed loops from `plan.generators` processes, which stand for other machines: they send bytes that were made
-    before and parse no answer, and still share the cores with the server.
+    """Run closed loops from `plan.generators` processes, in place of other machines: they send prepared bytes and parse
+    no answer, but share the cores with the server.
 
-    Shares are of the wall time: the device's own stage times, and the time in which it had a batch.
+    Shares are relative to the wall time: the device's stage times, and the time in which it had a batch.
     """
     spawn = multiprocessing.get_context("spawn")
     together = spawn.Barrier(plan.generators)
@@ -41,7 +41,7 @@ def service(plan: Plan, add: Add) -> None:
             with serving(*_flags(plan, frontends)) as server:
                 for source in ("raw", "jpeg"):
                     for outputs in ("cls", "cls+patches"):
-                        # Single images with the most frontends alone: for them nothing else is enough.
+                        # Single images only with the most frontends: fewer cannot serve them fast enough.
                         for images in (1, 32) if frontends == max(plan.frontends) else (32,):
                             case = {"frontends": frontends, "in": source, "outputs": outputs, "images": images}
                             add(
@@ -51,7 +51,7 @@ def service(plan: Plan, add: Add) -> None:
 
 
 def request(config: Config, source: str, outputs: str, images: int) -> bytes:
-    """An ExtractRequest of one kind of image, `images` times, as bytes."""
+    """Return an ExtractRequest with `images` equal images."""
     wanted = pb.Outputs(cls=True, patches=outputs == "cls+patches", dtype=pb.DATA_TYPE_BFLOAT16)
     size = pb.Size(height=config.size, width=config.size)
     if source == "jpeg":
@@ -62,7 +62,7 @@ def request(config: Config, source: str, outputs: str, images: int) -> bytes:
 
 
 def _jpeg() -> bytes:
-    """Smooth shades with some noise, which compress about as photos do."""
+    """Return a JPEG of smooth gradients with noise, which compresses about as well as a photo."""
     height, width = PHOTO
     noise = np.random.default_rng(0)
     coarse = Image.fromarray(noise.integers(0, 256, (height // 25, width // 25, 3), np.uint8))
@@ -97,7 +97,7 @@ def _measure(plan: Plan, pool: ProcessPoolExecutor, server: Server, sent: bytes,
     ]
     floods = [one.result() for one in running]
     after, cpu_after = server.metrics(), server.cpu_seconds()
-    # Snapshots are up to a second old, so what they count is taken for each image and not for each second.
+    # Snapshots are up to a second old, so their counts are divided by images, not by seconds.
     counted = {name: after[name] - before.get(name, 0.0) for name in after}
     served = counted["dinov3_batch_images_sum",]
     rate = sum(one.requests / one.seconds for one in floods) * images
@@ -121,5 +121,5 @@ def _meet_at(together: Barrier) -> None:
 
 def _generate(address: str, sent: bytes, in_flight: int, seconds: float, warm_up: float, connections: int) -> Flood:
     assert _together is not None
-    _together.wait(60)  # a process takes one job, and all begin together
+    _together.wait(60)  # each process runs one job, and all begin together
     return flood(address, sent, in_flight, seconds, warm_up, connections)

@@ -1,4 +1,4 @@
-"""How long work on a device takes: several kinds in turn, so that what slows the device slows all of them."""
+"""Measure the time of works on a device in turn, so that a slower device affects all of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-ROUND = 0.05  # seconds of one kind before the next one's turn: long beside waiting for its end
+ROUND = 0.05  # seconds of one work before the next one's turn: long compared with waiting for its end
 MINIMUM = 3  # rounds
 
 
 def seconds_per_call(
     works: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
 ) -> dict[str, float]:
-    """The median over rounds, by name. Works enqueue on the current stream; a round ends when the device is idle."""
+    """Return the median seconds per call over rounds, by name. Works enqueue on the current stream; a round ends when
+    the device is idle."""
 
     def round_of(work: Callable[[], object], calls: int) -> float:
         since = time.perf_counter()
@@ -37,6 +38,6 @@ def seconds_per_call(
 
 
 def wait(device: torch.device) -> None:
-    """Until the device is idle."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The GPU bench, as far as it goes without one: its arithmetic, and that its sections run."""
+"""The GPU benchmark without a GPU: its arithmetic, and a dry run of its sections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("config", [Config("vits16", 224, 2), Config("vits16plus", 96, 1)], ids=["mlp", "swiglu"])
-def test_flops_are_what_torch_counts(config: Config) -> None:
+def test_flops_equal_the_count_of_torch(config: Config) -> None:
     plan = dry(CPU)
     model = native_model(plan, config.variant)
     # torch counts nothing for its fused attention on the CPU.
@@ -46,7 +46,7 @@ def test_rope_in_real_numbers_gives_the_same_features() -> None:
                     torch.testing.assert_close(features, expected[output], rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_is_made_as_it_is_on_a_gpu() -> None:
+def test_the_model_is_built_as_on_a_gpu() -> None:
     model: VisionTransformer = native_model(dry(CPU), Config("vits16", 32, 1).variant)
     assert type(model._blocks[0].qkv) is Linear
 
@@ -68,7 +68,7 @@ def test_every_section_of_a_full_run_has_a_budget_within_the_limit() -> None:
 
 
 @pytest.mark.parametrize("source", ["raw", "jpeg"])
-def test_requests_are_what_they_say(source: str) -> None:
+def test_requests_have_the_given_content(source: str) -> None:
     read = pb.ExtractRequest.FromString(request(Config("vits16", 64, 8), source, "cls", 3))
     assert read.outputs == pb.Outputs(cls=True, dtype=pb.DATA_TYPE_BFLOAT16)
     if source == "raw":
@@ -80,7 +80,7 @@ def test_requests_are_what_they_say(source: str) -> None:
         assert (read.preprocessing.size.height, read.preprocessing.size.width) == (64, 64)
 
 
-def test_goals_compare_like_with_like() -> None:
+def test_goals_compare_the_same_configuration() -> None:
     def row(batch: int, size: int = 256, **rates: float) -> dict[str, Any]:
         return {"model": "vitl16", "size": size, "batch": batch, "images_per_second": rates, "teraflops": rates}
 
