@@ -29,9 +29,10 @@ from dinov3_client._errors import (
     Unavailable,
 )
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures
+from dinov3_client._images import ImageViews
 from dinov3_client._model import Limits, Model, OutputParity, ParityCheck, Projection
 from dinov3_client._request import ExtractOptions, Layer, Pooling
-from dinov3_client._views import ImageViews, View
+from dinov3_client._views import View
 from dinov3_client.bulk.dataset import FeatureDataset
 from dinov3_serving.presets import Preset
 

@@ -1,4 +1,4 @@
-"""The client for asyncio. What it does is in `_session`; here it is awaited."""
+"""The asyncio client. Its logic is in `_session`; it is executed here by awaiting."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dinov3_client._errors import ServerError
 from dinov3_client._features import Features
 from dinov3_client._images import ImageLike
 from dinov3_client._model import Model
-from dinov3_client._request import ExtractOptions, Options, TokenKind
-from dinov3_client._session import Connected
-from dinov3_client._transport.flow import Close, Flow, Pause, Rpc, Step, T, Together, Work
+from dinov3_client._request import ExtractOptions, RequestOptions, TokenKind
+from dinov3_client._session import BaseClient
+from dinov3_client._transport.effects import CloseChannel, Effect, Gather, Offload, Procedure, Rpc, Sleep, T
 
 
-class AsyncClient(Connected):
-    """`Client` for asyncio: the same arguments, calls and errors, awaited. A task that is cancelled cancels its call.
+class AsyncClient(BaseClient):
+    """`Client` for asyncio: the same arguments, calls and errors, awaited. Cancelling a task cancels its call.
 
-    It belongs to the event loop of its first call, and is made after forking.
+    It belongs to the event loop of its first call. Make it after forking.
     """
 
-    # For tests, which have no time to wait.
+    # Tests replace it.
     _sleep: Callable[[float], Awaitable[object]] = staticmethod(asyncio.sleep)
 
     @staticmethod
@@ -36,7 +36,7 @@ class AsyncClient(Connected):
         return grpc.aio.secure_channel(target, credentials, options)
 
     async def close(self) -> None:
-        """Drops the connections; calls under way end with a ServerError (CANCELLED)."""
+        """Close the connections. Calls in flight fail with a ServerError (CANCELLED)."""
         for channel in self._session.close():
             await channel.close()
 
@@ -49,11 +49,11 @@ class AsyncClient(Connected):
         await self.close()
 
     async def model(self, *, deadline: float | None = None) -> Model:
-        """As `Client.model`."""
+        """See `Client.model`."""
         return await self._run(self._session.model(deadline))
 
-    async def wait_ready(self, timeout: float = 60.0) -> Model:  # noqa: ASYNC109  # it tells more than asyncio.timeout
-        """As `Client.wait_ready`."""
+    async def wait_ready(self, timeout: float = 60.0) -> Model:  # noqa: ASYNC109  # its error says more than asyncio.timeout's
+        """See `Client.wait_ready`."""
         return await self._run(self._session.wait_ready(timeout))
 
     async def extract(
@@ -62,8 +62,8 @@ class AsyncClient(Connected):
         outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"),
         **options: Unpack[ExtractOptions],
     ) -> Features:
-        """As `Client.extract`. Images are read and put together in a thread."""
-        return await self._run(self._session.extract(images, _request.options(outputs, **options)))
+        """See `Client.extract`. A thread reads the images and builds the requests."""
+        return await self._run(self._session.extract(images, _request.check_options(outputs, **options)))
 
     def extract_many(
         self,
@@ -73,15 +73,15 @@ class AsyncClient(Connected):
         in_flight: int = 4,
         **options: Unpack[ExtractOptions],
     ) -> AsyncGenerator[Features, None]:
-        """As `Client.extract_many`. An iterable that takes time should be an asynchronous one.
+        """See `Client.extract_many`. Slow `batches` should be an asynchronous iterable.
 
-        Left early, it is to be closed (`contextlib.aclosing`), which cancels what is in flight.
+        Close the generator when leaving it early (`contextlib.aclosing`), which cancels the calls in flight.
         """
         source = _aiter(batches)
-        return self._many(source, _many.check_in_flight(in_flight), _request.options(outputs, **options))
+        return self._many(source, _many.check_in_flight(in_flight), _request.check_options(outputs, **options))
 
     async def _many(
-        self, batches: AsyncGenerator[ImageLike | Iterable[ImageLike], None], in_flight: int, wanted: Options
+        self, batches: AsyncGenerator[ImageLike | Iterable[ImageLike], None], in_flight: int, options: RequestOptions
     ) -> AsyncGenerator[Features, None]:
         pending: deque[asyncio.Future[Features]] = deque()
         more = True
@@ -89,68 +89,68 @@ class AsyncClient(Connected):
             while True:
                 while more and len(pending) < in_flight:
                     try:
-                        images = _many.held(await anext(batches))
+                        images = _many.as_list(await anext(batches))
                     except StopAsyncIteration:
                         more = False
                     except Exception as error:
                         more = False
                         pending.append(_failed(error))
                     else:
-                        pending.append(asyncio.ensure_future(self._run(self._session.extract(images, wanted))))
+                        pending.append(asyncio.ensure_future(self._run(self._session.extract(images, options))))
                 if not pending:
                     return
                 features = await pending[0]
                 pending.popleft()
                 yield features
-                del features  # not held while the next ones are waited for
+                del features  # do not hold them while waiting for the next
         finally:
             await _cancel(pending)
             await batches.aclose()
 
-    async def _run(self, flow: Flow[T]) -> T:
+    async def _run(self, procedure: Procedure[T]) -> T:
         outcome: Any = None
         error: BaseException | None = None
         while True:
             try:
-                step = flow.send(outcome) if error is None else flow.throw(error)
+                effect = procedure.send(outcome) if error is None else procedure.throw(error)
             except StopIteration as done:
                 result: T = done.value
                 return result
             outcome = error = None
             try:
-                outcome = await self._perform(step)
-            except BaseException as raised:  # the flow is where it belongs: it gives its connection back
+                outcome = await self._execute(effect)
+            except BaseException as raised:  # the procedure must release its connection
                 error = raised
 
-    async def _perform(self, step: Step) -> Any:
-        match step:
+    async def _execute(self, effect: Effect) -> Any:
+        match effect:
             case Rpc():
-                return await _call(step)
-            case Pause(seconds):
+                return await _call(effect)
+            case Sleep(seconds):
                 return await self._sleep(seconds)
-            case Work(function):
+            case Offload(function):
                 return await asyncio.to_thread(function)
-            case Together(flows, at_once):
-                return await self._together(flows, at_once)
-            case Close(channel):
+            case Gather(procedures, limit):
+                return await self._gather(procedures, limit)
+            case CloseChannel(channel):
                 return await channel.close()
 
-    async def _together(self, flows: Sequence[Flow[T]], at_once: int) -> list[T]:
-        places = asyncio.Semaphore(at_once)
+    async def _gather(self, procedures: Sequence[Procedure[T]], limit: int) -> list[T]:
+        places = asyncio.Semaphore(limit)
 
-        async def one(flow: Flow[T]) -> T:
+        async def one(procedure: Procedure[T]) -> T:
             async with places:
-                return await self._run(flow)
+                return await self._run(procedure)
 
-        tasks = [asyncio.ensure_future(one(flow)) for flow in flows]
+        tasks = [asyncio.ensure_future(one(procedure)) for procedure in procedures]
         try:
             return await asyncio.gather(*tasks)
         finally:
             await _cancel(tasks)
 
 
-async def _call(step: Rpc) -> bytes:
-    call = step.channel.unary_unary(step.method)(step.message, timeout=step.timeout, metadata=step.metadata)
+async def _call(effect: Rpc) -> bytes:
+    call = effect.channel.unary_unary(effect.method)(effect.message, timeout=effect.timeout, metadata=effect.metadata)
     try:
         answer: bytes = await call
     except asyncio.CancelledError:
@@ -162,7 +162,7 @@ async def _call(step: Rpc) -> bytes:
 
 
 async def _cancel(futures: Iterable[asyncio.Future[Any]]) -> None:
-    """Returns when all have ended; what they raise is no longer of interest."""
+    """Cancel all, wait until they have ended, and ignore their errors."""
     futures = list(futures)
     for future in futures:
         future.cancel()

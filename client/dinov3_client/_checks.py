@@ -1,4 +1,4 @@
-"""Checks of arguments that several of the others make."""
+"""Checks of arguments, used in several modules."""
 
 from __future__ import annotations
 
@@ -12,37 +12,40 @@ _K = TypeVar("_K", bound=str)
 _V = TypeVar("_V")
 
 UINT32_MAX = 2**32 - 1
-"""Of sizes, crops and layers on the wire."""
+"""The largest size, crop side or layer on the wire."""
 
 
 def check_choice(name: str, given: object, allowed: Iterable[str]) -> None:
+    """Raise ValueError unless `given` is one of `allowed`."""
     allowed = tuple(allowed)
     if given not in allowed:
-        raise ValueError(f"{name} has {given!r}; allowed are {listed(allowed)}")
+        raise ValueError(f"{name} has {given!r}; allowed are {quoted(allowed)}")
 
 
-def choice(name: str, given: _K, values: Mapping[_K, _V]) -> _V:
-    """What `values` has for `given`."""
+def lookup(name: str, given: _K, values: Mapping[_K, _V]) -> _V:
+    """Return `values[given]`. Raises ValueError, naming the allowed keys, if there is none."""
     check_choice(name, given, values)
     return values[given]
 
 
 def check_bool(name: str, given: object) -> bool:
+    """Return `given`. Raises TypeError unless it is True or False."""
     if not isinstance(given, bool):
         raise TypeError(f"{name} is {given!r}; allowed are True and False")
     return given
 
 
 def check_deadline(deadline: float, name: str = "deadline") -> float:
+    """Return seconds as a float. Raises TypeError or ValueError unless they are positive and finite."""
     if not isinstance(deadline, numbers.Real):
         raise TypeError(f"{name} is {deadline!r}; it must be a positive number of seconds")
     if not (deadline > 0 and math.isfinite(deadline)):
         raise ValueError(f"{name} is {deadline!r}; it must be a positive number of seconds")
-    return float(deadline)  # in sums with the clock, numpy's float32 would lose seconds, and minutes
+    return float(deadline)  # added to the clock, numpy's float32 would lose seconds, even minutes
 
 
 def pixel_size(name: str, size: int | Iterable[int]) -> tuple[int, int]:
-    """(height, width) of a number or a pair."""
+    """Return (height, width) for a number or a pair. Raises ValueError."""
     try:
         height, width = map(operator.index, size if isinstance(size, Iterable) else (size, size))
     except (TypeError, ValueError):
@@ -55,5 +58,6 @@ def pixel_size(name: str, size: int | Iterable[int]) -> tuple[int, int]:
     return height, width
 
 
-def listed(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
+    """Return the names quoted, comma-separated."""
     return ", ".join(repr(name) for name in names)

@@ -1,4 +1,4 @@
-"""The wire's dtypes and numpy's."""
+"""Conversions between dtype names, the wire's DataType and numpy dtypes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ _NAMES: dict[int, str] = {number: name for name, number in _WIRE.items()}
 
 
 def wire_of(name: str) -> pb.DataType:
+    """Return the DataType of a dtype name."""
     return _WIRE[name]
 
 
 def name_of(wire: int) -> str:
-    """The name of a wire dtype; of one that this client does not know, its number."""
+    """Return the name of a DataType, or its number if this client does not know it."""
     return _NAMES.get(wire, f"unknown ({wire})")
 
 
 def numpy_of(name: str) -> np.dtype[Any]:
+    """Return the numpy dtype of a dtype name; bfloat16 is ml_dtypes'."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)

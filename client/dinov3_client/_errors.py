@@ -1,4 +1,4 @@
-"""Every error that a caller of the client can meet.
+"""The errors of the client.
 
     Dinov3Error
       StatusError            a call (or one image of it) failed; carries the gRPC status
@@ -6,15 +6,15 @@
         Overloaded           RESOURCE_EXHAUSTED with RetryInfo; retried until the deadline
         MessageTooLarge      RESOURCE_EXHAUSTED without it: over a message limit; never retried
         DeadlineExceeded     DEADLINE_EXCEEDED
-        Unavailable          UNAVAILABLE: nobody answers, or not yet; retried until the deadline
+        Unavailable          UNAVAILABLE: no server answers, or none is ready; retried until the deadline
         Unauthenticated      UNAUTHENTICATED
         ModelMismatch        FAILED_PRECONDITION: another model is served
         ServerError          INTERNAL and every other status
-      ImageErrors            some images of a request failed; `errors` has a StatusError for each
-      InvalidResponse        the answer is not what the protocol promises
-      MixedSizes             one packed array was asked of images of several input sizes
+      ImageErrors            some images of a call failed; `errors` has a StatusError for each
+      InvalidResponse        the response breaks the protocol
+      MixedSizes             one packed array was asked of rows of several input sizes
 
-Misuse that shows before anything is sent raises ValueError or TypeError. Files that cannot be read raise OSError.
+Invalid arguments raise ValueError or TypeError before anything is sent. Files that cannot be read raise OSError.
 """
 
 from __future__ import annotations
@@ -37,22 +37,24 @@ _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.Statu
 
 
 class FieldViolation(NamedTuple):
-    """One field of the request that cannot be used. `field` is its protobuf path, `images[3].encoded` for one."""
+    """An invalid field of the request. `field` is its protobuf path, such as `images[3].encoded`."""
 
     field: str
     description: str
 
 
 class Dinov3Error(Exception):
-    """Base of all errors of this client."""
+    """The base of all errors of this client."""
 
 
 class StatusError(Dinov3Error):
-    """A call, or one image of it, that failed with a gRPC status.
+    """A call, or one image of it, failed with a gRPC status.
 
-    `code` is the status, `message` its text, `violations` the fields at fault, `retry_after` the seconds
-    after which the server says that another try can help (None: it does not say), `attempts` how often
-    the call was tried, and `previous` the error of the attempt before, where there was one.
+    code, message: the status and its text.
+    violations: the invalid fields.
+    retry_after: seconds after which the server suggests a retry; None if it suggests none.
+    attempts: how often the call was tried.
+    previous: the error of the attempt before, if there was one.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class StatusError(Dinov3Error):
 
 
 class InvalidRequest(StatusError):
-    """The request, or this image, cannot be used as it is."""
+    """The request, or this image of it, is invalid."""
 
 
 class Overloaded(StatusError):
@@ -102,19 +104,19 @@ class Unavailable(StatusError):
 
 
 class Unauthenticated(StatusError):
-    """The server wants a token, or another one."""
+    """The server requires a token, or does not accept this one."""
 
 
 class ModelMismatch(StatusError):
-    """The server does not serve the model that the request was made for."""
+    """The server serves another model than the one that the request was made for."""
 
 
 class ServerError(StatusError):
-    """The server failed; its message has an id that its log has too."""
+    """The server failed. The message has an id to look for in the server's log."""
 
 
 class ImageErrors(Dinov3Error):
-    """Some images of a request failed. `errors` maps the index of each to its error."""
+    """Some images of a call failed. `errors` maps the index of each to its error."""
 
     def __init__(self, message: str, *, errors: Mapping[int, StatusError] | None = None) -> None:
         super().__init__(message)
@@ -122,14 +124,14 @@ class ImageErrors(Dinov3Error):
 
 
 class InvalidResponse(Dinov3Error):
-    """The answer breaks the protocol: the server, or something between, is broken or of another version."""
+    """The response breaks the protocol: the server, or a proxy, is broken or of another version."""
 
 
 class MixedSizes(Dinov3Error):
-    """The images came out in several input sizes, so that their patches do not fit one array."""
+    """The rows have several input sizes, so that their patches do not fit one array."""
 
 
-# The one table of statuses. RESOURCE_EXHAUSTED is told apart by RetryInfo, in `from_status`.
+# RESOURCE_EXHAUSTED is Overloaded or MessageTooLarge, by its RetryInfo: see `from_status`.
 _TYPES: dict[grpc.StatusCode, type[StatusError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -140,8 +142,10 @@ _TYPES: dict[grpc.StatusCode, type[StatusError]] = {
 
 
 def from_status(code: int, message: str, details: Iterable[Any]) -> StatusError:
-    """The error of a google.rpc.Status given by its fields. Its texts are made printable; details that are none, or
-    that ask for a pause of less than nothing, are left out."""
+    """Return the error of a google.rpc.Status, given by its fields.
+
+    Texts are made printable. Malformed details and negative pauses are ignored.
+    """
     message = printable(message)
     violations: list[FieldViolation] = []
     retry_after: float | None = None
@@ -159,16 +163,17 @@ def from_status(code: int, message: str, details: Iterable[Any]) -> StatusError:
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED and retry_after is None:
         kind: type[StatusError] = MessageTooLarge
         message = (
-            f"a message limit of gRPC was passed: {message}; send fewer images in a call, or ask for fewer outputs "
+            f"a message is over the limit: {message}; send fewer images in a call, or request fewer outputs "
             "or a smaller dtype (the server's limit is model().limits.max_message_bytes)"
         )
     elif status is grpc.StatusCode.RESOURCE_EXHAUSTED:
         kind = Overloaded
     else:
         kind = _TYPES.get(status, ServerError)
-    if status is grpc.StatusCode.INTERNAL and "Compression algorithm" in message:  # gRPC's words, on this side
+    if status is grpc.StatusCode.INTERNAL and "Compression algorithm" in message:  # the text of our own gRPC library
         message = (
-            f"the answer came compressed, which this client refuses; have server or proxy send it plain ({message})"
+            "the response is compressed, which this client refuses; configure the server or proxy to send it "
+            f"uncompressed ({message})"
         )
     if status is grpc.StatusCode.UNIMPLEMENTED:
         message = f"the server at this address does not offer dinov3_serving.v1.FeatureService ({message})"
@@ -176,17 +181,17 @@ def from_status(code: int, message: str, details: Iterable[Any]) -> StatusError:
 
 
 def from_rpc_error(error: grpc.RpcError) -> StatusError:
-    """The error of a failed call, of grpc or of grpc.aio."""
-    call: grpc.Call = error  # type: ignore[assignment]  # what both raise is the call, too
+    """Return the error of a failed call of grpc or grpc.aio."""
+    call: grpc.Call = error  # type: ignore[assignment]  # both raise the call itself
     try:
         status = rpc_status.from_call(call)
-    except (ValueError, DecodeError):  # details that disagree with the status, or are none: the status is what counts
+    except (ValueError, DecodeError):  # malformed details, or details of another status: use the status
         status = None
     return from_status(call.code().value[0], call.details() or call.code().name, status.details if status else ())
 
 
 def model_mismatch(pinned: str, served: str) -> ModelMismatch:
-    """For what the client finds by itself, of two fingerprints."""
+    """Return the error for a fingerprint that the client itself found to differ."""
     return ModelMismatch(
         f"the server's model has the fingerprint {served}, the request is pinned to {pinned}",
         code=grpc.StatusCode.FAILED_PRECONDITION,
@@ -194,7 +199,7 @@ def model_mismatch(pinned: str, served: str) -> ModelMismatch:
 
 
 def image_errors(errors: Mapping[int, StatusError], labels: Mapping[int, str], count: int) -> ImageErrors:
-    """The error to raise for a request of `count` images; `labels` names those that came from files."""
+    """Return the error of a call of `count` images; `labels` are the paths of those that came from files."""
     shown = [
         f"image {index}{f' ({labels[index]})' if index in labels else ''}: {errors[index].message}"
         for index in sorted(errors)[:_SHOWN_IMAGES]

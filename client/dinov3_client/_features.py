@@ -1,7 +1,7 @@
-"""The answers to a call as numpy arrays. N rows (images, or views of them), P patches, G registers, D channels.
+"""The features of a call as numpy arrays. N rows (images, or views of them), P patches, G registers, D channels.
 
-Arrays are read-only views of the bytes that came in, without another copy, wherever all rows came in one answer and
-have one input size; `array.copy()` gives a writable one. int8 features are read as float32.
+If all rows have one input size and came in one response, arrays are read-only views of the received bytes, without
+another copy; `array.copy()` is writable. int8 features are read as float32.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
-from dinov3_client._answer import Answer, Block, Key, Timings
+from dinov3_client._answer import Answer, Block, TensorKey, Timings
 from dinov3_client._checks import pixel_size
 from dinov3_client._dtypes import Array, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, image_errors
 from dinov3_client._packing import Packing
-from dinov3_client._request import OnError, Options, TokenKind
-from dinov3_client._split import Query
+from dinov3_client._request import OnError, RequestOptions, TokenKind
+from dinov3_client._split import PreparedRequest
 
 if TYPE_CHECKING:
     from dinov3_client.torch._tensors import TorchFeatures
 
 
 class LayerFeatures:
-    """The tokens of one layer, of all rows of a call or of one of them. What was not asked for is None.
+    """The tokens of one layer, of all rows of a call or of one row. Outputs that were not requested are None.
 
     Layers of a ConvNeXt have a D and a grid of their own.
     """
@@ -41,7 +41,7 @@ class LayerFeatures:
 
     @cached_property
     def patches(self) -> Array | None:
-        """[N, P, D], or [P, D] of one row: the patch tokens, row by row of the grid. No registers among them.
+        """[N, P, D], or [P, D] of one row: the patch tokens in row-major order, without registers.
 
         With `channels_first` [N, D, rows, columns], or [D, rows, columns].
         """
@@ -54,16 +54,17 @@ class LayerFeatures:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of each row of features, (rows, columns); (0, 0) where all images failed."""
+        """(rows, columns) of the patches of each row; (0, 0) if all images failed."""
         return self._grid()
 
 
 class ImageFeatures(LayerFeatures):
-    """The features of one row, an image or a view of it: those of the last layer, and `layers`, keyed as asked for.
+    """The features of one row (an image or a view of it): of the last layer and, keyed as requested, of `layers`.
 
-    `image` and `view` are its indices, of the image within the call and of the view within the image. `input_size` is
-    the (height, width) in pixels that the model saw and `grid` the patches, (0, 0) both where an image failed before
-    its size was known. `error` is set where the image failed; its arrays are zeros.
+    image, view: the index of the image within the call, and of the view within the image.
+    input_size: (height, width) of the model's input in pixels; like `grid`, (0, 0) if the image failed before its size
+        was known.
+    error: set if the image failed; its arrays are zeros then.
     """
 
     def __init__(self, packing: Packing, row: int, layers: Iterable[int], errors: Mapping[int, StatusError]) -> None:
@@ -82,18 +83,18 @@ class ImageFeatures(LayerFeatures):
 class Features(LayerFeatures, Sequence[ImageFeatures]):
     """The features of one call: a row for each image, or for each of its views, in their order.
 
-    Its own `cls`, `patches` and `registers` are those of the last layer after the final norm, packed over all rows;
-    `layers[i]` has the same for each layer asked for, under the number asked for. `images` and `views`, [N] int64, are
-    the indices of each row's image within the call and view within the image.
+    cls, patches, registers: tokens of the last layer after the final norm, packed over all rows.
+    layers: the same for each requested layer, keyed by the number requested.
+    images, views: [N] int64, the index of each row's image within the call, and of its view within the image.
+    errors: the errors of failed images by index, with `on_error="return"`; their rows are zeros. Else empty.
+    timings, frontend, fingerprint: where the server spent the time, which of its processes answered, and the model
+        (MODEL, or MODEL+PROJECTION with a projection).
+    nbytes: bytes received.
 
-    Where the rows came out in several input sizes, `patches` (unless pooled), `grid` and `input_size` of all of them
-    raise MixedSizes; `cls` and `registers` stay packed. `at_size(224)` has the rows of one size, and `features[i]`
-    those of one row.
+    If the rows have several input sizes, `patches` (unless pooled), `grid` and `input_size` raise MixedSizes, while
+    `cls` and `registers` stay packed. `at_size(224)` gives the rows of one size and `features[i]` one row.
 
-    `errors` maps the indices of failed images to their errors (with `on_error="return"`; else it is empty); their
-    rows are zeros. `timings`, `frontend` (which server process answered) and `fingerprint` (of the model; with a
-    projection, "+" and that of the projection follow) are the answer's, `nbytes` are the bytes that came. A call that
-    was split has times and bytes summed up (the wait and the batch at their largest), and the first one's frontend.
+    A call that was split has the sums of times and bytes (the largest wait and batch), and the first one's frontend.
     """
 
     def __init__(
@@ -122,19 +123,19 @@ class Features(LayerFeatures, Sequence[ImageFeatures]):
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """Pixels that the model saw of each row, (height, width); (0, 0) where all images failed."""
+        """(height, width) of the model's input in pixels; (0, 0) if all images failed."""
         return self._packing.input_size()
 
     @property
     def input_sizes(self) -> tuple[tuple[int, int], ...]:
-        """What `at_size` can be asked for, in order of first use."""
+        """The input sizes that `at_size` accepts, in order of first use."""
         return tuple(self._packing.sizes)
 
     def at_size(self, size: int | tuple[int, int]) -> Features:
-        """The rows of one input size, pixels or (height, width) of them, in their order.
+        """Return the rows of one input size, given as pixels or (height, width), in their order.
 
-        Rows of failed images are among them, as zeros, unless their input size was never known. `errors` stay those of
-        the call, by image. Raises ValueError where no row has this size.
+        Includes the rows of failed images, as zeros, unless their input size is unknown. `errors` are those of the
+        whole call. Raises ValueError if no row has this size.
         """
         return Features(
             self._packing.at_size(pixel_size("size", size)),
@@ -147,20 +148,20 @@ class Features(LayerFeatures, Sequence[ImageFeatures]):
         )
 
     def quantized(self, kind: TokenKind, layer: int | None = None) -> tuple[Array, Array] | None:
-        """int8 features as they travelled: (int8 values, float32 scales), without another copy as far as possible.
+        """Return int8 features as received, (int8 values, float32 scales), if possible without another copy.
 
-        Values have the shape of the array that they stand for. Scales are [N] of cls and [N, tokens] else, also where
-        the channels come first: value * scale is the feature. None where `kind` was not asked for; raises ValueError
-        where the call did not ask for int8.
+        Values have the shape of the array that they stand for. Scales are [N] of cls, else [N, tokens], also with
+        `channels_first`; the feature is value * scale. Returns None if `kind` was not requested. Raises ValueError if
+        the call did not request int8.
         """
         if not self._packing.quantized:
             raise ValueError("these features are not int8: quantized() is for dtype='int8'")
         return self._packing.pack_quantized(layer, kind)
 
     def torch(self, *, pin_memory: bool = False) -> TorchFeatures:
-        """The same as writable torch tensors, with one copy; `pin_memory` puts that into page-locked memory.
+        """Return the same as writable torch tensors, copied once; with `pin_memory` into page-locked memory.
 
-        Raises ImportError where torch is not installed, and RuntimeError for `pin_memory` without a CUDA device.
+        Raises ImportError if torch is not installed, and RuntimeError for `pin_memory` without a CUDA device.
         """
         from dinov3_client.torch._tensors import TorchFeatures
 
@@ -192,28 +193,27 @@ class Features(LayerFeatures, Sequence[ImageFeatures]):
         )
 
 
-def join(queries: Sequence[Query], answers: Sequence[Answer], on_error: OnError) -> Features:
-    """The features of one call from the answers to its `queries`, in their order.
+def join(requests: Sequence[PreparedRequest], answers: Sequence[Answer], on_error: OnError) -> Features:
+    """Join the answers to the `requests` of a call, in their order, to its features.
 
-    Raises ImageErrors where images failed and `on_error` is "raise", InvalidResponse where the answers do not fit
-    together.
+    Raises ImageErrors if images failed and `on_error` is "raise", InvalidResponse if the answers do not fit together.
     """
-    options = queries[0].options
+    options = requests[0].options
     errors = {image: error for answer in answers for image, error in answer.errors.items()}
-    counts = np.maximum([views for query in queries for views in query.views], 1)
+    counts = np.maximum([views for prepared in requests for views in prepared.views], 1)
     if errors and on_error == "raise":
-        labels = {image: label for query in queries for image, label in query.labels.items()}
+        labels = {image: label for prepared in requests for image, label in prepared.labels.items()}
         raise image_errors(errors, labels, len(counts))
     fingerprints = dict.fromkeys(answer.fingerprint for answer in answers)
     if len(fingerprints) > 1:
         raise InvalidResponse(f"one call was answered by several models, of the fingerprints {', '.join(fingerprints)}")
     blocks: list[Block] = []
     first_row = 0
-    for query, answer in zip(queries, answers, strict=True):
+    for prepared, answer in zip(requests, answers, strict=True):
         blocks += [
             Block(block.input_size, block.grids, block.rows + first_row, block.tensors) for block in answer.blocks
         ]
-        first_row += sum(max(1, views) for views in query.views)
+        first_row += sum(max(1, views) for views in prepared.views)
     _check_shapes(blocks)
     images = np.repeat(np.arange(len(counts)), counts)
     return Features(
@@ -241,7 +241,7 @@ def join(queries: Sequence[Query], answers: Sequence[Answer], on_error: OnError)
 
 
 def _check_shapes(blocks: Sequence[Block]) -> None:
-    """Channels and registers are the model's, so that they are the same in all blocks."""
+    """Raise InvalidResponse unless all blocks have the same channels and registers."""
     for block in blocks[1:]:
         for key, tokens in block.tensors.items():
             found, first = tokens.values.shape, blocks[0].tensors[key].values.shape
@@ -250,19 +250,19 @@ def _check_shapes(blocks: Sequence[Block]) -> None:
                 raise InvalidResponse(f"{key[1]} has shapes {list(first)} and {list(found)} in one answer")
 
 
-def _sides_of_the_model(key: Key, axes: int) -> tuple[int, ...]:
+def _sides_of_the_model(key: TensorKey, axes: int) -> tuple[int, ...]:
     if key[1] == "patches":
         return (1,) if axes == 4 else (2,)
     return tuple(range(1, axes))
 
 
-def _keys(options: Options) -> list[Key]:
-    keys: list[Key] = [(None, kind) for kind in options.kinds]
+def _keys(options: RequestOptions) -> list[TensorKey]:
+    keys: list[TensorKey] = [(None, kind) for kind in options.kinds]
     return keys + [(layer.asked, kind) for layer in options.layers for kind in layer.kinds]
 
 
-def _shape_without_row(key: Key, blocks: Sequence[Block], options: Options) -> tuple[int, ...]:
-    """Of one failed row whose input size is unknown: as far as the others tell it."""
+def _shape_without_row(key: TensorKey, blocks: Sequence[Block], options: RequestOptions) -> tuple[int, ...]:
+    """Return the shape of a failed row of unknown input size, as far as other rows determine it; 0 for other sides."""
     channels = 0
     if blocks:
         shape = blocks[0].tensors[key].row_shape

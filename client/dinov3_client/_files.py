@@ -1,4 +1,4 @@
-"""Files that are written whole."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the name `path` when all is written: no half a file ever has that name."""
-    draft = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")  # short, as `path` may have the longest name
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path, renamed to `path` when the block succeeds: `path` never holds part of a file."""
+    draft = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")  # short: `path` may have the longest name
     try:
         yield draft
         draft.replace(path)

@@ -1,10 +1,11 @@
-"""What may be given as an image, and what is sent of it."""
+"""The images of a call: what `extract` accepts, and how it is loaded to be sent."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +14,28 @@ from PIL import Image, ImageOps
 
 from dinov3_client import _views
 from dinov3_client._dtypes import Array
-from dinov3_client._views import ImageViews
+from dinov3_client._views import View
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 PictureLike = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | Array
+
+
+@dataclass(frozen=True)
+class ImageViews:
+    """A picture that is sent and decoded once, and views of it: one row of features for each view."""
+
+    image: PictureLike
+    """Encoded bytes, a path, a PIL image or a uint8 array [H, W, 3] (RGB)."""
+    views: Sequence[View]
+    """At least one."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.views, Sequence) or not all(isinstance(view, View) for view in self.views):
+            raise TypeError(f"views is {self.views!r}; it must be a sequence of View")
+        if not self.views:
+            raise ValueError("views is empty; give at least one, or the image itself for one row of all of it")
+
+
 ImageLike = PictureLike | ImageViews
 
 _ALLOWED = (
@@ -25,12 +44,12 @@ _ALLOWED = (
 )
 
 
-class Source(NamedTuple):
-    """One image as it will be sent: the bytes of a file, or pixels in one of the two layouts."""
+class LoadedImage(NamedTuple):
+    """An image as it is sent: the bytes of a file, or pixels (uint8 [H, W, 3] or float32 [3, H, W])."""
 
     data: bytes | Array
     label: str | None = None
-    """The path that it was read from."""
+    """The path of its file, for messages."""
     views: tuple[pb.View, ...] = ()
 
     @property
@@ -39,25 +58,25 @@ class Source(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of features."""
+        """Number of rows of features."""
         return max(1, len(self.views))
 
     def pixel_size(self) -> tuple[int, int] | None:
-        """(height, width) of the picture as the file's header or the array has it; None of a file without a header."""
+        """Return (height, width) from the file's header or the array; None if the header cannot be read."""
         if isinstance(self.data, bytes):
             try:
                 with Image.open(io.BytesIO(self.data)) as image:
                     return image.height, image.width
-            except Exception:  # of Pillow's many: the server says what is wrong with it
+            except Exception:  # Pillow raises many kinds; the server will report what is wrong
                 return None
         height, width = self.data.shape[:2] if self.data.dtype == np.uint8 else self.data.shape[1:]
         return height, width
 
 
-def load(images: ImageLike | Iterable[ImageLike], exif: bool) -> list[Source]:
-    """The images of one call, with the files among them read.
+def load(images: ImageLike | Iterable[ImageLike], exif: bool) -> list[LoadedImage]:
+    """Load the images of a call, reading files.
 
-    `exif` turns PIL images by their EXIF orientation, which their pixels alone no longer tell the server.
+    exif: rotate PIL images by their EXIF orientation here, as their pixels no longer carry it.
     """
     several: Iterable[ImageLike]
     if isinstance(images, np.ndarray):
@@ -83,29 +102,29 @@ def _unpack(images: Array) -> Iterable[Array]:
     return images
 
 
-def _load_one(image: ImageLike, index: int, exif: bool) -> Source:
+def _load_one(image: ImageLike, index: int, exif: bool) -> LoadedImage:
     if isinstance(image, bytes | bytearray | memoryview):
-        return Source(bytes(image))
+        return LoadedImage(bytes(image))
     if isinstance(image, str | os.PathLike):
-        return Source(Path(image).read_bytes(), os.fspath(image))
+        return LoadedImage(Path(image).read_bytes(), os.fspath(image))
     if isinstance(image, Image.Image):
         image = np.asarray(_rgb(image, index, exif))
     if isinstance(image, np.ndarray):
         _check(image, index)
-        return Source(image)
+        return LoadedImage(image)
     if isinstance(image, ImageViews):
         return _load_views(image, index, exif)
     raise TypeError(f"images[{index}] is a {type(image).__name__}; {_ALLOWED}")
 
 
-def _load_views(image: ImageViews, index: int, exif: bool) -> Source:
+def _load_views(image: ImageViews, index: int, exif: bool) -> LoadedImage:
     if isinstance(image.image, ImageViews):
         raise TypeError(f"images[{index}] is ImageViews of ImageViews; give the picture, and all views of it together")
     source = _load_one(image.image, index, exif)
     if isinstance(source.data, np.ndarray) and source.data.dtype == np.float32:
         raise ValueError(
-            f"images[{index}] has views of a float32 array: pixels that are normalised already are never cropped, "
-            "resized or flipped; give views of the picture (a file, a PIL image, a uint8 array), or the pixels of each "
+            f"images[{index}] has views of a float32 array: normalised pixels are never cropped, resized or "
+            "flipped; give views of the picture (a file, a PIL image, a uint8 array), or the pixels of each "
             "view as an image of its own"
         )
     return source._replace(views=tuple(map(_views.message, image.views)))
@@ -118,13 +137,13 @@ def _rgb(image: Image.Image, index: int, exif: bool) -> Image.Image:
             "scale it to 0..255 and convert it to RGB, or send the file itself"
         )
     turned = ImageOps.exif_transpose(image) if exif else image
-    if "transparency" in turned.info:  # Pillow warns of a palette with transparency that goes straight to RGB
+    if "transparency" in turned.info:  # Pillow warns when such an image is converted to RGB directly
         turned = turned.convert("RGBA")
     return turned.convert("RGB")
 
 
 def _check(image: Array, index: int) -> None:
-    """By dtype and shape, strictly: a layout is never guessed."""
+    """Raise ValueError unless dtype and shape are one of the two layouts; a layout is never guessed."""
     channels = {np.dtype(np.uint8): 2, np.dtype(np.float32): 0}.get(image.dtype)
     if channels is None or image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What both `extract_many` share."""
+"""Helpers of both `extract_many`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dinov3_client._images import ImageLike
 
 
 def check_in_flight(in_flight: int) -> int:
+    """Return `in_flight` as an int. Raises TypeError or ValueError unless it is at least 1."""
     try:
         number = operator.index(in_flight)
     except TypeError:
@@ -18,7 +19,9 @@ def check_in_flight(in_flight: int) -> int:
     return number
 
 
-def held(batch: ImageLike | Iterable[ImageLike]) -> ImageLike | Iterable[ImageLike]:
-    """`batch`, with its images taken where it is an iterator: those of some are gone once the next batch is asked for
-    (itertools.groupby's)."""
+def as_list(batch: ImageLike | Iterable[ImageLike]) -> ImageLike | Iterable[ImageLike]:
+    """Return `batch`, as a list if it is an iterator.
+
+    Some iterators, such as itertools.groupby's groups, are empty once the next batch was read.
+    """
     return list(batch) if isinstance(batch, Iterator) else batch

@@ -1,4 +1,4 @@
-"""What a server tells of its model and its limits."""
+"""The model and the limits of a server, read from GetModelResponse."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dinov3_serving.presets import PRESETS, Preset
 from dinov3_serving.v1 import enums
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-_SHOWN = 5  # of what is wrong with an answer
+_SHOWN = 5  # faults in an error message
 _INTERPOLATIONS = {number: name for name, number in enums.INTERPOLATIONS.items()}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server accepts."""
+    """The server's limits."""
 
     max_message_bytes: int
-    """Of one request or one answer."""
+    """Of one request or one response."""
     max_images_per_request: int
     max_image_pixels: int
-    """Width x height of a decoded image."""
+    """Width * height of a decoded image."""
     max_image_tokens: int
     """CLS + registers + patches of one image."""
     stream_window: int
@@ -35,43 +35,43 @@ class Limits:
 
 @dataclass(frozen=True)
 class OutputParity:
-    """How near one output is to that of Meta's code in float32, at worst."""
+    """The largest difference between one output and that of Meta's code in float32."""
 
     output: str
     """cls or patches."""
     dtype: str
-    """What the server computed in."""
+    """The dtype that the server computed in."""
     least_cosine: float
-    """Of any token of any probe image."""
+    """The least of any token of any reference image."""
     relative_error: float
-    """|ours - theirs| / |theirs|, Euclidean norms, of any probe image."""
+    """The largest |ours - theirs| / |theirs| (Euclidean norms) of any reference image."""
 
 
 @dataclass(frozen=True)
 class ParityCheck:
-    """Whether the server showed, at its start, that its features are those of Meta's own code on the same weights."""
+    """The result of the comparison, at the server's start, with Meta's own code on the same weights."""
 
     verified: bool
     reason: str
-    """Why not; empty where verified."""
+    """Why it is not verified; empty if it is."""
     upstream_revision: str
-    """Commit of Meta's code."""
+    """The commit of Meta's code."""
     outputs: tuple[OutputParity, ...]
     time: str
     """RFC 3339, UTC."""
     not_covered: str
-    """What the proof says nothing about."""
+    """What the check does not test."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map of the channels of patches that the server can apply: the `projection` of `extract`."""
+    """A linear map of patch channels that the server can apply: the `projection` of `extract`."""
 
     name: str
     input_channels: int
-    """D of the layers that it can be applied to."""
+    """D of the layers that it applies to."""
     output_channels: int
-    """D of the patches that come back."""
+    """D of the returned patches."""
     fingerprint: str
     """Identifies its numbers; follows the model's, after a "+", in the fingerprint of an answer."""
 
@@ -81,15 +81,15 @@ class Model:
     """The model that a server serves."""
 
     name: str
-    """dinov3_vits16 for one."""
+    """For example dinov3_vits16."""
     weights: str
-    """Where they came from: a file name or random:SEED."""
+    """Their source: a file name or random:SEED."""
     random_weights: bool
     """Features have the right shapes and no meaning."""
     fingerprint: str
-    """Identifies what determines the numbers: tensors, dtype, RoPE periods, backbone, preprocessing."""
+    """Identifies all that determines the features: tensors, dtype, RoPE periods, backbone, preprocessing."""
     dtype: str
-    """What the model computes in."""
+    """The dtype that the model computes in."""
     devices: tuple[str, ...]
     embed_dim: int
     """D, the channels of the last layer's tokens."""
@@ -98,36 +98,36 @@ class Model:
     layer_dims: tuple[int, ...]
     """D of each layer."""
     layer_strides: tuple[int, ...]
-    """Pixels of the model input, in height and in width, to a patch of each layer."""
+    """Height and width in pixels of one patch of each layer."""
     patch_size: int
-    """Pixels; height and width of every model input are multiples of it."""
+    """Height and width of a patch in pixels; those of every model input are multiples of it."""
     register_tokens: int
     mean: tuple[float, ...]
-    """Per RGB channel, of pixels in 0..1; with `std`, what float32 images are normalised by."""
+    """Per RGB channel, of pixels in 0..1; float32 images must be normalised by it and `std`."""
     std: tuple[float, ...]
     parameters: int
     limits: Limits
     frontends: int
     """Server processes that share the port."""
     frontend: int
-    """The one that answered."""
+    """The index of the one that answered."""
     server_version: str
     parity_check: ParityCheck
     projections: tuple[Projection, ...]
     presets: tuple[Preset, ...]
-    """What each `preset` of `extract` does: its size (None: pixels as they are) and interpolation."""
+    """The size (None: pixels as they are) and interpolation of each `preset` of `extract`."""
 
 
 def read_model(data: bytes) -> Model:
-    """Of a GetModelResponse as it came, its texts made printable.
+    """Read a GetModelResponse, making its texts printable.
 
-    Raises InvalidResponse where it is none, or tells of a model that cannot be.
+    Raises InvalidResponse if it is none, or describes an impossible model.
     """
     try:
         response = pb.GetModelResponse.FromString(data)
     except DecodeError:
         raise InvalidResponse(
-            f"the {len(data)} bytes that came are no {pb.GetModelResponse.DESCRIPTOR.full_name}"
+            f"the {len(data)} bytes received are no {pb.GetModelResponse.DESCRIPTOR.full_name}"
         ) from None
     limits = response.limits
     model = Model(
@@ -168,7 +168,7 @@ def read_model(data: bytes) -> Model:
 
 
 def _check(model: Model) -> None:
-    """Raises InvalidResponse for what requests could not be made with, or their answers read."""
+    """Raise InvalidResponse for a model with which no request could be made or response read."""
     least = {
         "embed_dim": model.embed_dim,
         "depth": model.depth,
@@ -197,15 +197,15 @@ def _check(model: Model) -> None:
     if not model.fingerprint:
         wrong.append("fingerprint is empty")
     if wrong:
-        raise InvalidResponse(f"the server tells of a model that cannot be: {'; '.join(wrong[:_SHOWN])}")
+        raise InvalidResponse(f"the server describes an impossible model: {'; '.join(wrong[:_SHOWN])}")
 
 
 def _presets(response: pb.GetModelResponse) -> tuple[Preset, ...]:
-    """Return what the server tells of the presets that this client knows, and the contract's own of all others."""
-    told = {each.preset: each for each in response.presets}
+    """Return the presets that this client knows, as the server lists them, or as in the contract if it does not."""
+    listed = {each.preset: each for each in response.presets}
     found = []
     for preset in PRESETS:
-        each = told.get(enums.PRESETS[preset.name])
+        each = listed.get(enums.PRESETS[preset.name])
         if each is not None:
             size = (each.size.height, each.size.width) if each.HasField("size") else None
             preset = Preset(preset.name, size, _INTERPOLATIONS.get(each.interpolation, preset.interpolation))
@@ -215,16 +215,16 @@ def _presets(response: pb.GetModelResponse) -> tuple[Preset, ...]:
 
 def _parity_check(response: pb.GetModelResponse) -> ParityCheck:
     if not response.HasField("parity_check"):
-        return ParityCheck(False, "the server tells of no proof", "", (), "", "")
-    told = response.parity_check
+        return ParityCheck(False, "the server reports no parity check", "", (), "", "")
+    check = response.parity_check
     return ParityCheck(
-        verified=told.verified,
-        reason=printable(told.reason),
-        upstream_revision=printable(told.upstream_revision),
+        verified=check.verified,
+        reason=printable(check.reason),
+        upstream_revision=printable(check.upstream_revision),
         outputs=tuple(
             OutputParity(printable(proof.output), name_of(proof.dtype), proof.least_cosine, proof.relative_error)
-            for proof in told.outputs
+            for proof in check.outputs
         ),
-        time=printable(told.time),
-        not_covered=printable(told.not_covered),
+        time=printable(check.time),
+        not_covered=printable(check.not_covered),
     )

@@ -1,4 +1,4 @@
-"""The options of `extract`, checked and turned into what every request of a call says."""
+"""The options of `extract`: their checks, and the part of a request that they determine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dinov3_client._checks import (
     check_bool,
     check_choice,
     check_deadline,
-    listed,
     pixel_size,
+    quoted,
 )
 from dinov3_client._dtypes import wire_of
 from dinov3_client._model import Model
@@ -35,32 +35,32 @@ _PRIORITIES: dict[str, pb.Priority] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose tokens are wanted as well."""
+    """A layer whose tokens are returned in addition."""
 
     index: int
-    """0-based: a block of a ViT, a stage of a ConvNeXt. Negative ones count from the end."""
+    """0-based: a block of a ViT, a stage of a ConvNeXt. Negative numbers count from the end."""
     outputs: TokenKind | Sequence[TokenKind] | None = None
     """Any of "cls", "patches" and "registers". None: the outputs of the call."""
     norm: bool = True
-    """After the model's final norm, as upstream's get_intermediate_layers has it (a ConvNeXt's is the last stage's
-    alone); False: the layer's output itself."""
+    """Apply the model's final norm, as upstream's get_intermediate_layers does (of a ConvNeXt, to the last stage only).
+    False: the output of the layer itself."""
 
     def __post_init__(self) -> None:
         _check_index(self.index)
         check_bool("norm", self.norm)
         if self.outputs is not None and not _kinds(self.outputs):
-            raise ValueError(f"outputs of layer {self.index} is empty; name at least one of {listed(KINDS)}")
+            raise ValueError(f"outputs of layer {self.index} is empty; name at least one of {quoted(KINDS)}")
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """Patches resampled to another grid on the server's device, whatever the size of the image."""
+    """Resample patches to a grid of fixed size, on the server's device."""
 
     grid: tuple[int, int]
     """(rows, columns)."""
     method: PoolingMethod = "area"
-    """"area": the mean of the patches that each cell covers, in whole or in part, as torch's adaptive_avg_pool2d has
-    it. "bilinear": as torch's interpolate(mode="bilinear", align_corners=False) has it, without antialias."""
+    """"area": the mean of the patches that each cell covers, wholly or partly, as torch's adaptive_avg_pool2d.
+    "bilinear": as torch's interpolate(mode="bilinear", align_corners=False), without antialias."""
 
     def __post_init__(self) -> None:
         pixels = isinstance(self.grid, Iterable) and not isinstance(self.grid, str)
@@ -70,41 +70,41 @@ class Pooling:
             rows = columns = 0
         if not (0 < rows <= UINT32_MAX and 0 < columns <= UINT32_MAX):
             raise ValueError(f"pooling's grid is {self.grid!r}; it must be (rows, columns), both at least 1")
-        object.__setattr__(self, "grid", (rows, columns))  # that of a list, or of numpy's numbers, equals no answer's
+        object.__setattr__(self, "grid", (rows, columns))  # a tuple of ints, to compare with the grid of a response
         check_choice("pooling's method", self.method, POOLING_METHODS)
 
 
 class ExtractOptions(TypedDict, total=False):
-    """The options of `extract` and `extract_many`, by keyword; each may be left out."""
+    """The keyword options of `extract` and `extract_many`; all are optional."""
 
     preset: PresetName
-    """How an image becomes the model's input. "dinov3" (default) resizes to 256x256 and "hf" to 224x224, both bilinear
-    with antialias; "none" takes the pixels as they are, with sides that are multiples of the patch size."""
+    """How to resize images to the model's input. "dinov3" (default): to 256x256, "hf": to 224x224, both bilinear with
+    antialias; "none" keeps the pixels, whose height and width must be multiples of the patch size."""
     size: int | tuple[int, int] | None
-    """Pixels of the model's input, one number or (height, width), in the place of the preset's."""
+    """Size of the model's input in pixels, one number or (height, width), instead of the preset's."""
     dtype: FeatureDtype
-    """In which features travel: "float32", "float16" (default), "bfloat16" (that of ml_dtypes) or "int8", a byte a
-    value and a float32 scale a token; int8 arrays are read as float32, value * scale."""
+    """The dtype in which features are sent: "float32", "float16" (default), "bfloat16" (ml_dtypes') or "int8": one byte
+    per value and one float32 scale per token, read as float32, value * scale."""
     layers: int | Layer | Sequence[int | Layer]
-    """Layers (blocks of a ViT, stages of a ConvNeXt) whose tokens come as well. A number stands for `Layer(number)`:
-    the outputs of the call, after the final norm. Negative ones count from the end."""
+    """Layers (blocks of a ViT, stages of a ConvNeXt) whose tokens are returned in addition. A number stands for
+    `Layer(number)`: the outputs of the call, after the final norm. Negative numbers count from the end."""
     interpolation: Interpolation | None
-    """"nearest", "bilinear", "bicubic" or "lanczos", in the place of the preset's."""
+    """"nearest", "bilinear", "bicubic" or "lanczos", instead of the preset's."""
     exif: bool
-    """Turn images by their EXIF orientation first. Default False, as in training loaders."""
+    """Rotate images by their EXIF orientation first. Default False, as in training loaders."""
     priority: Priority
-    """"bulk" gives way to "interactive" (default) requests of others."""
+    """"bulk" requests give way to "interactive" (default) ones."""
     on_error: OnError
-    """"raise" (default) raises ImageErrors if any image fails; "return" returns the others' features, zeros for the
-    failed, and their errors in `Features.errors`."""
+    """"raise" (default) raises ImageErrors if any image fails; "return" returns the features, with zeros for
+    failed images, and their errors in `Features.errors`."""
     deadline: float | None
-    """Seconds that the call may take with everything. None: the client's."""
+    """Seconds that the call may take in all. None: the client's."""
     pooling: Pooling | tuple[int, int] | None
-    """All patches resampled to this grid; a pair (rows, columns) is averaged by area."""
+    """Resample all patches to this grid; a pair (rows, columns) is pooled by area."""
     projection: str | None
     """Name of one of `model().projections`, applied to the channels of all patches."""
     channels_first: bool
-    """Patches as [N, D, rows, columns], a feature map, in the place of [N, P, D]."""
+    """Return patches as [N, D, rows, columns], a feature map, instead of [N, P, D]."""
 
 
 _DEFAULTS: ExtractOptions = {
@@ -124,21 +124,22 @@ _DEFAULTS: ExtractOptions = {
 
 
 @dataclass(frozen=True)
-class WantedLayer:
-    """A Layer with everything said."""
+class ResolvedLayer:
+    """A Layer with its outputs filled in."""
 
     asked: int
+    """The number as requested; negative ones count from the end."""
     kinds: tuple[TokenKind, ...]
     norm: bool
 
 
 @dataclass(frozen=True)
-class Options:
-    """What is wanted of every image of a call, checked as far as it can be without the model."""
+class RequestOptions:
+    """The options of a call, checked as far as possible without the model."""
 
     kinds: tuple[TokenKind, ...]
     """Of the last layer."""
-    layers: tuple[WantedLayer, ...]
+    layers: tuple[ResolvedLayer, ...]
     dtype: FeatureDtype
     preset: PresetName
     size: tuple[int, int] | None
@@ -153,7 +154,7 @@ class Options:
     channels_first: bool
 
     def layer_indices(self, model: Model) -> tuple[int, ...]:
-        """The 0-based index of each of `layers`."""
+        """Return the 0-based index of each of `layers`. Raises ValueError for layers that `model` does not have."""
         depth = model.depth
         for layer in self.layers:
             if not -depth <= layer.asked < depth:
@@ -167,7 +168,7 @@ class Options:
         return indices
 
     def message(self, model: Model) -> pb.ExtractRequest:
-        """The request without images."""
+        """Return the request without its images."""
         request = pb.ExtractRequest(
             preprocessing=pb.Preprocessing(
                 preset=PRESETS[self.preset],
@@ -194,8 +195,10 @@ class Options:
         return request
 
 
-def options(outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"), **given: Unpack[ExtractOptions]) -> Options:
-    """Raises TypeError or ValueError for what no model can do."""
+def check_options(
+    outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"), **given: Unpack[ExtractOptions]
+) -> RequestOptions:
+    """Return the options of a call. Raises TypeError or ValueError for options that no model accepts."""
     unknown = [name for name in given if name not in _DEFAULTS]
     if unknown:
         raise TypeError(f"there is no option {unknown[0]!r}; the options are {', '.join(_DEFAULTS)}")
@@ -216,7 +219,7 @@ def options(outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"), **giv
         raise TypeError(f"projection is {projection!r}; it must be the name of one of model().projections, or None")
     pooling = asked["pooling"]
     kinds = _kinds(outputs)
-    return Options(
+    return RequestOptions(
         kinds=kinds,
         layers=_layers(asked["layers"], kinds),
         dtype=asked["dtype"],
@@ -234,25 +237,27 @@ def options(outputs: TokenKind | Sequence[TokenKind] = ("cls", "patches"), **giv
 
 
 def _kinds(outputs: TokenKind | Sequence[TokenKind]) -> tuple[TokenKind, ...]:
-    """In the order of KINDS, each once."""
+    """Return the kinds in the order of KINDS, each once."""
     if not isinstance(outputs, Iterable):
-        raise TypeError(f"outputs is {outputs!r}; name one or several of {listed(KINDS)}")
+        raise TypeError(f"outputs is {outputs!r}; name one or several of {quoted(KINDS)}")
     given = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     for kind in given:
         check_choice("outputs", kind, KINDS)
     return tuple(kind for kind in KINDS if kind in given)
 
 
-def _layers(layers: int | Layer | Sequence[int | Layer], kinds: tuple[TokenKind, ...]) -> tuple[WantedLayer, ...]:
+def _layers(layers: int | Layer | Sequence[int | Layer], kinds: tuple[TokenKind, ...]) -> tuple[ResolvedLayer, ...]:
     several = layers if isinstance(layers, Iterable) else (layers,)
     given = [layer if isinstance(layer, Layer) else Layer(layer) for layer in several]
     if not kinds and (not given or any(layer.outputs is None for layer in given)):
         raise ValueError(
-            f"outputs is empty; name at least one of {listed(KINDS)}, or give layers with outputs of their own: "
+            f"outputs is empty; name at least one of {quoted(KINDS)}, or give layers with outputs of their own: "
             "outputs=(), layers=Layer(3, outputs='cls')"
         )
     return tuple(
-        WantedLayer(operator.index(layer.index), kinds if layer.outputs is None else _kinds(layer.outputs), layer.norm)
+        ResolvedLayer(
+            operator.index(layer.index), kinds if layer.outputs is None else _kinds(layer.outputs), layer.norm
+        )
         for layer in given
     )
 

@@ -1,4 +1,4 @@
-"""An answer, checked against its request."""
+"""Reads an ExtractResponse and checks it against its request."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from dinov3_client._answer import Answer, Block, Key, Timings, Tokens
+from dinov3_client._answer import Answer, Block, TensorKey, Timings, Tokens
 from dinov3_client._dtypes import Array, name_of, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, from_status
-from dinov3_client._request import Options, TokenKind
-from dinov3_client._split import Query
+from dinov3_client._request import RequestOptions, TokenKind
+from dinov3_client._split import PreparedRequest
 from dinov3_client._text import printable
 from dinov3_client._wire import Response
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 
-def read(data: bytes, query: Query) -> Answer:
-    """The ExtractResponse `data`, whose tensors become views of it.
+def read(data: bytes, prepared: PreparedRequest) -> Answer:
+    """Read the ExtractResponse `data`, whose tensors become views of it.
 
-    They need not be aligned to their items, which numpy does not mind. Raises InvalidResponse where `data` is no answer
-    to `query`.
+    The views need not be aligned to their items; numpy accepts that. Raises InvalidResponse if `data` does not answer
+    `prepared`.
     """
     response = Response(data)
     message = response.message
@@ -30,17 +30,17 @@ def read(data: bytes, query: Query) -> Answer:
         each.image_index: from_status(each.status.code, each.status.message, each.status.details)
         for each in message.errors
     }
-    blocks = tuple(_block(block, response, query) for block in message.blocks)
-    _check_rows(blocks, errors, query)
-    if query.options.projection and "+" not in fingerprint:
+    blocks = tuple(_block(block, response, prepared) for block in message.blocks)
+    _check_rows(blocks, errors, prepared)
+    if prepared.options.projection and "+" not in fingerprint:
         raise InvalidResponse(
-            f"asked for the projection {query.options.projection!r}, the answer's fingerprint, "
+            f"asked for the projection {prepared.options.projection!r}, the answer's fingerprint, "
             f"{fingerprint!r}, has none"
         )
     timings = message.timings
     return Answer(
         blocks=blocks,
-        errors={index + query.first: query.of_the_call(error) for index, error in errors.items()},
+        errors={index + prepared.first: prepared.of_the_call(error) for index, error in errors.items()},
         timings=Timings(
             decode_seconds=timings.decode_seconds,
             queue_seconds=timings.queue_seconds,
@@ -54,14 +54,14 @@ def read(data: bytes, query: Query) -> Answer:
     )
 
 
-def _block(block: pb.FeatureBlock, response: Response, query: Query) -> Block:
-    options = query.options
+def _block(block: pb.FeatureBlock, response: Response, prepared: PreparedRequest) -> Block:
+    options = prepared.options
     found = tuple(layer.layer for layer in block.layers)
-    if found != query.layers:
-        raise InvalidResponse(f"asked for the layers {list(query.layers)}, the answer has {list(found)}")
-    rows = _rows(block, query)
+    if found != prepared.layers:
+        raise InvalidResponse(f"asked for the layers {list(prepared.layers)}, the answer has {list(found)}")
+    rows = _rows(block, prepared)
     grids: dict[int | None, tuple[int, int]] = {}
-    tensors: dict[Key, Tokens] = {}
+    tensors: dict[TensorKey, Tokens] = {}
     holders: list[tuple[int | None, tuple[TokenKind, ...], pb.FeatureBlock | pb.LayerFeatures]] = [
         (None, options.kinds, block),
         *((layer.asked, layer.kinds, holder) for layer, holder in zip(options.layers, block.layers, strict=True)),
@@ -77,16 +77,16 @@ def _block(block: pb.FeatureBlock, response: Response, query: Query) -> Block:
     return Block((block.input_size.height, block.input_size.width), grids, rows, tensors)
 
 
-def _rows(block: pb.FeatureBlock, query: Query) -> Array:
-    """The number of each row within the answer to `query`: its images in order, the views of each in order."""
+def _rows(block: pb.FeatureBlock, prepared: PreparedRequest) -> Array:
+    """Return the number of each row within the answer: images in order, and the views of each in order."""
     images = np.array(block.image_indices, np.int64)
     views = np.array(block.view_indices, np.int64)
-    if len(views) != (len(images) if any(query.views) else 0):
+    if len(views) != (len(images) if any(prepared.views) else 0):
         raise InvalidResponse(
             f"a block of {len(images)} rows has {len(views)} view indices; the request has "
-            f"{'' if any(query.views) else 'no '}views"
+            f"{'' if any(prepared.views) else 'no '}views"
         )
-    counts = np.maximum(query.views, 1)
+    counts = np.maximum(prepared.views, 1)
     known = images < len(counts)
     if not known.all() or (len(views) and not (views < counts[images]).all()):
         raise InvalidResponse(
@@ -110,7 +110,7 @@ def _tokens(
     kind: TokenKind,
     rows: int,
     grid: tuple[int, int],
-    options: Options,
+    options: RequestOptions,
 ) -> Tokens:
     dtype = options.dtype
     if name_of(tensor.dtype) != dtype:
@@ -138,7 +138,7 @@ def _tokens(
 def _expected_shape(
     kind: TokenKind, rows: int, grid: tuple[int, int], channels_first: bool
 ) -> tuple[tuple[int | None, ...], str]:
-    """With None for a side that only the answer tells, and in words."""
+    """Return the shape, with None for sides that only the response determines, and the shape in words."""
     if kind == "cls":
         return (rows, None), "[rows, D]"
     if kind == "registers":
@@ -148,9 +148,9 @@ def _expected_shape(
     return (rows, math.prod(grid), None), "[rows, patches, D]"
 
 
-def _check_rows(blocks: Iterable[Block], errors: Mapping[int, StatusError], query: Query) -> None:
-    """Every row is there once; only those of failed images may be missing."""
-    counts = np.maximum(query.views, 1)
+def _check_rows(blocks: Iterable[Block], errors: Mapping[int, StatusError], prepared: PreparedRequest) -> None:
+    """Raise InvalidResponse unless every row occurs once; only rows of failed images may be missing."""
+    counts = np.maximum(prepared.views, 1)
     seen = np.zeros(counts.sum(), np.int64)
     for block in blocks:
         seen[block.rows] += 1

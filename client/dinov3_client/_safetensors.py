@@ -1,8 +1,8 @@
-"""Files of tensors that safetensors reads (https://github.com/huggingface/safetensors, "Format").
+"""Writes safetensors files (https://github.com/huggingface/safetensors, "Format").
 
-Eight bytes with the length of the header, little-endian; the header, JSON with the dtype, shape and place of each
-tensor; the tensors' bytes, row-major and little-endian, without holes. The header is padded with spaces, so that the
-bytes begin at a multiple of eight; wider elements come first, so that each tensor begins at a multiple of its own.
+A file is the length of the header in eight bytes, little-endian; the header, JSON with the dtype, shape and offsets of
+each tensor; and the tensors, row-major and little-endian, without gaps. The header is padded with spaces, so that the
+data begin at a multiple of eight; wider dtypes come first, so that each tensor is aligned to its items.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _NAMES = {
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str]) -> None:
-    """Writes `path`, in the place of an older one; never half a file."""
+    """Write `path` atomically, replacing an older file."""
     specs = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    with _files.replacing(path) as draft, draft.open("wb") as file:
+    with _files.atomic_path(path) as draft, draft.open("wb") as file:
         file.write(header(specs, metadata))
         for name in stored_order(specs):
-            # As bytes, since bfloat16 has no buffer of its own.
+            # As bytes: bfloat16 arrays do not support the buffer protocol.
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """What a file begins with; the bytes of the tensors follow it in `stored_order`."""
+    """Return the beginning of a file; the tensors follow in `stored_order`."""
     described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in stored_order(tensors):
         dtype, shape = tensors[name]
         if name == "__metadata__" or dtype not in _NAMES:
-            raise ValueError(f"tensor {name!r} of {dtype}: safetensors has no such name or dtype")
+            raise ValueError(f"tensor {name!r} of {dtype}: safetensors does not support this name or dtype")
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         described[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
@@ -59,4 +59,5 @@ def header(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadat
 
 
 def stored_order(tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> list[str]:
+    """Return the names in the order in which their tensors are stored."""
     return sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))

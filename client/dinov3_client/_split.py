@@ -1,4 +1,4 @@
-"""The requests of a call: one, or as many as the server's limits ask for."""
+"""Splits a call into requests that are within the server's limits."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ import numpy as np
 from dinov3_client import _wire
 from dinov3_client._dtypes import numpy_of
 from dinov3_client._errors import FieldViolation, StatusError
-from dinov3_client._images import Source
+from dinov3_client._images import LoadedImage
 from dinov3_client._model import Model
-from dinov3_client._request import Options, TokenKind
+from dinov3_client._request import RequestOptions, TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-# Upper bounds of what stands around the data, in bytes. Of a request, for each image and each view; of an answer, for
-# all of it, for each tensor of a row (which may have an input size, and so a block, of its own), and for the error of
-# each image, which may come in addition to its rows.
+# Upper bounds, in bytes, of a message without its data. Of a request: for each image and view. Of a response: in all,
+# for each tensor of a row (which may have an input size, and so a block, of its own), and for the error of each image,
+# which may come in addition to its rows.
 _IMAGE_NBYTES, _VIEW_NBYTES = 64, 64
 _ANSWER_NBYTES, _TENSOR_NBYTES, _ERROR_NBYTES = 1024, 80, 1024
-# Parts are made equal to this fraction of a limit.
+# The sizes of parts are balanced to this fraction of a limit.
 _STEPS = 64
 
 
 @dataclass(frozen=True)
-class Query:
-    """A request, and what its answer has to be read with."""
+class PreparedRequest:
+    """A request, ready to send, and what is needed to read its response."""
 
     data: bytes
-    """The ExtractRequest as it is sent."""
+    """The serialised ExtractRequest."""
     fingerprint: str
-    """That the answer's must be, or begin with before a "+"; empty: any."""
-    options: Options
+    """What the fingerprint of the answer must be, or begin with before a "+"; empty: any."""
+    options: RequestOptions
     layers: tuple[int, ...]
     """The 0-based index of each of `options.layers`."""
     first: int
     """The index, within the call, of its first image."""
     views: tuple[int, ...]
-    """How many views each image has; 0: none, and one row for the whole."""
+    """The number of views of each image; 0: none, and one row for the image."""
     labels: dict[int, str]
     """The paths of the images that were read from files, by their index within the call."""
 
     @property
     def message(self) -> pb.ExtractRequest:
-        """`data` parsed: for tests."""
+        """`data` parsed, for tests."""
         return pb.ExtractRequest.FromString(self.data)
 
     def of_the_call(self, error: StatusError) -> StatusError:
-        """`error`, of this request, with the fields that it names counted over all images of the call."""
+        """Number the images in the field names of `error` within the call, and return it."""
         error.violations = tuple(
             FieldViolation(
                 re.sub(r"^images\[(\d+)\]", lambda found: f"images[{int(found[1]) + self.first}]", violation.field),
@@ -64,19 +64,21 @@ class Query:
 
 
 class _Cost(NamedTuple):
-    """Of an image, against the three limits."""
+    """What an image counts against the three limits."""
 
     rows: int
     request_nbytes: int
     answer_nbytes: int
 
 
-def queries(sources: Sequence[Source], options: Options, model: Model, fingerprint: str = "") -> list[Query]:
-    """The requests for `sources`: one, or several of about equal size where one would pass a limit of the server.
+def split(
+    sources: Sequence[LoadedImage], options: RequestOptions, model: Model, fingerprint: str = ""
+) -> list[PreparedRequest]:
+    """Return the requests for `sources`: one, or several of about equal size if one would be over a limit.
 
-    An image that is over a limit by itself goes alone, and the server says what is wrong. `fingerprint` is what the
-    caller pins the model to. Without it several requests, and layers that are counted from the end, are pinned to
-    `model`, so that one call is never answered by two models, nor by another than the layers were counted in.
+    An image that is over a limit by itself is sent alone, for the server to refuse. `fingerprint` pins the model.
+    Without it, several requests, and layers counted from the end, are pinned to `model`: a call is never answered by
+    two models, or by another one than the layers were counted in.
 
     Raises ValueError for layers that `model` does not have.
     """
@@ -90,14 +92,14 @@ def queries(sources: Sequence[Source], options: Options, model: Model, fingerpri
         limits.max_message_bytes - rest.ByteSize(),
         limits.max_message_bytes - _ANSWER_NBYTES,
     )
-    parts = _balanced(costs, most)
+    parts = _balance(costs, most)
     if not fingerprint and len(parts) == 1 and all(layer.asked >= 0 for layer in options.layers):
         rest.fingerprint = ""
     found = []
     for part in parts:
         of_part = sources[part.start : part.stop]
         found.append(
-            Query(
+            PreparedRequest(
                 data=_wire.request(of_part, rest),
                 fingerprint=rest.fingerprint,
                 options=options,
@@ -112,19 +114,19 @@ def queries(sources: Sequence[Source], options: Options, model: Model, fingerpri
     return found
 
 
-def _answer_fingerprint(options: Options, model: Model) -> str:
-    """Of the answer; where `model` has no such projection, of the model, and the server says what there is."""
+def _answer_fingerprint(options: RequestOptions, model: Model) -> str:
+    """Return the fingerprint of the answer; without a projection that `model` lacks: the server will report it."""
     for projection in model.projections:
         if projection.name == options.projection:
             return f"{model.fingerprint}+{projection.fingerprint}"
     return model.fingerprint
 
 
-def _balanced(costs: Sequence[_Cost], most: _Cost) -> list[range]:
-    """The fewest parts within `most`, and with that many the smallest."""
+def _balance(costs: Sequence[_Cost], most: _Cost) -> list[range]:
+    """Return ranges of images: as few parts as `most` allows, and as equal as possible."""
 
     def parts(step: int) -> list[range]:
-        return _filled(costs, _Cost(*(limit * step // _STEPS for limit in most)))
+        return _fill(costs, _Cost(*(limit * step // _STEPS for limit in most)))
 
     fewest = len(parts(_STEPS))
     steps = range(1, _STEPS + 1)
@@ -133,8 +135,8 @@ def _balanced(costs: Sequence[_Cost], most: _Cost) -> list[range]:
     return parts(steps[bisect_left(steps, True, key=lambda step: len(parts(step)) <= fewest)])
 
 
-def _filled(costs: Sequence[_Cost], most: _Cost) -> list[range]:
-    """Neighbours together for as long as they are within `most`; at least one in each part."""
+def _fill(costs: Sequence[_Cost], most: _Cost) -> list[range]:
+    """Fill parts one after the other up to `most`, with at least one image in each."""
     parts: list[range] = []
     start, total = 0, costs[0]
     for index, cost in enumerate(costs[1:], 1):
@@ -147,7 +149,7 @@ def _filled(costs: Sequence[_Cost], most: _Cost) -> list[range]:
     return [*parts, range(start, len(costs))]
 
 
-def _costs(sources: Sequence[Source], options: Options, model: Model) -> list[_Cost]:
+def _costs(sources: Sequence[LoadedImage], options: RequestOptions, model: Model) -> list[_Cost]:
     row_nbytes = _RowNbytes(options, model)
     fixed = options.size or next(preset.size for preset in model.presets if preset.name == options.preset)
     costs = []
@@ -158,8 +160,8 @@ def _costs(sources: Sequence[Source], options: Options, model: Model) -> list[_C
     return costs
 
 
-def _input_sizes(source: Source, fixed: tuple[int, int] | None) -> Iterable[tuple[int, int] | None]:
-    """Of the model, for each row; None where the file does not tell, and has no row therefore."""
+def _input_sizes(source: LoadedImage, fixed: tuple[int, int] | None) -> Iterable[tuple[int, int] | None]:
+    """Return the model's input size of each row; None if the file's header cannot be read, so that it has no row."""
     if not isinstance(source.data, bytes) and source.data.dtype == np.float32:
         return [source.pixel_size()]
     whole = None
@@ -177,9 +179,9 @@ def _input_sizes(source: Source, fixed: tuple[int, int] | None) -> Iterable[tupl
 
 
 class _RowNbytes(dict[tuple[int, int] | None, int]):
-    """Upper bound of the bytes of a row in the answer, by its input size: the data, and what stands around it."""
+    """Upper bounds of the bytes of a row in the response, framing included, by input size."""
 
-    def __init__(self, options: Options, model: Model) -> None:
+    def __init__(self, options: RequestOptions, model: Model) -> None:
         super().__init__({None: 0})
         self._options = options
         self._model = model

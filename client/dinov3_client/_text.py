@@ -1,13 +1,12 @@
-"""Text of others, for messages."""
+"""Untrusted text in messages."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """`text` with an escape, as Python writes it, for each character that is not printable.
+    """Return `text` with characters that are not printable escaped as in Python source.
 
-    Those of a server or of a file's name could clear a terminal, turn the direction of what follows, or begin a line of
-    a log that looks like another's.
+    A server or a file's name could otherwise clear a terminal, reverse the direction of text, or forge a line of a log.
     """
     if text.isprintable():
         return text

@@ -1,9 +1,8 @@
-"""Messages of megabytes without protobuf's copies.
+"""Requests and responses of megabytes, without protobuf's copies.
 
-protobuf's Python API takes and gives the bytes of tensors and files as `bytes` objects of their own: three copies on
-the way out, two on the way in. So the few bytes around them are protobuf's own here, and the frames that hold the large
-ones are put together, and taken apart, as https://protobuf.dev/programming-guides/encoding/ has them: fields as tag,
-length and content.
+protobuf's Python API exchanges the contents of tensors and files as `bytes` objects: three copies to send, two to
+receive. So protobuf handles the small fields only, and the fields that hold the large contents are written and read
+here, in the format of https://protobuf.dev/programming-guides/encoding/ (see `dinov3_serving.framing`).
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from google.protobuf.message import DecodeError
 
 from dinov3_client._dtypes import Array, wire_of
 from dinov3_client._errors import InvalidResponse
-from dinov3_client._images import Source
+from dinov3_client._images import LoadedImage
 from dinov3_serving.framing import FIXED32, FIXED64, LENGTH_DELIMITED, VARINT, read_varint, tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-# Which fields of a message hold what: a message in its own turn, or (None) the bytes that are not copied.
+# The fields of a message that hold large contents: a message with such fields, or (None) bytes that are not copied.
 _Fields = Mapping[int, "_Fields | None"]
 _TENSOR: _Fields = {pb.Tensor.DATA_FIELD_NUMBER: None, pb.Tensor.SCALES_FIELD_NUMBER: None}
 _LAYER: _Fields = {
@@ -36,10 +35,10 @@ _BLOCK: _Fields = {
 _RESPONSE: _Fields = {pb.ExtractResponse.BLOCKS_FIELD_NUMBER: _BLOCK}
 
 
-def request(sources: Sequence[Source], rest: pb.ExtractRequest) -> bytes:
-    """An ExtractRequest: `rest` with these images, packed into one tensor where all are whole pixels of one layout.
+def request(sources: Sequence[LoadedImage], rest: pb.ExtractRequest) -> bytes:
+    """Serialise `rest` with these images, packed into one tensor if all are pixels of one layout, without views.
 
-    The same bytes as protobuf's own; the pixels and files in them are copied once.
+    The result equals protobuf's own serialisation; pixels and files are copied once.
     """
     layout = _packed_layout(sources)
     if layout is not None:
@@ -56,10 +55,10 @@ def request(sources: Sequence[Source], rest: pb.ExtractRequest) -> bytes:
 
 
 class Response:
-    """An ExtractResponse read from its bytes.
+    """A parsed ExtractResponse.
 
-    `message` is protobuf's, but for the contents of its tensors' `data` and `scales`: those are what `content` gives,
-    as views of the bytes that came in. Raises InvalidResponse where the bytes are no such message.
+    In `message` the fields `data` and `scales` of tensors are keys; `content` returns their contents as views of the
+    received bytes. Raises InvalidResponse if the bytes are no such message.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -68,20 +67,20 @@ class Response:
             self.message = pb.ExtractResponse.FromString(self._strip(memoryview(data), _RESPONSE))
         except DecodeError:
             raise InvalidResponse(
-                f"the {len(data)} bytes that came are no {pb.ExtractResponse.DESCRIPTOR.full_name}"
+                f"the {len(data)} bytes received are no {pb.ExtractResponse.DESCRIPTOR.full_name}"
             ) from None
 
     def content(self, field: bytes) -> memoryview:
-        """What `field`, the `data` or `scales` of a tensor of `message`, stands for."""
+        """Return the contents of `field`, the `data` or `scales` of a tensor of `message`."""
         return self._contents[int.from_bytes(field, "little")] if field else memoryview(b"")
 
     def _strip(self, message: memoryview, fields: _Fields) -> bytes:
-        """`message` with the numbers of its large contents in the place of these.
+        """Return `message` with each of its large contents replaced by a number, the key in `self._contents`.
 
-        protobuf parses the rest, in whatever order and however often its fields come.
+        protobuf parses the result, in whatever order and however often its fields come.
         """
         pieces: list[bytes | memoryview] = []
-        position, kept = 0, 0  # what lies between the two is as it was
+        position, kept = 0, 0  # the bytes from `kept` to `position` stay as they are
         while position < len(message):
             start = position
             key, position = read_varint(message, position)
@@ -97,7 +96,7 @@ class Response:
                 raise DecodeError("no version of this protocol has groups")
             end = position + length
             if end > len(message):
-                raise DecodeError("a field is longer than what it is in")
+                raise DecodeError("a field is longer than the message around it")
             if wire_type == LENGTH_DELIMITED and key >> 3 in fields:
                 content, inner = message[position:end], fields[key >> 3]
                 if inner is not None:
@@ -111,7 +110,7 @@ class Response:
         return b"".join([*pieces, message[kept:]])
 
 
-def _packed_layout(sources: Sequence[Source]) -> tuple[str, tuple[int, ...]] | None:
+def _packed_layout(sources: Sequence[LoadedImage]) -> tuple[str, tuple[int, ...]] | None:
     layouts: set[tuple[str, tuple[int, ...]] | None] = {
         (source.data.dtype.name, source.data.shape)
         if isinstance(source.data, np.ndarray) and not source.views
@@ -121,7 +120,7 @@ def _packed_layout(sources: Sequence[Source]) -> tuple[str, tuple[int, ...]] | N
     return layouts.pop() if len(layouts) == 1 else None
 
 
-def _image(source: Source) -> list[bytes | memoryview]:
+def _image(source: LoadedImage) -> list[bytes | memoryview]:
     if isinstance(source.data, bytes):
         pieces = _field(pb.Image.ENCODED_FIELD_NUMBER, [source.data])
     else:
@@ -137,5 +136,5 @@ def _tensor(dtype: str, shape: tuple[int, ...], arrays: Iterable[Array]) -> list
 
 
 def _field(number: int, content: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
-    """Field `number`, a message or byte string of `content`."""
+    """Return field `number`, a message or byte string of `content`."""
     return [tag(number, sum(map(len, content))), *content]

@@ -8,16 +8,16 @@ import pytest
 
 from dinov3_client import Client
 from dinov3_client.testing import MODEL, FakeServer
-from tests.client.faces import FACES, Face
+from tests.client.adapters import ADAPTERS, Adapter
 
 # Layer 0 has fewer channels and a finer grid than the others.
 SERVED = replace(MODEL, layer_dims=(18,) + (24,) * 11, layer_strides=(8,) + (16,) * 11, frontends=2)
 
 
-@pytest.fixture(params=FACES, ids=lambda face: face.__name__)
-def face(request: pytest.FixtureRequest) -> type[Face]:
+@pytest.fixture(params=ADAPTERS, ids=lambda adapter: adapter.__name__)
+def adapter(request: pytest.FixtureRequest) -> type[Adapter]:
     """One client, then the other."""
-    kind: type[Face] = request.param
+    kind: type[Adapter] = request.param
     return kind
 
 

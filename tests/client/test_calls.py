@@ -56,7 +56,7 @@ def test_model(client: Client, server: FakeServer) -> None:
     assert len(server.calls) == 2  # one call, one answer: nothing is remembered
 
 
-def test_the_proof_that_a_server_tells_of() -> None:
+def test_the_parity_check_of_a_server() -> None:
     told = pb.ParityCheck(
         verified=True,
         upstream_revision="6876159a",
@@ -79,14 +79,14 @@ def test_the_proof_that_a_server_tells_of() -> None:
     )
 
 
-def test_an_older_server_tells_of_no_proof() -> None:
+def test_a_server_without_a_parity_check() -> None:
     message = message_of(MODEL, 0)
     message.ClearField("parity_check")
     parity_check = read_model(message.SerializeToString()).parity_check
-    assert (parity_check.verified, parity_check.reason) == (False, "the server tells of no proof")
+    assert (parity_check.verified, parity_check.reason) == (False, "the server reports no parity check")
 
 
-def test_violations_are_told(client: Client, server: FakeServer) -> None:
+def test_violations_of_an_invalid_request(client: Client, server: FakeServer) -> None:
     server.script = [Failure(Code.INVALID_ARGUMENT, "no", field="preprocessing.size")]
     with pytest.raises(InvalidRequest) as caught:
         client.extract(PIXELS)
@@ -106,7 +106,7 @@ def test_retries_after_the_time_the_server_names(
     assert server.requests[0] == server.requests[2]
 
 
-def test_every_attempt_has_what_is_left_of_the_deadline(client: Client, server: FakeServer, clock: FakeClock) -> None:
+def test_the_timeout_of_each_attempt_is_the_time_left(client: Client, server: FakeServer, clock: FakeClock) -> None:
     client.extract(PIXELS)  # it knows the model then
     server.script = [Failure(Code.UNAVAILABLE, "starting", retry_after=seconds) for seconds in (5, 7)]
     client.extract(PIXELS, deadline=30)
@@ -136,7 +136,7 @@ def test_the_last_error_comes_when_the_deadline_is_over(client: Client, server: 
     assert caught.value.code is Code.RESOURCE_EXHAUSTED
 
 
-def test_what_came_before_the_last_error_is_told(client: Client, server: FakeServer, clock: FakeClock) -> None:
+def test_an_error_shows_the_one_before_it(client: Client, server: FakeServer, clock: FakeClock) -> None:
     server.script = [
         Failure(Code.UNAVAILABLE, "starting", retry_after=0.1),
         Failure(Code.DEADLINE_EXCEEDED, "in the queue"),
@@ -223,7 +223,7 @@ def test_token_is_sent_with_every_call(server: FakeServer) -> None:
 
 @pytest.mark.parametrize("token", ["", "two words", "newline\n", "snowman☃"])
 def test_tokens_that_cannot_be_sent(token: str) -> None:
-    with pytest.raises(ValueError, match="token must be visible ASCII"):
+    with pytest.raises(ValueError, match="token must consist of visible ASCII"):
         Client("localhost:1", token=token)
     with pytest.raises(TypeError, match="token is a bytes; it must be text"):
         Client("localhost:1", token=token.encode())  # type: ignore[arg-type]
@@ -234,7 +234,7 @@ def test_tokens_that_cannot_be_sent(token: str) -> None:
     ["", "localhost", "localhost:", "localhost:port", "localhost:0", "localhost:99999", ":50051", "::1:50051",
      "http://localhost:50051", "localhost:50051/"],
 )  # fmt: skip
-def test_targets_that_are_none(target: str) -> None:
+def test_invalid_targets(target: str) -> None:
     with pytest.raises(ValueError, match=r"target is .*; it must be HOST:PORT, as localhost:50051"):
         Client(target)
 
@@ -251,7 +251,7 @@ def test_targets_are_text(target: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("deadline", [0, -1, float("inf"), float("nan")])
-def test_deadlines_that_are_none(deadline: float) -> None:
+def test_invalid_deadlines(deadline: float) -> None:
     with pytest.raises(ValueError, match=r"deadline is .*; it must be a positive number of seconds"):
         Client("localhost:1", deadline=deadline)
 
@@ -317,7 +317,7 @@ def test_attempts_end_with_the_deadline_whatever_the_luck(hint: float | None, pa
 
 
 @pytest.mark.parametrize(("wait", "made"), [(0.5, 4), (0.7, 2), (0.99, 2), (1.2, 1), (5.0, 1), (30.0, 1)])
-def test_an_overloaded_server_is_not_asked_with_less_time_than_it_expects_to_need(wait: float, made: int) -> None:
+def test_an_overloaded_server_is_not_tried_with_less_time_than_its_expected_wait(wait: float, made: int) -> None:
     """With the shortest pauses, and a deadline of 2 s."""
     clock = FakeClock()
     attempts = Attempts(clock.seconds + 2, clock.now, lambda: 0.0)
@@ -330,7 +330,7 @@ def test_an_overloaded_server_is_not_asked_with_less_time_than_it_expects_to_nee
     assert error.attempts == made
 
 
-def test_after_a_long_wait_an_overloaded_server_is_asked_once_more() -> None:
+def test_an_overloaded_server_is_tried_once_more_after_a_long_pause() -> None:
     clock = FakeClock()
     attempts = Attempts(clock.seconds + 60, clock.now, lambda: 0.0)
     error = Overloaded("full", code=Code.RESOURCE_EXHAUSTED, retry_after=41.0)
@@ -377,6 +377,7 @@ def test_public_names() -> None:
         "Overloaded",
         "ParityCheck",
         "Pooling",
+        "Preset",
         "Projection",
         "ServerError",
         "StatusError",

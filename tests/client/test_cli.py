@@ -52,7 +52,7 @@ def test_info(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert "random" not in out
 
 
-def test_info_tells_whether_the_features_are_proven(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_parity_check(capsys: pytest.CaptureFixture[str]) -> None:
     proofs = [
         OutputParity(output, dtype, cosine, 0.01)
         for dtype, cosine in (("float32", 0.999999), ("bfloat16", 0.998))
@@ -71,10 +71,10 @@ def test_info_tells_whether_the_features_are_proven(capsys: pytest.CaptureFixtur
         assert f"parity check {line}\n" in capsys.readouterr().out
 
 
-def test_random_weights_are_said(capsys: pytest.CaptureFixture[str], photos: list[Path], tmp_path: Path) -> None:
+def test_random_weights_are_noted(capsys: pytest.CaptureFixture[str], photos: list[Path], tmp_path: Path) -> None:
     with FakeServer(replace(MODEL, weights="random:7", random_weights=True)) as server:
         assert run(server, "info") == 0
-        assert "random:7 (random: features have no meaning)" in capsys.readouterr().out
+        assert "random:7 (random: the features are meaningless)" in capsys.readouterr().out
         assert run(server, "extract", photos[0], "--out", tmp_path) == 0
         assert "weights are random (random:7)" in capsys.readouterr().err
 
@@ -95,8 +95,8 @@ def test_token_file(server: FakeServer, tmp_path: Path) -> None:
 USAGE: list[tuple[list[str], str]] = [
     ([], "COMMAND"),
     (["info", "--target", "http://localhost:50051"], "target is 'http://localhost:50051'; it must be HOST:PORT"),
-    (["info", "--deadline", "-3"], "'-3' is no positive number of seconds"),
-    (["info", "--deadline", "soon"], "'soon' is no positive number of seconds"),
+    (["info", "--deadline", "-3"], "'-3' is not a positive number of seconds"),
+    (["info", "--deadline", "soon"], "'soon' is not a positive number of seconds"),
     (["pca", "a.jpg", "-o", "pca.png", "--layer", "12"], "layer 12: dinov3_vits16 has the layers 0 to 11"),
     (["pca", "a.jpg", "-o", "no/such/folder/pca.png"], "there is no folder no/such/folder"),
 ]
@@ -148,11 +148,11 @@ def test_missing_token_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "No such file or directory" in capsys.readouterr().err
 
 
-def test_token_file_that_holds_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_file_without_a_valid_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "token").write_bytes(b"\xff\x00")
     with pytest.raises(SystemExit, match="2"):
         main(["info", "--token-file", str(tmp_path / "token")])
-    assert f"--token-file {tmp_path}/token: it holds no token" in capsys.readouterr().err
+    assert f"--token-file {tmp_path}/token: a token has ASCII characters only" in capsys.readouterr().err
 
 
 def test_interrupt(server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,8 @@ import pytest
 
 from dinov3_client import Client, DeadlineExceeded, Features, Unavailable
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
+from tests.client.adapters import Adapter
 from tests.client.conftest import FakeClock
-from tests.client.faces import Face
 
 HERE = Path(__file__).parent
 OPTIONS: Any = {"outputs": "cls", "preset": "none", "dtype": "float32"}
@@ -42,10 +42,10 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.mark.parametrize(("connections", "expected_frontends"), [(None, {0, 1, 2}), (1, {0}), (2, {0, 1})])
 def test_connections_to_one_server(
-    face: type[Face], threads: ThreadPoolExecutor, connections: int | None, expected_frontends: set[int]
+    adapter: type[Adapter], threads: ThreadPoolExecutor, connections: int | None, expected_frontends: set[int]
 ) -> None:
     """A fake server's connections are on a frontend each, in their order."""
-    with FakeServer(FRONTENDS) as server, face(server.target, connections=connections) as one:
+    with FakeServer(FRONTENDS) as server, adapter(server.target, connections=connections) as one:
         assert one.model().frontends == 3
         server.gate.clear()
         calls = [threads.submit(one.extract, photo(index), **OPTIONS) for index in range(9)]
@@ -63,8 +63,8 @@ def test_calls_one_after_the_other_take_one_connection() -> None:
         assert {client.extract(photo(0)).frontend for _ in range(5)} == {0}
 
 
-def test_targets_share_the_calls(face: type[Face], threads: ThreadPoolExecutor) -> None:
-    with FakeServer() as one_server, FakeServer() as other, face([one_server.target, other.target]) as one:
+def test_targets_share_the_calls(adapter: type[Adapter], threads: ThreadPoolExecutor) -> None:
+    with FakeServer() as one_server, FakeServer() as other, adapter([one_server.target, other.target]) as one:
         for server in (one_server, other):
             server.gate.clear()
         one.client._session._model = MODEL
@@ -77,9 +77,9 @@ def test_targets_share_the_calls(face: type[Face], threads: ThreadPoolExecutor) 
             check(call.result(), index)
 
 
-def test_a_target_that_is_not_there_is_passed_over(face: type[Face]) -> None:
+def test_a_target_that_is_not_there_is_passed_over(adapter: type[Adapter]) -> None:
     """At once: nothing is waited for while another lives."""
-    with FakeServer() as gone, FakeServer() as server, face([gone.target, server.target]) as one:
+    with FakeServer() as gone, FakeServer() as server, adapter([gone.target, server.target]) as one:
         gone.stop()
         one.client._sleep = None  # a pause would be a TypeError
         for index, features in enumerate(one.many(map(photo, range(20)), in_flight=4, **OPTIONS)):
@@ -91,8 +91,8 @@ def test_a_target_that_is_not_there_is_passed_over(face: type[Face]) -> None:
         check(one.extract(photo(7), **OPTIONS), 7)
 
 
-def test_a_busy_target_is_left_for_another(face: type[Face]) -> None:
-    with FakeServer() as busy, FakeServer() as idle, face([busy.target, idle.target]) as one:
+def test_a_busy_target_is_left_for_another(adapter: type[Adapter]) -> None:
+    with FakeServer() as busy, FakeServer() as idle, adapter([busy.target, idle.target]) as one:
         one.client._sleep = None
         one.client._session._model = MODEL
         for server in (busy, idle):
@@ -106,15 +106,15 @@ def test_a_busy_target_is_left_for_another(face: type[Face]) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["dns:///", "ipv4:", ""])
-def test_names(face: type[Face], scheme: str) -> None:
+def test_names(adapter: type[Adapter], scheme: str) -> None:
     with FakeServer() as server:
         target = server.target.replace("localhost", "127.0.0.1") if scheme == "ipv4:" else server.target
-        with face(scheme + target) as one:
+        with adapter(scheme + target) as one:
             check(one.extract(photo(1), **OPTIONS), 1)
 
 
-def test_a_socket_of_this_machine(face: type[Face], tmp_path: Path) -> None:
-    with FakeServer(address=f"unix:{tmp_path}/socket") as server, face(server.target) as one:
+def test_a_socket_of_this_machine(adapter: type[Adapter], tmp_path: Path) -> None:
+    with FakeServer(address=f"unix:{tmp_path}/socket") as server, adapter(server.target) as one:
         check(one.extract(photo(1), **OPTIONS), 1)
 
 
@@ -126,7 +126,7 @@ def test_a_socket_of_this_machine(face: type[Face], tmp_path: Path) -> None:
         (["a:1", "b"], "target is 'b'; it must be"),
     ],
 )
-def test_sequences_of_targets_that_are_none(target: list[str], message: str) -> None:
+def test_invalid_sequences_of_targets(target: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Client(target)
 
@@ -134,8 +134,8 @@ def test_sequences_of_targets_that_are_none(target: list[str], message: str) -> 
 # Servers that go and come back.
 
 
-def test_a_server_that_restarts_between_calls(face: type[Face]) -> None:
-    with FakeServer() as server, face(server.target) as one:
+def test_a_server_that_restarts_between_calls(adapter: type[Adapter]) -> None:
+    with FakeServer() as server, adapter(server.target) as one:
         for index in range(3):
             check(one.extract(photo(index), **OPTIONS), index)
             server.stop()
@@ -143,9 +143,9 @@ def test_a_server_that_restarts_between_calls(face: type[Face]) -> None:
         check(one.extract(photo(9), **OPTIONS), 9)
 
 
-def test_a_server_that_restarts_under_calls(face: type[Face], threads: ThreadPoolExecutor) -> None:
+def test_a_server_that_restarts_under_calls(adapter: type[Adapter], threads: ThreadPoolExecutor) -> None:
     """What was in flight is sent again; nothing is lost, doubled or out of place."""
-    with FakeServer(FRONTENDS) as server, face(server.target, deadline=60) as one:
+    with FakeServer(FRONTENDS) as server, adapter(server.target, deadline=60) as one:
         answers = one.many(map(photo, range(60)), in_flight=6, **OPTIONS)
         for index in range(20):
             check(next(answers), index)
@@ -161,12 +161,12 @@ def test_a_server_that_restarts_under_calls(face: type[Face], threads: ThreadPoo
         assert next(answers, None) is None
 
 
-def test_ready_by_way_of_all_that_may_be_in_between(face: type[Face], threads: ThreadPoolExecutor) -> None:
+def test_ready_by_way_of_all_that_may_be_in_between(adapter: type[Adapter], threads: ThreadPoolExecutor) -> None:
     """Nobody there, then a server that starts, then its model."""
     with FakeServer() as server:
         server.stop()
         server.model_script = [Failure(grpc.StatusCode.UNAVAILABLE, "loading", retry_after=600.0)] * 2
-        with face(server.target) as one, warned() as nobody_there:
+        with adapter(server.target) as one, warned() as nobody_there:
             ready = threads.submit(one.wait_ready, 60.0)
             assert nobody_there.wait(60)
             server.start()
@@ -188,20 +188,20 @@ def warned() -> Iterator[threading.Event]:
         logger.removeHandler(handler)
 
 
-def test_not_ready_in_time(face: type[Face]) -> None:
+def test_not_ready_in_time(adapter: type[Adapter]) -> None:
     with FakeServer() as server:
         server.stop()
-        with face(server.target) as one:
+        with adapter(server.target) as one:
             one.ruled_by(FakeClock())
             with pytest.raises(Unavailable, match=r"^cannot reach .*refused.*\(attempt "):
                 one.wait_ready(10)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         target = f"127.0.0.1:{mute.getsockname()[1]}"
-        with face(target) as one, pytest.raises(DeadlineExceeded, match=rf"no answer from {target} within 0\.[01]"):
+        with adapter(target) as one, pytest.raises(DeadlineExceeded, match=rf"no answer from {target} within 0\.[01]"):
             one.wait_ready(0.1)
 
 
-def test_somebody_else_at_the_port(face: type[Face], threads: ThreadPoolExecutor) -> None:
+def test_another_service_at_the_port(adapter: type[Adapter], threads: ThreadPoolExecutor) -> None:
     """It takes connections and says nothing that gRPC understands."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -210,7 +210,7 @@ def test_somebody_else_at_the_port(face: type[Face], threads: ThreadPoolExecutor
                 connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
 
         serving = threads.submit(serve)
-        with face(f"127.0.0.1:{listener.getsockname()[1]}") as one, pytest.raises((Unavailable, DeadlineExceeded)):
+        with adapter(f"127.0.0.1:{listener.getsockname()[1]}") as one, pytest.raises((Unavailable, DeadlineExceeded)):
             one.model(deadline=1)
         serving.result()
 
@@ -227,30 +227,30 @@ def credentials(client_ca: bool) -> grpc.ServerCredentials:
 MUTUAL = {"tls_ca": HERE / "localhost.pem", "tls_cert": HERE / "client.pem", "tls_key": HERE / "client.key"}
 
 
-def test_tls(face: type[Face]) -> None:
+def test_tls(adapter: type[Adapter]) -> None:
     with FakeServer(address="localhost:0", credentials=credentials(False)) as server:
-        with face(server.target, tls_ca=HERE / "localhost.pem", token="t") as one:
+        with adapter(server.target, tls_ca=HERE / "localhost.pem", token="t") as one:
             check(one.extract(photo(3), **OPTIONS), 3)
         assert {call.metadata["authorization"] for call in server.calls} == {"Bearer t"}
         refused(
-            face(server.target, tls_ca=HERE / "client.pem"), r"with TLS \(is it up, and with TLS\?\): .*certificate"
+            adapter(server.target, tls_ca=HERE / "client.pem"), r"with TLS \(is it up, and with TLS\?\): .*certificate"
         )
-        refused(face(server.target), r"in plain text \(is it up, and without TLS\?\)")
+        refused(adapter(server.target), r"in plain text \(is it up, and without TLS\?\)")
         assert len(server.calls) == 2
     with FakeServer() as server:
-        refused(face(server.target, tls_ca=HERE / "localhost.pem"), r"with TLS \(is it up, and with TLS\?\)")
+        refused(adapter(server.target, tls_ca=HERE / "localhost.pem"), r"with TLS \(is it up, and with TLS\?\)")
 
 
-def test_mutual_tls(face: type[Face]) -> None:
+def test_mutual_tls(adapter: type[Adapter]) -> None:
     with FakeServer(address="localhost:0", credentials=credentials(True)) as server:
-        with face(server.target, **MUTUAL) as one:
+        with adapter(server.target, **MUTUAL) as one:
             check(one.extract(photo(3), **OPTIONS), 3)
-        refused(face(server.target, tls_ca=HERE / "localhost.pem"), "with TLS")
+        refused(adapter(server.target, tls_ca=HERE / "localhost.pem"), "with TLS")
         assert len(server.calls) == 2
 
 
-def refused(face: Face, how: str) -> None:
-    with face as one:
+def refused(adapter: Adapter, how: str) -> None:
+    with adapter as one:
         one.ruled_by(FakeClock())
         with pytest.raises(Unavailable, match=rf"^cannot reach {one.client._settings.target} {how}"):
             one.model()
@@ -261,7 +261,7 @@ def refused(face: Face, how: str) -> None:
     [
         ({"tls_cert": "client.pem"}, "tls_cert is given without tls_key"),
         ({"tls_key": "client.key"}, "tls_key is given without tls_cert"),
-        ({"tls_ca": "client.key"}, r"tls_ca is '.*client\.key', a file that holds no certificate in PEM"),
+        ({"tls_ca": "client.key"}, r"tls_ca is '.*client\.key', which contains no PEM certificate"),
         (
             {"tls_cert": "client.pem", "tls_key": "localhost.key"},
             r"tls_cert '.*client\.pem' and tls_key '.*localhost\.key' are no PEM .* private key .*KEY_VALUES_MISMATCH",
@@ -269,16 +269,16 @@ def refused(face: Face, how: str) -> None:
         ({"tls_cert": "client.key", "tls_key": "client.key"}, "are no PEM certificate with its private key"),
     ],
 )
-def test_tls_files_of_no_use(face: type[Face], given: dict[str, str], message: str) -> None:
+def test_unusable_tls_files(adapter: type[Adapter], given: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        face("localhost:1", **{name: HERE / file for name, file in given.items()})
+        adapter("localhost:1", **{name: HERE / file for name, file in given.items()})
     assert "PRIVATE" not in str(caught.value)
 
 
-def test_tls_files_that_are_not_there(face: type[Face], tmp_path: Path) -> None:
+def test_tls_files_that_are_not_there(adapter: type[Adapter], tmp_path: Path) -> None:
     for name in MUTUAL:
         with pytest.raises(FileNotFoundError):
-            face("localhost:1", **{**MUTUAL, name: tmp_path / "none.pem"})
+            adapter("localhost:1", **{**MUTUAL, name: tmp_path / "none.pem"})
 
 
 @pytest.mark.parametrize(
@@ -293,12 +293,12 @@ def test_tls_files_that_are_not_there(face: type[Face], tmp_path: Path) -> None:
         ({"fingerprint": 3}, "fingerprint is 3"),
     ],
 )
-def test_arguments_of_no_use(face: type[Face], arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(adapter: type[Adapter], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        face("localhost:1", **arguments)
+        adapter("localhost:1", **arguments)
 
 
 @pytest.mark.parametrize("keepalive", [None, 5, 30.0])
-def test_keepalive(face: type[Face], keepalive: float | None) -> None:
-    with FakeServer() as server, face(server.target, keepalive=keepalive) as one:
+def test_keepalive(adapter: type[Adapter], keepalive: float | None) -> None:
+    with FakeServer() as server, adapter(server.target, keepalive=keepalive) as one:
         check(one.extract(photo(3), **OPTIONS), 3)

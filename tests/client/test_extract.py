@@ -187,7 +187,7 @@ def test_dtypes(client: Client, dtype: Any, kind: type) -> None:
     assert np.array_equal(features.patches[0], expected(pixels, "patches").astype(kind))
 
 
-def test_layers_are_keyed_as_asked_and_negative_ones_pin_the_model(client: Client, server: FakeServer) -> None:
+def test_layers_are_keyed_as_requested_and_negative_ones_pin_the_model(client: Client, server: FakeServer) -> None:
     pixels = photo()
     kinds = ("cls", "patches", "registers")
     for _ in range(2):

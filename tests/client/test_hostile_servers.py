@@ -20,16 +20,16 @@ from dinov3_client._errors import from_status
 from dinov3_client._features import join
 from dinov3_client._images import load
 from dinov3_client._model import read_model
-from dinov3_client._request import options
+from dinov3_client._request import check_options
 from dinov3_client._response import read
-from dinov3_client._split import queries
+from dinov3_client._split import split
 from dinov3_client._text import printable
 from dinov3_client.cli import main
 from dinov3_client.testing import MODEL, Failure, FakeServer
 from dinov3_client.testing._answer import answer
 from dinov3_client.testing._model import message_of
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.client.faces import Face
+from tests.client.adapters import Adapter
 
 PIXELS = np.zeros((32, 32, 3), np.uint8)
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\nroot: all is well \u202e"
@@ -96,21 +96,21 @@ LIES = {
 
 
 @pytest.mark.parametrize("words", LIES)
-def test_a_model_that_cannot_be_is_named(face: type[Face], words: str) -> None:
+def test_an_impossible_model_is_refused(adapter: type[Adapter], words: str) -> None:
     message = message_of(MODEL, 0)
     LIES[words](message)
-    with raw_server(lambda _: message.SerializeToString()) as target, face(target) as one:
+    with raw_server(lambda _: message.SerializeToString()) as target, adapter(target) as one:
         with pytest.raises(InvalidResponse, match=words):
             one.model()
         with pytest.raises(InvalidResponse, match=words):
             one.extract(PIXELS, preset="none", layers=[-1])
 
 
-def test_an_answer_that_is_compressed_is_refused(face: type[Face]) -> None:
+def test_an_answer_that_is_compressed_is_refused(adapter: type[Adapter]) -> None:
     """Of 64 MiB that travel as 64 KB; what refused it first is gRPC, before it unpacks anything."""
     bomb = raw_server(lambda _: bytes(64 << 20), compression=grpc.Compression.Gzip, options=_UNLIMITED)
-    with bomb as target, face(target) as one:
-        with pytest.raises(ServerError, match="the answer came compressed, which this client refuses") as caught:
+    with bomb as target, adapter(target) as one:
+        with pytest.raises(ServerError, match="the response is compressed, which this client refuses") as caught:
             one.model()
         assert caught.value.code is grpc.StatusCode.INTERNAL
 
@@ -118,14 +118,14 @@ def test_an_answer_that_is_compressed_is_refused(face: type[Face]) -> None:
 _UNLIMITED = [("grpc.max_send_message_length", -1)]
 
 
-def test_the_server_is_told_that_nothing_may_be_compressed(face: type[Face]) -> None:
+def test_calls_accept_no_compression(adapter: type[Adapter]) -> None:
     accepted = []
 
     def note(context: grpc.ServicerContext) -> bytes:
         accepted.append(dict(context.invocation_metadata()).get("grpc-accept-encoding", "identity"))
         return message_of(MODEL, 0).SerializeToString()
 
-    with raw_server(note) as target, face(target) as one:
+    with raw_server(note) as target, adapter(target) as one:
         one.model()
     assert accepted == ["identity"]
 
@@ -140,7 +140,7 @@ def _detail(kind: Any, value: bytes) -> Detail:
 @pytest.mark.parametrize(
     "detail", [_detail(BadRequest, b"\xff"), _detail(RetryInfo, b"\xff"), Detail(type_url="x", value=b"\xff")]
 )
-def test_details_that_are_none_are_left_out(face: type[Face], detail: Detail) -> None:
+def test_malformed_details_are_ignored(adapter: type[Adapter], detail: Detail) -> None:
     status = Status(code=3, message="no", details=[detail])
     for trailer in (status.SerializeToString(), b"\xff\xff"):
 
@@ -148,12 +148,12 @@ def test_details_that_are_none_are_left_out(face: type[Face], detail: Detail) ->
             context.set_trailing_metadata((("grpc-status-details-bin", trailer),))
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
 
-        with raw_server(refuse) as target, face(target) as one, pytest.raises(InvalidRequest) as caught:
+        with raw_server(refuse) as target, adapter(target) as one, pytest.raises(InvalidRequest) as caught:
             one.model()
         assert (caught.value.message, caught.value.violations) == ("no", ())
 
 
-def test_a_pause_of_less_than_nothing_is_none() -> None:
+def test_a_negative_retry_delay_is_ignored() -> None:
     detail = Detail()
     info = RetryInfo()
     info.retry_delay.FromSeconds(-5)
@@ -209,8 +209,8 @@ def test_texts_of_a_server_do_not_reach_the_terminal(
 def test_whatever_comes_is_an_answer_or_an_error_of_ours(seed: int) -> None:
     """Honest messages with bytes changed, taken out and put in."""
     rand = random.Random(seed)
-    wanted = options(("cls", "patches", "registers"), preset="none", dtype="int8", layers=[0, -1], pooling=(2, 2))
-    [query] = queries(load([PIXELS, PIXELS], exif=False), wanted, MODEL)
+    wanted = check_options(("cls", "patches", "registers"), preset="none", dtype="int8", layers=[0, -1], pooling=(2, 2))
+    [query] = split(load([PIXELS, PIXELS], exif=False), wanted, MODEL)
     honest = answer(query.message, MODEL, {}, {}).SerializeToString()
 
     def features(data: bytes) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from dinov3_client import AsyncClient, Client, Features, ImageErrors, ServerError
 from dinov3_client.testing import Failure, FakeServer, expected
-from tests.client.faces import FACES, Face
+from tests.client.adapters import ADAPTERS, Adapter
 
 Code = grpc.StatusCode
 OPTIONS: Any = {"outputs": "cls", "preset": "none", "dtype": "float32"}
@@ -30,8 +30,8 @@ def check(features: Features, *images: np.ndarray[Any, Any]) -> None:
     np.testing.assert_array_equal(features.cls, [expected(image, "cls") for image in images])
 
 
-@pytest.fixture(params=FACES, ids=lambda face: face.__name__)
-def face(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Face]:
+@pytest.fixture(params=ADAPTERS, ids=lambda adapter: adapter.__name__)
+def adapter(request: pytest.FixtureRequest, server: FakeServer) -> Iterator[Adapter]:
     with request.param(server.target) as one:
         one.model()
         yield one
@@ -44,7 +44,7 @@ def server() -> Iterator[FakeServer]:
 
 
 @pytest.mark.parametrize("in_flight", [1, 3, 50])
-def test_order_is_kept_whatever_comes_first(face: Face, server: FakeServer, in_flight: int) -> None:
+def test_order_is_kept_whatever_comes_first(adapter: Adapter, server: FakeServer, in_flight: int) -> None:
     """Later batches are answered before earlier ones."""
     turns = itertools.count()
 
@@ -53,14 +53,14 @@ def test_order_is_kept_whatever_comes_first(face: Face, server: FakeServer, in_f
             threading.Event().wait(0.02)
 
     server.edit = hold_every_third
-    answers = list(face.many(([photo(i), photo(i + 1)] for i in range(20)), in_flight=in_flight, **OPTIONS))
+    answers = list(adapter.many(([photo(i), photo(i + 1)] for i in range(20)), in_flight=in_flight, **OPTIONS))
     assert len(answers) == 20
     for index, features in enumerate(answers):
         check(features, photo(index), photo(index + 1))
 
 
 @pytest.mark.parametrize("in_flight", [1, 3])
-def test_it_reads_no_further_than_it_may(face: Face, server: FakeServer, in_flight: int) -> None:
+def test_it_reads_no_further_than_it_may(adapter: Adapter, server: FakeServer, in_flight: int) -> None:
     taken = 0
 
     def batches() -> Iterator[np.ndarray[Any, Any]]:
@@ -69,13 +69,13 @@ def test_it_reads_no_further_than_it_may(face: Face, server: FakeServer, in_flig
             taken += 1
             yield photo(index)
 
-    for yielded, features in enumerate(face.many(batches(), in_flight=in_flight, **OPTIONS)):
+    for yielded, features in enumerate(adapter.many(batches(), in_flight=in_flight, **OPTIONS)):
         check(features, photo(yielded))
         assert taken - (yielded + 1) <= in_flight - 1
     assert taken == 10
 
 
-def test_calls_are_in_flight_while_the_first_is_waited_for(server: FakeServer, face: Face) -> None:
+def test_calls_are_in_flight_while_the_first_is_waited_for(server: FakeServer, adapter: Adapter) -> None:
     server.gate.clear()
 
     def release() -> None:
@@ -84,18 +84,20 @@ def test_calls_are_in_flight_while_the_first_is_waited_for(server: FakeServer, f
 
     releaser = threading.Thread(target=release)
     releaser.start()
-    assert len(list(face.many(map(photo, range(9)), in_flight=4, **OPTIONS))) == 9
+    assert len(list(adapter.many(map(photo, range(9)), in_flight=4, **OPTIONS))) == 9
     releaser.join()
 
 
-def test_an_error_comes_in_its_place_and_ends_the_rest(face: Face, server: FakeServer) -> None:
+def test_an_error_comes_in_its_place_and_ends_the_rest(adapter: Adapter, server: FakeServer) -> None:
     def refuse(response: Any) -> None:
         # The second batch, whichever call it came in.
         if len(response.blocks[0].image_indices) == 2:
             raise Failure(Code.INTERNAL, "broken")
 
     server.edit = refuse
-    answers = face.many([[photo(0)], [photo(1), photo(1)], *([photo(i)] for i in range(2, 9))], in_flight=3, **OPTIONS)
+    answers = adapter.many(
+        [[photo(0)], [photo(1), photo(1)], *([photo(i)] for i in range(2, 9))], in_flight=3, **OPTIONS
+    )
     check(next(answers), photo(0))
     with pytest.raises(ServerError, match=r"^broken$"):
         next(answers)
@@ -104,19 +106,19 @@ def test_an_error_comes_in_its_place_and_ends_the_rest(face: Face, server: FakeS
     assert len(server.requests) <= 4
 
 
-def test_a_batch_that_is_none(face: Face, server: FakeServer) -> None:
-    answers = face.many([photo(0), 17, photo(1)], in_flight=3, **OPTIONS)
+def test_an_invalid_batch_raises_in_its_place(adapter: Adapter, server: FakeServer) -> None:
+    answers = adapter.many([photo(0), 17, photo(1)], in_flight=3, **OPTIONS)
     check(next(answers), photo(0))
     with pytest.raises(TypeError, match="images is a int"):
         next(answers)
 
 
-def test_images_that_fail(face: Face, server: FakeServer) -> None:
-    answers = face.many([photo(0), b"no image"], **OPTIONS)
+def test_images_that_fail(adapter: Adapter, server: FakeServer) -> None:
+    answers = adapter.many([photo(0), b"no image"], **OPTIONS)
     check(next(answers), photo(0))
     with pytest.raises(ImageErrors):
         next(answers)
-    [good, bad] = face.many([photo(0), b"no image"], on_error="return", **OPTIONS)
+    [good, bad] = adapter.many([photo(0), b"no image"], on_error="return", **OPTIONS)
     assert (sorted(good.errors), sorted(bad.errors)) == ([], [0])
 
 
@@ -124,13 +126,13 @@ class Surprise(Exception):
     pass
 
 
-def test_an_error_of_the_iterable_comes_in_its_place(face: Face) -> None:
+def test_an_error_of_the_iterable_comes_in_its_place(adapter: Adapter) -> None:
     def batches() -> Iterator[np.ndarray[Any, Any]]:
         yield photo(0)
         yield photo(1)
         raise Surprise
 
-    answers = face.many(batches(), in_flight=8, **OPTIONS)
+    answers = adapter.many(batches(), in_flight=8, **OPTIONS)
     check(next(answers), photo(0))
     check(next(answers), photo(1))
     with pytest.raises(Surprise):
@@ -150,18 +152,18 @@ def test_an_interrupt_is_not_kept_waiting(server: FakeServer) -> None:
         server.gate.clear()
         with pytest.raises(KeyboardInterrupt):
             next(client.extract_many(batches(), in_flight=8, **OPTIONS))
-        assert client._session._pool.take().in_flight == 1
+        assert client._session._pool.acquire().in_flight == 1
 
 
-def test_batches_of_iterators_that_move_on(face: Face) -> None:
+def test_batches_of_iterators_that_move_on(adapter: Adapter) -> None:
     """A group of itertools.groupby is gone once the next one is asked for."""
     groups = itertools.groupby(map(photo, range(12)), key=lambda image: int(image[0, 0, 0]) // 4)
-    for index, features in enumerate(face.many((group for _, group in groups), in_flight=3, **OPTIONS)):
+    for index, features in enumerate(adapter.many((group for _, group in groups), in_flight=3, **OPTIONS)):
         check(features, *(photo(4 * index + i) for i in range(4)))
 
 
-def test_nothing(face: Face, server: FakeServer) -> None:
-    assert list(face.many([], **OPTIONS)) == []
+def test_nothing(adapter: Adapter, server: FakeServer) -> None:
+    assert list(adapter.many([], **OPTIONS)) == []
     assert server.requests == []
 
 
@@ -170,9 +172,9 @@ def threads_of_ours() -> list[str]:
 
 
 @pytest.mark.parametrize("held", ["call", "pause"])
-def test_left_early_nothing_is_left_behind(face: Face, server: FakeServer, held: str) -> None:
+def test_left_early_nothing_is_left_behind(adapter: Adapter, server: FakeServer, held: str) -> None:
     """Neither a call that is not answered, nor one that would be tried again in an hour, holds up who leaves."""
-    answers = face.many(map(photo, itertools.count()), in_flight=4, deadline=7200, **OPTIONS)
+    answers = adapter.many(map(photo, itertools.count()), in_flight=4, deadline=7200, **OPTIONS)
     check(next(answers), photo(0))
     server.wait_for_calls(4)
     if held == "call":
@@ -185,8 +187,8 @@ def test_left_early_nothing_is_left_behind(face: Face, server: FakeServer, held:
     assert threads_of_ours() == []
     server.script = []
     server.gate.set()
-    check(face.extract(photo(5), **OPTIONS), photo(5))
-    assert face.client._session._pool.take().in_flight == 1  # none but this
+    check(adapter.extract(photo(5), **OPTIONS), photo(5))
+    assert adapter.client._session._pool.acquire().in_flight == 1  # none but this
 
 
 def test_answers_are_not_held(server: FakeServer) -> None:
@@ -229,7 +231,7 @@ async def test_a_cancelled_task_cancels_its_call(server: FakeServer) -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        assert client._session._pool.take().in_flight == 1  # none but this
+        assert client._session._pool.acquire().in_flight == 1  # none but this
         server.gate.set()
 
 
@@ -273,6 +275,6 @@ async def test_the_loop_goes_on_while_images_are_read(server: FakeServer) -> Non
         check(await call, photo(3))
 
 
-def test_iterables_that_are_none(server: FakeServer) -> None:
+def test_invalid_iterables(server: FakeServer) -> None:
     with Client(server.target) as client, pytest.raises(TypeError, match="not iterable"):
         client.extract_many(5)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dinov3_client import ExtractOptions, Layer, Pooling
-from dinov3_client._request import options
+from dinov3_client._request import check_options
 from dinov3_client.testing import MODEL
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -55,7 +55,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("given", "kind", "message"), WRONG, ids=[str(given) for given, _, _ in WRONG])
 def test_wrong_options_are_named(given: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        options(**given).message(MODEL)
+        check_options(**given).message(MODEL)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ ON_THE_WIRE: list[tuple[dict[str, Any], pb.ExtractRequest]] = [
 
 @pytest.mark.parametrize(("given", "expected"), ON_THE_WIRE, ids=[str(given) for given, _ in ON_THE_WIRE])
 def test_every_option_on_the_wire(given: dict[str, Any], expected: pb.ExtractRequest) -> None:
-    message = options(**given).message(MODEL)
+    message = check_options(**given).message(MODEL)
     for field, value in expected.ListFields():
         assert getattr(message, field.name) == value
     # And nothing else has changed.
-    default = options().message(MODEL)
+    default = check_options().message(MODEL)
     changed = {field.name for field, _ in expected.ListFields()}
     for name in {"preprocessing", "outputs", "priority"} - changed:
         assert getattr(message, name) == getattr(default, name)
@@ -148,21 +148,21 @@ def test_every_option_is_in_the_table() -> None:
     assert named == set(get_type_hints(ExtractOptions)) - {"on_error"}
 
 
-def test_what_the_client_keeps_for_itself() -> None:
-    wanted = options(on_error="return", deadline=3)
+def test_options_that_are_not_sent() -> None:
+    wanted = check_options(on_error="return", deadline=3)
     assert (wanted.on_error, wanted.deadline) == ("return", 3)
-    assert (options().on_error, options().deadline) == ("raise", None)
+    assert (check_options().on_error, check_options().deadline) == ("raise", None)
 
 
 def test_numbers_and_pairs_of_any_kind() -> None:
     """float32 seconds, added to a clock's, are minutes off; a list equals no tuple."""
-    wanted = options(deadline=np.float32(3), pooling=[np.int64(7), 5])  # type: ignore[arg-type]
+    wanted = check_options(deadline=np.float32(3), pooling=[np.int64(7), 5])  # type: ignore[arg-type]
     assert type(wanted.deadline) is float
     assert wanted.pooling == Pooling((7, 5))
     assert wanted.pooling.grid == (7, 5)
 
 
 def test_layers_are_counted_from_the_end_of_the_model() -> None:
-    wanted = options(layers=(-1, 0))
+    wanted = check_options(layers=(-1, 0))
     assert wanted.layer_indices(MODEL) == (11, 0)
     assert wanted.layer_indices(replace(MODEL, depth=4)) == (3, 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dinov3_client._transport.pool import FIRST_REST, LONGEST_REST, MOST_CONNECTIONS, REDIALS, Connection, Pool
+from dinov3_client._transport.pool import FIRST_BACKOFF, LONGEST_BACKOFF, MAX_CONNECTIONS, MAX_REDIALS, Connection, Pool
 
 
 class World:
@@ -30,26 +30,26 @@ class World:
         had: Counter[int] = Counter()
         for call in range(calls):
             while len(in_flight) < at_once:
-                in_flight.append(self.pool.take())
+                in_flight.append(self.pool.acquire())
             connection = in_flight.pop(0)
             frontend = dealt.setdefault(connection.channel, deal())
-            self.pool.give_back(connection)
+            self.pool.release(connection)
             # The first answer is GetModel's, which tells of all.
             self.pool.answered(connection, frontend, None if call else frontends)
             had[frontend] += call >= calls // 2
         for connection in in_flight:
-            self.pool.give_back(connection)
+            self.pool.release(connection)
         return had
 
 
 def hold(world: World, count: int) -> list[Connection]:
-    return [world.pool.take() for _ in range(count)]
+    return [world.pool.acquire() for _ in range(count)]
 
 
 def test_calls_in_turn_share_a_connection() -> None:
     world = World("a:1", connections=4)
     for _ in range(5):
-        world.pool.give_back(world.pool.take())
+        world.pool.release(world.pool.acquire())
     assert world.dialled == ["a:1"]
 
 
@@ -58,16 +58,16 @@ def test_connections_are_opened_as_calls_need_them_and_then_shared_evenly() -> N
     held = hold(world, 7)
     assert len(world.dialled) == 3
     assert sorted(Counter(one.channel for one in held).values()) == [2, 2, 3]
-    world.pool.give_back(held[1])
-    world.pool.give_back(held[4])
+    world.pool.release(held[1])
+    world.pool.release(held[4])
     assert held[1] is held[4]
-    assert world.pool.take() is held[1]  # the fewest in flight
+    assert world.pool.acquire() is held[1]  # the fewest in flight
 
 
-@pytest.mark.parametrize(("frontends", "expected"), [(1, 1), (3, 3), (50, MOST_CONNECTIONS)])
+@pytest.mark.parametrize(("frontends", "expected"), [(1, 1), (3, 3), (50, MAX_CONNECTIONS)])
 def test_by_default_there_are_as_many_as_frontends(frontends: int, expected: int) -> None:
     world = World("a:1")
-    first = world.pool.take()
+    first = world.pool.acquire()
     world.pool.answered(first, 0, frontends)
     hold(world, 60)
     assert len(world.dialled) == expected
@@ -80,7 +80,7 @@ def test_connections_are_spread_over_the_frontends(frontends: int) -> None:
         world = World("a:1")
         deal = random.Random(seed)
         had = world.serve(frontends, lambda deal=deal: deal.randrange(frontends), 80 * frontends, 2 * frontends)
-        assert len(world.dialled) <= frontends * (1 + REDIALS)
+        assert len(world.dialled) <= frontends * (1 + MAX_REDIALS)
         uneven += len(had) < frontends or max(had.values()) > 1.5 * min(had.values())
     assert uneven <= 2
 
@@ -95,10 +95,10 @@ def test_more_connections_than_frontends_are_spread_evenly() -> None:
 def test_a_kernel_that_deals_one_frontend_only_is_not_hammered() -> None:
     world = World("a:1")
     assert world.serve(4, lambda: 0, 2000, 8) == {0: 1000}
-    assert len(world.dialled) == 4 * (1 + REDIALS)
+    assert len(world.dialled) == 4 * (1 + MAX_REDIALS)
 
 
-def test_a_name_of_many_servers_is_not_dialled_anew() -> None:
+def test_a_dns_target_is_not_dialled_again() -> None:
     world = World("dns:///a:1")
     world.serve(4, lambda: 0, 100, 8)
     assert len(world.dialled) == 4
@@ -110,44 +110,44 @@ def test_a_retired_connection_is_closed_once_its_calls_are_done() -> None:
     assert first is third
     for one in (first, second):
         world.pool.answered(one, 0, 2)
-    assert world.pool.unused() == []  # the second one's call is still in flight
-    world.pool.give_back(second)
-    assert world.pool.unused() == [second.channel]
-    assert world.pool.unused() == []
-    assert world.pool.take().channel == 2  # in its place, since the first is busy
+    assert world.pool.take_idle() == []  # the second one's call is still in flight
+    world.pool.release(second)
+    assert world.pool.take_idle() == [second.channel]
+    assert world.pool.take_idle() == []
+    assert world.pool.acquire().channel == 2  # in its place, since the first is busy
 
 
 def test_a_target_that_failed_is_left_alone_while_others_live() -> None:
     world = World("a:1", "b:1")
-    failing = world.pool.take()
+    failing = world.pool.acquire()
     world.pool.failed(failing, None)
-    world.pool.give_back(failing)
+    world.pool.release(failing)
     assert {one.target.name for one in hold(world, 6)} == {"b:1"}
-    world.seconds += FIRST_REST
-    assert world.pool.take().target.name == "a:1"
+    world.seconds += FIRST_BACKOFF
+    assert world.pool.acquire().target.name == "a:1"
 
 
-def test_a_target_rests_longer_each_time_and_not_for_ever() -> None:
+def test_back_off_doubles_up_to_a_limit() -> None:
     world = World("a:1", "b:1")
-    failing = world.pool.take()
+    failing = world.pool.acquire()
     rests = []
     for _ in range(8):
         world.pool.failed(failing, None)
         world.pool.failed(failing, None)  # a call that failed with it is no second failure
-        rests.append(failing.target.rests_until - world.seconds)
-        world.seconds = failing.target.rests_until
-    assert rests[:3] == [FIRST_REST, 2 * FIRST_REST, 4 * FIRST_REST]
-    assert rests[-1] == LONGEST_REST
+        rests.append(failing.target.backoff_until - world.seconds)
+        world.seconds = failing.target.backoff_until
+    assert rests[:3] == [FIRST_BACKOFF, 2 * FIRST_BACKOFF, 4 * FIRST_BACKOFF]
+    assert rests[-1] == LONGEST_BACKOFF
     world.pool.answered(failing, 0)
     world.pool.failed(failing, None)
-    assert failing.target.rests_until - world.seconds == FIRST_REST
+    assert failing.target.backoff_until - world.seconds == FIRST_BACKOFF
 
 
-def test_a_target_rests_for_as_long_as_it_says() -> None:
+def test_back_off_lasts_as_long_as_the_server_asks() -> None:
     world = World("a:1", "b:1")
-    failing = world.pool.take()
+    failing = world.pool.acquire()
     world.pool.failed(failing, 5.0)
-    assert failing.target.rests_until - world.seconds == 5.0
+    assert failing.target.backoff_until - world.seconds == 5.0
 
 
 def test_where_all_rest_the_next_to_wake_is_taken() -> None:
@@ -155,20 +155,20 @@ def test_where_all_rest_the_next_to_wake_is_taken() -> None:
     first, second = hold(world, 2)
     world.pool.failed(first, 4.0)
     world.pool.failed(second, 2.0)
-    assert not world.pool.has_other(())
-    assert world.pool.take().target is second.target
+    assert not world.pool.has_alternative(())
+    assert world.pool.acquire().target is second.target
     world.seconds += 3
-    assert world.pool.has_other(())
-    assert not world.pool.has_other([second.target])
+    assert world.pool.has_alternative(())
+    assert not world.pool.has_alternative([second.target])
 
 
 def test_a_target_to_avoid_is_taken_only_where_there_is_no_other() -> None:
     world = World("a:1", "b:1")
-    first = world.pool.take()
-    assert world.pool.take([first.target]).target is not first.target
-    assert world.pool.take([first.target]).target is not first.target
+    first = world.pool.acquire()
+    assert world.pool.acquire([first.target]).target is not first.target
+    assert world.pool.acquire([first.target]).target is not first.target
     alone = World("a:1")
-    assert alone.pool.take([alone.pool.take().target]).target.name == "a:1"
+    assert alone.pool.acquire([alone.pool.acquire().target]).target.name == "a:1"
 
 
 def test_targets_share_the_calls_from_another_start_each() -> None:
@@ -179,24 +179,24 @@ def test_targets_share_the_calls_from_another_start_each() -> None:
         quiet = World("a:1", "b:1", "c:1", first=first)
         taken = []
         for _ in range(4):
-            connection = quiet.pool.take()
+            connection = quiet.pool.acquire()
             taken.append(connection.target.name)
-            quiet.pool.give_back(connection)
+            quiet.pool.release(connection)
         assert taken == [*order, order[0]]
 
 
-def test_a_server_that_comes_back_with_other_frontends_is_spread_over_anew() -> None:
+def test_connections_spread_again_after_a_restart_with_other_frontends() -> None:
     world = World("a:1")
     world.serve(4, lambda: 0, 400, 8)
     spent = len(world.dialled)
     for _ in range(4):
-        connection = world.pool.take()
+        connection = world.pool.acquire()
         world.pool.failed(connection, None)
-        world.pool.give_back(connection)
+        world.pool.release(connection)
     deal = random.Random(3)
     had = world.serve(2, lambda: deal.randrange(2), 400, 8)
     assert len(had) == 2
-    assert spent < len(world.dialled) <= spent + 4 * (1 + REDIALS)
+    assert spent < len(world.dialled) <= spent + 4 * (1 + MAX_REDIALS)
 
 
 def test_fewer_frontends_need_no_more_dials() -> None:
@@ -214,7 +214,7 @@ def test_closed() -> None:
     assert sorted(world.pool.close()) == [one.channel for one in held]
     assert world.pool.close() == []
     with pytest.raises(ValueError, match="this client is closed"):
-        world.pool.take()
+        world.pool.acquire()
 
 
 def test_a_frontend_of_any_number_is_only_a_number() -> None:
@@ -222,7 +222,7 @@ def test_a_frontend_of_any_number_is_only_a_number() -> None:
     world = World("a:1", connections=2)
     for connection in hold(world, 2):
         world.pool.answered(connection, 2**32 - 1)
-    assert len(world.pool.unused()) == 0
+    assert len(world.pool.take_idle()) == 0
     for connection in hold(world, 2):
-        world.pool.give_back(connection)
+        world.pool.release(connection)
     assert len(world.dialled) == 3

@@ -60,10 +60,10 @@ def test_every_tensor_begins_at_a_multiple_of_its_element(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("x", np.complex64), ("x", ">f4"), ("__metadata__", np.float32)])
-def test_what_the_format_has_not_is_refused_and_the_older_file_stays(tmp_path: Path, name: str, dtype: str) -> None:
+def test_unsupported_tensors_are_refused_and_the_older_file_stays(tmp_path: Path, name: str, dtype: str) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"an older file")
-    with pytest.raises(ValueError, match="safetensors has no such name or dtype"):
+    with pytest.raises(ValueError, match="safetensors does not support this name or dtype"):
         _safetensors.write(path, {name: np.ones(3, dtype)}, {})
     assert path.read_bytes() == b"an older file"
     assert [each.name for each in tmp_path.iterdir()] == ["x.safetensors"]

@@ -29,11 +29,11 @@ from dinov3_client import (
     View,
 )
 from dinov3_client._features import join
-from dinov3_client._images import Source, load
+from dinov3_client._images import LoadedImage, load
 from dinov3_client._model import read_model
-from dinov3_client._request import options
+from dinov3_client._request import check_options
 from dinov3_client._response import read
-from dinov3_client._split import queries
+from dinov3_client._split import split
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_client.testing._answer import answer
 from dinov3_client.testing._model import message_of
@@ -66,20 +66,25 @@ def images_of(query: Any) -> int:
     [(4, 4, [4]), (5, 4, [3, 2]), (65, 64, [33, 32]), (9, 4, [3, 3, 3]), (10, 3, [3, 3, 3, 1]), (3, 1, [1, 1, 1])],
 )
 def test_parts_are_few_and_equal(count: int, most: int, parts: list[int]) -> None:
-    found = queries([Source(photo())] * count, options(), limited(max_images_per_request=most))
+    found = split([LoadedImage(photo())] * count, check_options(), limited(max_images_per_request=most))
     assert [images_of(query) for query in found] == parts
     assert [query.first for query in found] == [sum(parts[:index]) for index in range(len(parts))]
 
 
 def test_each_view_counts_and_views_of_an_image_stay_together() -> None:
-    sources = [Source(photo(), views=(pb.View(),) * views) for views in (3, 3, 0, 2)]
-    found = queries(sources, options(), limited(max_images_per_request=5))
+    sources = [LoadedImage(photo(), views=(pb.View(),) * views) for views in (3, 3, 0, 2)]
+    found = split(sources, check_options(), limited(max_images_per_request=5))
     assert [query.views for query in found] == [(3,), (3,), (0, 2)]
 
 
 def test_an_image_over_a_limit_goes_alone() -> None:
-    sources = [Source(photo()), Source(photo(), views=(pb.View(),) * 9), Source(photo()), Source(photo())]
-    found = queries(sources, options(), limited(max_images_per_request=4))
+    sources = [
+        LoadedImage(photo()),
+        LoadedImage(photo(), views=(pb.View(),) * 9),
+        LoadedImage(photo()),
+        LoadedImage(photo()),
+    ]
+    found = split(sources, check_options(), limited(max_images_per_request=4))
     assert [query.views for query in found] == [(0,), (9,), (0, 0)]
 
 
@@ -90,9 +95,9 @@ def test_an_image_over_a_limit_goes_alone() -> None:
     st.sampled_from([20_000, 60_000, 300_000]),
 )
 def test_parts_are_within_the_limits(given: list[tuple[int, int]], most: int, nbytes: int) -> None:
-    sources = [Source(bytes(size), views=(pb.View(),) * views) for size, views in given]
+    sources = [LoadedImage(bytes(size), views=(pb.View(),) * views) for size, views in given]
     model = limited(max_images_per_request=most, max_message_bytes=nbytes)
-    found = queries(sources, options("cls", size=64), model)
+    found = split(sources, check_options("cls", size=64), model)
     assert [views for query in found for views in query.views] == [views for _, views in given]
     assert [image.encoded for query in found for image in query.message.images] == [source.data for source in sources]
     for query in found:
@@ -104,10 +109,10 @@ def test_parts_are_within_the_limits(given: list[tuple[int, int]], most: int, nb
 @pytest.mark.parametrize(("side", "parts"), [(64, 1), (640, 2)])
 def test_the_sizes_of_presets_are_the_servers(side: int, parts: int) -> None:
     model = replace(limited(max_message_bytes=200_000), presets=(Preset("hf", (side, side), "bilinear"),))
-    assert len(queries([Source(png(photo()))] * 3, options(preset="hf"), model)) == parts
+    assert len(split([LoadedImage(png(photo()))] * 3, check_options(preset="hf"), model)) == parts
 
 
-def test_a_preset_that_the_server_does_not_list_is_as_the_contract_has_it() -> None:
+def test_presets_that_the_server_does_not_list_are_those_of_the_contract() -> None:
     response = message_of(MODEL, 0)
     response.ClearField("presets")
     response.presets.add(preset=pb.PRESET_HF, size=pb.Size(height=448, width=336), interpolation=99)
@@ -153,14 +158,14 @@ ANSWERS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_the_size_of_an_answer_is_known_before(case: str) -> None:
     """An answer that is just over the limit is split; one under it by what frames and errors may take is not."""
     image, asked = ANSWERS[case]
-    wanted = options(**{"outputs": ("cls", "patches"), **asked})
+    wanted = check_options(**{"outputs": ("cls", "patches"), **asked})
     model = replace(WIDE, projections=(NARROW.described("narrow"),))
     sources = load([image] * 4, False)
 
     def parts(nbytes: int) -> int:
-        return len(queries(sources, wanted, replace(model, limits=replace(model.limits, max_message_bytes=nbytes))))
+        return len(split(sources, wanted, replace(model, limits=replace(model.limits, max_message_bytes=nbytes))))
 
-    [query] = queries(sources, wanted, model)
+    [query] = split(sources, wanted, model)
     truth = len(answer(query.message, model, {"narrow": NARROW}, {}).SerializeToString())
     assert truth > len(query.data), "the request would be split for its own size"
     rows = sum(max(1, views) for views in query.views)
@@ -170,23 +175,23 @@ def test_the_size_of_an_answer_is_known_before(case: str) -> None:
 
 
 def test_pictures_are_measured_by_their_headers_only_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = [Source(b"no picture"), Source(png(photo()))]
+    sources = [LoadedImage(b"no picture"), LoadedImage(png(photo()))]
     opened = []
     whole = Image.open
     monkeypatch.setattr(Image, "open", lambda *given, **named: (opened.append(1), whole(*given, **named))[1])
-    for wanted in (options(), options(preset="none", size=32)):
-        queries(sources, wanted, MODEL)
+    for wanted in (check_options(), check_options(preset="none", size=32)):
+        split(sources, wanted, MODEL)
     assert not opened
-    assert len(queries(sources, options(preset="none"), MODEL)) == 1
+    assert len(split(sources, check_options(preset="none"), MODEL)) == 1
     assert len(opened) == 2
 
 
 def test_parts_are_pinned_to_the_model() -> None:
-    sources = [Source(photo())] * 3
+    sources = [LoadedImage(photo())] * 3
     model = replace(limited(max_images_per_request=2), projections=(NARROW.described("narrow"),))
 
     def pins(count: int, fingerprint: str = "", **given: Any) -> set[str]:
-        found = queries(sources[:count], options(**given), model, fingerprint)
+        found = split(sources[:count], check_options(**given), model, fingerprint)
         return {query.message.fingerprint for query in found}
 
     assert pins(2) == {""}
@@ -250,7 +255,7 @@ def test_images_and_fields_are_counted_over_the_whole_call(client: Client, serve
 
 
 def test_a_failure_of_a_part_names_the_fields_of_the_call(server: FakeServer) -> None:
-    found = queries([Source(photo())] * 6, options(), server.model)
+    found = split([LoadedImage(photo())] * 6, check_options(), server.model)
     error = InvalidRequest(
         "no",
         violations=(FieldViolation("images[1].views[2].size", "no"), FieldViolation("outputs.layers[1]", "neither")),
@@ -276,7 +281,7 @@ def test_a_single_image_over_a_limit_is_refused_by_the_server(client: Client) ->
 
 
 def test_answers_of_two_models_are_not_joined(server: FakeServer) -> None:
-    found = queries([Source(photo())] * 5, options("cls"), server.model)
+    found = split([LoadedImage(photo())] * 5, check_options("cls"), server.model)
     answers = [read(answer(query.message, server.model, {}, {}).SerializeToString(), query) for query in found]
     assert len(join(found, answers, "raise")) == 5
     other = replace(answers[1], fingerprint="cafe")

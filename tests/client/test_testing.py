@@ -409,6 +409,6 @@ def test_unix_sockets(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("given", [np.zeros(24), (np.zeros((8, 24)), np.zeros(24))])
-def test_projections_that_are_none(given: Any) -> None:
+def test_invalid_projections(given: Any) -> None:
     with pytest.raises(ValueError, match=r"a projection is a weight \[K, D\].*has the shapes"):
         FakeServer(projections={"p": given})

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov3_client import InvalidResponse, View, _views
-from dinov3_client._images import Source
+from dinov3_client._images import LoadedImage
 from dinov3_client._wire import Response, request
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -64,7 +64,7 @@ def restored(data: bytes) -> pb.ExtractResponse:
 
 
 @given(responses)
-def test_an_answer_is_what_protobuf_reads(response: pb.ExtractResponse) -> None:
+def test_a_response_equals_what_protobuf_parses(response: pb.ExtractResponse) -> None:
     data = response.SerializeToString()
     assert restored(data) == pb.ExtractResponse.FromString(data) == response
 
@@ -157,8 +157,8 @@ def never_reads_more_than_protobuf(data: bytes) -> None:
         b"\x07",  # a wire type that does not exist
     ],
 )
-def test_what_is_no_answer_is_refused(data: bytes) -> None:
-    with pytest.raises(InvalidResponse, match=rf"the {len(data)} bytes that came are no dinov3_serving\.v1\.Extract"):
+def test_invalid_responses_are_refused(data: bytes) -> None:
+    with pytest.raises(InvalidResponse, match=rf"the {len(data)} bytes received are no dinov3_serving\.v1\.Extract"):
         Response(data)
 
 
@@ -177,7 +177,7 @@ def test_cut_anywhere_it_never_reads_beyond() -> None:
             assert restored(data[:end]) == expected
 
 
-def test_contents_are_views_of_what_came() -> None:
+def test_contents_are_views_of_the_received_bytes() -> None:
     data = pb.ExtractResponse(
         blocks=[pb.FeatureBlock(patches=pb.Tensor(data=bytes(range(64)), scales=b"abcd"))]
     ).SerializeToString()
@@ -204,27 +204,27 @@ def tensor_of(*arrays: np.ndarray[Any, Any], packed: bool) -> pb.Tensor:
     return pb.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
 
 
-REQUESTS: dict[str, tuple[list[Source], pb.ExtractRequest]] = {
+REQUESTS: dict[str, tuple[list[LoadedImage], pb.ExtractRequest]] = {
     "files": (
-        [Source(b"one"), Source(bytes(300)), Source(b"")],
+        [LoadedImage(b"one"), LoadedImage(bytes(300)), LoadedImage(b"")],
         pb.ExtractRequest(images=[pb.Image(encoded=b"one"), pb.Image(encoded=bytes(300)), pb.Image(encoded=b"")]),
     ),
     "packed pixels": (
-        [Source(PIXELS), Source(PIXELS[::-1]), Source(np.asfortranarray(PIXELS))],
+        [LoadedImage(PIXELS), LoadedImage(PIXELS[::-1]), LoadedImage(np.asfortranarray(PIXELS))],
         pb.ExtractRequest(pixels=tensor_of(PIXELS, PIXELS[::-1], PIXELS, packed=True)),
     ),
     "packed floats": (
-        [Source(FLOATS), Source(FLOATS[:, ::-1])],
+        [LoadedImage(FLOATS), LoadedImage(FLOATS[:, ::-1])],
         pb.ExtractRequest(pixels=tensor_of(FLOATS, FLOATS[:, ::-1], packed=True)),
     ),
     "several layouts": (
-        [Source(PIXELS), Source(FLOATS), Source(PIXELS[:4])],
+        [LoadedImage(PIXELS), LoadedImage(FLOATS), LoadedImage(PIXELS[:4])],
         pb.ExtractRequest(
             images=[pb.Image(pixels=tensor_of(array, packed=False)) for array in (PIXELS, FLOATS, PIXELS[:4])]
         ),
     ),
     "views": (
-        [Source(b"one", views=VIEWS), Source(PIXELS, views=VIEWS[1:]), Source(b"two")],
+        [LoadedImage(b"one", views=VIEWS), LoadedImage(PIXELS, views=VIEWS[1:]), LoadedImage(b"two")],
         pb.ExtractRequest(
             images=[
                 pb.Image(encoded=b"one", views=VIEWS),
@@ -234,14 +234,14 @@ REQUESTS: dict[str, tuple[list[Source], pb.ExtractRequest]] = {
         ),
     ),
     "views of pixels are never packed": (
-        [Source(PIXELS, views=VIEWS), Source(PIXELS, views=VIEWS)],
+        [LoadedImage(PIXELS, views=VIEWS), LoadedImage(PIXELS, views=VIEWS)],
         pb.ExtractRequest(images=[pb.Image(pixels=tensor_of(PIXELS, packed=False), views=VIEWS)] * 2),
     ),
 }
 
 
 @pytest.mark.parametrize("case", REQUESTS)
-def test_a_request_is_what_protobuf_writes(case: str) -> None:
+def test_a_request_equals_protobufs_serialisation(case: str) -> None:
     sources, images = REQUESTS[case]
     expected = pb.ExtractRequest()
     expected.CopyFrom(images)

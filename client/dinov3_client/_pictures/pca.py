@@ -1,4 +1,4 @@
-"""Principal components of tokens that come in parts, and the colours that three of them make of patch features."""
+"""Principal components of tokens that arrive in parts, and colours of patch features made of the first three."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from dinov3_client._dtypes import Array
 
 Floats = NDArray[np.float64]
 
-# The range of each component that the colours span, in percent of all patches: outliers do not dim the rest.
+# Percentiles of each component that the colours span, so that outliers do not dim the rest.
 LOW, HIGH = 1.0, 99.0
-# Of the features' root mean square: a component that spans less is rounding noise, not a difference to show.
+# As a fraction of the features' root mean square: a component that spans less is rounding noise.
 NOISE = 1e-5
 
 
 @dataclass(frozen=True)
 class Components:
-    """Of D channels, K principal components, by falling variance."""
+    """K principal components of D channels, by falling variance."""
 
     mean: Floats
     """[D]"""
     directions: Floats
-    """[K, D], orthonormal. The largest entry (by magnitude) of each is positive, for equal signs in a repetition."""
+    """[K, D], orthonormal. The entry of largest magnitude of each is positive, so that signs are reproducible."""
     variances: Floats
-    """[K], of the tokens along each."""
+    """[K], the variance of the tokens along each."""
     total_variance: float
-    """Along all D."""
+    """Of all D channels."""
 
     def project(self, tokens: Array) -> Floats:
-        """[T, D] to [T, K]."""
+        """Project tokens [T, D] to [T, K]."""
         projected: Floats = (np.asarray(tokens, np.float64) - self.mean) @ self.directions.T
         return projected
 
 
 class Moments:
-    """The mean and the scatter of tokens of D channels. Memory is D x D, however many tokens there are.
+    """Accumulates the mean and the scatter matrix of tokens of D channels, in D x D memory.
 
-    Parts are joined as Chan, Golub and LeVeque have it (Updating Formulae and a Pairwise Algorithm for Computing Sample
-    Variances, 1979), in float64: each is centred before it is squared, so that a large mean costs no digits.
+    Parts are joined by the method of Chan, Golub and LeVeque (Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances, 1979), in float64: each part is centred before it is squared, so that a large mean costs no
+    precision.
     """
 
     def __init__(self, channels: int) -> None:
@@ -49,7 +50,7 @@ class Moments:
         self._scatter: Floats = np.zeros((channels, channels))
 
     def add(self, tokens: Array) -> None:
-        """[T, D]"""
+        """Add tokens [T, D]."""
         tokens = np.asarray(tokens, np.float64)
         if not len(tokens):
             return
@@ -64,12 +65,12 @@ class Moments:
 
     @property
     def root_mean_square(self) -> float:
-        """Of all values of all tokens."""
+        """The root mean square of all values of all tokens."""
         squares = np.trace(self._scatter) / self.count + self.mean @ self.mean
         return float(np.sqrt(squares / len(self.mean)))
 
     def components(self, count: int) -> Components:
-        """The first `count` of them, from the eigenvectors of the covariance."""
+        """Return the first `count` components, from the eigenvectors of the covariance."""
         covariance = self._scatter / self.count
         variances, vectors = np.linalg.eigh(covariance)  # by rising variance
         directions = vectors.T[::-1][:count]
@@ -81,9 +82,9 @@ class Moments:
 
 
 class Palette:
-    """Tokens as RGB: their first three components, each from its 1st to its 99th percentile.
+    """Maps tokens to RGB: their first three components, each scaled from its 1st to its 99th percentile.
 
-    sample: tokens [T, 3] already projected, of all that are to be coloured, that the percentiles are taken of.
+    sample: projected tokens [T, 3] of all images, to take the percentiles of.
     noise: components that span less are shown as gray.
     """
 
@@ -95,6 +96,6 @@ class Palette:
         self._span = np.where(self._shown, span, 1.0)
 
     def __call__(self, tokens: Array) -> NDArray[np.uint8]:
-        """[T, D] to [T, 3]."""
+        """Map tokens [T, D] to colours [T, 3]."""
         scaled = (self._components.project(tokens) - self._low) / self._span
         return np.round(np.where(self._shown, scaled, 0.5).clip(0, 1) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Flows, performed by blocking."""
+"""Run procedures by blocking."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from typing import Any, Self
 
 import grpc
 
-from dinov3_client._transport.flow import Close, Flow, Pause, Rpc, Step, T, Together, Work
+from dinov3_client._transport.effects import CloseChannel, Effect, Gather, Offload, Procedure, Rpc, Sleep, T
 
-# Waits on the event for so many seconds; a test's clock does not wait.
-Sleep = Callable[[threading.Event, float], object]
+# Wait on the event for so many seconds. Tests replace it by a clock that does not wait.
+SleepFunction = Callable[[threading.Event, float], object]
 
 
 class Cancelled(Exception):
-    """The flow's scope was cancelled."""
+    """The scope of the procedure was cancelled."""
 
 
-class Scope:
-    """Flows that are cancelled together: their calls end, their pauses too, and they raise Cancelled. Left as a
-    context, it is cancelled and its threads have ended."""
+class CancelScope:
+    """A group of procedures that are cancelled together: their calls and pauses end, and they raise Cancelled.
 
-    def __init__(self, parent: Scope | None = None) -> None:
+    Leaving the context cancels the scope and waits for its threads.
+    """
+
+    def __init__(self, parent: CancelScope | None = None) -> None:
         self.cancelled = threading.Event()
         self._parent = parent
         self._lock = threading.Lock()
-        self._within: set[Any] = set()
-        """Calls and scopes: what has a `cancel`."""
+        self._cancellables: set[Any] = set()
+        """Calls and nested scopes; each has a `cancel`."""
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
@@ -42,17 +44,17 @@ class Scope:
         self.cancel()
         if self._parent is not None:
             self._parent._discard(self)
-        if not sys.is_finalizing():  # no other thread runs then, nor ends
+        if not sys.is_finalizing():  # other threads no longer run then, and would never end
             for thread in self._threads:
                 thread.join()
 
     def start(self, function: Callable[[], T]) -> Future[T]:
-        """What `function` will return, in a thread of its own.
+        """Call `function` in a new daemon thread and return the future of its result.
 
-        A pool's threads would be waited for, with the calls that they wait for, wherever a program ends.
+        At its end a program would wait for the threads of a ThreadPoolExecutor, and for their calls.
         """
         future: Future[T] = Future()
-        thread = threading.Thread(target=_perform_into, args=(future, function), name="dinov3-client", daemon=True)
+        thread = threading.Thread(target=_run_into, args=(future, function), name="dinov3-client", daemon=True)
         thread.start()
         self._threads = [thread, *(one for one in self._threads if one.is_alive())]
         return future
@@ -60,16 +62,16 @@ class Scope:
     def cancel(self) -> None:
         with self._lock:
             self.cancelled.set()
-            within = list(self._within)
+            within = list(self._cancellables)
         for one in within:
             one.cancel()
 
-    def call(self, step: Rpc) -> bytes:
+    def call(self, effect: Rpc) -> bytes:
         if self.cancelled.is_set():
             raise Cancelled
-        # Not the call that blocks, which nobody can cancel.
-        future = step.channel.unary_unary(step.method).future(
-            step.message, timeout=step.timeout, metadata=step.metadata
+        # Not the blocking form of the call, which cannot be cancelled.
+        future = effect.channel.unary_unary(effect.method).future(
+            effect.message, timeout=effect.timeout, metadata=effect.metadata
         )
         self._add(future)
         try:
@@ -80,77 +82,77 @@ class Scope:
             raise
         finally:
             self._discard(future)
-            future.cancel()  # a call that was interrupted; one that has ended does not mind
+            future.cancel()  # of a call that was interrupted; no effect on one that has ended
         return answer
 
     def _add(self, one: Any) -> None:
         with self._lock:
-            self._within.add(one)
+            self._cancellables.add(one)
             late = self.cancelled.is_set()
         if late:
             one.cancel()
 
     def _discard(self, one: Any) -> None:
         with self._lock:
-            self._within.discard(one)
+            self._cancellables.discard(one)
 
 
-def run(flow: Flow[T], scope: Scope, sleep: Sleep = threading.Event.wait) -> T:
-    """The result of `flow`."""
+def run(procedure: Procedure[T], scope: CancelScope, sleep: SleepFunction = threading.Event.wait) -> T:
+    """Run `procedure` and return its result."""
     outcome: Any = None
     error: BaseException | None = None
     while True:
         try:
-            step = flow.send(outcome) if error is None else flow.throw(error)
+            effect = procedure.send(outcome) if error is None else procedure.throw(error)
         except StopIteration as done:
             result: T = done.value
             return result
         outcome = error = None
         try:
-            outcome = _perform(step, scope, sleep)
-        except BaseException as raised:  # the flow is where it belongs, an interrupt too: it gives its connection back
+            outcome = _execute(effect, scope, sleep)
+        except BaseException as raised:  # interrupts too: the procedure must release its connection
             error = raised
 
 
-def _perform(step: Step, scope: Scope, sleep: Sleep) -> Any:
-    match step:
+def _execute(effect: Effect, scope: CancelScope, sleep: SleepFunction) -> Any:
+    match effect:
         case Rpc():
-            return scope.call(step)
-        case Pause(seconds):
+            return scope.call(effect)
+        case Sleep(seconds):
             sleep(scope.cancelled, seconds)
             if scope.cancelled.is_set():
                 raise Cancelled
             return None
-        case Work(function):
+        case Offload(function):
             return function()
-        case Together(flows, at_once):
-            return _together(flows, at_once, scope, sleep)
-        case Close(channel):
+        case Gather(procedures, limit):
+            return _gather(procedures, limit, scope, sleep)
+        case CloseChannel(channel):
             return channel.close()
 
 
-def _together(flows: Sequence[Flow[T]], at_once: int, parent: Scope, sleep: Sleep) -> list[T]:
-    waiting = deque(enumerate(flows))
+def _gather(procedures: Sequence[Procedure[T]], limit: int, parent: CancelScope, sleep: SleepFunction) -> list[T]:
+    waiting = deque(enumerate(procedures))
     results: dict[int, T] = {}
 
-    def perform() -> None:
+    def run_waiting() -> None:
         while True:
             try:
-                index, flow = waiting.popleft()
+                index, procedure = waiting.popleft()
             except IndexError:
                 return
-            results[index] = run(flow, scope, sleep)
+            results[index] = run(procedure, scope, sleep)
 
-    with Scope(parent) as scope:
-        performed = [scope.start(perform) for _ in range(min(at_once, len(flows)))]
-        wait(performed, return_when=FIRST_EXCEPTION)
-        for one in performed:
+    with CancelScope(parent) as scope:
+        futures = [scope.start(run_waiting) for _ in range(min(limit, len(procedures)))]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for one in futures:
             if one.done():
                 one.result()
-    return [results[index] for index in range(len(flows))]
+    return [results[index] for index in range(len(procedures))]
 
 
-def _perform_into(future: Future[T], function: Callable[[], T]) -> None:
+def _run_into(future: Future[T], function: Callable[[], T]) -> None:
     try:
         result = function()
     except BaseException as error:

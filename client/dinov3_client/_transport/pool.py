@@ -1,10 +1,8 @@
-"""Which connection a call takes. Pure but for a lock: channels are made by the function that is given, and closed by
-whoever is given them back.
+"""The connection pool: chooses the connection of each call. It does no I/O: the caller dials and closes channels.
 
-A connection lives on one of the frontends behind its target, and the kernel deals connections out by chance. Every
-answer names the frontend that it came from: so connections are opened when calls need them, without a question before,
-and one that turns out to share its frontend while another has none is retired once its calls are done. The next call
-that needs one dials again.
+A connection reaches one of the frontend processes behind its target, which the kernel chooses at random. Each response
+names its frontend. So connections are opened as calls need them, and a connection that shares its frontend while
+another frontend has none is retired once its calls are done; the next call that needs a connection dials again.
 """
 
 from __future__ import annotations
@@ -15,36 +13,40 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-# Connections of a target, unless the user says how many. One Python process takes what a few frontends can send.
-MOST_CONNECTIONS = 8
-# How often connections of a target are dialled anew, for each of them. To meet each of 8 frontends takes 22 dials on
+# To each target, unless the user says how many. One Python process can receive what a few frontends send.
+MAX_CONNECTIONS = 8
+# How often each connection of a target may be dialled again. To reach each of 8 frontends takes 22 dials on
 # average (14 beyond the first of each) and more than 40 once in 30 times.
-REDIALS = 4
-# Seconds that a target that cannot be reached is left alone while others live, doubled from the first to the longest.
-FIRST_REST = 1.0
-LONGEST_REST = 15.0
+MAX_REDIALS = 4
+# Seconds for which an unreachable target is avoided while others are available; doubled from the first to the longest.
+FIRST_BACKOFF = 1.0
+LONGEST_BACKOFF = 15.0
 
 
 class Connection:
+    """A channel to a target, and its calls in flight."""
+
     def __init__(self, target: Target, channel: Any) -> None:
         self.target = target
         self.channel = channel
         self.in_flight = 0
         self.frontend: int | None = None
-        """That its last answer came from."""
+        """The frontend process of its last response."""
 
 
 class Target:
+    """A server address, its connections and its back-off."""
+
     def __init__(self, name: str) -> None:
         self.name = name
-        # A name that stands for many servers: gRPC deals the calls of one channel out to them, so that the frontends
-        # that answer tell nothing of the connection.
-        self.is_many = name.startswith("dns:")
+        # gRPC spreads the calls of one channel over the addresses of a DNS name, so that the frontend of a response
+        # says nothing about the connection.
+        self.is_load_balanced = name.startswith("dns:")
         self.connections: list[Connection] = []
         self.frontends = 1
         self.redials = 0
         self.failures = 0
-        self.rests_until = 0.0
+        self.backoff_until = 0.0
         self.turn = 0
 
     @property
@@ -53,8 +55,11 @@ class Target:
 
 
 class Pool:
-    """`connections` a target; None: as many as it has frontends, up to MOST_CONNECTIONS. `first`: where the turns of
-    the targets begin, so that clients that start together do not all begin with the same."""
+    """The connections of a client.
+
+    connections: the most to each target; None: as many as it has frontends, up to MAX_CONNECTIONS.
+    first: index of the target to begin with; a random one keeps clients that start together from choosing the same.
+    """
 
     def __init__(
         self,
@@ -79,11 +84,11 @@ class Pool:
     def closed(self) -> bool:
         return self._closed
 
-    def take(self, avoid: Collection[Target] = ()) -> Connection:
-        """The connection with the fewest calls in flight, opened where all that there are have some, of the target
-        with the fewest; one that rests, or is to be avoided, only where there is no other. To be given back.
+    def acquire(self, avoid: Collection[Target] = ()) -> Connection:
+        """Return the least busy connection of the least busy target; the caller releases it.
 
-        Raises ValueError when the pool was closed.
+        Opens a connection if all of the target are busy and it may have more. Targets in `avoid`, or backing off, are
+        used only if there is no other. Raises ValueError if the pool is closed.
         """
         with self._lock:
             if self._closed:
@@ -91,60 +96,65 @@ class Pool:
             now = self._now()
             target = min(
                 self._targets,
-                key=lambda one: (one in avoid, max(0.0, one.rests_until - now), one.in_flight, one.turn),
+                key=lambda target: (
+                    target in avoid,
+                    max(0.0, target.backoff_until - now),
+                    target.in_flight,
+                    target.turn,
+                ),
             )
             self._turns += 1
             target.turn = self._turns
             found = min(target.connections, key=lambda one: one.in_flight, default=None)
-            if found is None or (found.in_flight and len(target.connections) < self._wanted(target)):
+            if found is None or (found.in_flight and len(target.connections) < self._max_connections(target)):
                 found = Connection(target, self._dial(target.name))
                 target.connections.append(found)
             found.in_flight += 1
             return found
 
-    def give_back(self, connection: Connection) -> None:
+    def release(self, connection: Connection) -> None:
         with self._lock:
             connection.in_flight -= 1
 
-    def has_other(self, avoid: Collection[Target]) -> bool:
-        """Whether a target is neither to be avoided nor resting."""
+    def has_alternative(self, avoid: Collection[Target]) -> bool:
+        """Return whether a target is available that is neither in `avoid` nor backing off."""
         with self._lock:
             now = self._now()
-            return any(target not in avoid and target.rests_until <= now for target in self._targets)
+            return any(target not in avoid and target.backoff_until <= now for target in self._targets)
 
     def failed(self, connection: Connection, hint: float | None) -> None:
-        """Nobody was there, or not ready; `hint` are the seconds after which the server expects to be."""
+        """Note that the target was unreachable or not ready; it expects to be ready in `hint` seconds."""
         with self._lock:
             target, now = connection.target, self._now()
-            # It may come back as another process, with other frontends.
+            # It may come back as another process with other frontends.
             connection.frontend = None
             target.redials = 0
-            if target.rests_until <= now:  # else it is a call that failed together with one before
-                rest = min(FIRST_REST * 2 ** min(target.failures, 10), LONGEST_REST)
-                target.rests_until = now + max(rest, min(hint or 0.0, LONGEST_REST))
+            if target.backoff_until <= now:  # otherwise an earlier call has noted this failure
+                backoff = min(FIRST_BACKOFF * 2 ** min(target.failures, 10), LONGEST_BACKOFF)
+                target.backoff_until = now + max(backoff, min(hint or 0.0, LONGEST_BACKOFF))
                 target.failures += 1
 
     def answered(self, connection: Connection, frontend: int, frontends: int | None = None) -> None:
-        """By the process `frontend`, one of `frontends` where the answer tells that."""
+        """Note a response of process `frontend`, one of `frontends` if the response says so."""
         with self._lock:
             target = connection.target
-            target.failures, target.rests_until = 0, 0.0
+            target.failures, target.backoff_until = 0, 0.0
             target.frontends = max(target.frontends if frontends is None else frontends, frontend + 1)
             connection.frontend = frontend
-            if not target.is_many and connection in target.connections and self._is_crowded(connection):
+            if not target.is_load_balanced and connection in target.connections and self._is_crowded(connection):
                 target.redials += 1
                 target.connections.remove(connection)
                 self._retired.append(connection)
 
-    def unused(self) -> list[Any]:
-        """Channels that were retired and have no call in flight any more, each told once; to be closed."""
+    def take_idle(self) -> list[Any]:
+        """Return, once, the retired channels without calls in flight; the caller closes them."""
         with self._lock:
             idle = [connection for connection in self._retired if not connection.in_flight]
             self._retired = [connection for connection in self._retired if connection.in_flight]
             return [connection.channel for connection in idle]
 
     def close(self) -> list[Any]:
-        """All channels, to be closed; there will be no others."""
+        """Refuse further calls and return all channels, for the caller to close."""
         with self._lock:
             self._closed = True
             found = [*self._retired, *(one for target in self._targets for one in target.connections)]
@@ -153,16 +163,16 @@ class Pool:
                 target.connections = []
             return [connection.channel for connection in found]
 
-    def _wanted(self, target: Target) -> int:
-        return self._connections or min(target.frontends, MOST_CONNECTIONS)
+    def _max_connections(self, target: Target) -> int:
+        return self._connections or min(target.frontends, MAX_CONNECTIONS)
 
     def _is_crowded(self, connection: Connection) -> bool:
-        """Whether another frontend has two fewer, so that to dial anew can even them out."""
+        """Return whether another frontend has at least two connections fewer, so that a new dial can balance them."""
         target = connection.target
-        if target.redials >= REDIALS * self._wanted(target):
+        if target.redials >= MAX_REDIALS * self._max_connections(target):
             return False
         counts = Counter(one.frontend for one in target.connections)
-        # Of n + 1 frontends, n connections leave one out: no more need to be looked at, however many there are.
+        # n connections leave at least one of n + 1 frontends without any: no more need to be counted.
         some = range(min(target.frontends, len(target.connections) + 1))
         least = min(counts[frontend] for frontend in some)
         return counts[connection.frontend] - least >= 2

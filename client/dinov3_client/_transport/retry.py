@@ -1,4 +1,4 @@
-"""When to try a call again. Pure: whoever calls does the waiting, so that it can block or await."""
+"""When to retry a call. It does not wait itself, so that callers can block or await."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 
 from dinov3_client._errors import Overloaded, StatusError, Unavailable
 
-# Seconds. Without a hint of the server the pause doubles from the first to the longest; each is shortened by up
-# to half at random, so that the callers of a server that comes back do not arrive together.
+# Seconds. Without RetryInfo the pause doubles from the first to the longest; each is shortened at random by up to half,
+# so that the callers of a restarted server do not arrive together.
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
-# The pause that a server asks for is kept, and lengthened by up to this part of it, for the same reason.
+# A pause from RetryInfo is lengthened at random by up to this fraction, for the same reason.
 HINT_JITTER = 0.2
-# An attempt with less time is not made: it would tell of its own end and not of what is wrong.
+# Seconds. A shorter attempt is not made: its error would be its own deadline and not what is wrong.
 SHORTEST_ATTEMPT = 0.1
 
 
 class Attempts:
-    """The attempts of one call, which has to end at `end` on the clock `now`.
+    """The attempts of one call, which must end at `end` on the clock `now`.
 
-    A `patient` one waits for a server that starts: it asks every few seconds whatever that expects, and until the end.
+    patient: wait for a server that starts: retry every few seconds until the end, whatever its RetryInfo says.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class Attempts:
         self._previous: StatusError | None = None
 
     def remaining(self) -> float:
-        """Seconds until the deadline: the timeout of the next attempt."""
+        """Return the seconds until the deadline: the timeout of the next attempt."""
         return max(0.0, self._end - self._now())
 
-    def pause(self, error: StatusError, elsewhere: bool = False) -> float:
-        """Seconds to wait after an attempt that ended with `error`; raises it where no other attempt is due.
+    def pause(self, error: StatusError, has_alternative: bool = False) -> float:
+        """Return the seconds to wait after an attempt failed with `error`, or raise `error` if no other may follow.
 
-        0 where the next one goes `elsewhere`, to a server that was not asked yet.
+        The pause is 0 if there `has_alternative`, a target that was not tried yet.
 
-        Extraction changes nothing on the server, so that whatever may pass by itself is tried again: no
-        server there or ready, and a full queue (which its RetryInfo tells from a message that is too large).
+        Extraction changes nothing on the server, so that every transient error is retried: no server reachable or
+        ready, and a full queue (which has RetryInfo, unlike a message that is too large).
         """
         self._made += 1
         error.attempts = self._made
         error.previous = self._previous
         if not isinstance(error, Unavailable | Overloaded):
             raise error
-        if elsewhere:
+        if has_alternative:
             pause = 0.0
         elif error.retry_after and not self._patient:
             pause = error.retry_after * (1 + HINT_JITTER * self._rand())
@@ -68,12 +68,12 @@ class Attempts:
             self._pauses += 1
         if self._patient:
             pause = min(pause, self.remaining() / 2)
-        # A server that refuses tells its expected wait. An attempt with less time than that is refused again while the
-        # load lasts, and only adds to it. After a long pause one is no burden, and the load may be another.
-        overloaded = isinstance(error, Overloaded) and not elsewhere
+        # RetryInfo of a full queue is the expected wait. An attempt with less time than that would be refused while the
+        # load lasts, and add to it. After a long pause one attempt costs little, and the load may have changed.
+        overloaded = isinstance(error, Overloaded) and not has_alternative
         needed = min(error.retry_after or 0.0, LONGEST_PAUSE) if overloaded else 0.0
         if pause > self.remaining() - max(needed, SHORTEST_ATTEMPT):
             raise error
-        error.previous = None  # a chain of every attempt would only grow
+        error.previous = None  # keep one error, not a growing chain
         self._previous = error
         return pause

@@ -1,14 +1,14 @@
-"""Features of whole data sets in files: what `dinov3-client extract` writes and `FeatureDataset` reads.
+"""Features of whole data sets in files, written by `dinov3-client extract` and read by `FeatureDataset`.
 
-    sources.py      which images, in which order, under which ids
-    reading.py      their bytes, read ahead by a few threads
-    rows.py         answers as named arrays, one set an image
-    shards.py       rows in safetensors shards or npz files
-    manifest.py     what is done: the manifest, and where an extraction that was killed goes on
-    extraction.py   all of it: images in, shards and manifest out
+    sources.py      lists the images: their order and ids
+    reading.py      reads their bytes ahead, in threads
+    rows.py         turns features into named arrays, one set per image
+    shards.py       writes safetensors shards and npz files
+    manifest.py     records what is done, so that a killed extraction can resume
+    extraction.py   runs an extraction
     dataset.py      FeatureDataset
 
-The files' formats, and what a crash leaves of them: docs/bulk.md.
+File formats, and their state after a crash: docs/bulk.md.
 """
 
 from dinov3_client.bulk.dataset import FeatureDataset

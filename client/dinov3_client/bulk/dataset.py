@@ -1,4 +1,4 @@
-"""What `dinov3-client extract` wrote, for training."""
+"""Reads the output of `dinov3-client extract`, for training."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from dinov3_client.bulk import manifest
 from dinov3_client.bulk.errors import ExtractionError
 from dinov3_client.bulk.manifest import Line
 from dinov3_client.bulk.rows import SCALES
-from dinov3_client.bulk.shards import mapped, tensor_name
+from dinov3_client.bulk.shards import map_shard, tensor_name
 
 
 class FeatureDataset:
-    """The images of an extraction and their features, by index or by id: a map-style dataset for torch's DataLoader.
+    """The features of an extraction by index or image id: a map-style dataset for torch's DataLoader.
 
         dataset = FeatureDataset("features")
         dataset[0]["cls"], dataset["n01440764/10026.jpg"]["patches"]  # [D], [P, D]
         loader = DataLoader(dataset, batch_size=256, shuffle=True, num_workers=4)
 
-    Images that failed are not in it; the others are in the order of their source. An item is a dict of what was
-    extracted (D channels, P patches, G registers):
+    Failed images are left out; the others are in the order of their source. An item is a dict of the extracted
+    features (D channels, P patches, G registers):
 
         id                            str
-        cls, patches, registers       [D], [P, D], [G, D]: float16 and float32 as they are stored; bfloat16, and int8
-                                      times its scales, as float32. Arrays of the item's own, that may be written to.
+        cls, patches, registers       [D], [P, D], [G, D]: float16 and float32 as stored; bfloat16, and int8 times
+                                      its scales, as float32. Copies, which may be written to.
         layerI_cls, layerI_patches    the same of each layer I
         grid, layerI_grid             [2] int64: rows and columns of the patches
-        input_size                    [2] int64: height and width in pixels that the model saw
+        input_size                    [2] int64: height and width of the model's input in pixels
 
-    Torch's default collation takes batches of items whose images have one input size; a batch of several needs one of
-    your own, or cls alone. Shards are mapped into memory when they are first used, by each process for itself: a
-    dataset may be forked and pickled at any time. It holds about 26 bytes an image besides the bytes of the ids.
+    Torch's default collation needs items of one input size; for several, write a collation of your own or use cls
+    alone. Each process maps a shard into memory when it first uses it: a dataset can be forked and pickled at any time.
+    It takes about 26 bytes per image besides the ids.
 
-    `unfinished=True` takes an extraction that has not come to its end, with the images that it has committed so far.
+    unfinished: accept an extraction that is not complete, with the images committed so far.
 
-    Raises ExtractionError where there is no extraction, an unfinished one, a damaged one, or one of npz files (which
-    numpy.load reads).
+    Raises ExtractionError for a missing, unfinished or damaged extraction, or one of npz files (see numpy.load).
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
@@ -57,7 +56,7 @@ class FeatureDataset:
             )
         self._shards: list[str] = []
         self._grids: dict[str, dict[str, tuple[int, int]]] = {}
-        """Of each input size: grid, layerI_grid."""
+        """By input size: grid, layerI_grid."""
         self._mixed = self.header["options"]["preset"] == "none" and self.header["options"]["size"] is None
         try:
             self._load(lines)
@@ -68,7 +67,7 @@ class FeatureDataset:
         if not complete and not unfinished:
             raise ExtractionError(
                 f"{self.folder} is unfinished: {len(self):,} of {self.header['source']['images']:,} images have "
-                "features; run the same `dinov3-client extract` again to go on with it, or take what is there with "
+                "features; run the same `dinov3-client extract` again to finish it, or use what is there with "
                 "FeatureDataset(..., unfinished=True)"
             )
         self._sizes = list(self._grids)
@@ -77,7 +76,7 @@ class FeatureDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model, and of the projection if there was one, as `Features.fingerprint`."""
+        """The fingerprint of the model, and of the projection if one was used, as in `Features.fingerprint`."""
         return str(self.header["fingerprint"])
 
     def __len__(self) -> int:
@@ -95,10 +94,10 @@ class FeatureDataset:
         }
 
     def raw(self, key: SupportsIndex | str) -> dict[str, Array]:
-        """The arrays of one image as they are stored: read-only views of the shard, without a copy.
+        """Return the arrays of one image as stored: read-only views of the shard, without a copy.
 
-        bfloat16 is that of ml_dtypes. Beside each int8 array stand its scales, `cls_scales` [] and `patches_scales` [P]
-        for two: value = int8 * scale.
+        bfloat16 is that of ml_dtypes. int8 arrays come with their scales, such as `cls_scales` [] and
+        `patches_scales` [P]: feature = value * scale.
         """
         place = self._places[self.index(key) if isinstance(key, str) else self._index(key)]
         size = self._sizes[place["size"]]
@@ -111,16 +110,17 @@ class FeatureDataset:
         }
 
     def id(self, index: SupportsIndex) -> str:
+        """Return the id of an image."""
         place = self._index(index)
         begin = int(self._id_ends[place - 1]) if place else 0
         return self._id_bytes[begin : self._id_ends[place]].tobytes().decode("utf-8", "surrogateescape")
 
     def ids(self) -> Iterator[str]:
-        """All, in order."""
+        """Iterate over all ids, in order."""
         return map(self.id, range(len(self)))
 
     def index(self, image: str) -> int:
-        """Where the image of this id stands. Raises KeyError. The first call makes an index, for this process."""
+        """Return the index of an image id. Raises KeyError. The first call in a process builds a lookup table."""
         if self._indices is None:
             self._indices = {each: index for index, each in enumerate(self.ids())}
         try:
@@ -142,11 +142,11 @@ class FeatureDataset:
 
     def _shard(self, number: int) -> dict[str, Array]:
         if number not in self._opened:
-            self._opened[number] = mapped(self.folder / self._shards[number])
+            self._opened[number] = map_shard(self.folder / self._shards[number])
         return self._opened[number]
 
     def _load(self, lines: Iterable[Line]) -> None:
-        """Arrays and not lists: forked workers that only read them share their memory with the parent."""
+        """Load the manifest into arrays, not lists: forked workers that only read them share their memory."""
         names, ends = bytearray(), array("q")
         shards, rows, sizes = array("i"), array("i"), array("i")
         waiting: list[Line] = []
@@ -173,7 +173,7 @@ class FeatureDataset:
         self._places["shard"], self._places["row"], self._places["size"] = shards, rows, sizes
 
     def _check(self, commit: Line) -> None:
-        """That the shard of a commit is there, whole; note its sizes."""
+        """Check that the shard of a commit exists and is complete, and note its input sizes."""
         path = self.folder / commit["shard"]
         if path.parent != self.folder:
             raise ValueError(f"a shard in another folder: {path}")
@@ -184,13 +184,13 @@ class FeatureDataset:
                 f"{commit['bytes']:,}; restore it, or extract into another folder"
             )
         self._shards.append(commit["shard"])
-        for size, told in commit["sizes"].items():
-            grids = {name: (int(grid[0]), int(grid[1])) for name, grid in told.items() if name != "rows"}
+        for size, entry in commit["sizes"].items():
+            grids = {name: (int(grid[0]), int(grid[1])) for name, grid in entry.items() if name != "rows"}
             self._grids.setdefault(size, grids)
 
 
 def _usable(stored: Array, scales: Array | None) -> Array:
-    """What torch and arithmetic take: an array of its own."""
+    """Return a writable copy in a dtype that torch accepts."""
     if scales is not None:
         return stored.astype(np.float32) * scales[..., np.newaxis]
     return np.array(stored, np.float32 if stored.dtype.name == "bfloat16" else None)

@@ -1,7 +1,7 @@
-"""Writing so that a crash leaves a file whole or not there. Nothing in `bulk` writes any other way.
+"""Durable writing: after a crash a file is complete or absent. All of `bulk` writes through this module.
 
-A file is written under another name, brought to the disk and then renamed; what is appended to counts only once it is
-on the disk. SIGKILL, or a machine without power, between any two calls here leaves what the next run can go on from.
+A file is written under a temporary name, synced to disk and renamed; appended data are synced. After SIGKILL or a power
+failure between any two calls here the next run can resume.
 """
 
 from __future__ import annotations
@@ -14,51 +14,53 @@ from pathlib import Path
 from typing import Any
 
 DRAFT = ".draft.tmp"
-"""What a file is called, in its folder, until it is whole: short, as a file may have the longest name that there is."""
+"""The temporary name of a file in its folder: short, as the file's own name may be as long as names can be."""
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-# A link would lead writing to a file that is not the extraction's.
+# O_NOFOLLOW: a link could lead to a file outside the extraction.
 _MORE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def create(path: Path, parts: Iterable[Any]) -> int:
-    """Put `parts` (buffers of bytes) into a file, in the place of an older one; how many bytes that were.
+    """Write `parts` (buffers) to a file, replacing an older one, and return their size in bytes.
 
-    Its name is safe only after `sync_folder`. One file of a folder at a time.
+    Its name is durable only after `sync_folder`. One file per folder at a time.
     """
     draft = path.with_name(DRAFT)
-    draft.unlink(missing_ok=True)  # of a run that was killed
+    draft.unlink(missing_ok=True)  # left by a killed run
     try:
         with _open(draft, _NEW, path) as descriptor:
             written = sum(_write(descriptor, part) for part in parts)
             os.fsync(descriptor)
         os.replace(draft, path)  # noqa: PTH105
-    except BaseException:  # a full disk has its room back
+    except BaseException:  # free the space on a full disk
         draft.unlink(missing_ok=True)
         raise
     return written
 
 
 def append(path: Path, data: bytes) -> None:
+    """Append `data` to a file, durably."""
     with _open(path, _MORE) as descriptor:
         _write(descriptor, data)
         os.fsync(descriptor)
 
 
 def truncate(path: Path, length: int) -> None:
+    """Cut a file to `length` bytes, durably."""
     with _open(path, _MORE) as descriptor:
         os.ftruncate(descriptor, length)
         os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in it to the disk."""
+    """Sync the names in a folder to disk."""
     with _open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) as descriptor:
         os.fsync(descriptor)
 
 
 def open_file(path: Path, flags: int) -> int:
-    """A descriptor; with O_NOFOLLOW the error says in words that the file is a link."""
+    """Open a descriptor. With O_NOFOLLOW, the error for a symbolic link says so in words."""
     try:
         return os.open(path, flags, 0o666)
     except OSError as error:
@@ -69,11 +71,11 @@ def open_file(path: Path, flags: int) -> int:
 
 @contextmanager
 def _open(path: Path, flags: int, name: Path | None = None) -> Iterator[int]:
-    """Errors call the file `name`."""
+    """Open a descriptor for a block; errors name the file `name`."""
     descriptor = open_file(path, flags)
     try:
         yield descriptor
-    except OSError as error:  # calls on descriptors do not name the file
+    except OSError as error:  # errors of calls on descriptors do not name the file
         raise OSError(error.errno, error.strerror, str(name or path)) from None
     finally:
         os.close(descriptor)

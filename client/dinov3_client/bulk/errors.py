@@ -1,11 +1,13 @@
+"""The errors of extractions."""
+
 from __future__ import annotations
 
 from dinov3_client._errors import Dinov3Error
 
 
 class ExtractionError(Dinov3Error):
-    """A folder of features cannot be used as asked: another extraction's, unfinished, damaged, or in use."""
+    """A folder of features cannot be used: it is of another extraction, unfinished, damaged or in use."""
 
 
 class SourceError(ValueError):
-    """The images of an extraction cannot be listed as they were given."""
+    """The images of an extraction cannot be listed."""

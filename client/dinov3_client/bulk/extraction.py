@@ -1,4 +1,4 @@
-"""Images in, shards and a manifest out."""
+"""Runs an extraction: images to shards and a manifest."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from dinov3_client._request import Priority
 from dinov3_client.bulk import manifest
 from dinov3_client.bulk.errors import ExtractionError
 from dinov3_client.bulk.manifest import Journal, Line, Totals
-from dinov3_client.bulk.reading import Entry, Reader
-from dinov3_client.bulk.rows import Options, Row, rows
+from dinov3_client.bulk.reading import ImageEntry, ImageReader
+from dinov3_client.bulk.rows import ExtractionOptions, Row, rows
 from dinov3_client.bulk.shards import SHARD_BYTES, Shards, check_npz_names
 from dinov3_client.bulk.sources import Images
 
-# Left free in a request for what is not the image.
+# Left free in a request for all but the image.
 SLACK_BYTES = 64 << 10
 
 
-class Watch(Protocol):
-    """Who is told how it goes."""
+class ProgressListener(Protocol):
+    """Receives the progress of an extraction."""
 
     def begin(self, done: int, total: int) -> None:
-        """The images that runs before this one did, of how many."""
+        """Start at `done` of `total` images, which earlier runs finished."""
 
     def advance(self, images: int) -> None:
-        """As many images more are done, failed ones among them."""
+        """Count `images` more as finished, failed ones included."""
 
     def failed(self, image: str, reason: str) -> None:
-        """The image of this id has no features."""
+        """Report that the image of this id has no features."""
 
 
 def extract(
@@ -43,19 +43,19 @@ def extract(
     model: Model,
     images: Images,
     folder: Path,
-    options: Options,
+    options: ExtractionOptions,
     *,
     in_flight: int,
     batch_images: int,
     priority: Priority,
-    watch: Watch,
+    progress: ProgressListener,
 ) -> Totals:
-    """The features of all images in `folder`, from where the last run with these arguments stopped.
+    """Write the features of all images to `folder`, resuming where the last run with these arguments stopped.
 
-    `model` is the client's; an answer of another one ends the run. `in_flight` batches of at most `batch_images` are
-    sent or waiting to be written at any time. Whatever ends it, the next run goes on from the last commit.
+    `model` is the client's; a response of another model ends the run. At most `in_flight` batches of at most
+    `batch_images` are sent or waiting to be written. However a run ends, the next one resumes at the last commit.
 
-    Raises Dinov3Error (an ExtractionError where the folder has another extraction), SourceError and OSError.
+    Raises Dinov3Error (ExtractionError if the folder holds another extraction), SourceError and OSError.
     """
     if options.format == "npz":
         check_npz_names(images, folder)
@@ -69,27 +69,27 @@ def extract(
     }
     labels = {"model": model.name, "weights": model.weights, "fingerprint": fingerprint}
     most_bytes = model.limits.max_message_bytes - SLACK_BYTES
-    with manifest.opened(folder, header) as journal:
+    with manifest.open_journal(folder, header) as journal:
         if not journal.complete:
             _check_unchanged(journal, images)
-        watch.begin(journal.totals.images, len(images))
+        progress.begin(journal.totals.images, len(images))
         if journal.complete:
             return journal.totals
-        writer = _Writer(journal, Shards(folder, options, labels), options, watch)
-        with Reader(images, journal.totals.images, most_bytes=most_bytes, batch_images=batch_images) as reader:
+        writer = _Writer(journal, Shards(folder, options, labels), options, progress)
+        with ImageReader(images, journal.totals.images, most_bytes=most_bytes, batch_images=batch_images) as reader:
             answers = client.extract_many(
                 reader.batches(),
                 in_flight=in_flight,
                 priority=priority,
                 on_error="return",
-                **options.of_calls(),
+                **options.extract_arguments(),
             )
             with closing(answers):
                 for features in answers:
                     if features.fingerprint != fingerprint:
                         raise ModelMismatch(
-                            f"the server's model is another one by now: its fingerprint is {features.fingerprint}, and "
-                            f"{fingerprint} was begun with"
+                            f"the server now serves another model: its fingerprint is {features.fingerprint}, and "
+                            f"the extraction began with {fingerprint}"
                         )
                     reader.fit(writer.take(reader.sent.popleft(), features))
             writer.finish(reader.rest)
@@ -97,21 +97,23 @@ def extract(
 
 
 class _Writer:
-    """Gathers rows and commits them, shard by shard. All that it decides follows from the sequence of the rows."""
+    """Collects rows and commits them shard by shard. Its decisions depend on the sequence of rows alone."""
 
-    def __init__(self, journal: Journal, shards: Shards, options: Options, watch: Watch) -> None:
+    def __init__(
+        self, journal: Journal, shards: Shards, options: ExtractionOptions, progress: ProgressListener
+    ) -> None:
         self._journal = journal
         self._shards = shards
         self._options = options
-        self._watch = watch
+        self._watch = progress
         self._images = journal.totals.images
         self._rows: list[Row] = []
         self._nbytes = 0
         self._failures: list[Line] = []
         shards.discard(journal.totals.shards)
 
-    def take(self, entries: list[Entry], features: Features) -> int:
-        """Add what came of a batch; the bytes of its largest row."""
+    def take(self, entries: list[ImageEntry], features: Features) -> int:
+        """Add the features of a batch, and return the bytes of its largest row."""
         sent = [entry for entry in entries if not entry.reason]
         found = {row.entry.index: row for row in rows(sent, features, self._options)}
         reasons = {sent[image].index: error.message for image, error in features.errors.items()}
@@ -124,7 +126,7 @@ class _Writer:
         self._watch.advance(len(entries))
         return max((row.nbytes for row in found.values()), default=0)
 
-    def finish(self, rest: list[Entry]) -> None:
+    def finish(self, rest: list[ImageEntry]) -> None:
         for entry in rest:
             self._fail(entry, entry.reason)
         self._watch.advance(len(rest))
@@ -140,7 +142,7 @@ class _Writer:
         if len(self._rows) == self._shards.most_rows:
             self._commit()
 
-    def _fail(self, entry: Entry, reason: str) -> None:
+    def _fail(self, entry: ImageEntry, reason: str) -> None:
         self._failures.append(
             {"id": entry.item.id, "index": entry.index, "source": entry.item.source, "reason": reason}
         )
@@ -157,7 +159,7 @@ class _Writer:
 
 
 def _fingerprint(model: Model, projection: str | None) -> str:
-    """Of the features, as answers tell it."""
+    """Return the fingerprint that answers must have."""
     if projection is None:
         return model.fingerprint
     known = {each.name: each.fingerprint for each in model.projections}
@@ -169,11 +171,11 @@ def _fingerprint(model: Model, projection: str | None) -> str:
 
 
 def _check_unchanged(journal: Journal, images: Images) -> None:
-    """That the first and the last image that are done are the files that they were.
+    """Raise ExtractionError unless the first and the last finished image are still the same files.
 
-    Ids alone cannot tell another data set of the same names.
+    Ids alone would not distinguish another data set with the same names.
     """
-    for line in journal.witnesses:
+    for line in journal.sample_rows:
         item = images[line["index"]]
         try:
             same = hashlib.sha256(item.read()).hexdigest() == line["sha256"]

@@ -1,13 +1,13 @@
-"""What is done of an extraction: `manifest.jsonl` and `failed.jsonl` of its folder.
+"""Records the progress of an extraction in `manifest.jsonl` and `failed.jsonl` of its folder.
 
-The manifest is lines of JSON. The first is the header, {"manifest": 1, ...}: what determines ids, rows and values. Then
-come the rows, {"id", "index", "shard", "row", "sha256"}, with a *commit* after those of each shard, {"committed": ...};
-when all images are done it is {"complete": ...}. What stands after the last commit does not count.
+The manifest is lines of JSON. The first is the header, {"manifest": 1, ...}: all that determines ids, rows and values.
+Then come rows, {"id", "index", "shard", "row", "sha256"}, and after those of each shard a *commit*, {"committed": ...},
+or {"complete": ...} when all images are done. Lines after the last commit do not count.
 
-The order of a commit: the shard's file is on the disk under its name, then the failures since the last commit, then its
-rows and the commit itself. So whatever a crash leaves behind the last commit, the next run cuts off and does again. It
-does the same again, because rows are numbered in the order of the images and nothing else decides where shards end. No
-line has a time in it.
+A commit is written in this order: the shard's file under its name, the failures since the last commit, the rows, the
+commit itself. After a crash the next run truncates the files to the last commit and repeats the rest. The result is the
+same, because rows are numbered in the order of the images and nothing else decides where shards end. No line contains a
+time.
 """
 
 from __future__ import annotations
@@ -34,44 +34,44 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Totals:
-    """What is committed."""
+    """What was committed."""
 
     images: int = 0
-    """Of the source, from its beginning: with features or failed."""
+    """Images of the source, from its beginning: with features or failed."""
     rows: int = 0
     failed: int = 0
     shards: int = 0
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A manifest as a run finds it."""
+class _ManifestState:
+    """The state of a manifest at the start of a run."""
 
     header: Line | None
     totals: Totals
     complete: bool
     length: int
-    """Bytes up to the end of the last commit, or of the header."""
-    witnesses: tuple[Line, ...]
-    """The first and the last row."""
+    """Bytes up to the end of the last commit or, without one, of the header."""
+    sample_rows: tuple[Line, ...]
+    """The first and the last committed row."""
 
 
 class Journal:
-    """A folder's manifest, to add to. Made by `opened`."""
+    """The manifest of a folder, open for appending. Made by `open_journal`."""
 
-    def __init__(self, folder: Path, totals: Totals, complete: bool, witnesses: Sequence[Line]) -> None:
+    def __init__(self, folder: Path, totals: Totals, complete: bool, sample_rows: Sequence[Line]) -> None:
         self.folder = folder
         self.totals = totals
         self.complete = complete
-        self.witnesses = tuple(witnesses)
-        """Rows that a run before this one committed, the first and the last."""
+        self.sample_rows = tuple(sample_rows)
+        """The first and the last row that earlier runs committed."""
 
     def commit(
         self, images: int, rows: Sequence[Line], failures: Sequence[Line], shard: Line | None, *, complete: bool = False
     ) -> None:
-        """Make durable what came of the images up to (not with) `images`. The shard's file must be it already.
+        """Record the results of the images before index `images`, durably. The shard's file must be durable already.
 
-        `shard` is what the commit says of it; None where no row came.
+        `shard` is the entry of the shard in the commit; None if there are no rows.
         """
         if failures:
             durable.append(self.folder / FAILED, _lines(failures))
@@ -85,10 +85,10 @@ class Journal:
 
 
 @contextmanager
-def opened(folder: Path, header: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of the extraction that `header` describes, begun or gone on with, for this process alone.
+def open_journal(folder: Path, header: Mapping[str, Any]) -> Iterator[Journal]:
+    """Lock a folder and open the journal of the extraction that `header` describes, new or resumed.
 
-    Raises ExtractionError where the folder holds another extraction or is in use.
+    Raises ExtractionError if the folder holds another extraction or is in use.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -99,15 +99,15 @@ def opened(folder: Path, header: Mapping[str, Any]) -> Iterator[Journal]:
             _check_same(folder, found, wanted)
             durable.truncate(folder / MANIFEST, found.length)
             _cut_failures(folder / FAILED, found.totals.failed)
-        else:  # nothing that would be lost: other options are welcome
+        else:  # nothing to lose: begin anew, with whatever options
             _begin(folder, wanted, found)
-        yield Journal(folder, found.totals, found.complete, found.witnesses)
+        yield Journal(folder, found.totals, found.complete, found.sample_rows)
 
 
 def read(folder: Path) -> tuple[Line, Iterator[Line], bool]:
-    """The header, all committed rows and commits in their order, and whether all images are done.
+    """Return the header, all committed rows and commits in order, and whether all images are done.
 
-    Raises ExtractionError where there is no manifest or a damaged one.
+    Raises ExtractionError if the manifest is missing or damaged.
     """
     path = folder / MANIFEST
     found = _read(path)
@@ -117,6 +117,7 @@ def read(folder: Path) -> tuple[Line, Iterator[Line], bool]:
 
 
 def is_row(line: Line) -> bool:
+    """Return whether a line is a row, not a commit."""
     return "id" in line
 
 
@@ -148,19 +149,18 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _begin(folder: Path, header: Line, found: _Found) -> None:
+def _begin(folder: Path, header: Line, found: _ManifestState) -> None:
     if found.header is None and any(folder.glob("features-*.safetensors")):
         raise ExtractionError(
-            f"{folder} holds features but no {MANIFEST}, without which nobody knows of what; give another --out, or "
-            "remove them"
+            f"{folder} holds features but no {MANIFEST} to say of what; give another --out, or remove them"
         )
     _cut_failures(folder / FAILED, 0)
     durable.create(folder / MANIFEST, [_lines([header])])
     durable.sync_folder(folder)
 
 
-def _read(path: Path) -> _Found:
-    """Reads commits as JSON, and rows not at all: there may be many millions."""
+def _read(path: Path) -> _ManifestState:
+    """Read the state of a manifest. Rows are not parsed: there may be many millions."""
     header, last, length, end = None, None, 0, 0
     first_row, row, committed_row = b"", b"", b""
     starts = tuple(f'{{"{name}":'.encode() for name in (_COMMITTED, _COMPLETE))
@@ -177,14 +177,14 @@ def _read(path: Path) -> _Found:
                 else:
                     first_row, row = first_row or text, text
     if last is None:
-        return _Found(header, Totals(), False, length, ())
+        return _ManifestState(header, Totals(), False, length, ())
     try:
         commit = json.loads(last)
         totals = Totals(**(commit.get(_COMMITTED) or commit[_COMPLETE]))
-        witnesses = tuple(json.loads(each) for each in (first_row, committed_row) if totals.rows)
+        sample_rows = tuple(json.loads(each) for each in (first_row, committed_row) if totals.rows)
     except (ValueError, TypeError, KeyError):
         raise _damaged(path) from None
-    return _Found(header, totals, _COMPLETE in commit, length, witnesses)
+    return _ManifestState(header, totals, _COMPLETE in commit, length, sample_rows)
 
 
 def _header(path: Path, text: bytes) -> Line:
@@ -195,18 +195,18 @@ def _header(path: Path, text: bytes) -> Line:
         raise ExtractionError(f"{path} is no manifest of `dinov3-client extract`; give another --out") from None
     if schema != SCHEMA:
         raise ExtractionError(
-            f"{path} is of schema {schema}, and this dinov3-client knows {SCHEMA}: use the one that began it"
+            f"{path} has schema {schema}, but this dinov3-client knows {SCHEMA}: use the version that began it"
         )
     return header
 
 
-def _check_same(folder: Path, found: _Found, wanted: Line) -> None:
+def _check_same(folder: Path, found: _ManifestState, wanted: Line) -> None:
     assert found.header is not None
     there, now = _flat(found.header), _flat(wanted)
     differences = [
         f"{name} is {json.dumps(there.get(name))} there and {json.dumps(now.get(name))} now"
         for name in dict.fromkeys((*now, *there))
-        if there.get(name) != now.get(name) and name not in ("model", "weights")  # names; the fingerprint decides
+        if there.get(name) != now.get(name) and name not in ("model", "weights")  # labels only: the fingerprint decides
     ]
     if not differences:
         return
@@ -217,7 +217,7 @@ def _check_same(folder: Path, found: _Found, wanted: Line) -> None:
         differences.append(f"the model was {models[0]} and is {models[1]}")
     raise ExtractionError(
         f"{folder} holds another extraction ({found.totals.images:,} images done): {'; '.join(differences)}. "
-        "To go on with it, give the same images and options and a server with the same model; for these, another --out"
+        "To resume it, give the same images and options and a server with the same model; for these, give another --out"
     )
 
 
@@ -232,7 +232,7 @@ def _flat(header: Line) -> Line:
 
 
 def _cut_failures(path: Path, count: int) -> None:
-    """Leave the committed ones."""
+    """Truncate the failures to the `count` committed ones."""
     length = lines = 0
     if path.exists():
         with path.open("rb") as file:
@@ -241,9 +241,7 @@ def _cut_failures(path: Path, count: int) -> None:
                     break
                 lines, length = lines + 1, length + len(text)
     if lines < count:
-        raise ExtractionError(
-            f"{path} has lost lines: the manifest tells of {count} failed images, and it names {lines}"
-        )
+        raise ExtractionError(f"{path} has lost lines: the manifest counts {count} failed images, and it names {lines}")
     if os.path.lexists(path):
         durable.truncate(path, length)
 

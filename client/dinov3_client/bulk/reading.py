@@ -1,4 +1,4 @@
-"""The bytes of images, read ahead by threads, in requests."""
+"""Reads images ahead in threads, and groups them into requests."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from dinov3_client.bulk.sources import Images, Item, TooLarge
+from dinov3_client.bulk.sources import ImageRef, Images, TooLarge
 
 THREADS = 4
 AHEAD_BYTES = 64 << 20
 BATCH_BYTES = 32 << 20
-"""Of a request's files, and of its features."""
+"""The most bytes of a request's files, and of its features."""
 
-# What says something of this file. Anything else (a disk or a network that fails, no descriptor left) would fail the
-# next ones too: that ends the run, and a later one goes on.
+# Errors of a single file. Others (a failing disk or network, no descriptor left) would affect the next files too: they
+# end the run, and a later one resumes.
 _OF_ONE_FILE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO,
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """An image on its way."""
+class ImageEntry:
+    """An image that was read, or could not be."""
 
     index: int
-    item: Item
+    item: ImageRef
     sha256: str
-    """Of its bytes; empty where they could not be read."""
+    """Of its bytes; empty if they could not be read."""
     reason: str
-    """Why they could not; empty where they could."""
+    """Why they could not be read; empty if they were."""
 
 
 class _Loaded(NamedTuple):
-    entry: Entry
+    entry: ImageEntry
     data: bytes
 
 
-class Reader:
-    """Reads the images from `start` on, in order. At most AHEAD_BYTES and a file a thread wait to be taken.
+class ImageReader:
+    """Reads the images from `start` on, in order; at most AHEAD_BYTES and one file per thread wait in memory.
 
-    A file of more than `most_bytes` fails without being read. A batch has one image until `fit` has told how large
-    features are, and then up to `batch_images`. `sent` are the entries of each batch that was taken, for the one who
-    has its answer; `rest` those after the last batch, all of them failed.
+    A file of more than `most_bytes` fails without being read. Batches have one image until `fit` was called, then up
+    to `batch_images`. `sent` has the entries of each batch taken, for the caller to match with its answer; `rest` has
+    those after the last batch, all of them failed.
     """
 
     def __init__(self, images: Images, start: int, *, most_bytes: int, batch_images: int) -> None:
-        self.sent: deque[list[Entry]] = deque()
-        self.rest: list[Entry] = []
+        self.sent: deque[list[ImageEntry]] = deque()
+        self.rest: list[ImageEntry] = []
         self._images = images
         self._most_bytes = most_bytes
         self._batch_images = batch_images
@@ -79,12 +79,12 @@ class Reader:
             thread.join()
 
     def fit(self, row_nbytes: int) -> None:
-        """Make batches whose features, of up to `row_nbytes` an image, have at most BATCH_BYTES."""
+        """Limit batches to BATCH_BYTES of features, with `row_nbytes` per image."""
         self._row_nbytes = max(self._row_nbytes, row_nbytes)
 
     def batches(self) -> Iterator[list[bytes]]:
-        """The files of each request: of at most BATCH_BYTES together, or one of more."""
-        entries: list[Entry] = []
+        """Yield the files of each request: at most BATCH_BYTES together, or a single larger one."""
+        entries: list[ImageEntry] = []
         batch: list[bytes] = []
         size = 0
         for entry, data in self._loaded():
@@ -121,7 +121,7 @@ class Reader:
     def _work(self) -> None:
         while True:
             with self._changed:
-                # Images are begun in order: the one that is waited for is never behind a full store.
+                # Images are read in order, so the one that is needed next is never blocked by later ones.
                 self._changed.wait_for(lambda: self._held < AHEAD_BYTES or self._closed)
                 if self._closed or self._next >= len(self._images):
                     return
@@ -148,5 +148,5 @@ class Reader:
                 raise
             reason = error.strerror or str(error)
         else:
-            return _Loaded(Entry(index, item, hashlib.sha256(data).hexdigest(), ""), data)
-        return _Loaded(Entry(index, item, "", reason), b"")
+            return _Loaded(ImageEntry(index, item, hashlib.sha256(data).hexdigest(), ""), data)
+        return _Loaded(ImageEntry(index, item, "", reason), b"")

@@ -1,4 +1,4 @@
-"""Answers as rows: the named arrays of one image, as they lie in shards."""
+"""Turns features into rows: the named arrays of one image, as stored in shards."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from dinov3_client._dtypes import Array
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures
 from dinov3_client._request import TokenKind
-from dinov3_client.bulk.reading import Entry
+from dinov3_client.bulk.reading import ImageEntry
 from dinov3_serving.presets import Interpolation, PresetName
 from dinov3_serving.v1.enums import FeatureDtype
 
 Format = Literal["safetensors", "npz"]
 
 SCALES = "_scales"
-"""Ends the name of the float32 scales of an int8 array: value = int8 * scale, one a token."""
+"""Suffix of the name of an int8 array's float32 scales, one per token: feature = value * scale."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What determines ids, rows and values, the model and the images apart."""
+class ExtractionOptions:
+    """All that determines ids, rows and values, besides the model and the images."""
 
     format: Format = "safetensors"
     outputs: tuple[TokenKind, ...] = ("cls", "patches")
@@ -37,15 +37,15 @@ class Options:
     pool: tuple[int, int] | None = None
     projection: str | None = None
     shard_rows: int = 4096
-    """Most rows of a safetensors shard."""
+    """The most rows of a safetensors shard."""
 
     @property
     def mixed(self) -> bool:
-        """Whether images may come out in several input sizes."""
+        """Whether images may have several input sizes."""
         return self.preset == "none" and self.size is None
 
-    def of_calls(self) -> dict[str, Any]:
-        """Those of `Client.extract_many`."""
+    def extract_arguments(self) -> dict[str, Any]:
+        """Return the arguments for `Client.extract_many`."""
         return {
             "outputs": self.outputs,
             "layers": self.layers,
@@ -61,22 +61,22 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image's features. D channels, P patches, G registers."""
+    """The features of one image. D channels, P patches, G registers."""
 
-    entry: Entry
+    entry: ImageEntry
     input_size: tuple[int, int]
     grids: Mapping[str, tuple[int, int]]
     """`grid` and, of each layer, `layerI_grid`: rows and columns of its patches."""
     arrays: Mapping[str, Array]
-    """cls [D], patches [P, D], registers [G, D], layerI_cls ...; beside int8 ones, NAME_scales [] or [tokens]."""
+    """cls [D], patches [P, D], registers [G, D], layerI_cls, ...; for int8 also NAME_scales [] or [tokens]."""
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
 
-def rows(entries: Sequence[Entry], features: Features, options: Options) -> list[Row]:
-    """Of a batch's images that have features; `entries` are those of all its images."""
+def rows(entries: Sequence[ImageEntry], features: Features, options: ExtractionOptions) -> list[Row]:
+    """Return the rows of the images of a batch that have features; `entries` are those of all its images."""
     good = {index: features[index] for index in range(len(features)) if index not in features.errors}
     sizes = {index: image.input_size for index, image in good.items()}
     if options.dtype == "int8":
@@ -95,11 +95,11 @@ def rows(entries: Sequence[Entry], features: Features, options: Options) -> list
 
 
 def _layers(image: ImageFeatures, layers: Iterable[int]) -> list[tuple[str, LayerFeatures]]:
-    """The last layer's tokens and those of `layers`, with what their names begin with."""
+    """Return the tokens of the last layer and of `layers`, each with the prefix of their names."""
     return [("", image), *((f"layer{layer}_", image.layers[layer]) for layer in layers)]
 
 
-def _arrays(image: ImageFeatures, options: Options) -> dict[str, Array]:
+def _arrays(image: ImageFeatures, options: ExtractionOptions) -> dict[str, Array]:
     return {
         f"{prefix}{kind}": getattr(of, kind)
         for prefix, of in _layers(image, options.layers)
@@ -108,8 +108,10 @@ def _arrays(image: ImageFeatures, options: Options) -> dict[str, Array]:
     }
 
 
-def _quantized(features: Features, sizes: Iterable[tuple[int, int]], options: Options) -> dict[int, dict[str, Array]]:
-    """int8 as it came, for each image, in all `sizes` that there are."""
+def _quantized(
+    features: Features, sizes: Iterable[tuple[int, int]], options: ExtractionOptions
+) -> dict[int, dict[str, Array]]:
+    """Return the int8 values and scales of each image, as received; `sizes` are all input sizes."""
     found: dict[int, dict[str, Array]] = {}
     for size in sizes:
         alike = features.at_size(size)
@@ -119,6 +121,6 @@ def _quantized(features: Features, sizes: Iterable[tuple[int, int]], options: Op
                 quantized = alike.quantized(kind, layer)
                 assert quantized is not None, "asked for"
                 for image, value, scale in zip(alike.images, *quantized, strict=True):
-                    # A scale of its own, as of a CLS token, is an array of no dimension.
+                    # The single scale of a CLS token is an array of no dimensions.
                     found.setdefault(int(image), {}).update({name: value, name + SCALES: np.asarray(scale)})
     return found

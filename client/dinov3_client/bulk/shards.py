@@ -1,4 +1,4 @@
-"""Rows in files: safetensors shards, or an npz for each image."""
+"""Writes rows to files (safetensors shards, or one npz per image) and maps shards."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dinov3_client._dtypes import Array
 from dinov3_client.bulk import durable
 from dinov3_client.bulk.errors import ExtractionError, SourceError
 from dinov3_client.bulk.manifest import FAILED, LOCK, MANIFEST, Line
-from dinov3_client.bulk.rows import Options, Row
+from dinov3_client.bulk.rows import ExtractionOptions, Row
 from dinov3_client.bulk.sources import Images
 
 SHARD_BYTES = 256 << 20
-"""Most bytes of features in a shard, but for one row of more."""
+"""The most bytes of features in a shard, unless a single row has more."""
 NPZ_ROWS = 64
-"""Rows of npz files between two commits."""
+"""npz files per commit."""
 
-# What Linux lets a name and (less some bytes for a draft's) a path have.
+# Linux's limits for a name and, less room for the temporary name, for a path.
 _NAME_BYTES, _PATH_BYTES = 255, 4000
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -38,22 +38,22 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class Shards:
-    """Where rows go. `write` makes the files of some of them durable and tells the lines that name them."""
+    """Writes rows to the files of a folder."""
 
-    def __init__(self, folder: Path, options: Options, labels: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, options: ExtractionOptions, labels: Mapping[str, str]) -> None:
         self._folder = folder
         self._options = options
         self._labels = labels
-        """What each file says of itself: the model's name, weights and fingerprint."""
+        """Stored in each file: the model's name, weights and fingerprint."""
         self.most_rows = NPZ_ROWS if options.format == "npz" else options.shard_rows
 
     def write(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
-        """The manifest's line of each row, and what the commit says of the shard."""
+        """Write rows durably; return the manifest line of each, and the entry of the shard in the commit."""
         write = self._npz if self._options.format == "npz" else self._safetensors
         return write(number, rows)
 
     def discard(self, number: int) -> None:
-        """Remove the shard of this number, which a run wrote that did not come to commit it."""
+        """Remove the shard of this number, which a killed run may have written without committing it."""
         for path in (self._folder / shard_name(number), self._folder / durable.DRAFT):
             path.unlink(missing_ok=True)
 
@@ -95,8 +95,8 @@ class Shards:
         return lines, {}
 
     def _npz_contents(self, row: Row) -> dict[str, Array]:
-        """Text is in arrays of no dimension: `str(file["model"])`."""
-        said = {
+        """Return the contents of an npz; text is in arrays of no dimensions: `str(file["model"])`."""
+        labels = {
             "preset": self._options.preset,
             "exif": self._options.exif,
             "source": row.entry.item.source,
@@ -106,7 +106,7 @@ class Shards:
             **row.arrays,
             **{name: np.array(grid) for name, grid in row.grids.items()},
             "input_size": np.array(row.input_size),
-            **{name: np.array(value) for name, value in said.items()},
+            **{name: np.array(value) for name, value in labels.items()},
         }
 
 
@@ -115,12 +115,12 @@ def shard_name(number: int) -> str:
 
 
 def size_name(size: tuple[int, int]) -> str:
-    """height x width, in pixels of the model's input."""
+    """Return HEIGHTxWIDTH, in pixels of the model's input."""
     return f"{size[0]}x{size[1]}"
 
 
 def tensor_name(key: str, size: str | None) -> str:
-    """In a shard: with the input size in front where there may be several."""
+    """Return the name of a tensor in a shard: with the input size in front if there may be several."""
     return key if size is None else f"{size}/{key}"
 
 
@@ -129,7 +129,7 @@ def npz_name(stem: str) -> str:
 
 
 def check_npz_names(images: Images, folder: Path) -> None:
-    """That each image has an npz of its own, which can be made inside `folder`. Raises SourceError."""
+    """Raise SourceError unless each image can have an npz file of its own in `folder`."""
     owners: dict[str, int] = {}
     for index, item in enumerate(images):
         name = npz_name(item.stem)
@@ -140,8 +140,8 @@ def check_npz_names(images: Images, folder: Path) -> None:
         if longest > _NAME_BYTES or len(os.fsencode(folder / name)) > _PATH_BYTES:
             raise SourceError(
                 f"{item.id} cannot have an npz file: a name of {longest} bytes in a path of "
-                f"{len(os.fsencode(folder / name))} is longer than the {_NAME_BYTES} and {_PATH_BYTES} that there may "
-                "be; use --format safetensors"
+                f"{len(os.fsencode(folder / name))} is longer than the limits of {_NAME_BYTES} and {_PATH_BYTES}; "
+                "use --format safetensors"
             )
         if name in owners:
             raise SourceError(
@@ -159,8 +159,8 @@ def check_npz_names(images: Images, folder: Path) -> None:
                 )
 
 
-def mapped(path: Path) -> dict[str, Array]:
-    """The tensors of a shard, as read-only views of its mapping. Raises OSError and ExtractionError.
+def map_shard(path: Path) -> dict[str, Array]:
+    """Map a shard into memory and return its tensors as read-only views. Raises OSError and ExtractionError.
 
     The format: see `dinov3_client._safetensors`.
     """
@@ -179,12 +179,12 @@ def _line(row: Row, shard: str, place: int) -> Line:
 
 
 def _parts(tensors: Mapping[str, Sequence[Array]], metadata: Mapping[str, str]) -> Iterator[bytes | Array]:
-    """The bytes of a file, piece by piece, of tensors [R, ...] given by their R rows."""
+    """Yield the bytes of a file in pieces; tensors [R, ...] are given by their R rows."""
     specs = {name: (rows[0].dtype, (len(rows), *rows[0].shape)) for name, rows in tensors.items()}
     yield _safetensors.header(specs, metadata)
     for name in _safetensors.stored_order(specs):
         for row in tensors[name]:
-            # As bytes, since bfloat16 has no buffer of its own.
+            # As bytes: bfloat16 arrays do not support the buffer protocol.
             yield np.ascontiguousarray(row).reshape(-1).view(np.uint8)
 
 

@@ -1,7 +1,7 @@
-"""The images of an extraction: which, in which order, and under which ids.
+"""Lists the images of an extraction, in order and with ids.
 
-Order and ids depend on what was given and on names alone, so that a later run finds the same. An image costs about as
-much memory as its id; nothing is opened but tar files, of which the headers are read.
+Order and ids depend on the arguments and on names alone, so that a later run finds the same. An image takes about as
+much memory as its id; no files are opened but tar files, whose headers are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import overload
 from dinov3_client.bulk.errors import SourceError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
-"""Of image files in folders, and of image members in tar shards, where the first of them that a sample has counts."""
+"""Extensions of images in folders and tar shards; of a sample in a tar shard the first of these counts."""
 
 _ENDINGS = tuple(f".{extension}" for extension in EXTENSIONS)
 _TAR = ".tar"
@@ -34,7 +34,7 @@ _TAR_BLOCK = 512
 
 
 class TooLarge(Exception):
-    """A file that no request can hold."""
+    """A file is too large for a request."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -42,30 +42,30 @@ class TooLarge(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One image."""
+class ImageRef:
+    """A reference to one image, not yet read."""
 
     id: str
     """Unique in its extraction."""
     path: str
-    """The file that it is, or lies in."""
+    """The file, or the tar file that contains it."""
     span: tuple[int, int] | None
-    """Where it lies in a tar file: first byte and length."""
+    """First byte and length within a tar file; None of a plain file."""
     stem: str
-    """What a file of its own would be called, relative and without an ending; not unique by itself."""
+    """Relative path, without extension, of a file named after it; not necessarily unique."""
 
     @property
     def source(self) -> str:
-        """Where to find it, for people."""
+        """The location to show in messages."""
         return self.path if self.span is None else self.id
 
     def read(self, most: int | None = None) -> bytes:
-        """Its bytes. Raises OSError, and TooLarge where there are more than `most`, which are not read then."""
-        with open(self.path, "rb", opener=_at_once) as file:
-            told = os.fstat(file.fileno())
-            if not stat.S_ISREG(told.st_mode):
+        """Read its bytes. Raises OSError, and TooLarge, without reading, if there are more than `most`."""
+        with open(self.path, "rb", opener=_open_nonblocking) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.ENXIO, "not a regular file", self.path)
-            begin, size = self.span or (0, told.st_size)
+            begin, size = self.span or (0, status.st_size)
             if most is not None and size > most:
                 raise TooLarge(size)
             file.seek(begin)
@@ -75,20 +75,20 @@ class Item:
         return data
 
 
-class _Files:
-    """Files below a folder, with ids relative to it; or, with no folder, under the names given."""
+class _FileGroup:
+    """Files below a folder, with ids relative to it; or, without a folder, under the names given."""
 
     def __init__(self, folder: str, names: list[str]) -> None:
         self._folder = folder
         self.ids = names
 
-    def item(self, index: int) -> Item:
+    def item(self, index: int) -> ImageRef:
         name = self.ids[index]
-        inner = name if self._folder else os.path.basename(name)  # noqa: PTH119 - see Item.read
-        return Item(name, os.path.join(self._folder, name), None, _without_ending(inner))  # noqa: PTH118
+        inner = name if self._folder else os.path.basename(name)  # noqa: PTH119 - see ImageRef.read
+        return ImageRef(name, os.path.join(self._folder, name), None, _without_ending(inner))  # noqa: PTH118
 
 
-class _Tar:
+class _TarGroup:
     """The samples of a webdataset shard that have an image."""
 
     def __init__(self, path: str, name: str) -> None:
@@ -101,16 +101,16 @@ class _Tar:
             self._spans.extend((begin, size))
         self._prefix = len(name) + 1
 
-    def item(self, index: int) -> Item:
+    def item(self, index: int) -> ImageRef:
         sample = self.ids[index]
         begin, size = self._spans[2 * index : 2 * index + 2]
-        return Item(sample, self._path, (begin, size), f"{self._stem}/{sample[self._prefix :]}")
+        return ImageRef(sample, self._path, (begin, size), f"{self._stem}/{sample[self._prefix :]}")
 
 
-class Images(Sequence[Item]):
-    """All images, in their order. Raises SourceError where two have one id."""
+class Images(Sequence[ImageRef]):
+    """All images, in order. Raises SourceError if two have the same id."""
 
-    def __init__(self, groups: Sequence[_Files | _Tar]) -> None:
+    def __init__(self, groups: Sequence[_FileGroup | _TarGroup]) -> None:
         self._groups = groups
         self._ends = list(accumulate(len(group.ids) for group in groups))
         known: set[str] = set()
@@ -118,16 +118,17 @@ class Images(Sequence[Item]):
             if name in known:
                 first = next(other for other, earlier in enumerate(self.ids()) if earlier == name)
                 raise SourceError(
-                    f"two images have the id {name}: {self._told(first)} and {self._told(index)}; give each image "
-                    "once, and those of equal names to runs with an --out of their own"
+                    f"two images have the id {name}: {self._location(first)} and {self._location(index)}; give each "
+                    "image once; for different images of the same name use runs with different --out folders"
                 )
             known.add(name)
 
     def ids(self) -> Iterator[str]:
+        """Iterate over all ids, in order."""
         return chain.from_iterable(group.ids for group in self._groups)
 
     def digest(self) -> str:
-        """SHA-256 of all ids in their order."""
+        """Return the SHA-256 of all ids, in order."""
         digest = hashlib.sha256()
         for name in self.ids():
             digest.update(os.fsencode(name) + b"\0")
@@ -137,35 +138,35 @@ class Images(Sequence[Item]):
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, index: int) -> Item: ...
+    def __getitem__(self, index: int) -> ImageRef: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+    def __getitem__(self, index: slice) -> list[ImageRef]: ...
+    def __getitem__(self, index: int | slice) -> ImageRef | list[ImageRef]:
         places = range(len(self))[index]
         if isinstance(places, range):
             return [self[place] for place in places]
         group = bisect_right(self._ends, places)
         return self._groups[group].item(places - (self._ends[group - 1] if group else 0))
 
-    def _told(self, index: int) -> str:
+    def _location(self, index: int) -> str:
         item = self[index]
         return f"{item.path} (image {index})" if item.span is None else f"{item.path} (byte {item.span[0]})"
 
 
-def find(given: Iterable[str], lists: Iterable[Path] = ()) -> Images:
-    """The images of folders, files, globs, tar shards and brace ranges of them, then of the files that `lists` name.
+def find_images(given: Iterable[str], lists: Iterable[Path] = ()) -> Images:
+    """Return the images of folders, files, globs, tar shards and brace ranges, then those that the files `lists` name.
 
-    Raises SourceError for what is not there or holds no image, and OSError.
+    Raises SourceError for sources that do not exist or contain no image, and OSError.
     """
-    groups: list[_Files | _Tar] = []
+    groups: list[_FileGroup | _TarGroup] = []
     for source in given:
         for path in _expanded(source):
             groups.extend(_of_folder(path) if os.path.isdir(path) else _of_files([path]))  # noqa: PTH112
     for file in lists:
-        # Not splitlines: names may hold what that takes for a line's end (U+2028, say).
+        # Not splitlines: names may contain other line separators, such as U+2028.
         lines = [line.removesuffix("\r") for line in os.fsdecode(file.read_bytes()).split("\n")]
         if any("\0" in line for line in lines):
-            raise SourceError(f"{file} is no list of images: it holds bytes of 0, which no name has")
+            raise SourceError(f"{file} is no list of images: it contains null bytes, which names cannot")
         groups.extend(_of_files([line for line in lines if line.strip()]))
     images = Images(groups)
     if not images:
@@ -203,27 +204,25 @@ def _ranges(pattern: str) -> Iterator[str]:
         yield from _ranges(f"{pattern[: found.start()]}{number:0{width}}{pattern[found.end() :]}")
 
 
-def _of_files(paths: list[str]) -> Iterator[_Files | _Tar]:
-    """Each file under the name given, runs of plain ones together."""
+def _of_files(paths: list[str]) -> Iterator[_FileGroup | _TarGroup]:
+    """Yield groups of files under the names given; consecutive plain files share a group."""
     run: list[str] = []
     for path in paths:
         lower = path.lower()
         if lower.endswith(_PACKED_TARS):
-            raise SourceError(
-                f"{path} is a compressed tar file, in which no sample can be found again; unpack it first"
-            )
+            raise SourceError(f"{path} is a compressed tar file, which has no random access; decompress it first")
         if lower.endswith(_TAR):
             if run:
-                yield _Files("", run)
+                yield _FileGroup("", run)
                 run = []
             yield _shard(path, path)
         else:
             run.append(path)
     if run:
-        yield _Files("", run)
+        yield _FileGroup("", run)
 
 
-def _of_folder(folder: str) -> Iterator[_Files | _Tar]:
+def _of_folder(folder: str) -> Iterator[_FileGroup | _TarGroup]:
     names = sorted(_below(folder))
     if not names:
         raise SourceError(f"{folder} holds no image ({', '.join(EXTENSIONS)}) and no uncompressed tar shard")
@@ -231,22 +230,22 @@ def _of_folder(folder: str) -> Iterator[_Files | _Tar]:
     for name in names:
         if name.lower().endswith(_TAR):
             if run:
-                yield _Files(folder, run)
+                yield _FileGroup(folder, run)
                 run = []
             yield _shard(os.path.join(folder, name), name)  # noqa: PTH118
         else:
             run.append(name)
     if run:
-        yield _Files(folder, run)
+        yield _FileGroup(folder, run)
 
 
 def _below(folder: str) -> Iterator[str]:
-    """Names of images and shards, hidden ones left out. Links to folders are followed, but never in a circle."""
+    """Yield the names of images and shards, except hidden ones. Links to folders are followed, but not in a cycle."""
     waiting = [(folder, "", frozenset[tuple[int, int]]())]
     while waiting:
         path, prefix, above = waiting.pop()
-        told = os.stat(path)  # noqa: PTH116
-        here = (told.st_dev, told.st_ino)
+        status = os.stat(path)  # noqa: PTH116
+        here = (status.st_dev, status.st_ino)
         if here in above:
             continue
         with os.scandir(path) as entries:
@@ -259,22 +258,22 @@ def _below(folder: str) -> Iterator[str]:
                     yield prefix + entry.name
 
 
-def _at_once(path: str, flags: int) -> int:
-    """Opens a pipe too without waiting for one who writes to it."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open a file; a pipe too, without waiting for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _shard(path: str, name: str) -> _Tar:
-    shard = _Tar(path, name)
+def _shard(path: str, name: str) -> _TarGroup:
+    shard = _TarGroup(path, name)
     if not shard.ids:
         raise SourceError(f"{path} holds no sample with an image ({', '.join(EXTENSIONS)})")
     return shard
 
 
 def _samples(path: str) -> Iterator[tuple[str, int, int]]:
-    """Key, first byte and length of the image of each sample that has one.
+    """Yield key, first byte and length of the image of each sample that has one.
 
-    A sample is what webdataset takes for one: neighbours whose names agree up to the first dot of the last part
+    As in webdataset, a sample is adjacent members whose names agree up to the first dot of the last part
     (https://github.com/webdataset/webdataset, "The WebDataset Format").
     """
     current, best = "", len(EXTENSIONS)
@@ -295,14 +294,14 @@ def _samples(path: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _members(path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, first byte and length of each regular member. Raises SourceError for a damaged file, and OSError."""
+    """Yield name, first byte and length of each regular member. Raises SourceError for a damaged file, and OSError."""
     with open(path, "rb") as file:  # noqa: PTH123
         nbytes = os.fstat(file.fileno()).st_size
         end = 0
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                    tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all of them
                     if tar.offset <= end or member.size < 0:
                         raise SourceError(f"{path} is a damaged tar file: {member.name} has {member.size} bytes")
                     end = tar.offset
@@ -322,16 +321,16 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
         except SourceError:
             raise
         except OSError as error:
-            if error.errno != errno.EINVAL:  # of a seek to an absurd place
+            if error.errno != errno.EINVAL:  # EINVAL is of a seek to an absurd offset
                 raise OSError(error.errno, error.strerror, path) from None
             raise SourceError(f"{path} is a damaged tar file: {error.strerror}") from None
-        except Exception as error:  # absurd headers make tarfile raise all sorts
+        except Exception as error:  # absurd headers make tarfile raise many kinds of errors
             raise SourceError(f"{path} is no tar file, or a damaged one: {error}") from None
-        # tarfile takes a header that it cannot read for the end.
+        # tarfile takes an unreadable header for the end of the file.
         file.seek(max(end, 0))
         rest = file.read(_TAR_BLOCK)
     if rest.strip(b"\0"):
-        raise SourceError(f"{path} is a damaged tar file: what stands at byte {end} is neither a member nor its end")
+        raise SourceError(f"{path} is a damaged tar file: at byte {end} is neither a member nor the end")
 
 
 def _without_ending(name: str) -> str:

@@ -1,7 +1,7 @@
-"""`dinov3-client`: a server's model, features of photos in files, pictures of features. A module a command.
+"""The command `dinov3-client`: one module per subcommand.
 
-Exit codes: 0 done, 1 failed (in whole or for some images, each named on stderr), 2 wrong usage, 130
-Ctrl-C or SIGTERM.
+Exit codes: 0 success; 1 failure (of the command, or of some images, each named on stderr); 2 wrong usage; 130 Ctrl-C or
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from dinov3_client._errors import Dinov3Error
 from dinov3_client.cli import extract, fit_projection, info, pca, similarity
-from dinov3_client.cli.common import UsageError, complain, server_flags
+from dinov3_client.cli.common import UsageError, print_error, server_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,16 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         parser.error(str(error))
     except (Dinov3Error, OSError) as error:
-        complain(str(error))
+        print_error(str(error))
         return 1
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_error("interrupted")
         return 130
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM, as schedulers send it some time before SIGKILL, ends a command as Ctrl-C does."""
+    """Make SIGTERM, which job schedulers send before SIGKILL, end a command like Ctrl-C."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What the commands share: the server's flags, messages on stderr, lists of numbers."""
+"""Shared by the commands: the server's flags, messages, argument types."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from dinov3_client._client import Client
 from dinov3_client._model import Model
 from dinov3_client._text import printable
 from dinov3_client.bulk.errors import SourceError
-from dinov3_client.bulk.sources import Images, find
+from dinov3_client.bulk.sources import Images, find_images
 
 DEFAULT_TARGET = "localhost:50051"
 
 
 class UsageError(Exception):
-    """What argparse cannot see by itself."""
+    """A usage error that argparse does not detect itself."""
 
 
-class Failures:
-    """Says each on stderr as it comes."""
+class FailureLog:
+    """Reports failed images on stderr, and counts them."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def __call__(self, image: str, reason: str) -> None:
-        self.say(f"{image}: {reason}")
+        self.log(f"{image}: {reason}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.count += 1
-        complain(text)
+        print_error(text)
 
 
-def found_images(sources: Iterable[str], failures: Failures) -> Iterator[Images]:
-    """Of each source, in their order: a file, folder, glob or tar shard. One that is none of these is told of."""
+def iter_images(sources: Iterable[str], failures: FailureLog) -> Iterator[Images]:
+    """Yield the images of each source (file, folder, glob or tar shard); log sources that are invalid."""
     for source in sources:
         try:
-            yield find([source])
+            yield find_images([source])
         except SourceError as error:
-            failures.say(str(error))
+            failures.log(str(error))
 
 
 def connect(args: argparse.Namespace) -> Client:
+    """Make the client that the server's flags describe."""
     try:
         token = args.token_file.read_text("ascii").strip() if args.token_file else os.environ.get("DINOV3_TOKEN")
         return Client(
@@ -57,20 +58,21 @@ def connect(args: argparse.Namespace) -> Client:
             tls_key=args.tls_key,
         )
     except UnicodeDecodeError:
-        raise UsageError(f"--token-file {args.token_file}: it holds no token: other characters than ASCII") from None
+        raise UsageError(f"--token-file {args.token_file}: a token has ASCII characters only") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def known_model(client: Client) -> Model:
+def get_model(client: Client) -> Model:
+    """Return the server's model, with a note on stderr if its weights are random."""
     model = client.model()
     if model.random_weights:
-        complain(f"note: the server's weights are random ({model.weights}): its features have no meaning")
+        print_error(f"note: the server's weights are random ({model.weights}): the features are meaningless")
     return model
 
 
 def layer_numbers(asked: Sequence[int], model: Model) -> tuple[int, ...]:
-    """As numbers from 0 on, so that a file's names say the same whatever the model's depth."""
+    """Return non-negative layer numbers, so that names in files do not depend on the model's depth."""
     for layer in asked:
         if not -model.depth <= layer < model.depth:
             raise UsageError(f"layer {layer}: {model.name} has the layers 0 to {model.depth - 1}")
@@ -78,68 +80,73 @@ def layer_numbers(asked: Sequence[int], model: Model) -> tuple[int, ...]:
 
 
 def server_flags() -> argparse.ArgumentParser:
-    """The flags of every command that speaks to a server, as a parent parser."""
+    """Return a parent parser with the flags of all commands that call a server."""
     server = argparse.ArgumentParser(add_help=False)
     group = server.add_argument_group("server")
     group.add_argument(
         "--target",
         default=os.environ.get("DINOV3_TARGET", DEFAULT_TARGET),
         metavar="HOST:PORT",
-        help="environment: DINOV3_TARGET; now %(default)s",
+        help="the server; default: %(default)s (environment: DINOV3_TARGET)",
     )
     group.add_argument(
         "--deadline",
         type=seconds,
         default=60.0,
         metavar="SECONDS",
-        help="of one call, with all that it waits for a busy or absent server (default %(default)g)",
+        help="of one call, including waits for a busy or absent server; default: %(default)g",
     )
     group.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="file with the server's token; or environment: DINOV3_TOKEN"
+        "--token-file", type=Path, metavar="FILE", help="file with the access token (environment: DINOV3_TOKEN)"
     )
     group.add_argument(
-        "--tls-ca", type=Path, metavar="FILE", help="PEM file that vouches for the server; without it, plain text"
+        "--tls-ca", type=Path, metavar="FILE", help="PEM file with the server's authority; default: no TLS"
     )
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM file with a certificate of the client's own")
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file with its private key")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM file with the client's certificate")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file with the client's private key")
     return server
 
 
-def add_size(parser: argparse.ArgumentParser, default: tuple[int, int] | None, named: str) -> None:
+def add_size_flag(parser: argparse.ArgumentParser, default: tuple[int, int] | None, default_text: str) -> None:
+    """Add --size."""
     parser.add_argument(
         "--size",
         type=image_size,
         default=default,
         metavar="N|HxW",
-        help=f"pixels of the model's input, multiples of its patch size; default: {named}",
+        help=f"size of the model's input in pixels, multiples of its patch size; default: {default_text}",
     )
 
 
 def image_size(text: str) -> tuple[int, int]:
+    """Parse N or HxW to (height, width)."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) < 2**32 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; 512 and 384x512 (height x width) are")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 512 or 384x512 (height x width)")
     return int(sides[0]), int(sides[-1])
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def layer_list(text: str) -> tuple[int, ...]:
+    """Parse comma-separated layer numbers."""
     try:
         return tuple(map(int, text.split(",")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers; 3,7,-1 is one") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers, such as 3,7,-1") from None
 
 
 def seconds(text: str) -> float:
+    """Parse a positive number of seconds."""
     try:
         return check_deadline(float(text))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of seconds") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds") from None
 
 
-def say(line: str) -> None:
-    # Names of files and texts of servers may hold anything.
+def print_line(line: str) -> None:
+    """Print a line; names of files and texts of servers in it are made printable."""
     sys.stdout.write(printable(line) + "\n")
 
 
-def complain(line: str) -> None:
+def print_error(line: str) -> None:
+    """Print a line to stderr, made printable."""
     sys.stderr.write(f"dinov3-client: {printable(line)}\n")

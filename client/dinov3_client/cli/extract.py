@@ -1,4 +1,4 @@
-"""`dinov3-client extract`: the features of a data set in files."""
+"""`dinov3-client extract`: write the features of a data set to files."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from dinov3_client._errors import Dinov3Error
 from dinov3_client._request import Priority, TokenKind
 from dinov3_client.bulk import extraction, manifest, sources
 from dinov3_client.bulk.errors import SourceError
-from dinov3_client.bulk.rows import Format, Options
+from dinov3_client.bulk.rows import ExtractionOptions, Format
 from dinov3_client.cli.common import (
     UsageError,
-    add_size,
-    complain,
+    add_size_flag,
     connect,
+    get_model,
     image_size,
-    known_model,
+    layer_list,
     layer_numbers,
-    numbers,
-    say,
+    print_error,
+    print_line,
 )
 from dinov3_serving.presets import Interpolation, PresetName
 from dinov3_serving.v1.enums import FeatureDtype
 
-# Of failed images on stderr; failed.jsonl has all.
+# Failed images named on stderr; failed.jsonl has all.
 _SHOWN_FAILURES = 20
-# Between two messages of progress: where a line is rewritten, and where each stays.
+# Between two progress messages: on a terminal, and in a log.
 _LIVE_SECONDS, _LOGGED_SECONDS = 0.2, 10.0
 
 
@@ -38,17 +38,16 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     extract = commands.add_parser(
         "extract",
         parents=[server],
-        help="features of a data set, in files",
-        description="Writes the features of all images into DIR, as safetensors shards and a manifest that tells which "
-        "row is whose (dinov3_client.FeatureDataset reads them), or as an npz file each. Started again, it goes on "
-        "where it was stopped, however that was. Broken images are left out and listed in DIR/failed.jsonl; the exit "
-        "code is 1 then.",
+        help="write the features of a data set to files",
+        description="Writes the features of all images to DIR, as safetensors shards with a manifest "
+        "(dinov3_client.FeatureDataset reads them), or as one npz file per image. Run it again to resume after an "
+        "interruption of any kind. Broken images are skipped and listed in DIR/failed.jsonl; the exit code is 1 then.",
     )
     extract.add_argument(
         "sources",
         nargs="*",
         metavar="SOURCE",
-        help="folder (with all below it), image, webdataset shard (.tar), 'glob*.jpg' or 'shards-{000..099}.tar'",
+        help="folder (recursive), image, webdataset shard (.tar), 'glob*.jpg' or 'shards-{000..099}.tar'",
     )
     extract.add_argument(
         "--list",
@@ -56,17 +55,17 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="file that names an image or shard a line",
+        help="file with the name of an image or shard in each line",
     )
-    extract.add_argument("--out", type=Path, required=True, metavar="DIR", help="made where it is not there")
+    extract.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, made if missing")
     extract.add_argument("--format", choices=get_args(Format), default="safetensors", help="default: %(default)s")
     extract.add_argument(
         "--shard-rows",
         type=_positive,
         default=4096,
         metavar="N",
-        help="most rows of a shard, which also ends at 256 MB (default %(default)s); a run that is killed does again "
-        "what its unfinished shard had",
+        help="most rows of a shard, which also ends at 256 MB; a killed run repeats its unfinished shard "
+        "(default: %(default)s)",
     )
     features = extract.add_argument_group("features")
     features.add_argument(
@@ -78,49 +77,52 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     )
     features.add_argument(
         "--layers",
-        type=numbers,
+        type=layer_list,
         default=(),
         metavar="I,...",
-        help="layers whose outputs come as well; negative ones count from the end (--layers=-4,-1)",
+        help="layers to extract in addition; negative numbers count from the end (--layers=-4,-1)",
     )
     features.add_argument(
         "--dtype",
         choices=get_args(FeatureDtype),
         default="float16",
-        help="default: %(default)s; int8 comes with a scale a token; npz files have no bfloat16",
+        help="int8 has one scale per token; not bfloat16 with npz files (default: %(default)s)",
     )
-    features.add_argument("--pool", type=image_size, metavar="N|HxW", help="patches averaged to a grid of this many")
-    features.add_argument("--projection", metavar="NAME", help="of the patches' channels, one that the server has")
+    features.add_argument("--pool", type=image_size, metavar="N|HxW", help="average the patches to a grid of this size")
+    features.add_argument("--projection", metavar="NAME", help="a projection of the server, applied to the patches")
     images = extract.add_argument_group("images")
     images.add_argument("--preset", choices=get_args(PresetName), default="dinov3", help="default: %(default)s")
-    add_size(images, None, "the preset's")
+    add_size_flag(images, None, "the preset's")
     images.add_argument("--interpolation", choices=get_args(Interpolation), help="default: the preset's")
-    images.add_argument("--exif", action="store_true", help="turn images by their EXIF orientation first")
-    pace = extract.add_argument_group("pace")
-    pace.add_argument(
-        "--batch-size", type=_positive, default=32, metavar="N", help="images of a request (default %(default)s)"
+    images.add_argument("--exif", action="store_true", help="rotate images by their EXIF orientation first")
+    requests = extract.add_argument_group("requests")
+    requests.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="images in a request (default: %(default)s)"
     )
-    pace.add_argument(
-        "--in-flight", type=_positive, default=4, metavar="N", help="requests at a time (default %(default)s)"
+    requests.add_argument(
+        "--in-flight", type=_positive, default=4, metavar="N", help="concurrent requests (default: %(default)s)"
     )
-    pace.add_argument(
-        "--priority", choices=get_args(Priority), default="bulk", help="default: %(default)s, which gives way to others"
+    requests.add_argument(
+        "--priority",
+        choices=get_args(Priority),
+        default="bulk",
+        help="bulk gives way to interactive (default: %(default)s)",
     )
     extract.set_defaults(command=_extract)
 
 
 def _extract(args: argparse.Namespace) -> int:
     if args.format == "npz" and args.dtype == "bfloat16":
-        raise UsageError("--dtype bfloat16: npz files have no such numbers; float16, float32 and int8 are left")
+        raise UsageError("--dtype bfloat16 is not possible in npz files; use float16, float32 or int8")
     if not args.sources and not args.list:
         raise UsageError("nothing to extract: give a SOURCE, or a --list of images")
     folder: Path = args.out
-    progress = Progress(sys.stderr, time.monotonic)
+    progress = ProgressLine(sys.stderr, time.monotonic)
     try:
-        images = sources.find(args.sources, args.list)
+        images = sources.find_images(args.sources, args.list)
         with connect(args) as client:
-            model = known_model(client)
-            options = Options(
+            model = get_model(client)
+            options = ExtractionOptions(
                 format=args.format,
                 outputs=args.outputs,
                 layers=layer_numbers(args.layers, model),
@@ -142,7 +144,7 @@ def _extract(args: argparse.Namespace) -> int:
                 in_flight=args.in_flight,
                 batch_images=args.batch_size,
                 priority=args.priority,
-                watch=progress,
+                progress=progress,
             )
     except SourceError as error:
         raise UsageError(str(error)) from None
@@ -150,18 +152,18 @@ def _extract(args: argparse.Namespace) -> int:
         progress.end()
         if not progress.total:
             raise
-        complain("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
-        complain(f"stopped; what was committed to {folder} stays, and the same command goes on from there")
+        print_error("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
+        print_error(f"stopped; {folder} keeps what was committed, and the same command resumes from there")
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     progress.end()
-    say(f"{totals.rows} of {totals.images} images written to {folder}")
+    print_line(f"{totals.rows} of {totals.images} images written to {folder}")
     if totals.failed:
-        complain(f"{totals.failed} of {totals.images} images have no features: {folder / manifest.FAILED} tells why")
+        print_error(f"{totals.failed} of {totals.images} images have no features: see {folder / manifest.FAILED}")
     return 1 if totals.failed else 0
 
 
-class Progress:
-    """How far an extraction is, on stderr: on a terminal one line that is rewritten, else one every ten seconds."""
+class ProgressLine:
+    """Reports progress on stderr: on a terminal in one line that is rewritten, else a line every ten seconds."""
 
     def __init__(self, stream: TextIO, now: Callable[[], float]) -> None:
         self.total = 0
@@ -176,7 +178,7 @@ class Progress:
         self.total, self._done, self._begun = total, done, done
         self._start = self._last = self._now()
         if 0 < done < total:
-            complain(f"going on after {done:,} of {total:,} images")
+            print_error(f"resuming after {done:,} of {total:,} images")
 
     def advance(self, images: int) -> None:
         self._done += images
@@ -190,13 +192,13 @@ class Progress:
         self._failed += 1
         if self._failed <= _SHOWN_FAILURES:
             self.end()
-            complain(f"{image}: {reason}")
+            print_error(f"{image}: {reason}")
         elif self._failed == _SHOWN_FAILURES + 1:
             self.end()
-            complain("more images have no features; they are not named here")
+            print_error("more images have no features; they are not shown here")
 
     def end(self) -> None:
-        """Leaves the line to what comes next."""
+        """Clear the line for other output."""
         if self._shown:
             self._stream.write("\r" + " " * len(self._shown) + "\r")
             self._shown = ""
@@ -213,7 +215,7 @@ class Progress:
             self._shown = text
             self._stream.flush()
         else:
-            complain(text)
+            print_error(text)
 
 
 def _duration(seconds: float) -> str:
@@ -226,7 +228,7 @@ def _duration(seconds: float) -> str:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
 
 
@@ -234,5 +236,5 @@ def _outputs(text: str) -> tuple[TokenKind, ...]:
     kinds = [kind for kind in get_args(TokenKind) if kind in text.split(",")]
     unknown = [name for name in text.split(",") if name not in kinds]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no output; cls, patches and registers are")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not an output; allowed are cls, patches and registers")
     return tuple(kinds)

@@ -1,4 +1,4 @@
-"""`dinov3-client fit-projection`."""
+"""`dinov3-client fit-projection`: write principal components as a projection for the server."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from dinov3_client._model import Model
 from dinov3_client._pictures.pca import Components, Moments
 from dinov3_client._request import Layer
 from dinov3_client.bulk.extraction import SLACK_BYTES
-from dinov3_client.bulk.reading import Reader
+from dinov3_client.bulk.reading import ImageReader
 from dinov3_client.cli.common import (
-    Failures,
+    FailureLog,
     UsageError,
-    add_size,
+    add_size_flag,
     connect,
-    found_images,
-    known_model,
+    get_model,
+    iter_images,
     layer_numbers,
-    say,
+    print_line,
 )
 from dinov3_serving.presets import PresetName
 
-# Of one request, and requests on their way: enough to keep a server busy.
+# Enough to keep a server busy.
 BATCH_IMAGES = 32
 IN_FLIGHT = 4
 
-# As the server's setting `projections` takes names.
+# The names that the server's setting `projections` accepts.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.safetensors")
 
 
@@ -46,9 +46,9 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     fit = commands.add_parser(
         "fit-projection",
         parents=[server],
-        help="fewer channels: principal components, for the server to project patches on",
-        description="Writes the first principal components of the patches of all images as a projection that a server "
-        "takes (`projections`): weight [K, D] and bias [K], float32, with weight @ (patch - mean) = weight @ patch + "
+        help="fit a projection of patches to fewer channels by principal components",
+        description="Writes the first principal components of the patches of all images as a projection for the server "
+        "(setting `projections`): weight [K, D] and bias [K], float32, with weight @ (patch - mean) = weight @ patch + "
         "bias. Memory does not grow with the number of images.",
     )
     fit.add_argument("sources", nargs="+", metavar="SOURCE", help="files and folders of images, globs, tar shards")
@@ -58,21 +58,21 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         type=_projection_file,
         required=True,
         metavar="FILE",
-        help="pca64.safetensors for one; its name becomes the projection's",
+        help="such as pca64.safetensors; its name becomes the projection's",
     )
-    fit.add_argument("--channels", type=int, default=64, metavar="K", help="to keep; default: %(default)s")
-    fit.add_argument("--layer", type=int, metavar="I", help="of the patches of this layer; default: the last")
+    fit.add_argument("--channels", type=int, default=64, metavar="K", help="channels to keep (default: %(default)s)")
+    fit.add_argument("--layer", type=int, metavar="I", help="use the patches of this layer (default: the last)")
     fit.add_argument("--preset", choices=get_args(PresetName), default="dinov3", help="default: %(default)s")
-    add_size(fit, None, "the preset's")
-    fit.add_argument("--exif", action="store_true", help="turn images by their EXIF orientation first")
+    add_size_flag(fit, None, "the preset's")
+    fit.add_argument("--exif", action="store_true", help="rotate images by their EXIF orientation first")
     fit.set_defaults(command=_fit)
 
 
 def _fit(args: argparse.Namespace) -> int:
     output: Path = args.output
-    failures = Failures()
+    failures = FailureLog()
     with connect(args) as client:
-        model = known_model(client)
+        model = get_model(client)
         layer = None if args.layer is None else layer_numbers((args.layer,), model)[0]
         channels = model.layer_dims[-1 if layer is None else layer]
         if not 0 < args.channels <= channels:
@@ -83,7 +83,7 @@ def _fit(args: argparse.Namespace) -> int:
             images += 1
     if moments.count <= args.channels:
         raise Dinov3Error(
-            f"{images} images have {moments.count} patches, which have fewer than {args.channels} principal components"
+            f"{images} images have {moments.count} patches, too few for {args.channels} principal components"
         )
     components = moments.components(args.channels)
     total = components.total_variance
@@ -99,27 +99,27 @@ def _fit(args: argparse.Namespace) -> int:
         "explained_variance": f"{kept[-1]:.6f}",
     }
     _safetensors.write(output, projection(components), metadata)
-    say(f"{output}: {args.channels} of {channels} channels, from {moments.count:,} patches of {images:,} images")
-    say(f"explained variance: {_told(kept)}")
-    say(f"for the server:     --projections {shlex.quote(f'{output.stem}={output.resolve()}')}")
-    say(f'for the client:     projection="{output.stem}"')
+    print_line(f"{output}: {args.channels} of {channels} channels, from {moments.count:,} patches of {images:,} images")
+    print_line(f"explained variance: {_explained_variance(kept)}")
+    print_line(f"for the server:     --projections {shlex.quote(f'{output.stem}={output.resolve()}')}")
+    print_line(f'for the client:     projection="{output.stem}"')
     return 1 if failures.count else 0
 
 
 def projection(components: Components) -> dict[str, Array]:
-    """`weight` [K, D] and `bias` [K], float32: weight @ x + bias are the coordinates of x along the components."""
+    """Return `weight` [K, D] and `bias` [K], float32: weight @ x + bias are x's coordinates along the components."""
     weight = components.directions.astype(np.float32)
-    bias = -(weight.astype(np.float64) @ components.mean)  # of the weight as it is rounded, so that the mean goes to 0
+    bias = -(weight.astype(np.float64) @ components.mean)  # of the rounded weight, so that the mean maps to 0
     return {"weight": weight, "bias": bias.astype(np.float32)}
 
 
 def _patches(
-    args: argparse.Namespace, client: Client, model: Model, layer: int | None, failures: Failures
+    args: argparse.Namespace, client: Client, model: Model, layer: int | None, failures: FailureLog
 ) -> Iterator[Array]:
-    """[P, D] of each image that has them; the others are told of."""
-    for images in found_images(args.sources, failures):
+    """Yield the patches [P, D] of each image; log images that fail."""
+    for images in iter_images(args.sources, failures):
         most_bytes = model.limits.max_message_bytes - SLACK_BYTES
-        with Reader(images, 0, most_bytes=most_bytes, batch_images=BATCH_IMAGES) as reader:
+        with ImageReader(images, 0, most_bytes=most_bytes, batch_images=BATCH_IMAGES) as reader:
             answers = client.extract_many(
                 reader.batches(),
                 ("patches",) if layer is None else (),
@@ -156,8 +156,8 @@ def _patches(
 def _check_same(answer: Features, model: Model) -> None:
     if answer.fingerprint != model.fingerprint:
         raise ModelMismatch(
-            f"the server's model is another one by now: its fingerprint is {answer.fingerprint}, and "
-            f"{model.fingerprint} was begun with; run it again"
+            f"the server now serves another model: its fingerprint is {answer.fingerprint}, and "
+            f"the run began with {model.fingerprint}; run it again"
         )
 
 
@@ -165,14 +165,14 @@ def _projection_file(text: str) -> Path:
     path = Path(text)
     if not _FILE_NAME.fullmatch(path.name):
         raise argparse.ArgumentTypeError(
-            f"{text}: it must be NAME.safetensors, with a NAME of letters, digits, - and _, which requests are to say"
+            f"{text}: it must be NAME.safetensors, with a NAME of letters, digits, - and _"
         )
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
     return path
 
 
-def _told(kept: Array) -> str:
-    """At powers of two, and of all."""
+def _explained_variance(kept: Array) -> str:
+    """Return the explained variance of the first 8, 16, 32, ... and of all channels, as text."""
     counts = [1 << power for power in range(3, 13) if 1 << power < len(kept)] + [len(kept)]
     return ", ".join(f"{count} channels {kept[count - 1]:.1%}" for count in counts)

@@ -1,4 +1,4 @@
-"""`dinov3-client info`."""
+"""`dinov3-client info`: print the server's model and limits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinov3_client._model import Model
-from dinov3_client.cli.common import connect, say
+from dinov3_client.cli.common import connect, print_line
 from dinov3_serving.presets import Preset
 
 
 def add(commands: Any, server: argparse.ArgumentParser) -> None:
-    info = commands.add_parser("info", parents=[server], help="what the server serves, and its limits")
+    info = commands.add_parser("info", parents=[server], help="print the server's model and its limits")
     info.set_defaults(command=_info)
 
 
@@ -22,7 +22,7 @@ def _info(args: argparse.Namespace) -> int:
     limits = model.limits
     rows = {
         "model": model.name,
-        "weights": model.weights + (" (random: features have no meaning)" if model.random_weights else ""),
+        "weights": model.weights + (" (random: the features are meaningless)" if model.random_weights else ""),
         "fingerprint": model.fingerprint,
         "parameters": f"{model.parameters:,}",
         "shape": f"{_each(model.layer_dims)} channels, {model.depth} layers, patch {_each(model.layer_strides)}, "
@@ -36,7 +36,7 @@ def _info(args: argparse.Namespace) -> int:
         "server": f"{model.server_version}, {model.frontends} frontend{'s' if model.frontends != 1 else ''}",
     }
     for name, value in rows.items():
-        say(f"{name:<12} {value}")
+        print_line(f"{name:<12} {value}")
     return 0
 
 
@@ -55,7 +55,7 @@ def _preset(preset: Preset) -> str:
 
 
 def _each(values: Sequence[int]) -> str:
-    """Of all layers: 384, or 96/192/384/768 where they differ."""
+    """Return the values of all layers: 384, or 96/192/384/768 if they differ."""
     return "/".join(map(str, dict.fromkeys(values)))
 
 

@@ -1,4 +1,4 @@
-"""`dinov3-client pca`."""
+"""`dinov3-client pca`: draw patch features as colours."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from PIL import Image
 from dinov3_client._dtypes import Array
 from dinov3_client._errors import Dinov3Error
 from dinov3_client._pictures.pca import NOISE, Moments, Palette
-from dinov3_client._pictures.picture import Pair
-from dinov3_client.cli.common import Failures, connect, found_images, known_model, say
-from dinov3_client.cli.pictures import Show, Shown, add_picture_flags, described, save
+from dinov3_client._pictures.sheet import Pair
+from dinov3_client.cli.common import FailureLog, connect, get_model, iter_images, print_line
+from dinov3_client.cli.pictures import PatchExtractor, PhotoPatches, add_picture_flags, model_label, save
 
-# Patches that the percentiles are taken of; of more, evenly chosen ones do.
+# The most patches to take percentiles of; of more, an even sample is used.
 SAMPLE = 1 << 20
 
 
@@ -27,7 +27,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     pca = commands.add_parser(
         "pca",
         parents=[server],
-        help="a picture of patch features as colours",
+        help="draw patch features as colours",
         description="Draws each image beside its patch features: the first three principal components, of all images "
         "together, as red, green and blue. A sheet holds 24 images; more become FILE-1.png, FILE-2.png, ..., of one "
         "basis and one scale. While it runs, a temporary file beside FILE holds the features.",
@@ -38,13 +38,13 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
 
 
 def _pca(args: argparse.Namespace) -> int:
-    failures = Failures()
+    failures = FailureLog()
     with connect(args) as client, tempfile.TemporaryFile(dir=args.output.parent) as file:
-        model = known_model(client)
-        show = Show(args, client, model, failures)
+        model = get_model(client)
+        show = PatchExtractor(args, client, model, failures)
         store = _Store(file)
         moments = Moments(model.layer_dims[-1 if show.layer is None else show.layer])
-        for shown in show(chain.from_iterable(found_images(args.sources, failures))):
+        for shown in show(chain.from_iterable(iter_images(args.sources, failures))):
             store.add(shown)
             moments.add(shown.tokens)
         if not moments.count:
@@ -59,20 +59,22 @@ def _pca(args: argparse.Namespace) -> int:
         )
         share = components.variances.sum() / components.total_variance if components.total_variance else 1.0
         caption = (
-            f"{described(model, show.layer)}: principal components 1-3 of the patches as red, green and blue; "
+            f"{model_label(model, show.layer)}: principal components 1-3 of the patches as red, green and blue; "
             f"{share:.0%} of the variance"
         )
         written = save(args.output, pairs, len(store), caption)
     paths = str(written[0]) if len(written) == 1 else f"{written[0]} to {written[-1]}"
-    say(f"{paths}: {len(store)} of {len(store) + failures.count} images")
+    print_line(f"{paths}: {len(store)} of {len(store) + failures.count} images")
     return 1 if failures.count else 0
 
 
 class _Entry(NamedTuple):
+    """The place of one image in the file."""
+
     name: str
     grid: tuple[int, int]
     offset: int
-    """In the file, of the features; the thumbnail's pixels follow."""
+    """Of the features in the file; the pixels of the thumbnail follow."""
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     thumbnail: tuple[int, int]
@@ -80,13 +82,13 @@ class _Entry(NamedTuple):
 
 
 class _Store:
-    """Features and thumbnails in a file: all images must have come before the first can be coloured."""
+    """Keeps features and thumbnails in a file: colours need the features of all images."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._entries: list[_Entry] = []
 
-    def add(self, shown: Shown) -> None:
+    def add(self, shown: PhotoPatches) -> None:
         tokens, thumbnail = shown.tokens, shown.photo.thumbnail
         self._entries.append(
             _Entry(shown.photo.name, shown.grid, self._file.tell(), tokens.shape, tokens.dtype, thumbnail.size)
@@ -97,7 +99,7 @@ class _Store:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[tuple[_Entry, Array, Image.Image]]:
-        """Each image, its features [P, D] and its thumbnail."""
+        """Yield each image's entry, features [P, D] and thumbnail."""
         for entry in self._entries:
             self._file.seek(entry.offset)
             width, height = entry.thumbnail

@@ -1,4 +1,4 @@
-"""What `pca` and `similarity` share: photos, their patches, and the file that is drawn."""
+"""Shared by `pca` and `similarity`: photos, their patch features, and saving of sheets."""
 
 from __future__ import annotations
 
@@ -16,41 +16,43 @@ from dinov3_client._client import Client
 from dinov3_client._dtypes import Array
 from dinov3_client._errors import InvalidRequest, MessageTooLarge
 from dinov3_client._model import Model
-from dinov3_client._pictures import picture as _picture
-from dinov3_client._pictures.picture import Legend, Pair
+from dinov3_client._pictures import sheet
+from dinov3_client._pictures.sheet import Legend, Pair
 from dinov3_client._request import Layer
-from dinov3_client.bulk.sources import Item
-from dinov3_client.cli.common import Failures, UsageError, image_size, layer_numbers
+from dinov3_client.bulk.sources import ImageRef
+from dinov3_client.cli.common import FailureLog, UsageError, image_size, layer_numbers
 
-# A finer grid than the preset's 16 x 16: 32 patches a side show shapes.
+# A finer grid than the preset's 16 x 16: with 32 patches a side, shapes are visible.
 SIDE = 512
 
 
 class Photo(NamedTuple):
+    """An image file and its thumbnail."""
+
     source: str
-    """Where it was found."""
+    """Its location, for messages."""
     name: str
-    """To be written above it: of one in a folder, relative to that."""
+    """The title on the sheet: of a photo in a folder, relative to that."""
     data: bytes
-    """The file."""
+    """The contents of the file."""
     size: tuple[int, int]
-    """Width and height, of the upright picture where that is asked for."""
+    """(width, height); of the upright picture with --exif."""
     thumbnail: Image.Image
 
 
-class Shown(NamedTuple):
+class PhotoPatches(NamedTuple):
     """A photo and its patch features."""
 
     photo: Photo
     tokens: Array
-    """[P, D], row by row."""
+    """[P, D], row-major."""
     grid: tuple[int, int]
 
 
-class Show:
-    """Asks for the patches that a command's flags name, a request a photo, since each has an input size of its own."""
+class PatchExtractor:
+    """Requests the patch features that the flags describe, one request per photo, as each has its own input size."""
 
-    def __init__(self, args: argparse.Namespace, client: Client, model: Model, failures: Failures) -> None:
+    def __init__(self, args: argparse.Namespace, client: Client, model: Model, failures: FailureLog) -> None:
         self._exif: bool = args.exif
         self._size: int | tuple[int, int] = args.size
         self._client = client
@@ -63,18 +65,18 @@ class Show:
                 below = side // self._patch * self._patch
                 nearest = f"{below} and {below + self._patch} are" if below else f"{self._patch} is"
                 raise UsageError(f"--size: {side} is no multiple of the model's patch size, {self._patch}; {nearest}")
-        # The server has its own limit (`max_image_pixels`): what passes that is no bomb, whatever Pillow thinks.
+        # The server enforces its own limit (`max_image_pixels`).
         Image.MAX_IMAGE_PIXELS = None
 
-    def __call__(self, items: Iterable[Item]) -> Iterator[Shown]:
-        """In order, without those that fail, which are told of."""
+    def __call__(self, items: Iterable[ImageRef]) -> Iterator[PhotoPatches]:
+        """Yield the photos with their features, in order; log photos that fail."""
         for item in items:
             photo = self._photo(item)
             shown = photo and self._ask(photo)
             if shown:
                 yield shown
 
-    def _photo(self, item: Item) -> Photo | None:
+    def _photo(self, item: ImageRef) -> Photo | None:
         try:
             data = item.read()
         except OSError as error:
@@ -84,25 +86,25 @@ class Show:
             picture = _rgb(Image.open(io.BytesIO(data)), self._exif)
         except UnidentifiedImageError:
             self._failures(item.source, f"not an image: {len(data)} bytes")
-        except Exception as error:  # of whatever kind: decoders raise many for a broken file
+        except Exception as error:  # decoders raise many kinds of errors for broken files
             self._failures(item.source, f"cannot be decoded: {error or type(error).__name__}")
         else:
             ending = Path(item.path).suffix if item.span is None else ""
-            return Photo(item.source, f"{item.stem}{ending}", data, picture.size, _picture.thumbnail(picture))
+            return Photo(item.source, f"{item.stem}{ending}", data, picture.size, sheet.thumbnail(picture))
         return None
 
-    def _ask(self, photo: Photo) -> Shown | None:
+    def _ask(self, photo: Photo) -> PhotoPatches | None:
         try:
             answer = self._client.extract(
                 [photo.data],
                 ("patches",) if self.layer is None else (),
-                size=fitted(self._size, photo.size, self._patch),
+                size=input_size_for(self._size, photo.size, self._patch),
                 layers=() if self.layer is None else Layer(self.layer, "patches"),
                 exif=self._exif,
                 priority="bulk",
                 on_error="return",
             )
-        except (InvalidRequest, MessageTooLarge) as error:  # a request is about this photo alone
+        except (InvalidRequest, MessageTooLarge) as error:  # the request contains this photo alone
             self._failures(photo.source, error.message)
             return None
         if answer.errors:
@@ -110,33 +112,34 @@ class Show:
             return None
         features = answer[0] if self.layer is None else answer[0].layers[self.layer]
         assert features.patches is not None, "asked for"
-        return Shown(photo, features.patches, features.grid)
+        return PhotoPatches(photo, features.patches, features.grid)
 
 
 def add_picture_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", type=_picture_file, required=True, metavar="FILE", help="a .png for one")
-    parser.add_argument("--exif", action="store_true", help="turn photos by their EXIF orientation first")
+    """Add --output, --exif, --size and --layer."""
+    parser.add_argument("-o", "--output", type=_picture_file, required=True, metavar="FILE", help="such as map.png")
+    parser.add_argument("--exif", action="store_true", help="rotate photos by their EXIF orientation first")
     parser.add_argument(
         "--size",
         type=_picture_size,
         default=SIDE,
         metavar="N|HxW",
-        help="pixels of the model's input, multiples of its patch size: the longer side, the other one as the photo's "
-        "aspect has it, or both; default: %(default)s",
+        help="size of the model's input in pixels, multiples of its patch size: the longer side (the other follows "
+        "from the photo's aspect ratio), or both sides (default: %(default)s)",
     )
     parser.add_argument(
         "--layer",
         type=int,
         metavar="I",
-        help="show the patches of this layer and not the last one's; a ConvNeXt's earlier ones have finer grids",
+        help="show the patches of this layer (default: the last); a ConvNeXt's earlier layers have finer grids",
     )
 
 
-def fitted(size: int | tuple[int, int], photo: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Height and width of the model's input for a photo of (width, height).
+def input_size_for(size: int | tuple[int, int], photo: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Return (height, width) of the model's input for a photo of (width, height).
 
-    A number is the longer side; the other one is the multiple of `patch` that comes nearest to the photo's aspect, so
-    that a patch covers about a square of the photo.
+    A number is the longer side; the other side is the multiple of `patch` nearest to the photo's aspect ratio, so that
+    a patch covers roughly a square of the photo.
     """
     if not isinstance(size, int):
         return size
@@ -146,27 +149,28 @@ def fitted(size: int | tuple[int, int], photo: tuple[int, int], patch: int) -> t
 
 
 def save(output: Path, pairs: Iterable[Pair], count: int, caption: str, legend: Legend | None = None) -> list[Path]:
-    """Draw `count` pairs: `output`, or, where one sheet cannot hold them, STEM-1.png, STEM-2.png, ..."""
+    """Draw `count` pairs to `output` or, on several sheets, to STEM-1.png, STEM-2.png, ...; return the paths."""
     written: list[Path] = []
-    pages = -(-count // _picture.PAIRS)
-    for page, sheet in enumerate(_picture.sheets(pairs, caption, legend), 1):
+    pages = -(-count // sheet.PAIRS)
+    for page, drawn in enumerate(sheet.sheets(pairs, caption, legend), 1):
         path = output if pages == 1 else output.with_stem(f"{output.stem}-{page:0{len(str(pages))}}")
-        with _files.replacing(path) as draft, draft.open("wb") as file:
-            sheet.save(file, Image.registered_extensions()[path.suffix.lower()])
+        with _files.atomic_path(path) as draft, draft.open("wb") as file:
+            drawn.save(file, Image.registered_extensions()[path.suffix.lower()])
         written.append(path)
     return written
 
 
-def described(model: Model, layer: int | None) -> str:
+def model_label(model: Model, layer: int | None) -> str:
+    """Return the model and layer for a caption."""
     weights = " (random weights)" if model.random_weights else ""
     return f"{model.name}{weights}{'' if layer is None else f', layer {layer}'}"
 
 
 def _rgb(photo: Image.Image, exif: bool) -> Image.Image:
-    """As the model gets it: docs/preprocessing.md."""
+    """Convert to RGB as the server does (docs/preprocessing.md)."""
     if exif:
         photo = ImageOps.exif_transpose(photo)
-    # convert() alone would clip these to white and black.
+    # convert() alone would clip these modes to white and black.
     if photo.mode.startswith("I"):
         photo = Image.fromarray((np.asarray(photo).clip(0, 0xFFFF) // 256).astype(np.uint8))
     elif photo.mode == "F":
@@ -177,7 +181,7 @@ def _rgb(photo: Image.Image, exif: bool) -> Image.Image:
 def _picture_file(text: str) -> Path:
     path = Path(text)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise argparse.ArgumentTypeError(f"{text}: its ending names no image format to write; .png does")
+        raise argparse.ArgumentTypeError(f"{text}: its extension is not of a writable image format, such as .png")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: there is no folder {path.parent}")
     return path

@@ -1,4 +1,4 @@
-"""`dinov3-client similarity`."""
+"""`dinov3-client similarity`: draw the similarity of all patches to one."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinov3_client._errors import Dinov3Error
-from dinov3_client._pictures import picture as _picture
+from dinov3_client._pictures import sheet
 from dinov3_client._pictures.colormap import magma, ticks
-from dinov3_client._pictures.picture import Legend, Pair
+from dinov3_client._pictures.sheet import Legend, Pair
 from dinov3_client._pictures.similarity import Point, cosines, patch_at, read_point
-from dinov3_client.bulk.sources import Item
-from dinov3_client.cli.common import Failures, UsageError, connect, found_images, known_model, say
-from dinov3_client.cli.pictures import Photo, Show, Shown, add_picture_flags, described, save
+from dinov3_client.bulk.sources import ImageRef
+from dinov3_client.cli.common import FailureLog, UsageError, connect, get_model, iter_images, print_line
+from dinov3_client.cli.pictures import PatchExtractor, Photo, PhotoPatches, add_picture_flags, model_label, save
 
-# Of the colours: less between the least and the greatest cosine is rounding noise.
+# The least range of the colours: smaller differences of cosines are rounding noise.
 LEAST_RANGE = 1e-3
 
 
@@ -29,9 +29,9 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     similarity = commands.add_parser(
         "similarity",
         parents=[server],
-        help="a picture of what is like one patch of an image",
-        description="Draws the image, with the point marked, beside a map of the cosine of the patch at that point "
-        f"with each patch; then other images with theirs. All maps share one scale. At most {_picture.PAIRS} images.",
+        help="draw the similarity of all patches to one patch of an image",
+        description="Draws the image, with the point marked, beside a map of the cosines of each patch with the patch "
+        f"at that point; then other images with theirs. All maps share one scale. At most {sheet.PAIRS} images.",
     )
     similarity.add_argument("image", metavar="IMAGE", help="JPEG, PNG, WebP, BMP or TIFF file")
     similarity.add_argument(
@@ -39,8 +39,8 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         type=_point,
         required=True,
         metavar="X,Y",
-        help="from the upper left corner: pixels of the image, as whole numbers (320,200), or fractions of its width "
-        "and height, with a decimal point (0.5,0.3); with --exif, of the upright image",
+        help="the point, from the upper left corner: in pixels, whole numbers (320,200), or in fractions of width and "
+        "height, with a decimal point (0.5,0.3); with --exif, of the upright image",
     )
     similarity.add_argument(
         "--other",
@@ -55,21 +55,23 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
 
 
 class _Map(NamedTuple):
+    """A photo and the cosines of its patches."""
+
     photo: Photo
     cosines: NDArray[np.float64]
     """[rows, columns]"""
 
 
 def _similarity(args: argparse.Namespace) -> int:
-    failures = Failures()
+    failures = FailureLog()
     with connect(args) as client:
-        model = known_model(client)
-        show = Show(args, client, model, failures)
-        first = next(show([Item(args.image, args.image, None, Path(args.image).stem)]), None)
+        model = get_model(client)
+        show = PatchExtractor(args, client, model, failures)
+        first = next(show([ImageRef(args.image, args.image, None, Path(args.image).stem)]), None)
         if first is None:
             raise Dinov3Error(f"without {args.image} there is nothing to compare with")
         place = _place(args.at, first.photo)
-        others = show(chain.from_iterable(found_images(args.other, failures)))
+        others = show(chain.from_iterable(iter_images(args.other, failures)))
         maps = list(_maps(first, place, others))
     least = min(each.cosines.min() for each in maps)
     scale = ticks(min(least, 1.0 - LEAST_RANGE), 1.0)
@@ -82,18 +84,18 @@ def _similarity(args: argparse.Namespace) -> int:
         )
         for index, each in enumerate(maps)
     )
-    caption = f"{described(model, show.layer)}; one scale for all images, least cosine {least:.3g}"
+    caption = f"{model_label(model, show.layer)}; one scale for all images, least cosine {least:.3g}"
     [path] = save(args.output, pairs, len(maps), caption, Legend("Cosine with the patch in the ring", scale))
-    say(f"{path}: {len(maps)} of {len(maps) + failures.count} images, cosines from {least:.3g}")
+    print_line(f"{path}: {len(maps)} of {len(maps) + failures.count} images, cosines from {least:.3g}")
     return 1 if failures.count else 0
 
 
-def _maps(first: Shown, place: tuple[float, float], others: Iterator[Shown]) -> Iterator[_Map]:
+def _maps(first: PhotoPatches, place: tuple[float, float], others: Iterator[PhotoPatches]) -> Iterator[_Map]:
     row, column = patch_at(place, first.grid)
     token = first.tokens.reshape(*first.grid, -1)[row, column]
     for count, shown in enumerate(chain([first], others), 1):
-        if count > _picture.PAIRS:
-            raise UsageError(f"a picture holds {_picture.PAIRS} images; give at most {_picture.PAIRS - 1} to --other")
+        if count > sheet.PAIRS:
+            raise UsageError(f"a picture holds {sheet.PAIRS} images; give at most {sheet.PAIRS - 1} to --other")
         yield _Map(shown.photo, cosines(token, shown.tokens).reshape(shown.grid))
 
 

@@ -1,4 +1,4 @@
-"""For tests of code that uses the client: a server without a model, whose features are a formula of the pixels.
+"""A fake server for tests of code that uses the client. Its features are a formula of the pixels.
 
     from dinov3_client import Client
     from dinov3_client.testing import FakeServer, expected

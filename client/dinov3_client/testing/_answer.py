@@ -1,4 +1,4 @@
-"""An ExtractRequest to its ExtractResponse."""
+"""Answers an ExtractRequest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dinov3_client._model import Model
 from dinov3_client._request import KINDS, Pooling, TokenKind
 from dinov3_client.testing._failure import Failure, invalid
 from dinov3_client.testing._formula import expected, quantised
-from dinov3_client.testing._images import Reader, Row, Size, enum_of
+from dinov3_client.testing._images import FeatureRow, RequestReader, Size, enum_of
 from dinov3_client.testing._projection import Linear
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import FEATURE_DTYPES, POOLING_METHODS
@@ -30,7 +30,7 @@ _PRIORITIES = dict.fromkeys(pb.Priority.values(), None)
 
 
 class Group(NamedTuple):
-    """Tensors of one layer; `layer` None are those of the model's end."""
+    """The requested tensors of one layer; `layer` None is the last one."""
 
     layer: int | None
     norm: bool
@@ -38,6 +38,8 @@ class Group(NamedTuple):
 
 
 class Outputs(NamedTuple):
+    """The checked outputs of a request."""
+
     groups: list[Group]
     dtype: pb.DataType
     pooling: Pooling | None
@@ -51,14 +53,14 @@ class Outputs(NamedTuple):
 def answer(
     request: pb.ExtractRequest, model: Model, projections: Mapping[str, Linear], failing: Mapping[int, Failure]
 ) -> pb.ExtractResponse:
-    """Without its frontend. `failing` images fail whatever they are. Raises Failure where the request is at fault."""
+    """Return the response, without its frontend. Images in `failing` fail. Raises Failure for an invalid request."""
     fingerprint = _check_pins(request, model, projections)
     outputs = _outputs(request.outputs, model, projections)
     enum_of(pb.Priority, _PRIORITIES, request.priority, "priority")
-    reader = Reader(request.preprocessing, model)
+    reader = RequestReader(request.preprocessing, model)
     reader.read(request)
     failures = reader.failures | {image: failing[image] for image in {row.image for row in reader.rows} & set(failing)}
-    sizes: dict[Size, list[Row]] = {}
+    sizes: dict[Size, list[FeatureRow]] = {}
     for row in reader.rows:
         sizes.setdefault(row.size, []).append(row._replace(pixels=None) if row.image in failing else row)
     has_views = any(image.views for image in request.images)
@@ -77,7 +79,7 @@ def answer(
 
 
 def _check_pins(request: pb.ExtractRequest, model: Model, projections: Mapping[str, Linear]) -> str:
-    """The fingerprint of the answer."""
+    """Return the fingerprint of the answer. Raises Failure if the request pins another one."""
     fingerprint = model.fingerprint
     if request.outputs.projection in projections:
         fingerprint += "+" + projections[request.outputs.projection].fingerprint
@@ -147,7 +149,7 @@ def _projection(name: str, groups: list[Group], model: Model, projections: Mappi
     return projections[name]
 
 
-def _block(size: Size, rows: list[Row], has_views: bool, outputs: Outputs, model: Model) -> pb.FeatureBlock:
+def _block(size: Size, rows: list[FeatureRow], has_views: bool, outputs: Outputs, model: Model) -> pb.FeatureBlock:
     block = pb.FeatureBlock(
         input_size=pb.Size(height=size[0], width=size[1]),
         image_indices=[row.image for row in rows],
@@ -164,7 +166,9 @@ def _block(size: Size, rows: list[Row], has_views: bool, outputs: Outputs, model
     return block
 
 
-def _tensor(kind: TokenKind, group: Group, size: Size, rows: list[Row], outputs: Outputs, model: Model) -> pb.Tensor:
+def _tensor(
+    kind: TokenKind, group: Group, size: Size, rows: list[FeatureRow], outputs: Outputs, model: Model
+) -> pb.Tensor:
     black = np.zeros((*size, 3), np.uint8)
     packed: NDArray[Any] = np.stack(
         [

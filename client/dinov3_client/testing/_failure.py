@@ -1,4 +1,4 @@
-"""Errors as the service tells them."""
+"""Errors as the service sends them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 
 
 class Failure(Exception):
-    """What a call, a message of a stream or one image fails with.
+    """The error of a call, of a message in a stream, or of one image.
 
-    `retry_after` are the seconds of a RetryInfo: a client tries again after them. `field` is the protobuf path of the
-    field at fault, of a BadRequest.
+    retry_after: seconds for a RetryInfo, after which clients retry.
+    field: protobuf path of the invalid field, for a BadRequest.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Failure(Exception):
         self.field = field
 
     def status(self) -> pb.Status:
-        """On the wire; the fields are those of google.rpc.Status."""
+        """Return the status as sent; its fields are those of google.rpc.Status."""
         status = pb.Status(code=self.code.value[0], message=self.message)
         if self.field:
             violation = BadRequest.FieldViolation(field=self.field, description=self.message)
@@ -41,6 +41,7 @@ class Failure(Exception):
 
 
 def invalid(message: str, field: str) -> Failure:
+    """Return the INVALID_ARGUMENT of a field."""
     return Failure(grpc.StatusCode.INVALID_ARGUMENT, message, field=field)
 
 

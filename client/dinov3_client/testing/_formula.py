@@ -1,4 +1,4 @@
-"""Features by a formula of the pixels, and what the service does with them after the model."""
+"""Features by a formula of the pixels, with the service's pooling, projection and quantisation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def expected(
     projection: GivenProjection | None = None,
     model: Model = MODEL,
 ) -> NDArray[np.float32]:
-    """The features that a `FakeServer` has for one model input: [D] for "cls", else [tokens, D], row by row.
+    """Return the features of a `FakeServer` for one model input: [D] for "cls", else [tokens, D], row-major.
 
-    pixels: as the model gets them, so after crop, resize and flip: uint8 [H, W, 3], or float32 [3, H, W].
+    pixels: the model's input, after crop, resize and flip: uint8 [H, W, 3], or float32 [3, H, W].
     layer: 0-based; None is the last one. norm: with the final norm.
-    pooling, projection: what becomes of patches; the projection as the FakeServer was given it.
+    pooling, projection: applied to patches; the projection as it was given to the FakeServer.
 
     Let x be the pixels in 0..1 (float32 ones as they are), and s[p] the six numbers of a patch p (a square of
     `model.layer_strides[layer]` pixels): the means of its R, G and B, then their standard deviations. With g =
@@ -62,7 +62,7 @@ def expected(
 
 
 def _pooled(cells: NDArray[np.float32], pooling: Pooling | tuple[int, int]) -> NDArray[np.float32]:
-    """Patches [rows, columns, D] to [cells of the grid, D]."""
+    """Pool patches [rows, columns, D] to [cells of the grid, D]."""
     pooling = pooling if isinstance(pooling, Pooling) else Pooling(pooling)
     weights = _area if pooling.method == "area" else _bilinear
     down, across = (weights(size, to) for size, to in zip(cells.shape, pooling.grid, strict=False))
@@ -71,14 +71,14 @@ def _pooled(cells: NDArray[np.float32], pooling: Pooling | tuple[int, int]) -> N
 
 
 def quantised(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """int8 values and a scale a token, for the channels on the last axis: value = int8 * scale."""
+    """Return int8 values and one scale per token, with channels on the last axis: feature = value * scale."""
     scales = np.abs(values).max(-1) / np.float32(127)
     steps = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
     return np.rint(steps).astype(np.int8), scales.astype(np.float32)
 
 
 def _area(size: int, cells: int) -> NDArray[np.float64]:
-    """[cells, size], as torch's adaptive_avg_pool2d has it: the mean of all that a cell covers, in whole or in part."""
+    """Return weights [cells, size] as of torch's adaptive_avg_pool2d: the mean of what a cell covers, even partly."""
     weights = np.zeros((cells, size))
     for cell in range(cells):
         start, end = cell * size // cells, -(-(cell + 1) * size // cells)
@@ -87,7 +87,7 @@ def _area(size: int, cells: int) -> NDArray[np.float64]:
 
 
 def _bilinear(size: int, cells: int) -> NDArray[np.float64]:
-    """[cells, size], as torch's interpolate(mode="bilinear", align_corners=False) has it."""
+    """Return weights [cells, size] as of torch's interpolate(mode="bilinear", align_corners=False)."""
     weights = np.zeros((cells, size))
     for cell in range(cells):
         at = max((cell + 0.5) * size / cells - 0.5, 0.0)

@@ -1,4 +1,4 @@
-"""Images and views of a request to the model's pixels, by Pillow."""
+"""Reads the images and views of a request with Pillow."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ E = TypeVar("E", bound=int)
 T = TypeVar("T")
 
 
-class Row(NamedTuple):
-    """One row of features to be: of a view of an image, or of the whole of it (`view` 0)."""
+class FeatureRow(NamedTuple):
+    """One row of features: of a view of an image, or of the whole image (`view` 0)."""
 
     image: int
     view: int
@@ -42,8 +42,8 @@ class Row(NamedTuple):
     """uint8 [H, W, 3] or float32 [3, H, W]; None of an image that failed."""
 
 
-class _Part(NamedTuple):
-    """A view as it was asked for, or the whole picture. `size` is None where it is not known, or at fault."""
+class _ViewSpec(NamedTuple):
+    """A requested view, or the whole picture. `size` is None while it is unknown, or if it is invalid."""
 
     view: int
     field: str
@@ -54,6 +54,7 @@ class _Part(NamedTuple):
 
 
 def enum_of(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str) -> T:
+    """Return `allowed[value]` of an enum's value. Raises Failure."""
     if value in allowed:
         return allowed[value]
     given = names.Name(value) if value in names.values() else str(value)
@@ -62,15 +63,15 @@ def enum_of(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str
     )
 
 
-class Reader:
-    """Reads the images of one request into `rows`, image by image, and `failures` of some.
+class RequestReader:
+    """Reads the images of one request into `rows`, and the errors of some into `failures`.
 
-    Raises Failure for what is wrong with the request as a whole.
+    Raises Failure for errors of the whole request.
     """
 
     def __init__(self, preprocessing: pb.Preprocessing, model: Model) -> None:
         self.failures: dict[int, Failure] = {}
-        self.rows: list[Row] = []
+        self.rows: list[FeatureRow] = []
         self._patch = model.patch_size
         self._other_tokens = 1 + model.register_tokens
         self._limits = model.limits
@@ -102,7 +103,7 @@ class Reader:
                 self._read_floats(index, "pixels", pixels)
             else:
                 size = self._size or self._checked(pixels.shape[:2], "pixels.shape")
-                self._read_picture(index, [_Part(0, "pixels", size, None, self._filter, False)], pixels)
+                self._read_picture(index, [_ViewSpec(0, "pixels", size, None, self._filter, False)], pixels)
 
     def _read_image(self, index: int, image: pb.Image) -> None:
         field = f"images[{index}]"
@@ -121,17 +122,17 @@ class Reader:
                     self._read_floats(index, f"{field}.pixels", pixels)
             return
         if image.views:
-            parts = [self._part(index, f"{field}.views[{v}]", v, view, pixels) for v, view in enumerate(image.views)]
+            specs = [self._part(index, f"{field}.views[{v}]", v, view, pixels) for v, view in enumerate(image.views)]
         else:
             field += f".{image.WhichOneof('source')}"
             size = self._size
             with self._failing(index):
                 if size is None and pixels is not None:
                     size = self._checked(pixels.shape[:2], f"{field}.shape")
-            parts = [_Part(0, field, size, None, self._filter, False)]
-        self._read_picture(index, parts, image.encoded if pixels is None else pixels)
+            specs = [_ViewSpec(0, field, size, None, self._filter, False)]
+        self._read_picture(index, specs, image.encoded if pixels is None else pixels)
 
-    def _part(self, index: int, field: str, number: int, view: pb.View, pixels: Array | None) -> _Part:
+    def _part(self, index: int, field: str, number: int, view: pb.View, pixels: Array | None) -> _ViewSpec:
         crop = view.crop if view.HasField("crop") else None
         size, filter = None, self._filter
         with self._failing(index):
@@ -147,21 +148,21 @@ class Reader:
             if crop:
                 _check_crop(crop, pixels, f"{field}.crop")
             filter = _filter(view.interpolation, f"{field}.interpolation", self._filter)
-        return _Part(number, field, size, crop, filter, view.horizontal_flip)
+        return _ViewSpec(number, field, size, crop, filter, view.horizontal_flip)
 
-    def _read_picture(self, index: int, parts: list[_Part], picture: Array | bytes) -> None:
-        """Rows for all of `parts` of a file or pixels, without pixels where the image has failed or fails now."""
+    def _read_picture(self, index: int, specs: list[_ViewSpec], picture: Array | bytes) -> None:
+        """Add a row for each of `specs` of a file or pixels; without pixels if the image failed or fails now."""
         done: dict[int, Array] = {}
         if index not in self.failures:
             with self._failing(index):
                 pixels = self._decoded(index, picture) if isinstance(picture, bytes) else picture
-                for at, part in enumerate(parts):
-                    parts[at] = part._replace(size=part.size or self._checked(pixels.shape[:2], part.field))
-                for part in parts:
-                    if part.crop:
-                        _check_crop(part.crop, pixels, f"{part.field}.crop")
-                done = {part.view: _view(pixels, part) for part in parts}
-        self.rows += [Row(index, part.view, part.size, done.get(part.view)) for part in parts if part.size]
+                for at, spec in enumerate(specs):
+                    specs[at] = spec._replace(size=spec.size or self._checked(pixels.shape[:2], spec.field))
+                for spec in specs:
+                    if spec.crop:
+                        _check_crop(spec.crop, pixels, f"{spec.field}.crop")
+                done = {spec.view: _view(pixels, spec) for spec in specs}
+        self.rows += [FeatureRow(index, spec.view, spec.size, done.get(spec.view)) for spec in specs if spec.size]
 
     def _read_floats(self, index: int, field: str, pixels: Array) -> None:
         size = pixels.shape[1], pixels.shape[2]
@@ -171,7 +172,7 @@ class Reader:
         with self._failing(index):
             if not (np.abs(pixels) <= 1000).all():
                 raise invalid("pixel values are NaN or beyond 1000", f"{field}.data")
-        self.rows.append(Row(index, 0, size, None if index in self.failures else pixels))
+        self.rows.append(FeatureRow(index, 0, size, None if index in self.failures else pixels))
 
     def _decoded(self, index: int, data: bytes) -> Array:
         field = f"images[{index}].encoded"
@@ -185,14 +186,14 @@ class Reader:
             return np.asarray(picture.convert("RGB"))
         except Failure:
             raise
-        except UnidentifiedImageError:  # its message has an address in memory
+        except UnidentifiedImageError:  # its message contains a memory address
             raise invalid(f"the file of {len(data)} bytes is of no known format", field) from None
-        except Exception as error:  # whatever Pillow raises on a file is the fault of that file
+        except Exception as error:  # Pillow raises many kinds of errors for broken files
             raise invalid(f"the file of {len(data)} bytes cannot be decoded: {error}", field) from None
 
     @contextmanager
     def _failing(self, index: int) -> Iterator[None]:
-        """A Failure is that of the image alone; its first one is told."""
+        """Make a Failure that of the image alone; its first one counts."""
         try:
             yield
         except Failure as failure:
@@ -214,21 +215,21 @@ class Reader:
         return height, width
 
 
-def _view(pixels: Array, part: _Part) -> Array:
-    """Cropped, then resized, then flipped."""
+def _view(pixels: Array, spec: _ViewSpec) -> Array:
+    """Crop, then resize, then flip."""
     image = Image.fromarray(pixels)
-    if part.crop:
-        top, left = part.crop.top, part.crop.left
-        image = image.crop((left, top, left + part.crop.width, top + part.crop.height))
-    assert part.size is not None
-    height, width = part.size
+    if spec.crop:
+        top, left = spec.crop.top, spec.crop.left
+        image = image.crop((left, top, left + spec.crop.width, top + spec.crop.height))
+    assert spec.size is not None
+    height, width = spec.size
     if image.size != (width, height):
-        image = image.resize((width, height), part.filter)
-    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if part.flip else image)
+        image = image.resize((width, height), spec.filter)
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if spec.flip else image)
 
 
 def _check_crop(crop: pb.Box, pixels: Array | None, field: str) -> None:
-    """That it has pixels and, where the picture is known, lies in it."""
+    """Raise Failure unless the crop is not empty and, if the picture is known, lies within it."""
     given = f"the crop of {crop.height}x{crop.width} at top {crop.top}, left {crop.left}"
     if not (crop.height and crop.width):
         raise invalid(f"{given} has no pixels", field)
@@ -242,7 +243,7 @@ def _filter(interpolation: pb.Interpolation, field: str, default: Image.Resampli
 
 
 def _array(tensor: pb.Tensor, field: str, axes: int) -> Array:
-    """The pixels of one image (3 axes) or of N packed ones (4)."""
+    """Return the pixels of one image (3 axes) or of N packed ones (4)."""
     allowed = "allowed are uint8 [H, W, 3] and float32 [3, H, W]" + (", packed [N, ...]" if axes == 4 else "")
     if tensor.dtype not in _PIXELS:
         raise invalid(f"pixels cannot be of the dtype {tensor.dtype}; {allowed}", f"{field}.dtype")

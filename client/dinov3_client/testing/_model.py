@@ -1,4 +1,4 @@
-"""The model that a fake server says that it serves."""
+"""The model that a fake server claims to serve."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ MODEL = Model(
     frontends=1,
     frontend=0,
     server_version="0.1.0",
-    parity_check=ParityCheck(False, "a fake server proves nothing", "", (), "", ""),
+    parity_check=ParityCheck(False, "a fake server has no model", "", (), "", ""),
     projections=(),
     presets=PRESETS,
 )
-"""What a `FakeServer` serves by default: a ViT of 24 channels, so that features are small. `dataclasses.replace` makes
-others of it; `embed_dim` and `patch_size` are the last of `layer_dims` and `layer_strides`."""
+"""The default model of a `FakeServer`: a ViT with 24 channels, so that features are small. Derive others with
+`dataclasses.replace`; `embed_dim` and `patch_size` are the last of `layer_dims` and `layer_strides`."""
 
 
 def message_of(model: Model, frontend: int) -> pb.GetModelResponse:
-    """What the frontend of that number tells of `model`."""
+    """Return the GetModelResponse of one frontend for `model`."""
     limits, proof = model.limits, model.parity_check
     return pb.GetModelResponse(
         model=model.name,

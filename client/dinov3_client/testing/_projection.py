@@ -14,7 +14,7 @@ from dinov3_client._model import Projection
 
 @dataclass(frozen=True)
 class Linear:
-    """A map of the channels of patches: weight @ token + bias."""
+    """A linear map of patch channels: weight @ token + bias."""
 
     weight: NDArray[np.float32]
     """[K, D]"""
@@ -26,12 +26,12 @@ class Linear:
         return hashlib.sha256(self.weight.tobytes() + self.bias.tobytes()).hexdigest()
 
     def described(self, name: str) -> Projection:
-        """As the client tells of it, under this name."""
+        """Return the client's description of it, under a name."""
         outputs, inputs = self.weight.shape
         return Projection(name, inputs, outputs, self.fingerprint)
 
     def __call__(self, patches: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[P, D] to [P, K]."""
+        """Map patches [P, D] to [P, K]."""
         return (patches @ self.weight.T + self.bias).astype(np.float32)
 
 
@@ -40,7 +40,7 @@ GivenProjection = Linear | ArrayLike | tuple[ArrayLike, ArrayLike]
 
 
 def read_projection(given: Any) -> Linear:
-    """Raises ValueError for what is no GivenProjection."""
+    """Return a projection given in any form. Raises ValueError."""
     if isinstance(given, Linear):
         return given
     weight, bias = given if isinstance(given, tuple) else (given, None)

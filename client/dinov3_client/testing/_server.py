@@ -21,44 +21,44 @@ from dinov3_client.testing._projection import GivenProjection, read_projection
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceServicer, add_FeatureServiceServicer_to_server
 
-_THREADS = 64  # calls at a time; a held call has one, and so has a stream
-Step = Failure | Mapping[int, Failure] | None
+_THREADS = 64  # concurrent calls; each waiting call and each stream takes one
+ScriptedResult = Failure | Mapping[int, Failure] | None
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call as it arrived; each message of a stream is one."""
+    """A received call, or a received message of a stream."""
 
     method: str
     """Extract, ExtractStream or GetModel."""
     message: pb.ExtractRequest | pb.ExtractStreamRequest | pb.GetModelRequest
     metadata: dict[str, str | bytes]
     timeout: float | None
-    """Seconds that were left of its deadline; None without one."""
+    """Seconds left until its deadline; None without one."""
 
 
 class FakeServer:
-    """A real gRPC server on a free port of this machine, that has features by a formula (`expected`) for a model.
+    """A real gRPC server on a free local port. Its features are a formula of the pixels (`expected`).
 
         with FakeServer() as server, Client(server.target) as client:
             features = client.extract(pixels, preset="none", dtype="float32")
             np.testing.assert_array_equal(features.patches[0], expected(pixels, "patches"))
 
-    It answers all that a server of `model` would, within `model.limits`, and refuses with the same statuses what that
-    would refuse. Files are decoded by Pillow's `convert("RGB")`. The timings of answers are made up.
+    It answers like a real server of `model`, within `model.limits`, and refuses invalid requests with the same
+    statuses. Files are decoded by Pillow's `convert("RGB")`. The timings in responses are constants.
 
-    model: what is served, with the `projections` in it; see `MODEL`. May be set at any time, for a server that comes
-        back with another model.
+    model: the model to serve; see `MODEL`. Its `projections` are replaced by those given here. May be set at any time,
+        to imitate a restart with another model.
     projections: by name, a weight [K, D] or a pair of a weight [K, D] and a bias [K].
-    address: where it listens, by gRPC's naming: HOST:PORT or unix:PATH. credentials: for TLS.
+    address: the address to listen on, in gRPC's syntax: HOST:PORT or unix:PATH. credentials: for TLS.
 
-    script: what the next messages of Extract and ExtractStream meet, consumed from the front: None is the answer, a
-        Failure is that of the whole message, a dictionary those of some of its images.
-    model_script: likewise for the next calls of GetModel.
-    gate: while it is cleared, messages of Extract and ExtractStream are recorded and wait. `stop` lets them go.
-    delay: seconds that each message of Extract and ExtractStream takes.
-    edit: called with each ExtractResponse before it goes, to change it.
-    calls: all that arrived, in order.
+    script: the results of the next messages of Extract and ExtractStream, consumed from the front: None answers
+        normally, a Failure fails the whole message, a dictionary fails some of its images.
+    model_script: the same for the next calls of GetModel.
+    gate: while it is cleared, messages of Extract and ExtractStream are recorded and wait. `stop` releases them.
+    delay: seconds to wait before each response of Extract and ExtractStream.
+    edit: called with each ExtractResponse before it is sent, to change it.
+    calls: all received calls, in order.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class FakeServer:
     ) -> None:
         self._projections = {name: read_projection(given) for name, given in (projections or {}).items()}
         self.model = model
-        self.script: list[Step] = []
+        self.script: list[ScriptedResult] = []
         self.model_script: list[Failure | None] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -103,19 +103,19 @@ class FakeServer:
 
     @property
     def target(self) -> str:
-        """What a Client takes; the same after a restart. Known once the server was started."""
+        """The target for a Client, known after the first start; a restart keeps it."""
         return self._address
 
     @property
     def requests(self) -> list[pb.ExtractRequest]:
-        """All that was asked to be extracted, in streams too."""
+        """All received ExtractRequests, those in streams included."""
         messages = [call.message for call in self.calls]
         requests = [one.request if isinstance(one, pb.ExtractStreamRequest) else one for one in messages]
         return [one for one in requests if isinstance(one, pb.ExtractRequest)]
 
     def start(self) -> None:
-        """Listen; after `stop` at the same address."""
-        assert self._running is None, "it runs already"
+        """Start to listen; after `stop`, at the same address."""
+        assert self._running is None, "the server is running already"
         self._stopping.clear()
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fake-server")
         most = self.model.limits.max_message_bytes
@@ -136,7 +136,7 @@ class FakeServer:
         self._running = server, threads
 
     def stop(self) -> None:
-        """End at once: calls under way fail with UNAVAILABLE or CANCELLED. Returns when nothing of it runs."""
+        """Stop at once and wait for the end of all threads. Calls in flight fail with UNAVAILABLE or CANCELLED."""
         if self._running is None:
             return
         server, threads = self._running
@@ -151,7 +151,7 @@ class FakeServer:
         self._running = None
 
     def wait_for_calls(self, count: int, method: str = "Extract", timeout: float = 60.0) -> None:
-        """Return when `count` calls of `method` have arrived since the server was made; else raise TimeoutError."""
+        """Wait until `count` calls of `method` in all have arrived. Raises TimeoutError."""
 
         def arrived() -> int:
             return sum(call.method == method for call in self.calls)
@@ -160,54 +160,56 @@ class FakeServer:
             if not self._arrived.wait_for(lambda: arrived() >= count, timeout):
                 raise TimeoutError(f"{arrived()} calls of {method} have arrived within {timeout} s, not {count}")
 
-    def _arrive(self, method: str, message: Any, context: grpc.ServicerContext) -> Step:
-        """Record a call; what the script has for it."""
+    def _arrive(self, method: str, message: Any, context: grpc.ServicerContext) -> ScriptedResult:
+        """Record a call and return its scripted result."""
         metadata: dict[str, str | bytes] = dict(context.invocation_metadata())
         call = Call(method, message, metadata, context.time_remaining())
         script: Any = self.model_script if method == "GetModel" else self.script
         with self._arrived:
             self.calls.append(call)
-            step: Step = script.pop(0) if script else None
+            scripted: ScriptedResult = script.pop(0) if script else None
             self._arrived.notify_all()
-        return step
+        return scripted
 
-    def _extract(self, request: pb.ExtractRequest, step: Step, context: grpc.ServicerContext) -> pb.ExtractResponse:
+    def _extract(
+        self, request: pb.ExtractRequest, scripted: ScriptedResult, context: grpc.ServicerContext
+    ) -> pb.ExtractResponse:
         self.gate.wait()
         if self.delay:
             self._stopping.wait(self.delay)
-        if isinstance(step, Failure):
-            raise step
-        response = answer(request, self.model, self._projections, step or {})
+        if isinstance(scripted, Failure):
+            raise scripted
+        response = answer(request, self.model, self._projections, scripted or {})
         response.frontend = self._frontend(context)
         if self.edit is not None:
             self.edit(response)
         return response
 
     def _frontend(self, context: grpc.ServicerContext) -> int:
-        """Connections are spread evenly over the frontends."""
+        """Return the frontend of a connection; connections are spread evenly over the frontends."""
         with self._arrived:
             return self._frontends.setdefault(context.peer(), len(self._frontends) % self.model.frontends)
 
 
 class _Service(FeatureServiceServicer):
-    """The methods of the wire."""
+    """The RPC methods."""
 
     def __init__(self, server: FakeServer) -> None:
         self._server = server
 
     def Extract(self, request: pb.ExtractRequest, context: grpc.ServicerContext) -> pb.ExtractResponse:
-        step = self._server._arrive("Extract", request, context)
+        scripted = self._server._arrive("Extract", request, context)
         try:
-            return self._server._extract(request, step, context)
+            return self._server._extract(request, scripted, context)
         except Failure as failure:
             _abort(context, failure)
 
     def ExtractStream(
         self, requests: Iterator[pb.ExtractStreamRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ExtractStreamResponse]:
-        """One message after the other, which is one of the orders that a real server may take."""
+        """Answer in order, which is one of the orders that a real server may choose."""
         for message in requests:
-            step = self._server._arrive("ExtractStream", message, context)
+            scripted = self._server._arrive("ExtractStream", message, context)
             answer = pb.ExtractStreamResponse(id=message.id)
             try:
                 timeout = message.timeout_seconds
@@ -215,15 +217,15 @@ class _Service(FeatureServiceServicer):
                     raise invalid(f"timeout_seconds is {timeout:g}; allowed are 0 and more", "timeout_seconds")
                 if not message.HasField("request"):
                     raise invalid("request is not set", "request")
-                answer.response.CopyFrom(self._server._extract(message.request, step, context))
+                answer.response.CopyFrom(self._server._extract(message.request, scripted, context))
             except Failure as failure:
                 answer.error.CopyFrom(failure.status())
             yield answer
 
     def GetModel(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> pb.GetModelResponse:
-        step = self._server._arrive("GetModel", request, context)
-        if isinstance(step, Failure):
-            _abort(context, step)
+        scripted = self._server._arrive("GetModel", request, context)
+        if isinstance(scripted, Failure):
+            _abort(context, scripted)
         return message_of(self._server.model, self._server._frontend(context))
 
 

@@ -1,4 +1,4 @@
-"""For training in torch: features beside each batch of a loader, tensors, and a teacher that runs elsewhere.
+"""For training with PyTorch: features for each batch of a loader, tensors, and a remote teacher.
 
     from dinov3_client import Client
     from dinov3_client.torch import with_features
@@ -7,11 +7,11 @@
         for batch, features in with_features(loader, client, to_request=lambda batch: batch["views"]):
             teacher = features.torch().to(device)
 
-The only part of the client that imports torch.
+No other part of the client imports torch.
 """
 
 try:
-    import torch  # noqa: F401  # before all others, so that its absence is told plainly
+    import torch  # noqa: F401  # first, for a clear error if it is missing
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise

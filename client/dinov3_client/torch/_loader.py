@@ -1,4 +1,4 @@
-"""A training loop's batches, each with its features, while those of the next ones are on their way."""
+"""Adds features to the batches of a training loop, prefetching those of the next batches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Batch = TypeVar("Batch")
 
 @dataclass
 class Statistics:
-    """Of one epoch, up to now; seconds are of wall clock."""
+    """Statistics of one epoch so far, in seconds of wall clock."""
 
     batches: int = 0
     images: int = 0
     """Rows of features: images, or views of images."""
     bytes: int = 0
-    """Of the answers."""
+    """Bytes received."""
     wait_seconds: float = 0.0
-    """That the loop waited for features."""
+    """Time that the loop waited for features."""
     load_seconds: float = 0.0
-    """That the loop waited for its loader and `to_request`."""
+    """Time that the loop waited for its loader and `to_request`."""
     _now: Callable[[], float] = field(default=time.monotonic, repr=False)
     _began: float = field(init=False, repr=False)
     _ended: float | None = field(init=False, default=None, repr=False)
@@ -40,12 +40,12 @@ class Statistics:
 
     @property
     def seconds(self) -> float:
-        """Since the epoch began, until its end."""
+        """Duration of the epoch so far, or in all once it has ended."""
         return (self._now() if self._ended is None else self._ended) - self._began
 
     @property
     def wait_share(self) -> float:
-        """Share of the epoch's time in which the loop waited for features, 0 to 1."""
+        """Fraction of the epoch that the loop waited for features, 0 to 1."""
         return self._per_second(self.wait_seconds)
 
     @property
@@ -62,10 +62,10 @@ class Statistics:
 
 
 class FeatureLoader(Generic[Batch]):
-    """What `with_features` makes: an iterable of `(batch, features)`, as often as its loader can be iterated.
+    """An iterable of `(batch, features)`, made by `with_features`; it can be iterated as often as its loader.
 
-    `stats` are the Statistics of the epoch that runs, or ran last. One epoch runs at a time: to begin another one
-    cancels the calls of the one before, whose iterator then raises RuntimeError.
+    `stats` are the Statistics of the current or last epoch. Only one epoch runs at a time: beginning another cancels
+    the calls of the one before, whose iterator then raises RuntimeError.
     """
 
     def __init__(
@@ -85,21 +85,21 @@ class FeatureLoader(Generic[Batch]):
         self._options = options
         self._now: Callable[[], float] = time.monotonic  # a test's clock
         self._fingerprint = ""  # of the first features
-        self._answers: Generator[Features, None, None] | None = None  # of the epoch that runs, or ran last
+        self._answers: Generator[Features, None, None] | None = None  # of the current or last epoch
         self.stats = Statistics(_now=lambda: 0.0)  # of no epoch yet
 
     def __len__(self) -> int:
-        """Batches of an epoch, where the loader knows."""
+        """The number of batches in an epoch, if the loader has a length."""
         return len(self._loader)  # type: ignore[arg-type]  # else TypeError, as of any iterable
 
     def __iter__(self) -> Iterator[tuple[Batch, Features]]:
         if self._answers is not None:
             self._answers.close()
-        # Here a DataLoader forks its workers: after the last call of the epoch before, ahead of the first of this one.
+        # A DataLoader forks its workers here: after the last call of the previous epoch, before the first of this one.
         batches = iter(self._loader)
         self.stats = Statistics(_now=self._now)
         pending: deque[Batch] = deque()
-        # One more than `prefetch`: the batch that is waited for.
+        # One more than `prefetch`: the batch that the loop waits for.
         requests = self._requests(batches, pending, self.stats)
         self._answers = self._client.extract_many(
             requests, self._outputs, in_flight=self._prefetch + 1, **self._options
@@ -123,10 +123,10 @@ class FeatureLoader(Generic[Batch]):
     ) -> Generator[tuple[Batch, Features], None, None]:
         try:
             while True:
-                if self.stats is not stats:  # to end here would pass for the end of the loader
+                if self.stats is not stats:  # a plain end would look like the end of the loader
                     raise RuntimeError(
-                        "another epoch of this with_features has begun, which ended this one before its last batch; "
-                        "for two at a time make two, each of a loader of its own"
+                        "another epoch of this with_features has begun, which ended this one early; for two at a "
+                        "time, make two, each with a loader of its own"
                     )
                 began, loaded = self._now(), stats.load_seconds
                 features = next(answers, None)
@@ -143,7 +143,7 @@ class FeatureLoader(Generic[Batch]):
             stats._ended = self._now()
 
     def _check_model(self, features: Features) -> None:
-        """A server that comes back with other weights must not pass for the same teacher."""
+        """Raise ModelMismatch if the server now serves another model than in the batches before."""
         first = self._fingerprint = self._fingerprint or features.fingerprint
         if features.fingerprint != first:
             raise ModelMismatch(
@@ -162,27 +162,27 @@ def with_features(
     prefetch: int = 2,
     **options: Unpack[ExtractOptions],
 ) -> FeatureLoader[Batch]:
-    """The batches of `loader`, each with its features, while the requests of the next `prefetch` are in flight.
+    """Iterate over `loader` with the features of each batch, prefetching those of the next `prefetch` batches.
 
         for batch, features in with_features(loader, client, to_request=lambda batch: batch["views"]):
             teacher = features.torch().to(device)
 
-    loader: a torch DataLoader or any other iterable. Where it can be iterated once for each epoch, so can the result,
-        which also has its length and `stats`.
-    to_request: makes of a batch what `Client.extract` takes as `images`.
+    loader: a torch DataLoader or any other iterable. If it can be iterated once per epoch, so can the result, which
+        also has its length and `stats`.
+    to_request: converts a batch to the `images` of `Client.extract`.
     outputs, options: those of `Client.extract`.
-    prefetch: how many batches the loader is read ahead. So many batches, requests and features are held in memory,
-        and those of the batch that the loop works on; of one more while it waits.
+    prefetch: how many batches to read ahead. So many batches, requests and features are in memory, plus those of the
+        current batch, plus one more while the loop waits.
 
-    Every batch comes once, in the loader's order. Loader and `to_request` are called by the thread that iterates.
-    Their errors, and those of the calls, are raised in the place of the batch that they belong to and end the epoch.
-    A loop that is left early cancels what is in flight.
+    Every batch comes once, in the loader's order. The iterating thread calls the loader and `to_request`. Their errors,
+    and those of the calls, are raised in place of the batch that they belong to and end the epoch. Leaving the loop
+    early cancels the calls in flight.
 
-    While a server is away calls wait for it until the client's deadline. Where it comes back with another model than
-    the one of the first features, in this epoch or a later one, ModelMismatch is raised.
+    While the server is unavailable, calls wait for it until the client's deadline. If it comes back with another model
+    than that of the first features, in this epoch or a later one, ModelMismatch is raised.
 
-    A DataLoader forks its workers when an epoch begins. That happens before the epoch's first call and after the last
-    one of the epoch before, also where that one was left early: processes must not be forked while calls are in flight.
+    A DataLoader forks its workers when an epoch begins: before the first call of the epoch and after the last call of
+    the previous one, even if that was left early. Processes must not be forked while calls are in flight.
     """
     try:
         prefetch = operator.index(prefetch)
@@ -190,5 +190,5 @@ def with_features(
         raise TypeError(f"prefetch is {prefetch!r}; it must be a number of batches, 0 or more") from None
     if prefetch < 0:
         raise ValueError(f"prefetch is {prefetch}; it must be a number of batches, 0 or more")
-    _request.options(outputs, **options)  # refused here, and not when the first epoch begins
+    _request.check_options(outputs, **options)  # raise errors here, not when the first epoch begins
     return FeatureLoader(loader, client, to_request, outputs, prefetch, options)

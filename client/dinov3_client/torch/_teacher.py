@@ -1,4 +1,4 @@
-"""A teacher for distillation code that was written for a model in its own process. B images, N patches, D channels."""
+"""A remote teacher for distillation code that expects a local model. B images, N patches, D channels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 from dinov3_client import Client, Features, Model, ModelMismatch
 from dinov3_client._checks import check_choice
 from dinov3_client._dtypes import Array
-from dinov3_client._files import replacing
+from dinov3_client._files import atomic_path
 from dinov3_client._request import TokenKind
 from dinov3_serving.v1.enums import FeatureDtype
 
@@ -27,28 +27,28 @@ Layout = Literal["BCHW", "BHWC"]
 FeatureType = Literal["cls_token", "patch_tokens"]
 
 _OUTPUTS: dict[FeatureType, TokenKind] = {"cls_token": "cls", "patch_tokens": "patches"}
-# What configurations call the models; full names work as well.
+# Model names used in configurations; full names are accepted too.
 _ALIASES = {"small": "vits16", "base": "vitb16", "large": "vitl16", "huge": "vith16plus", "7b": "vit7b16"}
 
 
 class RemoteDinoV3Teacher(nn.Module):
-    """A frozen DINOv3 teacher that runs on a dinov3-serving server. It has no parameters and no gradients.
+    """A frozen DINOv3 teacher on a dinov3-serving server, without parameters and gradients.
 
     config: a mapping, or the path of a YAML file, with the keys (all optional)
-        model_type: must be the served model: dinov3_vitb16, vitb16, base or vit_base for one.
-        checkpoint_path: must be the served weights, by file name, hf://OWNER/REPO, fingerprint or the model's name.
-            The file is not read; it need not exist here.
+        model_type: must name the served model, such as dinov3_vitb16, vitb16, base or vit_base.
+        checkpoint_path: must name the served weights: file name, hf://OWNER/REPO, fingerprint or the model's name. The
+            file is not read and need not exist here.
         patch_size: must be that of the served model.
-        extract_cls_token, extract_patch_tokens: which features come; true unless given.
-        device: of the tensors that come back; that of CUDA where there is one unless given. `.to()` changes it.
-        feature_output_dir: the folder of saved features.
-        Other keys are for others. One that looks like a misspelt key of these is refused.
-    client, target: the client to use, or the server to make one for.
+        extract_cls_token, extract_patch_tokens: which features to return; default true.
+        device: of the returned tensors; default CUDA if available. `.to()` changes it.
+        feature_output_dir: the folder for saved features.
+        Other keys are ignored, except those that look like misspelt keys of these, which are refused.
+    client, target: the client to use, or the server to connect to.
     layout: of the images, "BCHW" or "BHWC". It is never guessed.
-    dtype: in which features travel. The tensors are float32 whatever it is, unless `.to()` or `.half()` changes that.
+    dtype: the dtype in which features are sent. Tensors are float32 anyway, unless `.to()` or `.half()` changes that.
 
-    Raises ModelMismatch, when it is made, where the server serves another model than `config` names, and at any later
-    call whose answer is of another model than at first.
+    Raises ModelMismatch if the server serves another model than `config` names, and in any later call that is answered
+    by another model than the first.
     """
 
     _like: torch.Tensor
@@ -75,7 +75,7 @@ class RemoteDinoV3Teacher(nn.Module):
         self._dtype = dtype
         self._model = client.model()
         self._config.check(self._model)
-        # An empty buffer, so that `.to()`, `.cuda()` and `.half()` say where features go, as they do for a model.
+        # An empty buffer, so that `.to()`, `.cuda()` and `.half()` set the features' device and dtype, as for a model.
         self.register_buffer("_like", _empty(self._config.device), persistent=False)
 
     def extract_features(
@@ -84,18 +84,17 @@ class RemoteDinoV3Teacher(nn.Module):
         image_ids: Sequence[str | int] | torch.Tensor | None = None,
         save_features: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """{"cls_token": [B, D], "patch_tokens": [B, N, D]}, or one of them; registers are never among the patches.
+        """Return {"cls_token": [B, D], "patch_tokens": [B, N, D]}, or one of them; patches do not include registers.
 
-        images: [B, 3, H, W] or [B, H, W, 3], as `layout` says; a single image without B is a batch of one. uint8 is
-            RGB pixels; floating point is already normalised by the model's mean and std (`get_model_info()`), and
-            refused where its values cannot be that (values of 0 to 1 can, and are warned of). H and W are multiples of
-            the patch size: nothing is resized.
-        image_ids: a name (or a whole number) for each image, needed for saving alone.
-        save_features: write `{image_id}_dinov3_features.npz` into `feature_output_dir` for each image, with the arrays
-            cls_token [D] and patch_tokens [N, D] in float32. A file has its name when it is whole.
+        images: [B, 3, H, W] or [B, H, W, 3], by `layout`; a single image without B is a batch of one. uint8 is RGB
+            pixels. Floating point must be normalised by the model's mean and std (`get_model_info()`): impossible
+            values are refused, and values within 0 to 1 cause a warning. H and W are multiples of the patch size:
+            nothing is resized.
+        image_ids: a name (or a whole number) for each image, needed only for saving.
+        save_features: write `{image_id}_dinov3_features.npz` to `feature_output_dir` for each image, atomically, with
+            the arrays cls_token [D] and patch_tokens [N, D] in float32.
 
-        Raises ValueError or TypeError for what is wrong with the arguments, OSError where a file cannot be written, and
-        Dinov3Error else.
+        Raises ValueError or TypeError for invalid arguments, OSError if a file cannot be written, else Dinov3Error.
         """
         pixels = _pixels(images, self._layout)
         _check_range(pixels, self._model)
@@ -115,22 +114,23 @@ class RemoteDinoV3Teacher(nn.Module):
         return {name: getattr(tensors, _OUTPUTS[name]) for name in self._config.feature_types}
 
     def forward(self, x: torch.Tensor | Array) -> dict[str, torch.Tensor]:
-        """`extract_features` without saving."""
+        """Call `extract_features` without saving."""
         return self.extract_features(x)
 
     def get_feature_types(self) -> list[str]:
+        """Return the keys of the features."""
         return list(self._config.feature_types)
 
     def get_feature_dims(self) -> dict[str, int]:
-        """D of each feature."""
+        """Return D of each feature."""
         return dict.fromkeys(self._config.feature_types, self._model.embed_dim)
 
     def get_feature_strides(self) -> list[int]:
-        """Pixels, in height and in width, to a patch."""
+        """Return [height and width of a patch in pixels]."""
         return [self._model.patch_size]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What is served, under the names that training code logs. `num_parameters` are the server's."""
+        """Describe the served model, with the keys that training code logs. `num_parameters` counts the server's."""
         model = self._model
         return {
             "model_name": model.name,
@@ -167,13 +167,13 @@ class RemoteDinoV3Teacher(nn.Module):
         paths[0].parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: getattr(features, _OUTPUTS[name]) for name in self._config.feature_types}
         for row, path in enumerate(paths):
-            with replacing(path) as draft, draft.open("wb") as file:
+            with atomic_path(path) as draft, draft.open("wb") as file:
                 np.savez(file, **{name: array[row].astype(np.float32) for name, array in arrays.items()})
 
 
 @dataclass(frozen=True)
 class _Config:
-    """The keys that a teacher reads."""
+    """The configuration of a teacher."""
 
     model_type: str | None = None
     checkpoint_path: str | None = None
@@ -217,7 +217,7 @@ class _Config:
         return self
 
     def check(self, model: Model) -> None:
-        """Raises ModelMismatch where the server's `model` is not the one that the configuration names."""
+        """Raise ModelMismatch if the server's `model` is not the one that the configuration names."""
         served = f"the server serves {model.name} with the weights {model.weights!r} (fingerprint {model.fingerprint})"
         if self.model_type is not None and _full_name(self.model_type) != model.name:
             raise _mismatch(f"model_type is {self.model_type!r}; {served}{_of_dinov2(self.model_type)}")
@@ -232,7 +232,7 @@ class _Config:
 
 
 def _names(given: str, model: Model) -> bool:
-    """Whether a checkpoint_path names the weights of `model`."""
+    """Return whether a checkpoint_path names the weights of `model`."""
     if given in (model.weights, model.fingerprint) or _full_name(given) == model.name:
         return True
     if model.weights.startswith("hf://"):
@@ -273,12 +273,12 @@ def _yaml(path: Path) -> Mapping[str, Any]:
 def _empty(device: str | None) -> torch.Tensor:
     try:
         return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise ValueError(f"device is {device!r}, which cannot be used here: {error}") from None
 
 
 def _pixels(images: torch.Tensor | Array, layout: Layout) -> Array:
-    """What the client takes: [B, H, W, 3] uint8 or [B, 3, H, W] float32."""
+    """Convert images to the client's formats: [B, H, W, 3] uint8 or [B, 3, H, W] float32."""
     if isinstance(images, torch.Tensor):
         images = images.detach().cpu()
         images = (images.float() if images.is_floating_point() else images).numpy()
@@ -302,7 +302,10 @@ def _pixels(images: torch.Tensor | Array, layout: Layout) -> Array:
 
 
 def _check_range(pixels: Array, model: Model) -> None:
-    """Normalised pixels lie near [-2.2, 2.7]. Noise may go further, and 0 to 255 goes much further."""
+    """Raise ValueError for values that cannot be normalised pixels, which lie within about -2.2 to 2.7, or warn.
+
+    Noise may go further; values of 0 to 255 go much further.
+    """
     if pixels.dtype == np.uint8 or not pixels.size:
         return
     black, white = ([(value - mean) / std for mean, std in zip(model.mean, model.std, strict=True)] for value in (0, 1))
@@ -316,19 +319,19 @@ def _check_range(pixels: Array, model: Model) -> None:
             f"images have values from {least:.3g} to {most:.3g}; {taken}. Give pixels of 0 to 255 as uint8, or as "
             "(pixels / 255 - mean) / std"
         )
-    if 0 <= least < most <= 1:  # what photos are before they are normalised, and hardly ever after
-        # The same words for each batch, so that Python shows them once.
+    if 0 <= least < most <= 1:  # the range of photos before normalisation, hardly ever after it
+        # The same text for each batch, so that Python shows it once.
         warnings.warn(f"all values of images are within 0 to 1; {taken}. Are these normalised?", stacklevel=3)
 
 
 def _name(image_id: object) -> str:
-    """Of an image, for its file; a DataLoader makes tensors of whole numbers."""
+    """Return the file name of an image id; a DataLoader turns whole numbers into tensors."""
     try:
         name = image_id if isinstance(image_id, str) else str(operator.index(image_id))  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"image id {image_id!r} is a {type(image_id).__name__}; it must be str or int") from None
     if not name or any(mark in name for mark in "/\\\0"):
-        raise ValueError(f"image id {name!r} is no plain file name; its features would lie in another folder")
+        raise ValueError(f"image id {name!r} is not a plain file name; its features would be in another folder")
     return name
 
 

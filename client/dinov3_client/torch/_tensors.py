@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dinov3_client._answer import Key, Timings
+from dinov3_client._answer import TensorKey, Timings
 from dinov3_client._checks import pixel_size
 from dinov3_client._dtypes import Array
 from dinov3_client._errors import StatusError
 from dinov3_client._features import Features
-from dinov3_client._packing import Packing, mixed_sizes, no_such_size, places
+from dinov3_client._packing import Packing, mixed_sizes, no_such_size, row_index
 from dinov3_client._request import TokenKind
 
 _DTYPES = {
@@ -27,11 +27,11 @@ _DTYPES = {
 
 
 class _Tokens(NamedTuple):
-    """One kind of token of some rows, as it travelled."""
+    """The tokens of one kind of some rows, as received."""
 
     values: torch.Tensor
     scales: torch.Tensor | None
-    """Of int8, of a shape that `values` can be multiplied with."""
+    """Of int8 values, in a shape that broadcasts over them."""
 
     def read(self) -> torch.Tensor:
         return self.values if self.scales is None else self.values * self.scales
@@ -42,18 +42,18 @@ class _Group:
     """The rows of one input size."""
 
     rows: Array
-    """[R] int64, ascending: their places among all rows."""
+    """[R] int64, ascending: their numbers among all rows."""
     grids: Mapping[int | None, tuple[int, int]]
-    tensors: Mapping[Key, _Tokens]
+    tensors: Mapping[TensorKey, _Tokens]
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What features say besides their tensors."""
+class _Metadata:
+    """The metadata of features: all but their tensors."""
 
     layers: tuple[int, ...]
-    shapes: Mapping[Key, tuple[int, ...]]
-    """What was asked for, with the shape of one row that failed while the others tell none."""
+    shapes: Mapping[TensorKey, tuple[int, ...]]
+    """The requested tensors, each with the shape of a failed row, for use if no group has one."""
     dtype: torch.dtype
     device: torch.device
     errors: Mapping[int, StatusError]
@@ -63,7 +63,7 @@ class _Told:
 
 
 class TorchLayerFeatures:
-    """The tokens of one layer, of all rows. What was not asked for is None."""
+    """The tokens of one layer, of all rows. Outputs that were not requested are None."""
 
     def __init__(self, get: Callable[[TokenKind], torch.Tensor | None], grid: Callable[[], tuple[int, int]]) -> None:
         self._get = get
@@ -86,45 +86,44 @@ class TorchLayerFeatures:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of each row of features, (rows, columns); (0, 0) where all images failed."""
+        """(rows, columns) of the patches of each row; (0, 0) if all images failed."""
         return self._grid()
 
 
 class TorchFeatures(TorchLayerFeatures):
-    """The fields of `Features` as torch tensors, which are writable and no longer know the bytes that came in.
+    """`Features` as torch tensors, which are writable and do not refer to the received bytes.
 
     `cls`, `patches` and `registers` of all rows, `layers[i]` with the same, `images` and `views` [N] int64, `grid`,
-    `input_size`, `errors`, `timings`, `frontend` and `fingerprint` are as in `Features`. Rows of several input sizes
-    lie in tensors of each size: `at_size` gives them as they are, while `cls` and `registers` of all rows are put
-    together anew.
+    `input_size`, `errors`, `timings`, `frontend` and `fingerprint` are as in `Features`. Rows of each input size have
+    tensors of their own: `at_size` returns them without a copy, while `cls` and `registers` of all rows are copied.
 
-    int8 features stay int8, with their scales, until they are moved: `to` dequantises them where they arrive. A tensor
-    that is read before is dequantised to float32 where it lies.
+    int8 features stay int8, with their scales, until `to` moves them and dequantises them on the new device. A tensor
+    that is read earlier is dequantised to float32 where it is.
     """
 
     def __init__(
-        self, groups: Mapping[tuple[int, int], _Group], images: torch.Tensor, views: torch.Tensor, told: _Told
+        self, groups: Mapping[tuple[int, int], _Group], images: torch.Tensor, views: torch.Tensor, metadata: _Metadata
     ) -> None:
-        # Functions of what they need, and not of self: no cycle keeps tensors.
-        super().__init__(*_readers(groups, len(images), told, None))
+        # Functions of their arguments, not of self: a cycle would keep tensors alive.
+        super().__init__(*_readers(groups, len(images), metadata, None))
         self.layers: dict[int, TorchLayerFeatures] = {
-            layer: TorchLayerFeatures(*_readers(groups, len(images), told, layer)) for layer in told.layers
+            layer: TorchLayerFeatures(*_readers(groups, len(images), metadata, layer)) for layer in metadata.layers
         }
         self.images = images
         self.views = views
-        self.errors = dict(told.errors)
-        self.timings = told.timings
-        self.frontend = told.frontend
-        self.fingerprint = told.fingerprint
+        self.errors = dict(metadata.errors)
+        self.timings = metadata.timings
+        self.frontend = metadata.frontend
+        self.fingerprint = metadata.fingerprint
         self._groups = groups
-        self._told = told
+        self._metadata = metadata
 
     @classmethod
     def copied(cls, features: Features, packing: Packing, *, pin_memory: bool) -> TorchFeatures:
         """See `Features.torch`."""
         if pin_memory and not torch.cuda.is_available():
             raise RuntimeError("pin_memory=True needs a CUDA device, and torch sees none here: leave it out")
-        told = _Told(
+        metadata = _Metadata(
             layers=tuple(features.layers),
             shapes=packing.shapes,
             dtype=_DTYPES[packing.dtype.name],
@@ -138,18 +137,18 @@ class TorchFeatures(TorchLayerFeatures):
         images, views = (
             _copied([(slice(None), part)], len(packing), pin_memory) for part in (packing.images, packing.views)
         )
-        return cls(groups, images, views, told)
+        return cls(groups, images, views, metadata)
 
     def to(
         self, device: torch.device | str | int, dtype: torch.dtype | None = None, *, non_blocking: bool = False
     ) -> TorchFeatures:
-        """On `device`, in `dtype` (None: as they are; float32 of int8 features).
+        """Return the features on `device`, in `dtype` (None: unchanged, float32 for int8 features).
 
-        Features travel in the dtype that they came in and are converted on the device, int8 ones as value * scale.
-        With `non_blocking` the host does not wait for copies from page-locked memory; torch keeps that memory until
-        they are done.
+        Features are copied in the dtype received and converted on the device, int8 as value * scale. With
+        `non_blocking` the host does not wait for copies from page-locked memory; torch keeps that memory until they
+        are done.
         """
-        if isinstance(device, torch.dtype):  # as torch's own would take it
+        if isinstance(device, torch.dtype):  # which torch's own `to` accepts
             raise TypeError(f"device is {device}: name a device first, as in features.to('cpu', {device})")
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,33 +156,33 @@ class TorchFeatures(TorchLayerFeatures):
 
         def converted(tokens: _Tokens) -> _Tokens:
             scales = None if tokens.scales is None else moved(tokens.scales)
-            # Not one `to` for both: that would convert on the host, and send the larger.
-            return _Tokens(_Tokens(moved(tokens.values), scales).read().to(dtype or self._told.dtype), None)
+            # Not one `to` for both: that would convert on the host and copy the larger tensor.
+            return _Tokens(_Tokens(moved(tokens.values), scales).read().to(dtype or self._metadata.dtype), None)
 
         groups = {
             size: replace(group, tensors={key: converted(tokens) for key, tokens in group.tensors.items()})
             for size, group in self._groups.items()
         }
         images, views = moved(self.images), moved(self.views)
-        told = replace(self._told, dtype=dtype or self._told.dtype, device=images.device)
-        return TorchFeatures(groups, images, views, told)
+        metadata = replace(self._metadata, dtype=dtype or self._metadata.dtype, device=images.device)
+        return TorchFeatures(groups, images, views, metadata)
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """Pixels that the model saw of each row, (height, width); (0, 0) where all images failed."""
+        """(height, width) of the model's input in pixels; (0, 0) if all images failed."""
         if len(self._groups) > 1:
             raise mixed_sizes("input_size", self._groups)
         return next(iter(self._groups), (0, 0))
 
     @property
     def input_sizes(self) -> tuple[tuple[int, int], ...]:
-        """What `at_size` can be asked for, in order of first use."""
+        """The input sizes that `at_size` accepts, in order of first use."""
         return tuple(self._groups)
 
     def at_size(self, size: int | tuple[int, int]) -> TorchFeatures:
-        """The rows of one input size, pixels or (height, width) of them, in their order; their tensors are shared.
+        """Return the rows of one input size, given as pixels or (height, width), in order; tensors are shared.
 
-        Raises ValueError where no row has this size.
+        Raises ValueError if no row has this size.
         """
         asked = pixel_size("size", size)
         if asked not in self._groups:
@@ -191,47 +190,47 @@ class TorchFeatures(TorchLayerFeatures):
         group = self._groups[asked]
         rows = _index(group.rows, self.images.device)
         own = replace(group, rows=np.arange(len(rows)))
-        return TorchFeatures({asked: own}, self.images[rows], self.views[rows], self._told)
+        return TorchFeatures({asked: own}, self.images[rows], self.views[rows], self._metadata)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __repr__(self) -> str:
-        kinds = ", ".join(kind for layer, kind in self._told.shapes if layer is None)
+        kinds = ", ".join(kind for layer, kind in self._metadata.shapes if layer is None)
         sizes = ", ".join(f"{len(g.rows)} of {height}x{width}" for (height, width), g in self._groups.items())
         return (
-            f"<TorchFeatures of {len(self)} rows ({sizes}): {kinds}, layers {list(self.layers)}, {self._told.dtype} "
-            f"on {self._told.device}, {len(self.errors)} failed>"
+            f"<TorchFeatures of {len(self)} rows ({sizes}): {kinds}, layers {list(self.layers)}, "
+            f"{self._metadata.dtype} on {self._metadata.device}, {len(self.errors)} failed>"
         )
 
 
 def _readers(
-    groups: Mapping[tuple[int, int], _Group], rows: int, told: _Told, layer: int | None
+    groups: Mapping[tuple[int, int], _Group], rows: int, metadata: _Metadata, layer: int | None
 ) -> tuple[Callable[[TokenKind], torch.Tensor | None], Callable[[], tuple[int, int]]]:
-    return partial(_pack, groups, rows, told, layer), partial(_grid, groups, layer, "grid")
+    return partial(_pack, groups, rows, metadata, layer), partial(_grid, groups, layer, "grid")
 
 
 def _pack(
-    groups: Mapping[tuple[int, int], _Group], rows: int, told: _Told, layer: int | None, kind: TokenKind
+    groups: Mapping[tuple[int, int], _Group], rows: int, metadata: _Metadata, layer: int | None, kind: TokenKind
 ) -> torch.Tensor | None:
-    """Of all rows; the tensor itself where they have one size."""
-    key: Key = (layer, kind)
-    if key not in told.shapes:
+    """Return one tensor of all rows, without a copy if they have one size; None if it was not requested."""
+    key: TensorKey = (layer, kind)
+    if key not in metadata.shapes:
         return None
     if kind == "patches":
         _grid(groups, layer, kind)
     of_each = [(group.rows, group.tensors[key].read()) for group in groups.values()]
     if len(of_each) == 1 and len(of_each[0][0]) == rows:
         return of_each[0][1]
-    shape = of_each[0][1].shape[1:] if of_each else told.shapes[key]
-    packed = torch.zeros((rows, *shape), dtype=told.dtype, device=told.device)
+    shape = of_each[0][1].shape[1:] if of_each else metadata.shapes[key]
+    packed = torch.zeros((rows, *shape), dtype=metadata.dtype, device=metadata.device)
     for where, tensor in of_each:
-        packed[_index(where, told.device)] = tensor
+        packed[_index(where, metadata.device)] = tensor
     return packed
 
 
 def _index(rows: Array, device: torch.device) -> torch.Tensor:
-    # A copy that is waited for would wait for all that the GPU has to do before it.
+    # A blocking copy would wait for all earlier work of the GPU.
     return torch.from_numpy(rows).to(device, non_blocking=True)
 
 
@@ -243,10 +242,10 @@ def _grid(groups: Mapping[tuple[int, int], _Group], layer: int | None, what: str
 
 
 def _group(packing: Packing, size: tuple[int, int], pin_memory: bool) -> _Group:
-    """The rows of one size, copied out of the bytes that came in."""
+    """Copy the rows of one size out of the received bytes."""
     blocks = packing.sizes[size]
     rows = np.sort(np.concatenate([block.rows for block in blocks]))
-    where = [places(np.searchsorted(rows, block.rows)) for block in blocks]
+    where = [row_index(np.searchsorted(rows, block.rows)) for block in blocks]
     tensors = {}
     for key in packing.shapes:
         of_blocks = [block.tensors[key] for block in blocks]
@@ -260,10 +259,10 @@ def _group(packing: Packing, size: tuple[int, int], pin_memory: bool) -> _Group:
 
 
 def _copied(parts: Sequence[tuple[Array | slice, Array]], rows: int, pin_memory: bool) -> torch.Tensor:
-    """A tensor of `rows`, with each array at its places."""
+    """Return a tensor of `rows` rows, with each array copied to its index."""
     first = parts[0][1]
     tensor = torch.empty((rows, *first.shape[1:]), dtype=_torch_dtype(first), pin_memory=pin_memory)
-    # As bytes: numpy's bfloat16 is none of torch's, and what came in need not be aligned.
+    # As bytes: torch does not know numpy's bfloat16, and received arrays need not be aligned.
     target = tensor.view(torch.uint8).numpy()
     for where, array in parts:
         target[where] = array.view(np.uint8)

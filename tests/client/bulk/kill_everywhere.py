@@ -16,17 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinov3_client.bulk.rows import Options
+from dinov3_client.bulk.rows import ExtractionOptions
 from tests.client.bulk import stub
 
 CALLS = ("open", "write", "fsync", "replace", "ftruncate", "unlink", "mkdir")
 SCENARIOS = {
     # Shards end at rows; the last one is short; failures before, between and after all rows.
-    "shards": (Options(shard_rows=2), {0, 3, 4, 7}, 8, False),
-    "mixed": (Options(preset="none", shard_rows=3, outputs=("cls",), layers=(3,)), {2}, 4, True),
-    "full": (Options(shard_rows=2, outputs=("cls",)), set(), 4, False),
-    "failed": (Options(), {0, 1}, 2, False),
-    "npz": (Options(format="npz"), {1}, 3, False),
+    "shards": (ExtractionOptions(shard_rows=2), {0, 3, 4, 7}, 8, False),
+    "mixed": (ExtractionOptions(preset="none", shard_rows=3, outputs=("cls",), layers=(3,)), {2}, 4, True),
+    "full": (ExtractionOptions(shard_rows=2, outputs=("cls",)), set(), 4, False),
+    "failed": (ExtractionOptions(), {0, 1}, 2, False),
+    "npz": (ExtractionOptions(format="npz"), {1}, 3, False),
 }
 
 
@@ -63,7 +63,7 @@ def main(folder: Path, scenarios: list[str]) -> None:
         sys.stdout.write(f"{name}: {killed} places of {calls} calls\n")
 
 
-def _calls(source: Path, out: Path, options: Options) -> list[str]:
+def _calls(source: Path, out: Path, options: ExtractionOptions) -> list[str]:
     """The names of the calls of a run that nobody kills."""
     reading, writing = os.pipe()
 
@@ -79,7 +79,7 @@ def _calls(source: Path, out: Path, options: Options) -> list[str]:
         return file.read().decode().split()
 
 
-def _run(source: Path, out: Path, options: Options, point: int | None = None, half: bool = False) -> bool:
+def _run(source: Path, out: Path, options: ExtractionOptions, point: int | None = None, half: bool = False) -> bool:
     """Extract in a child, which kills itself at the call `point`; whether it did."""
 
     def body() -> None:

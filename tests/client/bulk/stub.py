@@ -1,4 +1,4 @@
-"""A client without a server: features of bytes by a formula, failures by what the bytes say."""
+"""A client without a server: features of bytes by a formula, failures by what the bytes print_line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from dinov3_client import Client
 from dinov3_client.bulk import extraction, sources
 from dinov3_client.bulk.manifest import Totals
-from dinov3_client.bulk.rows import Options
+from dinov3_client.bulk.rows import ExtractionOptions
 from dinov3_client.testing import MODEL
 
 Array = np.ndarray[Any, Any]
@@ -113,7 +113,7 @@ class _Features(list[Any]):
         return np.round(exact / scales[..., np.newaxis]).astype(np.int8), scales
 
 
-class Watch:
+class ProgressListener:
     def __init__(self) -> None:
         self.begun: tuple[int, int] | None = None
         self.advanced = 0
@@ -132,23 +132,23 @@ class Watch:
 def run(
     given: str | Path | sources.Images,
     out: Path,
-    options: Options | None = None,
+    options: ExtractionOptions | None = None,
     *,
     client: StubClient | None = None,
-    watch: Watch | None = None,
+    progress: ProgressListener | None = None,
     batch_images: int = 4,
 ) -> Totals:
-    images = given if isinstance(given, sources.Images) else sources.find([str(given)])
+    images = given if isinstance(given, sources.Images) else sources.find_images([str(given)])
     return extraction.extract(
         cast(Client, client or StubClient()),
         MODEL,
         images,
         out,
-        options or Options(shard_rows=5),
+        options or ExtractionOptions(shard_rows=5),
         in_flight=2,
         batch_images=batch_images,
         priority="bulk",
-        watch=watch or Watch(),
+        progress=progress or ProgressListener(),
     )
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from dinov3_client import FeatureDataset
 from dinov3_client._client import Client
 from dinov3_client.cli import main
-from dinov3_client.cli.extract import Progress
+from dinov3_client.cli.extract import ProgressLine
 from dinov3_client.testing import Failure, FakeServer, expected
 from tests.client.bulk.stub import tree
 
@@ -62,7 +62,7 @@ def test_a_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert captured.out == f"8 of 9 images written to {out}\n"
         assert captured.err.splitlines()[0].startswith("dinov3-client: broken.jpg: ")
         assert captured.err.splitlines()[1:] == [
-            f"dinov3-client: 1 of 9 images have no features: {out}/failed.jsonl tells why"
+            f"dinov3-client: 1 of 9 images have no features: see {out}/failed.jsonl"
         ]
         assert all(request.priority == 2 for request in server.requests)  # bulk
         count = len(server.requests)
@@ -79,7 +79,7 @@ def test_a_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert (item["grid"].tolist(), item["input_size"].tolist()) == ([2, 3], [32, 48])
 
 
-def test_what_is_asked_of_the_server(source: Path, tmp_path: Path) -> None:
+def test_the_options_in_requests(source: Path, tmp_path: Path) -> None:
     options = (
         "--outputs", "registers,patches", "--size", "64x32", "--interpolation", "lanczos", "--exif", "--dtype", "int8",
         "--pool", "1x2", "--projection", "half", "--batch-size", "3", "--priority", "interactive",
@@ -173,14 +173,14 @@ def test_a_server_that_goes_away_stops_it_and_it_goes_on(
         assert captured.out == ""
         assert captured.err.splitlines()[-2:] == [
             "dinov3-client: another token, please",
-            f"dinov3-client: stopped; what was committed to {out} stays, and the same command goes on from there",
+            f"dinov3-client: stopped; {out} keeps what was committed, and the same command resumes from there",
         ]
         assert len(FeatureDataset(out, unfinished=True)) == 4
         server.script = []
         assert run(server, source, "--out", out, *options) == 1
         captured = capsys.readouterr()
         assert captured.out == f"8 of 9 images written to {out}\n"
-        assert "going on after 5 of 9 images" in captured.err
+        assert "resuming after 5 of 9 images" in captured.err
     assert tree(out) == tree(tmp_path / "whole")
 
 
@@ -195,7 +195,7 @@ def test_ctrl_c_stops_it_and_it_goes_on(
             def interrupt(*_: object) -> None:
                 raise KeyboardInterrupt
 
-            patched.setattr(Progress, "advance", interrupt)
+            patched.setattr(ProgressLine, "advance", interrupt)
             assert run(server, source, "--out", out, *options) == 130
         assert "dinov3-client: interrupted\ndinov3-client: stopped; what" in capsys.readouterr().err
         assert run(server, source, "--out", out, *options) == 1
@@ -227,7 +227,7 @@ def test_killed_or_ended_and_the_same_again(
             process.send_signal(sent)
             _, said = process.communicate()
             assert process.returncode == code
-            assert said.endswith("the same command goes on from there\n") == (sent == signal.SIGTERM)
+            assert said.endswith("the same command resumes from there\n") == (sent == signal.SIGTERM)
         finally:
             process.kill()
             process.wait()
@@ -265,12 +265,18 @@ USAGE = [
     (["{here}", "{here}", "--out", "x"], "two images have the id broken.jpg: "),
     (["{here}/sub", "{here}/sub/../sub", "--format", "npz", "--out", "x"], "two images have the id 0.png"),
     (["{here}/sub/0.png", "{here}/sub/../sub/0.png", "--format", "npz", "--out", "x"], "would both become 0.npz"),
-    (["{here}", "--out", "x", "--format", "npz", "--dtype", "bfloat16"], "npz files have no such numbers"),
-    (["{here}", "--out", "x", "--shard-rows", "0"], "'0' is no number from 1 on"),
-    (["{here}", "--out", "x", "--in-flight", "-1"], "'-1' is no number from 1 on"),
-    (["{here}", "--out", "x", "--pool", "0"], "'0' is no size"),
+    (
+        ["{here}", "--out", "x", "--format", "npz", "--dtype", "bfloat16"],
+        "--dtype bfloat16 is not possible in npz files",
+    ),
+    (["{here}", "--out", "x", "--shard-rows", "0"], "'0' is not a number of at least 1"),
+    (["{here}", "--out", "x", "--in-flight", "-1"], "'-1' is not a number of at least 1"),
+    (["{here}", "--out", "x", "--pool", "0"], "'0' is not a size"),
     (["{here}", "--out", "x", "--preset", "imagenet"], "invalid choice: 'imagenet'"),
-    (["{here}", "--out", "x", "--outputs", "cls,tokens"], "'tokens' is no output; cls, patches and registers are"),
+    (
+        ["{here}", "--out", "x", "--outputs", "cls,tokens"],
+        "'tokens' is not an output; allowed are cls, patches and registers",
+    ),
     (["{here}", "--out", "x", "--layers", "12"], "layer 12: dinov3_vits16 has the layers 0 to 11"),
 ]
 
@@ -301,7 +307,7 @@ class Terminal(io.StringIO):
 def test_progress_on_a_terminal_is_one_line() -> None:
     seconds = [0.0]
     stream = Terminal()
-    progress = Progress(stream, lambda: seconds[0])
+    progress = ProgressLine(stream, lambda: seconds[0])
     progress.begin(0, 2000)
     for now in (0.1, 10.0, 10.1, 20.0):
         seconds[0] = now
@@ -313,7 +319,7 @@ def test_progress_on_a_terminal_is_one_line() -> None:
 
 def test_progress_elsewhere_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = [100.0]
-    progress = Progress(io.StringIO(), lambda: seconds[0])
+    progress = ProgressLine(io.StringIO(), lambda: seconds[0])
     progress.begin(500, 10_000)
     for now, images in ((105.0, 50), (110.0, 50), (111.0, 500), (120.0, 300)):
         seconds[0] = now
@@ -322,11 +328,11 @@ def test_progress_elsewhere_is_a_line_now_and_then(capsys: pytest.CaptureFixture
         progress.failed(f"{index}.jpg", "no image")
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == [
-        "dinov3-client: going on after 500 of 10,000 images",
+        "dinov3-client: resuming after 500 of 10,000 images",
         "dinov3-client: 600 of 10,000 (6.0%), 10.0/s, 15 min left",
         "dinov3-client: 1,400 of 10,000 (14.0%), 45.0/s, 3 min left",
     ]
     assert lines[3:] == [
         *(f"dinov3-client: {index}.jpg: no image" for index in range(20)),
-        "dinov3-client: more images have no features; they are not named here",
+        "dinov3-client: more images have no features; they are not shown here",
     ]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from dinov3_client import FeatureDataset, Unavailable
 from dinov3_client.bulk import ExtractionError
-from dinov3_client.bulk.rows import Options
+from dinov3_client.bulk.rows import ExtractionOptions
 from tests.client.bulk.stub import StubClient, broken, contents, run, values
 
 
@@ -29,7 +29,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dataset(source: Path, tmp_path: Path) -> FeatureDataset:
-    run(source, tmp_path / "out", Options(shard_rows=4, layers=(3,)))
+    run(source, tmp_path / "out", ExtractionOptions(shard_rows=4, layers=(3,)))
     return FeatureDataset(tmp_path / "out")
 
 
@@ -75,7 +75,7 @@ def test_items_may_be_written_to_and_raw_ones_may_not(dataset: FeatureDataset) -
 
 
 def test_bfloat16_comes_as_float32(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "out", Options(dtype="bfloat16"))
+    run(source, tmp_path / "out", ExtractionOptions(dtype="bfloat16"))
     dataset = FeatureDataset(tmp_path / "out")
     data = (source / "00.jpg").read_bytes()
     assert dataset["00.jpg"]["patches"].dtype == np.float32
@@ -84,7 +84,7 @@ def test_bfloat16_comes_as_float32(source: Path, tmp_path: Path) -> None:
 
 
 def test_int8_comes_times_its_scales(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "out", Options(dtype="int8", layers=(3,), shard_rows=4))
+    run(source, tmp_path / "out", ExtractionOptions(dtype="int8", layers=(3,), shard_rows=4))
     dataset = FeatureDataset(tmp_path / "out")
     for index in range(len(dataset)):
         data = (source / dataset.id(index)).read_bytes()
@@ -110,7 +110,7 @@ def test_several_input_sizes(tmp_path: Path) -> None:
     for index, size in enumerate(sizes):
         (source / f"{index}.jpg").write_bytes(contents(index, size=size))
     for dtype in ("float16", "int8"):
-        run(source, tmp_path / dtype, Options(preset="none", shard_rows=4, dtype=dtype))  # type: ignore[arg-type]
+        run(source, tmp_path / dtype, ExtractionOptions(preset="none", shard_rows=4, dtype=dtype))  # type: ignore[arg-type]
         dataset = FeatureDataset(tmp_path / dtype)
         for index, (height, width) in enumerate(sizes):
             item = dataset[index]
@@ -123,7 +123,7 @@ def test_several_input_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_in_a_loader_with_workers(dataset: FeatureDataset, source: Path, method: str) -> None:
-    dataset[5]  # mapped before the fork
+    dataset[5]  # map_shard before the fork
     loader: Any = DataLoader(dataset, batch_size=4, num_workers=2, multiprocessing_context=method)  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for batch in loader:
@@ -215,6 +215,6 @@ def test_no_image_with_features(tmp_path: Path) -> None:
 
 
 def test_npz_files_are_for_numpy(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "out", Options(format="npz"))
+    run(source, tmp_path / "out", ExtractionOptions(format="npz"))
     with pytest.raises(ExtractionError, match=r"holds npz files: numpy\.load reads them"):
         FeatureDataset(tmp_path / "out")

@@ -24,9 +24,9 @@ from safetensors.numpy import load_file
 from dinov3_client import ModelMismatch, Unavailable
 from dinov3_client.bulk import ExtractionError, durable, reading, shards, sources
 from dinov3_client.bulk.errors import SourceError
-from dinov3_client.bulk.rows import Options
+from dinov3_client.bulk.rows import ExtractionOptions
 from tests.client.bulk.kill_everywhere import SCENARIOS
-from tests.client.bulk.stub import StubClient, Watch, broken, contents, run, tree, values
+from tests.client.bulk.stub import ProgressListener, StubClient, broken, contents, run, tree, values
 from tests.support.paths import ROOT
 
 
@@ -49,8 +49,8 @@ def failed(folder: Path) -> list[dict[str, Any]]:
 
 def test_rows_lie_where_the_manifest_says(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    watch = Watch()
-    totals = run(source, out, Options(shard_rows=4, layers=(3, 0)), watch=watch)
+    progress = ProgressListener()
+    totals = run(source, out, ExtractionOptions(shard_rows=4, layers=(3, 0)), progress=progress)
     assert (totals.images, totals.rows, totals.failed, totals.shards) == (12, 9, 3, 3)
     header, *lines = manifest(out)
     assert (header["manifest"], header["model"], header["fingerprint"]) == (1, "dinov3_vits16", "f00d")
@@ -79,9 +79,9 @@ def test_rows_lie_where_the_manifest_says(source: Path, tmp_path: Path) -> None:
     assert failed(out)[1] == {
         "id": "06.jpg", "index": 6, "source": f"{source}/06.jpg", "reason": "not an image: broken 6",
     }  # fmt: skip
-    assert watch.begun == (0, 12)
-    assert watch.advanced == 12
-    assert [name for name, _ in watch.failures] == ["00.jpg", "06.jpg", "11.jpg"]
+    assert progress.begun == (0, 12)
+    assert progress.advanced == 12
+    assert [name for name, _ in progress.failures] == ["00.jpg", "06.jpg", "11.jpg"]
 
 
 def test_images_of_several_sizes_share_a_shard(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_images_of_several_sizes_share_a_shard(tmp_path: Path) -> None:
     source.mkdir()
     for index in range(5):
         (source / f"{index}.jpg").write_bytes(contents(index, size=(32, 16 * (1 + index % 2))))
-    run(source, out, Options(preset="none", dtype="float32"))
+    run(source, out, ExtractionOptions(preset="none", dtype="float32"))
     rows = [line for line in manifest(out) if "id" in line]
     assert [(row["size"], row["row"]) for row in rows] == [
         ("32x16", 0), ("32x32", 0), ("32x16", 1), ("32x32", 1), ("32x16", 2),
@@ -105,10 +105,10 @@ def test_images_of_several_sizes_share_a_shard(tmp_path: Path) -> None:
 
 def test_a_shard_ends_before_it_is_too_large(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov3_client.bulk.extraction.SHARD_BYTES", 3 * 12)
-    run(source, tmp_path / "out", Options(outputs=("cls",)))
+    run(source, tmp_path / "out", ExtractionOptions(outputs=("cls",)))
     assert [len(load_file(path)["cls"]) for path in sorted((tmp_path / "out").glob("*.safetensors"))] == [3, 3, 3]
     monkeypatch.setattr("dinov3_client.bulk.extraction.SHARD_BYTES", 1)
-    assert run(source, tmp_path / "each", Options(outputs=("cls",))).shards == 9
+    assert run(source, tmp_path / "each", ExtractionOptions(outputs=("cls",))).shards == 9
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,7 +125,7 @@ def test_rows_follow_from_the_images_alone(
     folder = tmp_path_factory.mktemp("runs")
     for index, each in enumerate([*good, True]):
         (folder / f"{index:02}.jpg").write_bytes(contents(index) if each else broken(index))
-    options = Options(shard_rows=shard_rows, outputs=("cls",))
+    options = ExtractionOptions(shard_rows=shard_rows, outputs=("cls",))
     run(folder, folder / "whole", options)
     for stop in stops:
         client = StubClient(stop=(stop, Unavailable("gone")))
@@ -153,17 +153,17 @@ def test_killed_anywhere_and_gone_on_is_as_if_never_killed(tmp_path: Path, scena
     assert places > 15, done.stdout
 
 
-def test_going_on_asks_only_for_what_is_not_committed(source: Path, tmp_path: Path) -> None:
+def test_resuming_requests_only_uncommitted_images(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Unavailable):
         run(source, out, client=StubClient(stop=(6, Unavailable("gone"))), batch_images=2)
-    client, watch = StubClient(), Watch()
-    run(source, out, client=client, watch=watch)
-    assert watch.begun == (6, 12)  # five rows and a failure
+    client, progress = StubClient(), ProgressListener()
+    run(source, out, client=client, progress=progress)
+    assert progress.begun == (6, 12)  # five rows and a failure
     assert b"".join(client.batches[0][:1]) == broken(6)
-    again, watch = StubClient(), Watch()
-    assert run(source, out, client=again, watch=watch).rows == 9
-    assert (again.batches, watch.begun, watch.advanced) == ([], (12, 12), 0)
+    again, progress = StubClient(), ProgressListener()
+    assert run(source, out, client=again, progress=progress).rows == 9
+    assert (again.batches, progress.begun, progress.advanced) == ([], (12, 12), 0)
 
 
 @pytest.mark.parametrize("cut", range(1, 400, 23))
@@ -204,7 +204,7 @@ def test_a_shard_that_was_not_committed_does_not_stay(source: Path, tmp_path: Pa
     )
 
 
-def stopped(source: Path, out: Path, options: Options | None = None) -> None:
+def stopped(source: Path, out: Path, options: ExtractionOptions | None = None) -> None:
     with pytest.raises(Unavailable):
         run(source, out, options, client=StubClient(stop=(6, Unavailable("gone"))), batch_images=2)
 
@@ -226,7 +226,7 @@ def stopped(source: Path, out: Path, options: Options | None = None) -> None:
 )
 def test_other_options_are_refused(source: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     out = tmp_path / "out"
-    options = Options(shard_rows=5)
+    options = ExtractionOptions(shard_rows=5)
     stopped(source, out, options)
     before = tree(out)
     with pytest.raises(ExtractionError) as raised:
@@ -252,16 +252,16 @@ def test_other_images_are_refused(source: Path, tmp_path: Path) -> None:
     (source / "12.jpg").rename(source / "11.jpg")
     # The names are the same, and the pictures are not.
     (source / "01.jpg").write_bytes(contents(77))
-    watch = Watch()
+    progress = ProgressListener()
     with pytest.raises(ExtractionError, match=r"01\.jpg is not the file that it was"):
-        run(source, out, watch=watch)
+        run(source, out, progress=progress)
     (source / "01.jpg").unlink()
     (source / "01.jpg").symlink_to("nowhere")
     with pytest.raises(
         ExtractionError, match=r"01\.jpg, whose .* cannot be read any more \(No such file or directory\)"
     ):
-        run(source, out, watch=watch)
-    assert watch.begun is None  # nobody is told that it goes on
+        run(source, out, progress=progress)
+    assert progress.begun is None  # nobody is told that it goes on
     (source / "01.jpg").unlink()
     assert tree(out) == before
     (source / "01.jpg").write_bytes(contents(1))
@@ -272,7 +272,7 @@ def test_another_model_is_refused(source: Path, tmp_path: Path, monkeypatch: pyt
     out = tmp_path / "out"
     stopped(source, out)
     before = tree(out)
-    with pytest.raises(ModelMismatch, match="fingerprint is beef, and f00d was begun with"):
+    with pytest.raises(ModelMismatch, match="fingerprint is beef, and the extraction began with f00d"):
         run(source, out, client=StubClient("beef"))
     from tests.client.bulk import stub
 
@@ -287,12 +287,12 @@ def test_another_model_is_refused(source: Path, tmp_path: Path, monkeypatch: pyt
     assert run(source, out).rows == 9
 
 
-def test_an_extraction_that_has_nothing_yet_may_be_begun_otherwise(source: Path, tmp_path: Path) -> None:
+def test_an_extraction_without_commits_may_begin_again_with_other_options(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Unavailable):
         run(source, out, client=StubClient(stop=(0, Unavailable("gone"))))
-    run(source, out, Options(dtype="float32"))
-    run(source, tmp_path / "whole", Options(dtype="float32"))
+    run(source, out, ExtractionOptions(dtype="float32"))
+    run(source, tmp_path / "whole", ExtractionOptions(dtype="float32"))
     assert tree(out) == tree(tmp_path / "whole")
 
 
@@ -319,7 +319,7 @@ def test_features_without_a_manifest_are_left_alone(source: Path, tmp_path: Path
             run(source, out)
         (out / "manifest.jsonl").unlink()
     (out / "manifest.jsonl").write_text('{"manifest": 2}\n')
-    with pytest.raises(ExtractionError, match="is of schema 2, and this dinov3-client knows 1"):
+    with pytest.raises(ExtractionError, match="has schema 2, but this dinov3-client knows 1"):
         run(source, out)
     (out / "manifest.jsonl").unlink()
     assert tree(out) == before
@@ -348,15 +348,15 @@ def test_unreadable_files_fail_alone(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_is_no_broken_image(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = sources.Item.read
+    read = sources.ImageRef.read
 
-    def failing(item: sources.Item, most: int | None = None) -> bytes:
+    def failing(item: sources.ImageRef, most: int | None = None) -> bytes:
         if item.id == "07.jpg":
             raise OSError(errno.EIO, "Input/output error", item.path)
         return read(item, most)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sources.Item, "read", failing)
+        patched.setattr(sources.ImageRef, "read", failing)
         with pytest.raises(OSError, match="Input/output error"):
             run(source, tmp_path / "out", batch_images=1)
     run(source, tmp_path / "out")
@@ -386,14 +386,14 @@ def test_a_full_disk_names_the_file_and_leaves_no_draft(
 def test_reading_ahead_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "AHEAD_BYTES", 20)
     begun: set[str] = set()
-    read = sources.Item.read
+    read = sources.ImageRef.read
 
-    def counted(item: sources.Item, most: int | None = None) -> bytes:
+    def counted(item: sources.ImageRef, most: int | None = None) -> bytes:
         begun.add(item.id)
         return read(item, most)
 
-    monkeypatch.setattr(sources.Item, "read", counted)
-    with reading.Reader(sources.find([str(source)]), 0, most_bytes=1000, batch_images=1) as reader:
+    monkeypatch.setattr(sources.ImageRef, "read", counted)
+    with reading.ImageReader(sources.find_images([str(source)]), 0, most_bytes=1000, batch_images=1) as reader:
         batches = reader.batches()
         next(batches)
         # What was taken, 20 bytes (two files) that wait, and at most a file a thread besides.
@@ -405,10 +405,10 @@ def test_reading_ahead_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch)
 def test_batches_end_at_images_and_bytes_of_files_and_of_features(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = sources.find([str(source)])
+    images = sources.find_images([str(source)])
 
     def lengths(batch_images: int, row_nbytes: int) -> list[int]:
-        with reading.Reader(images, 2, most_bytes=1000, batch_images=batch_images) as reader:
+        with reading.ImageReader(images, 2, most_bytes=1000, batch_images=batch_images) as reader:
             lengths = []
             for batch in reader.batches():
                 lengths.append(len(batch))
@@ -425,7 +425,7 @@ def test_batches_end_at_images_and_bytes_of_files_and_of_features(
     assert lengths(4, 334) == [1, 2, 2, 2, 2, 1]
     assert lengths(4, 1001) == [1] * 10
     monkeypatch.setattr(reading, "BATCH_BYTES", 40)
-    with reading.Reader(images, 0, most_bytes=1000, batch_images=100) as reader:
+    with reading.ImageReader(images, 0, most_bytes=1000, batch_images=100) as reader:
         reader.fit(1)
         batches = list(reader.batches())
     assert max(map(len, batches)) > 1
@@ -437,7 +437,7 @@ def test_npz_files(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (source / "sub").mkdir()
     (source / "sub" / "x.png").write_bytes(contents(50))
-    run(source, out, Options(format="npz", layers=(4,)))
+    run(source, out, ExtractionOptions(format="npz", layers=(4,)))
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [".lock", "manifest.jsonl", "failed.jsonl", "sub", *(f"{n:02}.npz" for n in range(12) if n not in (0, 6, 11))]
     )
@@ -452,13 +452,13 @@ def test_npz_files(source: Path, tmp_path: Path) -> None:
 def test_npz_files_stay_in_their_folder_and_have_one_image_each(source: Path, tmp_path: Path) -> None:
     (source / "01.png").write_bytes(contents(1))
     with pytest.raises(SourceError, match=r"01\.jpg and .*01\.png would both become 01\.npz"):
-        run(source, tmp_path / "out", Options(format="npz"))
+        run(source, tmp_path / "out", ExtractionOptions(format="npz"))
     from tests.client.bulk.test_sources import write_tar
 
     for member in ("../../x.jpg", "/a/x.jpg", "a//x.jpg", "x" * 252 + ".jpg", "d/" * 2000 + "x.jpg", "é\0.jpg"):
         path = write_tar(tmp_path / "s.tar", [member])
         with pytest.raises(SourceError, match="cannot have an npz file"):
-            run(path, tmp_path / "out", Options(format="npz"))
+            run(path, tmp_path / "out", ExtractionOptions(format="npz"))
     assert not (tmp_path / "out").exists()
 
 
@@ -466,11 +466,11 @@ def test_npz_files_of_the_longest_names(source: Path, tmp_path: Path) -> None:
     """A name of 255 bytes, as long as there may be."""
     name = "é" * 125 + "x"
     (source / f"{name}.jpg").write_bytes(contents(7))
-    run(source, tmp_path / "out", Options(format="npz"))
+    run(source, tmp_path / "out", ExtractionOptions(format="npz"))
     assert (tmp_path / "out" / f"{name}.npz").exists()
     (source / ("x" * 255)).write_bytes(contents(8))
     with pytest.raises(SourceError, match="a name of 259 bytes"):
-        run(source / ("x" * 255), tmp_path / "other", Options(format="npz"))
+        run(source / ("x" * 255), tmp_path / "other", ExtractionOptions(format="npz"))
 
 
 @pytest.mark.parametrize("folder", ["01.npz", "manifest.jsonl"])
@@ -478,7 +478,7 @@ def test_an_npz_that_would_be_a_folder_too(source: Path, tmp_path: Path, folder:
     (source / folder).mkdir()
     (source / folder / "x.jpg").write_bytes(contents(1))
     with pytest.raises(SourceError, match=f"{folder} would be both a folder and a file"):
-        run(source, tmp_path / "out", Options(format="npz"))
+        run(source, tmp_path / "out", ExtractionOptions(format="npz"))
 
 
 @pytest.mark.parametrize("dangling", [False, True])
@@ -500,7 +500,7 @@ def test_nothing_is_written_through_a_link(source: Path, tmp_path: Path, name: s
         assert (other.read_bytes() if other.exists() else None) == (None if dangling else content)
 
 
-def test_a_link_in_the_place_of_failed_jsonl_is_named_before_anything_is_asked(source: Path, tmp_path: Path) -> None:
+def test_a_link_as_failed_jsonl_is_refused_before_any_request(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "failed.jsonl").symlink_to(tmp_path / "other")
     client = StubClient()
@@ -517,13 +517,13 @@ def test_npz_files_do_not_leave_the_folder_by_a_link(source: Path, tmp_path: Pat
     other.mkdir()
     (out / "sub").symlink_to(other)
     with pytest.raises(ExtractionError, match="a link that leads out of"):
-        run(source, out, Options(format="npz"))
+        run(source, out, ExtractionOptions(format="npz"))
     assert not list(other.iterdir())
 
 
 def test_options_reach_the_calls(source: Path, tmp_path: Path) -> None:
     client = StubClient()
-    options = Options(
+    options = ExtractionOptions(
         outputs=("registers",), preset="hf", size=(32, 64), interpolation="lanczos", exif=True, pool=(2, 3)
     )
     run(source, tmp_path / "out", options, client=client)
@@ -554,9 +554,9 @@ def test_mapped_shards_are_checked(tmp_path: Path) -> None:
     for data in (b"short", (10).to_bytes(8, "little") + b'{"a": {"dt', bytes(range(200, 250))):
         path.write_bytes(data)
         with pytest.raises(ExtractionError, match=r"x\.safetensors is damaged"):
-            shards.mapped(path)
+            shards.map_shard(path)
     good = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
     for tail in (4, 7):
         path.write_bytes(len(good).to_bytes(8, "little") + good + bytes(tail))
         with pytest.raises(ExtractionError, match=r"F32 \[2\] at bytes 0 to 8"):
-            shards.mapped(path)
+            shards.map_shard(path)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov3_client.bulk.errors import SourceError
-from dinov3_client.bulk.sources import Images, TooLarge, find
+from dinov3_client.bulk.sources import Images, TooLarge, find_images
 
 
 def write(folder: Path, *names: str) -> None:
@@ -34,12 +34,12 @@ def write_tar(path: Path, members: list[str], form: int = tarfile.PAX_FORMAT) ->
 
 
 def ids(*sources: object, lists: tuple[Path, ...] = ()) -> list[str]:
-    return list(find(map(str, sources), lists).ids())
+    return list(find_images(map(str, sources), lists).ids())
 
 
 def test_a_folder_with_all_below_it_in_the_order_of_the_names(tmp_path: Path) -> None:
     write(tmp_path, "b/2.JPG", "b/10.png", "a.tiff", "c.webp", "b.bmp", "notes.txt", ".hidden.jpg", ".git/x.jpg", "b/y")
-    images = find([str(tmp_path)])
+    images = find_images([str(tmp_path)])
     assert list(images.ids()) == ["a.tiff", "b.bmp", "b/10.png", "b/2.JPG", "c.webp"]
     assert [item.read() for item in images] == [name.encode() for name in images.ids()]
     assert [item.stem for item in images] == ["a", "b", "b/10", "b/2", "c"]
@@ -62,7 +62,7 @@ def test_files_globs_and_lists_keep_the_names_given(tmp_path: Path, monkeypatch:
     assert ids("odd[1].jpg") == ["odd[1].jpg"]
     assert ids(tmp_path / "a.jpg") == [f"{tmp_path}/a.jpg"]
     (tmp_path / "list.txt").write_text("sub/c.jpg\n\nmissing.jpg\r\na.jpg")
-    images = find(["b.jpg"], [Path("list.txt")])
+    images = find_images(["b.jpg"], [Path("list.txt")])
     assert list(images.ids()) == ["b.jpg", "sub/c.jpg", "missing.jpg", "a.jpg"]
     assert [item.stem for item in images] == ["b", "c", "missing", "a"]
 
@@ -77,7 +77,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.jpg")
     write(tmp_path, "ok.jpg")
     (tmp_path / name).write_bytes(b"x")
-    images = find([str(tmp_path)])
+    images = find_images([str(tmp_path)])
     assert list(images.ids()) == [name, "ok.jpg"]
     assert images[0].read() == b"x"
     assert len(images.digest()) == 64
@@ -96,7 +96,7 @@ def test_a_shard_has_the_samples_with_an_image(tmp_path: Path, form: int) -> Non
         "0.5.jpg",
     ]  # fmt: skip
     path = write_tar(tmp_path / "s-0.tar", members, form)
-    images = find([str(path)])
+    images = find_images([str(path)])
     assert list(images.ids()) == [f"{path}:{key}" for key in ("a/0001", "0002", "b/0004", long)]
     data = [b"a/0001.jpg", b"0002.jpeg", b"./b/0004.TIFF", f"{long}.webp".encode()]
     assert [item.read() for item in images] == [b"data of " + name for name in data]
@@ -112,7 +112,7 @@ def test_ranges_of_shards_and_shards_in_folders(tmp_path: Path, monkeypatch: pyt
     write(tmp_path, "s-09.jpg")
     assert ids(tmp_path) == ["s-08.tar:s-08", "s-09.jpg", "s-09.tar:s-09", "s-10.tar:s-10"]
     with pytest.raises(SourceError, match=r"no file or folder s-11\.tar"):
-        find(["s-{08..11}.tar"])
+        find_images(["s-{08..11}.tar"])
     (tmp_path / "list").write_text("s-10.tar\n")
     assert ids(lists=(Path("list"),)) == ["s-10.tar:s-10"]
 
@@ -128,17 +128,17 @@ def test_ranges_count_as_in_bash(tmp_path: Path, first: str, last: str, names: s
 def test_two_images_of_one_id_are_both_named(tmp_path: Path) -> None:
     write(tmp_path, "a/1.jpg", "a/2.jpg", "b/0.jpg", "b/2.jpg")
     with pytest.raises(SourceError) as raised:
-        find([f"{tmp_path}/a", f"{tmp_path}/b"])
+        find_images([f"{tmp_path}/a", f"{tmp_path}/b"])
     assert f"two images have the id 2.jpg: {tmp_path}/a/2.jpg" in str(raised.value)
     assert f"and {tmp_path}/b/2.jpg" in str(raised.value)
     with pytest.raises(SourceError, match=r"a/1\.jpg \(image 0\) and .*a/1\.jpg \(image 1\)"):
-        find([f"{tmp_path}/a/1.jpg"] * 2)
+        find_images([f"{tmp_path}/a/1.jpg"] * 2)
     path = write_tar(tmp_path / "s.tar", ["k.jpg", "l.jpg", "k.png"])
     with pytest.raises(SourceError, match=rf"{path}:k: .*byte 512\) and .*byte \d{{4}}\)"):
-        find([str(path)])
+        find_images([str(path)])
 
 
-def test_what_holds_no_image(tmp_path: Path) -> None:
+def test_sources_without_images(tmp_path: Path) -> None:
     write(tmp_path, "sub/notes.txt", "a.tar.gz", "list")
     (tmp_path / "list").write_text("\n")
     empty = write_tar(tmp_path / "e.tar", ["x.json"])
@@ -151,9 +151,9 @@ def test_what_holds_no_image(tmp_path: Path) -> None:
         (write_tar(tmp_path / "0.tar", []), "holds no sample"),
     ):
         with pytest.raises(SourceError, match=message):
-            find([str(source)])
+            find_images([str(source)])
     with pytest.raises(SourceError, match="the list holds no image"):
-        find([], [tmp_path / "list"])
+        find_images([], [tmp_path / "list"])
 
 
 def test_a_damaged_shard_is_no_shorter_one(tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ def test_a_damaged_shard_is_no_shorter_one(tmp_path: Path) -> None:
     ):
         path.write_bytes(damaged)
         with pytest.raises(SourceError, match="damaged"):
-            find([str(path)])
+            find_images([str(path)])
     path.write_bytes(data[: second * 3])  # webdataset's own writers may leave the end mark out
-    assert len(find([str(path)])) == 3
+    assert len(find_images([str(path)])) == 3
 
 
 def header(size: bytes, kind: bytes = b"0", name: bytes = b"a.jpg") -> bytes:
@@ -195,7 +195,7 @@ ABSURD_SIZES = [
 def found_or_damaged(path: Path) -> str:
     """Why the shard cannot be used; else its images are read."""
     try:
-        images = find([str(path)])
+        images = find_images([str(path)])
     except SourceError as error:
         return str(error)
     assert [len(item.read()) for item in images] in ([0], [4])
@@ -245,7 +245,7 @@ def test_a_sparse_image_is_no_image(tmp_path: Path) -> None:
     path = tmp_path / "s.tar"
     path.write_bytes(bytes(block) + bytes(512) + bytes(1024))
     with pytest.raises(SourceError, match=r"a\.jpg as a sparse file"):
-        find([str(path)])
+        find_images([str(path)])
 
 
 def test_links_that_lead_nowhere_or_to_themselves_fail_alone(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_links_that_lead_nowhere_or_to_themselves_fail_alone(tmp_path: Path) -> 
     (tmp_path / "b.jpg").symlink_to("b.jpg")
     (tmp_path / "c.jpg").symlink_to("gone")
     (tmp_path / "loop").symlink_to("loop")
-    images = find([str(tmp_path)])
+    images = find_images([str(tmp_path)])
     assert list(images.ids()) == ["a.jpg", "b.jpg", "c.jpg"]
     for item in images[1:]:
         with pytest.raises(OSError, match=item.id):
@@ -277,15 +277,15 @@ def test_folders_in_folders_without_end(tmp_path: Path) -> None:
         subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
-def test_a_list_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list").write_bytes(b"a.jpg\nb\0.jpg\n")
-    with pytest.raises(SourceError, match="holds bytes of 0"):
+    with pytest.raises(SourceError, match="contains null bytes"):
         ids(lists=(tmp_path / "list",))
 
 
 def test_a_shard_that_was_cut_since_fails_to_be_read(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", ["a.jpg", "b.jpg"])
-    images = find([str(path)])
+    images = find_images([str(path)])
     path.write_bytes(path.read_bytes()[:1030])
     with pytest.raises(OSError, match="ends within it"):
         images[1].read()
@@ -293,7 +293,7 @@ def test_a_shard_that_was_cut_since_fails_to_be_read(tmp_path: Path) -> None:
 
 def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
     write(tmp_path, "12345")
-    [item] = find([f"{tmp_path}/12345"])
+    [item] = find_images([f"{tmp_path}/12345"])
     assert item.read(5) == b"12345"
     with pytest.raises(TooLarge) as raised:
         item.read(4)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov3_client._pictures import picture as _picture
+from dinov3_client._pictures import sheet
 from dinov3_client._pictures.colormap import magma
 from dinov3_client.cli import main, pca
-from dinov3_client.cli.pictures import fitted
+from dinov3_client.cli.pictures import input_size_for
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from tests.client.pictures.conftest import Run, cells, pattern, shown
 
@@ -44,7 +44,7 @@ def thumbnail(pixels: np.ndarray[Any, Any], width: int, height: int) -> Any:
 def test_a_patch_covers_about_a_square_of_the_photo(
     size: int | tuple[int, int], photo: tuple[int, int], patch: int, height_width: tuple[int, int]
 ) -> None:
-    assert fitted(size, photo, patch) == height_width
+    assert input_size_for(size, photo, patch) == height_width
 
 
 def test_pca_shows_photos_beside_their_maps(
@@ -80,17 +80,17 @@ def test_pca_colours_are_the_principal_components_of_all(run: Run, photos: Path,
     low, high = np.percentile(projected, [1, 99], axis=0)
     rgb = ((projected - low) / (high - low)).clip(0, 1) * 255
     with Image.open(picture) as opened:  # of two columns
-        sheet = np.asarray(opened).astype(int)
+        drawn = np.asarray(opened).astype(int)
     for index, colours in enumerate(np.split(rgb, 5)):
         top, left = 24 + 26 + index // 2 * (240 + 50), 24 + 328 + index % 2 * (648 + 24)
-        found = cells(sheet[top : top + 240, left : left + 320], (6, 8))
+        found = cells(drawn[top : top + 240, left : left + 320], (6, 8))
         assert np.abs(found - colours.reshape(6, 8, 3)).max() <= 1
 
 
 def test_pca_of_many_photos_is_several_sheets_of_one_scale(
     run: Run, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_picture, "PAIRS", 2)
+    monkeypatch.setattr(sheet, "PAIRS", 2)
     shutil.copy(photos / "photo0.png", photos / "photo4.png")
     assert run("pca", photos, "-o", tmp_path / "pca.png", "--size", "64") == 0
     assert capsys.readouterr().out == f"{tmp_path}/pca-1.png to {tmp_path}/pca-3.png: 5 of 5 images\n"
@@ -280,10 +280,13 @@ USAGE: list[tuple[list[str], str]] = [
     (["pca", "{0}", "-o", "pca.png", "--layer", "12"], "layer 12: dinov3_vits16 has the layers 0 to 11"),
     (["pca", "{0}", "-o", "pca.png", "--size", "500"], "500 is no multiple of the model's patch size, 16; 496 and 512"),
     (["pca", "{0}", "-o", "pca.png", "--size", "64x8"], "8 is no multiple of the model's patch size, 16; 16 is"),
-    (["pca", "{0}", "-o", "pca.txt"], "pca.txt: its ending names no image format to write; .png does"),
+    (["pca", "{0}", "-o", "pca.txt"], "pca.txt: its extension is not of a writable image format, such as .png"),
     (["pca", "{0}", "-o", "no/such/folder/pca.png"], "there is no folder no/such/folder"),
     (["similarity", "{0}", "-o", "s.png"], "--at"),
-    (["similarity", "{0}", "--at", "1,0.5", "-o", "s.png"], "'1,0.5' is no point; 320,200 (pixels) and 0.5,0.3"),
+    (
+        ["similarity", "{0}", "--at", "1,0.5", "-o", "s.png"],
+        "'1,0.5' is not a point, such as 320,200 (pixels) or 0.5,0.3",
+    ),
     (["similarity", "{0}", "--at=-1,3", "-o", "s.png"], "of 128 x 96 pixels, X is 0 to 127 and Y is 0 to 95"),
     (["similarity", "{0}", "--at", "1.5,0.5", "-o", "s.png"], "fractions are 0.0 to 1.0"),
     (["similarity", "{0}", "--at", "0,0", "-o", "s.png", "--other", *["{0}"] * 24], "give at most 23 to --other"),
@@ -323,19 +326,19 @@ def test_a_failing_server_ends_the_command(
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_the_words_say_what_was_drawn(
+def test_the_caption_describes_the_picture(
     server: FakeServer, run: Run, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[tuple[str, _picture.Legend | None]] = []
+    said: list[tuple[str, sheet.Legend | None]] = []
     names: list[list[str]] = []
-    draw = _picture.draw
+    draw = sheet.draw
 
-    def spy(pairs: Any, caption: str, legend: _picture.Legend | None) -> Image.Image:
+    def spy(pairs: Any, caption: str, legend: sheet.Legend | None) -> Image.Image:
         said.append((caption, legend))
         names.append([pair.name for pair in pairs])
         return draw(pairs, caption, legend)
 
-    monkeypatch.setattr(_picture, "draw", spy)
+    monkeypatch.setattr(sheet, "draw", spy)
     first = (photos / "photo0.png", "-o", tmp_path / "p.png")
     assert run("pca", *first, "--layer=-9") == 0
     server.model = replace(MODEL, random_weights=True)

@@ -115,7 +115,7 @@ def test_a_repetition_writes_the_same_bytes(run: Run, photos: Path, tmp_path: Pa
     assert written[0] == written[1]
 
 
-def test_the_explained_variance_of_fewer_channels_is_told(
+def test_the_explained_variance_of_fewer_channels_is_printed(
     run: Run, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("fit-projection", photos, "-o", tmp_path / "p.safetensors", "--channels", "24") == 0
@@ -150,7 +150,7 @@ def test_too_few_patches_give_no_projection(
 ) -> None:
     path = tmp_path / "p.safetensors"
     assert run("fit-projection", photos / "photo0.png", "-o", path, "--channels", "16", "--size", "64") == 1
-    assert "1 images have 16 patches, which have fewer than 16 principal components" in capsys.readouterr().err
+    assert "1 images have 16 patches, too few for 16 principal components" in capsys.readouterr().err
     assert not path.exists()
 
 

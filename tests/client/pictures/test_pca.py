@@ -11,7 +11,7 @@ from dinov3_client._pictures.pca import HIGH, LOW, NOISE, Components, Moments, P
 RNG = np.random.default_rng(3)
 
 
-def fitted(count: int, *parts: np.ndarray[Any, Any]) -> Components:
+def input_size_for(count: int, *parts: np.ndarray[Any, Any]) -> Components:
     return moments(*parts).components(count)
 
 
@@ -31,7 +31,7 @@ def colours(*parts: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
 
 def test_they_are_those_of_a_singular_value_decomposition_of_all_tokens() -> None:
     tokens = RNG.normal(size=(3000, 24)) @ RNG.normal(size=(24, 24)) + RNG.normal(size=24) * 50
-    found = fitted(5, tokens[:1], tokens[1:1700], tokens[1700:1700], tokens[1700:])
+    found = input_size_for(5, tokens[:1], tokens[1:1700], tokens[1700:1700], tokens[1700:])
     mean = tokens.mean(0)
     _, singular, directions = np.linalg.svd(tokens - mean, full_matrices=False)
     assert np.allclose(found.mean, mean, atol=1e-11)
@@ -44,7 +44,7 @@ def test_they_are_those_of_a_singular_value_decomposition_of_all_tokens() -> Non
 def test_a_large_mean_costs_no_digits() -> None:
     small = RNG.normal(size=(2000, 8)) * np.linspace(4, 1, 8)
     far = [part + 1e7 for part in np.split(small, 10)]
-    assert np.allclose(fitted(3, *far).variances, fitted(3, small).variances, rtol=1e-6)
+    assert np.allclose(input_size_for(3, *far).variances, input_size_for(3, small).variances, rtol=1e-6)
 
 
 def test_float16_tokens_are_summed_in_float64() -> None:
@@ -54,8 +54,8 @@ def test_float16_tokens_are_summed_in_float64() -> None:
 
 def test_signs_do_not_depend_on_the_order_or_parts_of_the_tokens() -> None:
     tokens = RNG.normal(size=(500, 16)) * np.linspace(4, 1, 16)
-    directions = fitted(3, tokens).directions
-    assert np.allclose(directions, fitted(3, *np.split(tokens[::-1], 5)).directions, atol=1e-9)
+    directions = input_size_for(3, tokens).directions
+    assert np.allclose(directions, input_size_for(3, *np.split(tokens[::-1], 5)).directions, atol=1e-9)
     assert (np.take_along_axis(directions, np.abs(directions).argmax(1)[:, None], 1) > 0).all()
 
 

@@ -25,9 +25,9 @@ def test_whole_numbers_are_pixels_and_others_fractions(text: str, place: tuple[f
 
 
 @pytest.mark.parametrize("text", ["", "3", "3,4,5", "1,0.5", "a,b", "0.5;0.5", "1e1,2", "nan,nan", "0.5,"])
-def test_what_is_no_point_is_refused(text: str) -> None:
+def test_invalid_points_are_refused(text: str) -> None:
     with pytest.raises(
-        ValueError, match=r"is no point; 320,200 .pixels. and 0.5,0.3 .fractions of width and height. are"
+        ValueError, match=r"is not a point, such as 320,200 .pixels. or 0.5,0.3 .fractions of width and height."
     ):
         read_point(text)
 

@@ -64,7 +64,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(distill: Any) -> None:
     assert distill.random_resized_crop(100, 900, scale=(1.0, 1.0)) == ((900 - 133) // 2, 0, 133, 100)
 
 
-def test_it_trains_and_tells_of_each_epoch(
+def test_it_trains_and_prints_each_epoch(
     distill: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(distill, "PHOTOS", distill.PHOTOS[1:3])

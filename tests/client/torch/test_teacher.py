@@ -80,7 +80,7 @@ def test_patches_have_no_registers_among_them(server: FakeServer, client: Client
     assert not server.requests[-1].outputs.registers
 
 
-def test_what_is_not_wanted_is_not_sent(server: FakeServer, client: Client) -> None:
+def test_features_that_are_not_extracted_are_not_requested(server: FakeServer, client: Client) -> None:
     teacher = make(client, {"extract_cls_token": False, "device": "cpu"}, layout="BHWC")
     assert list(teacher(PIXELS)) == teacher.get_feature_types() == ["patch_tokens"]
     assert teacher.get_feature_dims() == {"patch_tokens": 24}
@@ -104,7 +104,7 @@ def test_another_layout_than_declared_is_refused(client: Client, layout: Any, im
         make(client, layout=layout)(images)
 
 
-def test_what_is_no_image_is_refused(client: Client) -> None:
+def test_invalid_images_are_refused(client: Client) -> None:
     teacher = make(client)
     with pytest.raises(TypeError, match="images are of int64; they must be uint8"):
         teacher(torch.zeros((1, 3, 32, 32), dtype=torch.int64))
@@ -137,7 +137,7 @@ def test_floats_that_look_as_if_they_were_not_normalised_are_warned_of(client: C
         check(teacher(known), known.transpose(0, 3, 1, 2))
 
 
-def test_what_it_tells_of_itself(client: Client) -> None:
+def test_its_description_of_the_model(client: Client) -> None:
     teacher = make(client)
     assert teacher.get_feature_types() == ["cls_token", "patch_tokens"]
     assert teacher.get_feature_dims() == {"cls_token": 24, "patch_tokens": 24}
@@ -152,7 +152,7 @@ def test_what_it_tells_of_itself(client: Client) -> None:
     assert "dinov3_vits16" in repr(teacher)
 
 
-def test_what_it_tells_of_a_convnext(server: FakeServer, client: Client) -> None:
+def test_its_description_of_a_convnext(server: FakeServer, client: Client) -> None:
     server.model = replace(
         MODEL,
         name="dinov3_convnext_tiny",

@@ -72,7 +72,7 @@ def test_every_dtype(client: Client, dtype: Any, channels_first: bool) -> None:
     assert repr(tensors).startswith("<TorchFeatures of 3 rows (3 of 64x96): cls, patches, registers, layers [3, -1]")
 
 
-def test_what_was_not_asked_for_is_none(client: Client) -> None:
+def test_outputs_that_were_not_requested_are_none(client: Client) -> None:
     tensors = client.extract(photo(), "cls", layers=2).torch()
     assert tensors.patches is tensors.registers is tensors.layers[2].patches is None
 
@@ -230,7 +230,7 @@ def test_page_locked_memory_needs_a_device(client: Client) -> None:
         client.extract(photo()).torch(pin_memory=True)
 
 
-def test_without_torch_it_says_what_to_install() -> None:
+def test_the_error_without_torch_names_what_to_install() -> None:
     code = """
 import sys
 sys.modules["torch"] = None

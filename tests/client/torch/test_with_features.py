@@ -93,7 +93,7 @@ def test_the_loader_is_read_prefetch_batches_ahead_and_their_requests_are_sent(
     check(epoch, [])
 
 
-def test_what_was_given_out_is_not_held(client: Client) -> None:
+def test_past_batches_and_features_are_not_kept_alive(client: Client) -> None:
     class Batch:
         def __init__(self, index: int) -> None:
             self.index = index

@@ -1,4 +1,4 @@
-"""How a connection is made: targets, options, credentials, metadata."""
+"""The arguments of a gRPC channel: targets, options, credentials, metadata."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ import grpc
 
 PathLike = str | os.PathLike[str]
 
-# Seconds. A connection on which nothing moves during a call is probed after `keepalive`, and given up after this much
-# longer, so that a peer that vanished is noticed well within the default deadline.
+# Seconds. A connection without traffic during a call is pinged after `keepalive`, and closed if no reply comes within
+# the timeout, so that a lost peer is noticed well within the default deadline.
 KEEPALIVE = 30.0
 KEEPALIVE_TIMEOUT = 10.0
-# Servers end connections that are probed more often.
-LEAST_KEEPALIVE = 5.0
+# Servers close connections that are pinged more often.
+MIN_KEEPALIVE = 5.0
 # gRPC's own pause between connection attempts grows to 2 minutes; a server that restarts is back sooner.
 FIRST_RECONNECT_MS = 100
 LONGEST_RECONNECT_MS = 2_000
-# Of one attempt to connect; gRPC's own is 20 s. A host that is there takes far less.
+# Of one attempt to connect; gRPC's default is 20 s; a reachable host needs far less.
 CONNECT_TIMEOUT_MS = 5_000
 
 _OPTIONS: tuple[tuple[str, Any], ...] = (
-    # The server's limits are the limits (model().limits tells them); gRPC's default of 4 MB would only be in the way.
+    # No limit of our own: the server's apply (model().limits). gRPC's default is 4 MB.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # Features do not get smaller, and a small answer could unpack to any size: whatever is compressed is refused. The
+    # Features do not compress, and a small response could unpack to any size: refuse compressed ones. The
     # bits are gRPC's numbers of algorithms; 0 is none.
     ("grpc.compression_enabled_algorithms_bitset", 1),
-    # A connection of its own: channels with equal arguments share one otherwise.
+    # Without this, channels with equal arguments share one connection.
     ("grpc.use_local_subchannel_pool", 1),
-    # gRPC's retries ignore RetryInfo and give up on large requests; `_retry` does not.
+    # gRPC's retries ignore RetryInfo and give up on large requests; `retry.Attempts` does neither.
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", FIRST_RECONNECT_MS),
     ("grpc.max_reconnect_backoff_ms", LONGEST_RECONNECT_MS),
@@ -45,11 +45,12 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 _ROUND_ROBIN = ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]}))
 
-# gRPC's own ways to name a server (its doc/naming.md), which it checks by itself.
+# gRPC's own naming schemes (its doc/naming.md), which gRPC checks itself.
 _SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:")
 
 
 def options(target: str, keepalive: float | None) -> tuple[tuple[str, Any], ...]:
+    """Return the channel arguments for `target`; `keepalive` in seconds, None for no pings."""
     found = _OPTIONS
     if target.startswith("dns:"):
         found += (_ROUND_ROBIN,)
@@ -57,13 +58,14 @@ def options(target: str, keepalive: float | None) -> tuple[tuple[str, Any], ...]
         found += (
             ("grpc.keepalive_time_ms", round(keepalive * 1000)),
             ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT * 1000)),
-            # Else gRPC stops after two where the server has nothing to send yet.
+            # Otherwise gRPC stops after two pings while the server sends nothing.
             ("grpc.http2.max_pings_without_data", 0),
         )
     return found
 
 
 def check_targets(target: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the targets as a tuple. Raises ValueError or TypeError."""
     targets = (target,) if isinstance(target, str | bytes) or not isinstance(target, Sequence) else tuple(target)
     if not targets:
         raise ValueError("target is empty; name at least one server, as localhost:50051")
@@ -75,7 +77,10 @@ def check_targets(target: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _check_target(target: str) -> None:
-    """gRPC alone would wait for the deadline, and take port 443 where none is given and 34463 for 99999."""
+    """Raise ValueError or TypeError for a bad target, for which gRPC would wait until the deadline.
+
+    gRPC also takes port 443 if none is given, and 34463 for 99999.
+    """
     if not isinstance(target, str):
         raise TypeError(
             f"target is a {type(target).__name__}; it must be the text HOST:PORT, as localhost:50051, or a sequence of "
@@ -93,18 +98,18 @@ def check_keepalive(keepalive: float | None) -> float | None:
     if keepalive is None:
         return None
     if not isinstance(keepalive, numbers.Real) or isinstance(keepalive, bool):
-        raise TypeError(f"keepalive is {keepalive!r}; it must be seconds, or None for no probes")
-    if not LEAST_KEEPALIVE <= keepalive < float("inf"):
+        raise TypeError(f"keepalive is {keepalive!r}; it must be seconds, or None for no pings")
+    if not MIN_KEEPALIVE <= keepalive < float("inf"):
         raise ValueError(
-            f"keepalive is {keepalive!r}; it must be at least {LEAST_KEEPALIVE:g} seconds (servers end connections "
-            "that are probed more often), or None for no probes"
+            f"keepalive is {keepalive!r}; it must be at least {MIN_KEEPALIVE:g} seconds (servers close "
+            "connections that are pinged more often), or None for no pings"
         )
     return keepalive
 
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM bytes, checked. gRPC would take anything, and say at each call that it cannot connect."""
+    """PEM bytes, checked here: gRPC accepts anything, and then reports at each call that it cannot connect."""
 
     ca: bytes | None
     cert: bytes | None
@@ -115,10 +120,10 @@ class Tls:
 
 
 def read_tls(ca: PathLike | None, cert: PathLike | None, key: PathLike | None) -> Tls | None:
-    """Of the files; None, where none is given, is plain text. Raises OSError or ValueError."""
+    """Read and check PEM files; return None (plain text) if none is given. Raises OSError or ValueError."""
     if (cert is None) != (key is None):
         given, missing = ("tls_key", "tls_cert") if cert is None else ("tls_cert", "tls_key")
-        raise ValueError(f"{given} is given without {missing}; a certificate of the client's own needs both")
+        raise ValueError(f"{given} is given without {missing}; a client certificate needs both")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     ca_pem = cert_pem = key_pem = None
     if ca is not None:
@@ -126,11 +131,11 @@ def read_tls(ca: PathLike | None, cert: PathLike | None, key: PathLike | None) -
         try:
             context.load_verify_locations(cadata=ca_pem.decode("ascii"))
         except (ssl.SSLError, ValueError):
-            raise ValueError(f"tls_ca is {os.fspath(ca)!r}, a file that holds no certificate in PEM") from None
+            raise ValueError(f"tls_ca is {os.fspath(ca)!r}, which contains no PEM certificate") from None
     if cert is not None and key is not None:
         cert_pem, key_pem = Path(cert).read_bytes(), Path(key).read_bytes()
         try:
-            context.load_cert_chain(cert, key, password="")  # or a key with a passphrase would ask the terminal
+            context.load_cert_chain(cert, key, password="")  # else OpenSSL asks for a passphrase
         except (ssl.SSLError, ValueError) as error:
             reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else error
             raise ValueError(
@@ -141,11 +146,11 @@ def read_tls(ca: PathLike | None, cert: PathLike | None, key: PathLike | None) -
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """What every call carries."""
+    """Return the metadata of every call."""
     if token is None:
         return ()
     if not isinstance(token, str):
         raise TypeError(f"token is a {type(token).__name__}; it must be text")
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ValueError("token must be visible ASCII characters without spaces (is there a newline at its end?)")
+        raise ValueError("token must consist of visible ASCII characters without spaces (does it end in a newline?)")
     return (("authorization", f"Bearer {token}"),)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXACT: Any = {"preset": "none", "dtype": "float32"}
 
 
-class Face(Protocol):
+class Adapter(Protocol):
     """`many` is `extract_many`; closing it closes that."""
 
     client: Any
@@ -109,7 +109,7 @@ class Awaiting:
         return call
 
 
-FACES: tuple[type[Face], ...] = (Blocking, Awaiting)
+ADAPTERS: tuple[type[Adapter], ...] = (Blocking, Awaiting)
 
 
 def photos(count: int, first: int = 0) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-"""The sheets of `dinov3-client pca` and `similarity`: each photo beside its map, in columns of pairs, with its name."""
+"""Draws the sheets of `dinov3-client pca` and `similarity`: pairs of a photo and its map, in columns, with names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARGIN = 24
 LABEL = 16  # font size
 HEADING, LINE = LABEL + 10, LABEL + 6  # heights: of a name with the room below it, of a line of text
 BAR = 14  # height of a legend's
-LEAST_COLUMN = 400  # width: a tall photo's name needs some, and so does the caption
+MIN_COLUMN = 400  # width: for the name of a tall photo, and for the caption
 RING = 9  # radius of a marked point's
 BACKGROUND, INK, FAINT = (250, 250, 250), (30, 30, 30), (120, 120, 120)
 
@@ -27,45 +27,42 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 class Pair(NamedTuple):
-    """A photo (at most TILE in size: see `thumbnail`) and its map, one pixel a patch."""
+    """A photo of at most TILE pixels (see `thumbnail`) and its map, one pixel per patch."""
 
     name: str
     photo: Image.Image
     map: Image.Image
     point: tuple[float, float] | None = None
-    """To be marked in both: fractions of width and height."""
+    """A point to mark in both: fractions of width and height."""
 
 
 class Legend(NamedTuple):
-    """What the colours of the maps mean: `ticks` from the lowest value shown to the highest."""
+    """The scale of the maps' colours: `ticks` from the lowest value shown to the highest."""
 
     title: str
     ticks: Sequence[float]
 
 
 def thumbnail(photo: Image.Image) -> Image.Image:
-    """`photo` (RGB), its longest side TILE, its aspect kept."""
+    """Return `photo` (RGB) resized to TILE on its longest side, with its aspect ratio kept."""
     scale = TILE / max(photo.size)
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
     return photo.resize(size, Image.Resampling.LANCZOS)
 
 
 def sheets(pairs: Iterable[Pair], caption: str, legend: Legend | None = None) -> Iterator[Image.Image]:
-    """All pairs, PAIRS on a sheet. Holds one sheet at a time."""
+    """Yield sheets of PAIRS pairs each. Only one sheet is in memory at a time."""
     left = iter(pairs)
     while some := list(islice(left, PAIRS)):
         yield draw(some, caption, legend)
 
 
 def draw(pairs: Sequence[Pair], caption: str, legend: Legend | None = None) -> Image.Image:
-    """One sheet, about as wide as high, with the legend and `caption` below.
-
-    Maps are stretched to the aspect of their photos.
-    """
+    """Draw one sheet, roughly square, with legend and `caption` below. Maps are stretched to their photos."""
     columns = max(1, round(math.sqrt(len(pairs) / 2)))
     rows = [pairs[start : start + columns] for start in range(0, len(pairs), columns)]
     widths = [
-        max(LEAST_COLUMN, *(2 * pair.photo.width + GAP for pair in pairs[column::columns])) for column in range(columns)
+        max(MIN_COLUMN, *(2 * pair.photo.width + GAP for pair in pairs[column::columns])) for column in range(columns)
     ]
     heights = [max(pair.photo.height for pair in row) for row in rows]
     font = ImageFont.load_default(LABEL)
@@ -93,7 +90,7 @@ def draw(pairs: Sequence[Pair], caption: str, legend: Legend | None = None) -> I
 
 
 def _paste(pair: Pair, sheet: Image.Image, left: int, top: int) -> None:
-    # A patch stays a visible square: smoothing would show detail that the features do not have.
+    # NEAREST keeps patches visible: smoothing would suggest detail that the features do not have.
     enlarged = pair.map.resize(pair.photo.size, Image.Resampling.NEAREST)
     for picture, at in ((pair.photo, left), (enlarged, left + pair.photo.width + GAP)):
         sheet.paste(picture, (at, top))
@@ -103,7 +100,7 @@ def _paste(pair: Pair, sheet: Image.Image, left: int, top: int) -> None:
 
 
 def _ring(sheet: Image.Image, x: int, y: int) -> None:
-    """White between two dark edges, so that it shows on anything; drawn larger and shrunk, for smooth edges."""
+    """Draw a white ring between two dark ones, visible on any background; drawn larger and shrunk for smooth edges."""
     fine, side = 4, 2 * (RING + 3) + 1
     middle = side * fine / 2
     for colour, outer, inner in ((INK, RING + 2, RING - 2), (BACKGROUND, RING + 1, RING - 1)):
@@ -125,14 +122,14 @@ def _draw_legend(legend: Legend, sheet: Image.Image, top: int, width: int, font:
         text = f"{tick:g}"
         at = MARGIN + (tick - low) / (high - low) * (width - 1)
         length = font.getlength(text)
-        # The outermost stay within the bar.
+        # Keep the outermost labels within the bar.
         start = min(max(at - length / 2, MARGIN), MARGIN + width - length)
         pen.line((at, top + HEADING + BAR, at, top + HEADING + BAR + 3), INK)
         pen.text((start, top + HEADING + BAR + 3), text, INK, font)
 
 
 def _fitting(text: str, width: int, font: Font) -> str:
-    """`text`, its beginning cut off where it is too long (the end of a path says more)."""
+    """Return `text`, its beginning cut off if it is too long (the end of a path says more)."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"...{text}") > width:
@@ -141,7 +138,7 @@ def _fitting(text: str, width: int, font: Font) -> str:
 
 
 def _wrapped(text: str, width: int, font: Font) -> list[str]:
-    """Lines that fit, broken at spaces; a word that alone is too long loses its beginning."""
+    """Return lines that fit, broken at spaces; the beginning of a word that is too long is cut off."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

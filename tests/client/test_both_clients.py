@@ -25,8 +25,8 @@ from dinov3_client import (
     Unavailable,
 )
 from dinov3_client.testing import MODEL, Failure, FakeServer
+from tests.client.adapters import EXACT, Adapter, check, photos
 from tests.client.conftest import FakeClock
-from tests.client.faces import EXACT, Face, check, photos
 
 Code = grpc.StatusCode
 FAILURES = (
@@ -48,23 +48,23 @@ def server() -> Iterator[FakeServer]:
         yield server
 
 
-def model(one: Face) -> Any:
+def model(one: Adapter) -> Any:
     return one.model()
 
 
-def extract(one: Face) -> Any:
+def extract(one: Adapter) -> Any:
     return check(one.extract(photos(3), **EXACT), photos(3))
 
 
-def many(one: Face) -> Any:
+def many(one: Adapter) -> Any:
     for index, features in enumerate(one.many((photos(2, i) for i in range(6)), in_flight=3, **EXACT)):
         check(features, photos(2, index))
 
 
-def known(call: Callable[[Face], Any]) -> Callable[[Face], Any]:
+def known(call: Callable[[Adapter], Any]) -> Callable[[Adapter], Any]:
     """`call` of a client that has asked for the model before."""
 
-    def and_then(one: Face) -> Any:
+    def and_then(one: Adapter) -> Any:
         one.model()
         return call(one)
 
@@ -74,7 +74,7 @@ def known(call: Callable[[Face], Any]) -> Callable[[Face], Any]:
 @dataclass
 class Case:
     name: str
-    call: Callable[[Face], Any]
+    call: Callable[[Adapter], Any]
     script: tuple[Any, ...] = ()
     model_script: tuple[Any, ...] = ()
     raises: type[Exception] | None = None
@@ -225,10 +225,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_calls(face: type[Face], server: FakeServer, case: Case) -> None:
+def test_calls(adapter: type[Adapter], server: FakeServer, case: Case) -> None:
     server.script, server.model_script = list(case.script), list(case.model_script)
     clock = FakeClock()
-    with face(server.target, **dict(case.arguments)) as one:
+    with adapter(server.target, **dict(case.arguments)) as one:
         one.ruled_by(clock)
         if case.raises is None:
             case.call(one)
@@ -247,9 +247,9 @@ def test_calls(face: type[Face], server: FakeServer, case: Case) -> None:
 @pytest.mark.parametrize(("failure", "kind"), FAILURES, ids=[kind.__name__ for _, kind in FAILURES])
 @pytest.mark.parametrize("call", [extract, model])
 def test_failures_that_are_not_retried(
-    face: type[Face], server: FakeServer, call: Callable[[Face], Any], failure: Failure, kind: type
+    adapter: type[Adapter], server: FakeServer, call: Callable[[Adapter], Any], failure: Failure, kind: type
 ) -> None:
-    with face(server.target, fingerprint=MODEL.fingerprint) as one:
+    with adapter(server.target, fingerprint=MODEL.fingerprint) as one:
         (server.script if call is extract else server.model_script).append(failure)
         with pytest.raises(StatusError, match=r"\bno\b") as caught:
             call(one)
@@ -258,10 +258,10 @@ def test_failures_that_are_not_retried(
     assert len(server.calls) == (2 if call is extract else 1)
 
 
-def test_a_queue_that_stays_full(face: type[Face], server: FakeServer) -> None:
+def test_a_queue_that_stays_full(adapter: type[Adapter], server: FakeServer) -> None:
     server.script = [Failure(Code.RESOURCE_EXHAUSTED, "full", retry_after=1.0)] * 20
     clock = FakeClock()
-    with face(server.target) as one:
+    with adapter(server.target) as one:
         one.ruled_by(clock)
         with pytest.raises(Overloaded, match=r"^full \(attempt [78]\)$"):
             one.extract(photos(1), deadline=8)
@@ -271,8 +271,8 @@ def test_a_queue_that_stays_full(face: type[Face], server: FakeServer) -> None:
 # Deadlines, closing.
 
 
-def test_no_answer_before_the_deadline(face: type[Face], server: FakeServer) -> None:
-    with face(server.target) as one:
+def test_no_answer_before_the_deadline(adapter: type[Adapter], server: FakeServer) -> None:
+    with adapter(server.target) as one:
         one.model()
         server.gate.clear()
         with pytest.raises(DeadlineExceeded, match=rf"\(no answer from {server.target} within 0\.0[1-5]? s\)$"):
@@ -283,16 +283,16 @@ WRONG = r"deadline|size|dtype|there is no option 'layer'"
 
 
 @pytest.mark.parametrize("options", [{"deadline": 0}, {"size": -1}, {"dtype": "float64"}, {"layer": 3}])
-def test_options_are_checked_at_the_call(face: type[Face], options: Any) -> None:
-    with face("localhost:1") as one:
+def test_options_are_checked_at_the_call(adapter: type[Adapter], options: Any) -> None:
+    with adapter("localhost:1") as one:
         with pytest.raises((ValueError, TypeError), match=WRONG):
             one.extract(photos(1), **options)
         with pytest.raises((ValueError, TypeError), match=WRONG):
             one.client.extract_many([], **options)
 
 
-def test_nothing_is_sent_before_the_first_call(face: type[Face], server: FakeServer) -> None:
-    with face(server.target) as one:
+def test_nothing_is_sent_before_the_first_call(adapter: type[Adapter], server: FakeServer) -> None:
+    with adapter(server.target) as one:
         assert repr(one.client) == f"<{type(one.client).__name__} of {server.target}>"
         one.client.extract_many([photos(1)])
         one.close()
@@ -315,6 +315,6 @@ def test_one_surface() -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "4"])
-def test_in_flight_that_is_none(face: type[Face], size: Any) -> None:
-    with face("localhost:1") as one, pytest.raises((ValueError, TypeError), match=r"in_flight is .* must be"):
+def test_invalid_in_flight(adapter: type[Adapter], size: Any) -> None:
+    with adapter("localhost:1") as one, pytest.raises((ValueError, TypeError), match=r"in_flight is .* must be"):
         one.client.extract_many([], in_flight=size)
