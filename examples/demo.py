@@ -1,9 +1,9 @@
-"""The whole service in one go, as a user would run it: `make demo`.
+"""A tour of server and client: `make demo`.
 
-Starts `dinov3-server` on free ports, sends it scikit-image's photos through the client, shows what came
-back and how requests were batched, leaves a picture of the features, and shuts the server down.
+Starts `dinov3-server` on free ports, extracts features of scikit-image's photos, prints how requests were batched,
+draws the features to demo-out/pca.png, and shuts the server down.
 
-Serves ViT-S/16 with random weights unless the environment names others: DINOV3_WEIGHTS (and DINOV3_MODEL).
+Serves ViT-S/16 with random weights, unless DINOV3_WEIGHTS (and DINOV3_MODEL) are set.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
         assert server.stdout is not None
         ready = re.fullmatch(r"ready grpc=(\S+) http=(\S+)\n", server.stdout.readline())
         if ready is None:
-            print("the server did not start; its log above says why", file=sys.stderr)
+            print("the server did not start; see its log above", file=sys.stderr)
             return 1
         show(*ready.groups())
         server.send_signal(signal.SIGTERM)
@@ -59,7 +59,7 @@ def show(grpc: str, http: str) -> None:
         model = client.model()
         print(f"\n{model.name} on {', '.join(model.devices)} in {model.dtype}, fingerprint {model.fingerprint}")
         if model.random_weights:
-            print(f"*** RANDOM WEIGHTS ({model.weights}): shapes and speed are real, the features mean nothing ***")
+            print(f"*** RANDOM WEIGHTS ({model.weights}): shapes and speed are real, the features are meaningless ***")
 
         photos = [path.read_bytes() for path in PHOTOS]
         features = client.extract(photos, outputs=("cls", "patches", "registers"), dtype="bfloat16")

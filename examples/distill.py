@@ -1,11 +1,11 @@
-"""Distils the model of a running service into a small student, on scikit-image's photos.
+"""Distil the model of a running server into a small student, on scikit-image's photos.
 
-    dinov3-server serve                     # --weights random:0 where there are none: speed is real, meaning is not
+    dinov3-server serve                     # no weights? --weights random:0: real speed, meaningless features
     python examples/distill.py --target localhost:50051
 
 Each photo is read once and cropped several times with the parameters of torchvision's RandomResizedCrop and a random
-horizontal flip. The crops are drawn here: the student sees them as pixels, and the service gets the file and the
-same numbers as views, so that the teacher sees the same pixels. The five lines that make it distillation are marked.
+horizontal flip. The student gets the crops as pixels; the server gets the file and the same numbers as views, so that
+the teacher sees the same pixels. The five lines that make it distillation are marked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PHOTOS = [
 
 
 class Crops(NamedTuple):
-    """V crops of one photo, or of the photos of a batch."""
+    """V crops of one photo, or of all photos of a batch."""
 
     student: torch.Tensor
     """[V, 3, size, size], normalised."""
@@ -48,7 +48,7 @@ class Crops(NamedTuple):
 
 
 class Photos(Dataset[Crops]):
-    """Each photo `repeats` times, every time with other crops."""
+    """Each photo `repeats` times, with different crops each time."""
 
     def __init__(self, files: Sequence[Path], repeats: int, views: int, size: int, model: Model) -> None:
         self.files = [file for file in files for _ in range(repeats)]
@@ -69,7 +69,7 @@ class Photos(Dataset[Crops]):
         return Crops(torch.stack([self.pixels(photo, view) for view in views]), [ImageViews(data, views)])
 
     def pixels(self, photo: Image.Image, view: View) -> torch.Tensor:
-        """What the service makes of a view: cropped, then resized, then flipped."""
+        """Return the pixels that the server makes of a view: cropped, then resized, then flipped."""
         assert view.crop is not None
         top, left, height, width = view.crop
         crop = photo.crop((left, top, left + width, top + height))
@@ -83,7 +83,7 @@ class Photos(Dataset[Crops]):
 def random_resized_crop(
     width: int, height: int, scale: tuple[float, float] = (0.3, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
 ) -> tuple[int, int, int, int]:
-    """(top, left, height, width), drawn as torchvision's RandomResizedCrop.get_params draws them."""
+    """Draw (top, left, height, width) as torchvision's RandomResizedCrop.get_params does."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
         area = width * height * random.uniform(*scale)
@@ -91,19 +91,19 @@ def random_resized_crop(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return random.randint(0, height - h), random.randint(0, width - w), h, w
-    # None fitted: the largest crop in the middle whose aspect is allowed.
+    # None fitted: the largest central crop with an allowed aspect ratio.
     w = min(width, round(height * ratio[1]))
     h = min(height, round(width / ratio[0]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def collate(items: Sequence[Crops]) -> Crops:
-    """Photo by photo, which is also the order in which features of views come back."""
+    """Join photos in order, which is also the order of the features of their views."""
     return Crops(torch.cat([item.student for item in items]), [one for item in items for one in item.teacher])
 
 
 class Student(nn.Module):
-    """A few convolutions with the teacher's stride: [B, 3, H, W] to CLS [B, D] and patches [B, D, H/16, W/16]."""
+    """A few convolutions with the teacher's stride: from [B, 3, H, W] to CLS [B, D] and patches [B, D, H/16, W/16]."""
 
     def __init__(self, dim: int, width: int = 48) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Student(nn.Module):
 
 
 def distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """1 - cosine over the channels (axis 1), on average."""
+    """Return the mean of 1 - cosine over the channels (axis 1)."""
     return 1 - F.cosine_similarity(student, teacher.float(), dim=1).mean()
 
 
@@ -162,16 +162,18 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Distil the model of a running service into a small student.")
+    parser = argparse.ArgumentParser(description="Distil the model of a running server into a small student.")
     parser.add_argument("--target", default="localhost:50051", metavar="HOST:PORT", help="(default %(default)s)")
     parser.add_argument("--epochs", type=int, default=5, help="(default %(default)s)")
-    parser.add_argument("--photos", type=int, default=8, help="of a batch (default %(default)s)")
+    parser.add_argument("--photos", type=int, default=8, help="photos in a batch (default %(default)s)")
     parser.add_argument("--views", type=int, default=4, help="crops of each photo (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=8, help="of each photo in an epoch (default %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=8, help="of each photo in an epoch (default %(default)s)"
+    )
     parser.add_argument(
         "--size", type=int, default=112, help="pixels of a crop, a multiple of 16 (default %(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes of the DataLoader (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="DataLoader processes (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(0)

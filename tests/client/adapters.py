@@ -1,4 +1,4 @@
-"""Both clients behind one surface, so that a test is written once. Each call blocks."""
+"""Both clients behind one blocking interface, so that a test runs with each."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Adapter(Protocol):
 
 
 class Blocking:
+    """Client."""
+
     def __init__(self, target: Any, **arguments: Any) -> None:
         self.client = Client(target, **{"deadline": 20.0, **arguments})
         self.model = self.client.model
@@ -58,7 +60,7 @@ class Blocking:
 
 
 class Awaiting:
-    """Its loop runs in a thread of its own, and so goes on while a test does something else."""
+    """AsyncClient, with an event loop in a thread of its own."""
 
     def __init__(self, target: Any, **arguments: Any) -> None:
         self.loop = asyncio.new_event_loop()

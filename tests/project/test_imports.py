@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,16 @@ def test_the_client_needs_neither_server_nor_torch(path: Path) -> None:
     if path.parent != CLIENT / "torch":
         assert not knows(path, "torch"), "only dinov3_client.torch may import torch"
         assert not knows(path, "yaml"), "only a teacher's configuration is read from YAML"
+
+
+def test_the_client_has_no_import_cycle() -> None:
+    """Features.torch() imports dinov3_client.torch when it is called, which is the one exception."""
+    modules = {".".join(path.relative_to(CLIENT.parent).with_suffix("").parts): path for path in CLIENT.rglob("*.py")}
+    graph = {
+        name: {other for other in imports(path) if other in modules and "torch" not in other.split(".")}
+        for name, path in modules.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize(

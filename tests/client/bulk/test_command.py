@@ -197,7 +197,7 @@ def test_ctrl_c_stops_it_and_it_goes_on(
 
             patched.setattr(ProgressLine, "advance", interrupt)
             assert run(server, source, "--out", out, *options) == 130
-        assert "dinov3-client: interrupted\ndinov3-client: stopped; what" in capsys.readouterr().err
+        assert "dinov3-client: interrupted\ndinov3-client: stopped; " in capsys.readouterr().err
         assert run(server, source, "--out", out, *options) == 1
         assert run(server, source, "--out", tmp_path / "whole", *options) == 1
     assert tree(out) == tree(tmp_path / "whole")

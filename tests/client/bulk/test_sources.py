@@ -146,7 +146,7 @@ def test_sources_without_images(tmp_path: Path) -> None:
         (tmp_path / "sub", "holds no image"),
         (tmp_path / "none", "there is no file or folder"),
         (tmp_path / "*.png", "no file matches"),
-        (tmp_path / "a.tar.gz", "unpack it first"),
+        (tmp_path / "a.tar.gz", "decompress it first"),
         (empty, "holds no sample with an image"),
         (write_tar(tmp_path / "0.tar", []), "holds no sample"),
     ):
