@@ -167,9 +167,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="(default %(default)s)")
     parser.add_argument("--photos", type=int, default=8, help="photos in a batch (default %(default)s)")
     parser.add_argument("--views", type=int, default=4, help="crops of each photo (default %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=8, help="of each photo in an epoch (default %(default)s)"
-    )
+    parser.add_argument("--repeats", type=int, default=8, help="of each photo in an epoch (default %(default)s)")
     parser.add_argument(
         "--size", type=int, default=112, help="pixels of a crop, a multiple of 16 (default %(default)s)"
     )
