@@ -329,7 +329,7 @@ def test_failures_that_were_removed_are_missed(source: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     run(source, out)
     (out / "failed.jsonl").unlink()
-    with pytest.raises(ExtractionError, match="tells of 3 failed images, and it names 0"):
+    with pytest.raises(ExtractionError, match="counts 3 failed images, and it names 0"):
         run(source, out)
 
 

@@ -311,7 +311,7 @@ def test_an_epoch_inside_of_another_of_the_same_does_not_end_it_as_if_all_batche
             outer.append(index)
             check(stream, range(4))
 
-    with pytest.raises(RuntimeError, match="before its last batch; for two at a time make two"):
+    with pytest.raises(RuntimeError, match="which ended this one early; for two at a time, make two"):
         train()
     assert outer == [0]
     check(stream, range(4))
