@@ -1,4 +1,4 @@
-"""The arena: ranges never overlap, everything comes back, too little memory is said at start."""
+"""The arena: ranges never overlap, all of them are freed, and too little memory fails at start."""
 
 from pathlib import Path
 
@@ -36,12 +36,12 @@ def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]) -
         for offset in live:
             arena.free(offset)
         assert arena.used_bytes == 0
-        assert arena.allocate(16 * PAGE) == 0  # neighbours were merged: the whole is one range again
+        assert arena.allocate(16 * PAGE) == 0  # neighbours were merged into one range
     finally:
         arena.close()
 
 
-def test_a_full_arena_says_none_and_a_freed_range_is_used_again() -> None:
+def test_a_full_arena_allocates_none_and_a_freed_range_is_reused() -> None:
     arena = Arena(2 * PAGE)
     first, second = arena.allocate(PAGE), arena.allocate(1)
     assert (first, second) == (0, PAGE)
@@ -60,14 +60,14 @@ def test_another_mapping_sees_the_same_bytes() -> None:
     arena.close()
 
 
-def test_too_little_memory_shows_at_start_and_leaves_no_descriptor() -> None:
+def test_too_little_memory_fails_at_start_and_leaves_no_descriptor_open() -> None:
     before = open_descriptors()
     with pytest.raises(StartupError, match="--arena-bytes"):
         Arena(1 << 60)
     assert open_descriptors() == before
 
 
-def test_a_control_group_leaves_its_limit_less_what_is_used_but_for_files_that_were_read(
+def test_available_memory_in_a_control_group_is_its_limit_minus_usage_without_file_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything = available_memory()

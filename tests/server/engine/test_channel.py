@@ -1,4 +1,4 @@
-"""Channels: framing, coalescing, descriptors, and a peer that reads late or is gone."""
+"""Channels: framing, coalescing, descriptors, and a peer that reads late or has died."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def ends():
     theirs.close()
 
 
-def test_messages_keep_their_order_and_arrive_together(ends):
+def test_messages_arrive_together_and_in_order(ends):
     ours, theirs = ends
     for number in range(5):
         ours.send(("message", number))
@@ -38,7 +38,7 @@ def test_descriptors_stay_with_their_message(ends):
     ours.send("two", [pipes[1][1], pipes[2][1]])
     ours.send("last")
     for _, writer in pipes:
-        os.close(writer)  # the channel has its own
+        os.close(writer)  # the channel has duplicates
     assert ours.flush()
     received = []
     while len(received) < 4:
@@ -49,11 +49,11 @@ def test_descriptors_stay_with_their_message(ends):
         os.write(fd, b"x")
         os.close(fd)
         assert os.read(reader, 2) == b"x"
-        assert os.read(reader, 2) == b""  # no copy of the writing end is left anywhere
+        assert os.read(reader, 2) == b""  # no copy of the writing end is left open
         os.close(reader)
 
 
-def test_a_peer_that_does_not_read_delays_nothing_and_loses_nothing(ends):
+def test_flush_does_not_block_on_a_peer_that_does_not_read_and_nothing_is_lost(ends):
     ours, theirs = ends
     count = 0
     while ours.flush():
@@ -67,7 +67,7 @@ def test_a_peer_that_does_not_read_delays_nothing_and_loses_nothing(ends):
     assert received == list(range(count))
 
 
-def test_what_a_dead_peer_had_said_is_read_before_its_end(ends):
+def test_messages_of_a_dead_peer_are_received_before_channel_closed(ends):
     ours, theirs = ends
     ours.send("last words")
     ours.flush()
@@ -75,8 +75,8 @@ def test_what_a_dead_peer_had_said_is_read_before_its_end(ends):
     assert [message for message, _ in theirs.receive()] == ["last words"]
     with pytest.raises(ChannelClosed):
         theirs.receive()
-    theirs.send("to nobody")
-    assert theirs.flush()  # swallowed: the reader is told the end, not the writer
+    theirs.send("too late")
+    assert theirs.flush()  # discarded: `receive` reports the end, not `flush`
 
 
 def test_unsent_and_unread_descriptors_are_closed_with_the_channel():
@@ -86,7 +86,7 @@ def test_unsent_and_unread_descriptors_are_closed_with_the_channel():
     ours.send("sent", [writer])
     ours.flush()
     ours.send("unsent", [writer])
-    theirs._socket.recv(1)  # a frame cut short: its descriptors are never handed to anybody
+    theirs._socket.recv(1)  # an incomplete frame, whose descriptors are not returned to the caller
     ours.close()
     theirs.close()
     os.close(reader)
@@ -94,7 +94,7 @@ def test_unsent_and_unread_descriptors_are_closed_with_the_channel():
     assert open_descriptors() == before
 
 
-def test_a_descriptor_without_room_is_told_and_the_next_are_not_mixed_up() -> None:
+def test_a_descriptor_over_the_limit_is_minus_one_and_later_ones_stay_with_their_messages() -> None:
     ours, theirs = (Channel(end) for end in pair())
     before = open_descriptors()
     with Path("/dev/null").open() as null, Path("/dev/zero").open() as zero:
@@ -119,7 +119,7 @@ def test_a_descriptor_without_room_is_told_and_the_next_are_not_mixed_up() -> No
 
 
 @pytest.mark.parametrize("number", [errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM])
-def test_what_the_kernel_cannot_take_now_is_sent_later(number: int) -> None:
+def test_a_message_that_the_kernel_cannot_take_now_is_sent_later(number: int) -> None:
     class Full:
         def __init__(self, end: socket.socket) -> None:
             self.end, self.full = end, True

@@ -1,4 +1,4 @@
-"""How long a request will wait, by what waits before it."""
+"""The predicted wait of a request, by what is queued before it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def waiting(*demands: Demand) -> QueuedTokens:
     return queue
 
 
-def test_alone_there_is_no_wait() -> None:
+def test_without_queued_requests_there_is_no_wait() -> None:
     assert QueuedTokens().ahead(demand(4), NO_LOAD, 0) == 0
 
 
-def test_a_callers_own_requests_of_like_size_go_first() -> None:
+def test_a_callers_own_requests_of_similar_size_go_first() -> None:
     queue = waiting(demand(4), demand(4), demand(64))
-    assert queue.ahead(demand(4), NO_LOAD, 0) == 80, "the one of 64 is overtaken"
+    assert queue.ahead(demand(4), NO_LOAD, 0) == 80, "the request of 64 images is overtaken"
     assert queue.ahead(demand(100), NO_LOAD, 0) == 80 + 640
 
 
-def test_another_caller_gets_as_much_as_this_one_and_no_more() -> None:
+def test_another_caller_gets_at_most_as_much_as_this_one() -> None:
     queue = waiting(*[demand(256, HOG)] * 4)
     assert queue.ahead(demand(1), NO_LOAD, 0) == 10
     assert queue.ahead(demand(32, AWAY), NO_LOAD, 0) == 320
@@ -39,9 +39,9 @@ def test_another_caller_gets_as_much_as_this_one_and_no_more() -> None:
     assert queue.ahead(demand(256, HOG), NO_LOAD, 0) == 4 * 2560
 
 
-def test_connections_share_what_their_group_gets() -> None:
+def test_connections_share_the_share_of_their_group() -> None:
     queue = waiting(demand(100, HOG), demand(100, AWAY))
-    # By the time that the small one has its 10, so has the hog, and the other address 20.
+    # When the small caller has received 10 tokens, so has the hog, and the other address 20.
     assert queue.ahead(demand(1), NO_LOAD, 0) == 10 + 20
 
 
@@ -51,13 +51,13 @@ def test_bulk_delays_interactive_work_by_a_third_at_most() -> None:
     assert queue.ahead(demand(30, bulk=True), NO_LOAD, 0) == 300 + 600, "bulk waits for both"
 
 
-def test_the_load_of_other_frontends_counts_as_a_caller_for_each() -> None:
+def test_each_other_frontend_counts_as_one_caller() -> None:
     others = Load(running=50, interactive=10_000, bulk=500)
     assert QueuedTokens().ahead(demand(1), others, 3) == 50 + 30 + 40 // 3
     assert QueuedTokens().ahead(demand(1), Load(running=50, interactive=20), 3) == 50 + 20
 
 
-def test_the_bound_is_never_below_the_estimate() -> None:
+def test_the_upper_bound_is_never_below_the_estimate() -> None:
     queue = waiting(demand(30), demand(7, AWAY), demand(100, HOG, bulk=True))
     others = Load(5, 60, 70)
     for images in (1, 16, 300):
@@ -65,7 +65,7 @@ def test_the_bound_is_never_below_the_estimate() -> None:
             assert queue.ahead(demand(images, bulk=bulk), others, 2) <= queue.most_ahead(others)
 
 
-def test_what_no_longer_waits_is_forgotten() -> None:
+def test_dequeued_tokens_leave_no_entry() -> None:
     queue = waiting(demand(3), demand(5, HOG, bulk=True))
     queue.add(demand(3), -30)
     queue.add(demand(5, HOG, bulk=True), -50)

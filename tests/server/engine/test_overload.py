@@ -1,4 +1,4 @@
-"""Admission and scheduler together under overload, on a clock that the test turns: what is answered in time."""
+"""Admission and scheduler together under overload, on simulated time: how many requests are answered in time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Arrival = tuple[float, int, float | None, Caller, bool]  # when, images, deadlin
 
 @dataclass
 class Outcome:
-    """Images by what became of them. `latencies` is by caller, in seconds; `busy` is the device's time."""
+    """Images by outcome. `latencies` is by caller, in seconds; `busy` is device time in seconds."""
 
     offered: int = 0
     good: int = 0
@@ -41,9 +41,9 @@ def simulate(
     seconds_of: Callable[[int, float], float],
     again: Callable[[Arrival, float], Arrival | None] = lambda arrival, now: None,
 ) -> Outcome:
-    """Run a device that takes `seconds_of(rows, now)` for a batch over `arrivals`, which come in order of time.
+    """Simulate a device that takes `seconds_of(rows, now)` for a batch, with `arrivals` in order of time.
 
-    `again` makes the next request of a closed loop, from an arrival that is answered or refused.
+    `again` returns the next request of a closed loop, given an arrival that has been answered or refused.
     """
     pace, waiting, outcome = Pace(), QueuedTokens(), Outcome()
     scheduler = Scheduler(LIMITS, pace)
@@ -119,7 +119,7 @@ def simulate(
 
 
 def poisson(rate: float, seconds: float, deadlines: tuple[float, ...], seed: int) -> Iterator[Arrival]:
-    """Single images of one caller, `rate` a second on average."""
+    """Yield single images of one caller, on average `rate` per second."""
     chance = random.Random(seed)
     now = 0.0
     while (now := now + chance.expovariate(rate)) < seconds:
@@ -127,18 +127,18 @@ def poisson(rate: float, seconds: float, deadlines: tuple[float, ...], seed: int
 
 
 def cpu(rows: int, now: float) -> float:
-    """ViT-B on two cores, nearly proportional."""
+    """Return the time of a batch of ViT-B on two cores, nearly proportional to its rows."""
     return 0.005 + 0.085 * rows
 
 
 def gpu(rows: int, now: float) -> float:
-    """A device with a large fixed part: full batches matter."""
+    """Return the time of a batch on a device with a large fixed part, where full batches matter."""
     return 0.005 + 0.0002 * rows
 
 
 @pytest.mark.parametrize("deadlines", [(2.0,), (10.0,), (2.0, 10.0)])
 @pytest.mark.parametrize("load", [0.5, 1.0, 2.0, 5.0])
-def test_goodput_keeps_up_with_what_is_offered_or_with_the_capacity(load: float, deadlines: tuple[float, ...]) -> None:
+def test_goodput_is_near_the_offered_load_or_the_capacity(load: float, deadlines: tuple[float, ...]) -> None:
     capacity = 32 / cpu(32, 0)
     seconds = 120.0
     outcome = simulate(poisson(load * capacity, seconds, deadlines, seed=1), cpu)
@@ -160,7 +160,7 @@ def test_full_batches_are_kept_where_they_matter(load: float, deadline: float) -
     assert outcome.late_busy <= 0.02 * outcome.busy
 
 
-def test_a_machine_that_becomes_four_times_slower_and_fast_again() -> None:
+def test_goodput_on_a_device_that_becomes_four_times_slower_and_recovers() -> None:
     def seconds_of(rows: int, now: float) -> float:
         return cpu(rows, now) * (4 if 40 <= now < 80 else 1)
 
@@ -170,7 +170,7 @@ def test_a_machine_that_becomes_four_times_slower_and_fast_again() -> None:
     assert outcome.late_busy <= 0.04 * outcome.busy
 
 
-def test_batches_of_varying_time() -> None:
+def test_goodput_with_batches_of_varying_time() -> None:
     chance = random.Random(4)
     capacity = 32 / cpu(32, 0)
     outcome = simulate(
@@ -181,8 +181,8 @@ def test_batches_of_varying_time() -> None:
 
 
 @pytest.mark.parametrize("bulk", [True, False])
-def test_a_small_caller_beside_a_hog(bulk: bool) -> None:
-    """Four requests of 256 images are under way all the time; a caller sends single images one after the other."""
+def test_a_small_caller_is_served_quickly_beside_a_hog(bulk: bool) -> None:
+    """A hog keeps four requests of 256 images in flight; another caller sends single images one after the other."""
     hog, small = Caller("address", "1"), Caller("address", "2")
     end = 400.0
 
@@ -208,5 +208,5 @@ def test_a_large_request_is_answered_beside_a_flood_of_small_ones() -> None:
     ]
     arrivals = iter(sorted([*flood, (10.0, 128, 60.0, large, False)]))
     outcome = simulate(arrivals, cpu)
-    # Half of the device is its share.
+    # Its share is half of the device.
     assert outcome.latencies[large][0] <= 2.3 * 128 / capacity

@@ -1,4 +1,4 @@
-"""What is learned of a device from the batches that it ran."""
+"""The pace of a device, learned from the batches that it ran."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def observe(pace: Pace, seconds_of: dict[int, float], times: int = 1, now: float
     return now
 
 
-def test_an_unknown_device_is_taken_for_a_slow_one() -> None:
+def test_a_device_without_batches_counts_as_slow() -> None:
     pace = Pace()
     assert not pace.known
     assert not pace.trusted(0.0)
@@ -28,7 +28,7 @@ def test_an_unknown_device_is_taken_for_a_slow_one() -> None:
     )
 
 
-def test_the_first_batch_replaces_the_guess() -> None:
+def test_the_first_batch_replaces_the_initial_estimate() -> None:
     pace = Pace()
     now = observe(pace, {8: 0.4})
     assert pace.seconds_per_token == pytest.approx(0.4 / (8 * TOKENS))
@@ -37,17 +37,17 @@ def test_the_first_batch_replaces_the_guess() -> None:
     assert pace.rows_within("a", TOKENS, 0.01, now) == 0
 
 
-def test_batches_of_several_sizes_tell_the_fixed_part() -> None:
+def test_batches_of_several_sizes_reveal_the_fixed_part() -> None:
     pace = Pace()
     now = observe(pace, {rows: 0.010 + 0.0002 * rows for rows in (1, 2, 32, 8)}, times=20)
     for rows in (1, 8, 16, 32):
         truth = (0.010 + 0.0002 * rows) * (1 + MARGIN)
         assert pace.batch_seconds("a", TOKENS, rows, now) == pytest.approx(truth, rel=0.2)
     assert 25 <= pace.efficient_rows("a", TOKENS, now) <= 75
-    assert pace.efficient_rows("b", TOKENS, now) == 1, "nothing is known of a shape that has not run"
+    assert pace.efficient_rows("b", TOKENS, now) == 1, "a shape without batches has no fixed part"
 
 
-def test_a_device_that_slows_down_is_noticed_within_two_seconds_of_its_work() -> None:
+def test_a_change_of_speed_is_learned_within_two_seconds_of_device_time() -> None:
     pace = Pace()
     now = observe(pace, {8: 0.1, 4: 0.05}, times=50)
     observe(pace, {8: 0.3, 4: 0.15}, times=5, now=now)
@@ -56,14 +56,14 @@ def test_a_device_that_slows_down_is_noticed_within_two_seconds_of_its_work() ->
     assert pace.seconds_per_token < 1.3 * 0.1 / (8 * TOKENS)
 
 
-def test_a_shape_that_has_not_run_for_long_is_judged_by_the_others() -> None:
+def test_a_shape_that_has_not_run_for_long_is_estimated_from_the_others() -> None:
     pace = Pace()
     now = observe(pace, {8: 0.1})
     now = observe(pace, {8: 0.4}, times=30, now=now, shape="b")
     assert pace.batch_seconds("a", TOKENS, 8, now) == pytest.approx(0.4 * (1 + MARGIN), rel=0.01)
 
 
-def test_an_estimate_of_a_device_that_was_idle_is_not_trusted() -> None:
+def test_the_estimate_of_an_idle_device_is_not_trusted() -> None:
     pace = Pace()
     now = observe(pace, {8: 0.1})
     assert pace.trusted(now + 1.9)
@@ -71,7 +71,7 @@ def test_an_estimate_of_a_device_that_was_idle_is_not_trusted() -> None:
     assert pace.known
 
 
-def test_it_remembers_few_shapes() -> None:
+def test_the_number_of_remembered_shapes_is_limited() -> None:
     pace = Pace()
     for shape in range(2 * MOST_SHAPES):
         pace.observe(BatchTime(shape, TOKENS, 1, 0.001), 0.0)

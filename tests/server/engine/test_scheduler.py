@@ -1,4 +1,4 @@
-"""The scheduler by example. Times are plain numbers: nothing here reads a clock."""
+"""The scheduler by example. Times are plain numbers; no clock is read."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ def filled(*jobs: Job, limits: Limits = LIMITS) -> Scheduler:
 
 
 def numbers(batch: list[BatchRow] | None) -> list[tuple[int, int]] | None:
-    """(job number, row) of each row of a batch."""
+    """Return (job number, row) of each row of a batch."""
     return None if batch is None else [(row.job.key[1], row.row) for row in batch]
 
 
 def drained(scheduler: Scheduler, now: float = NOW) -> list[list[int]]:
-    """The job numbers of every batch there is."""
+    """Take all batches, and return the job numbers of each."""
     batches = iter(lambda: scheduler.next_batch(now), None)
     return [[row.job.key[1] for row in batch] for batch in batches]
 
 
-def test_an_empty_queue_has_no_batch_and_nothing_to_wait_for() -> None:
+def test_an_empty_queue_has_no_batch_and_no_wakeup() -> None:
     scheduler = filled()
     assert scheduler.next_batch(NOW) is None
     assert scheduler.expire(NOW) == []
     assert scheduler.wakeup(NOW) is None
 
 
-def test_a_batch_takes_what_there_is_at_once() -> None:
+def test_a_batch_takes_the_queued_rows_at_once() -> None:
     scheduler = filled(job(1, 2), job(2))
     assert numbers(scheduler.next_batch(NOW)) == [(2, 0), (1, 0), (1, 1)]
     assert scheduler.next_batch(NOW) is None
 
 
-def test_rows_keep_the_indices_that_they_were_submitted_with() -> None:
+def test_rows_keep_their_submitted_indices() -> None:
     resubmitted = job(7)
     resubmitted.rows = (3, 8, 9, 21, 40)
     scheduler = filled(resubmitted)
@@ -68,12 +68,12 @@ def test_rows_keep_the_indices_that_they_were_submitted_with() -> None:
     assert scheduler.cancel((0, 7)) == (40,)
 
 
-def test_the_token_budget_bounds_a_batch_as_the_image_budget_does() -> None:
+def test_the_token_budget_limits_a_batch() -> None:
     scheduler = filled(job(1, 5, shape="large", tokens=40), limits=Limits(4, 100, 0.0))
     assert drained(scheduler) == [[1, 1], [1, 1], [1]]
 
 
-def test_a_row_that_fills_the_token_budget_runs_and_one_beyond_is_refused() -> None:
+def test_a_row_may_fill_the_token_budget_but_not_exceed_it() -> None:
     scheduler = filled(job(1, 2, tokens=100))
     assert drained(scheduler) == [[1], [1]]
     with pytest.raises(ValueError, match="101 tokens never fits a batch of at most 100"):
@@ -82,7 +82,7 @@ def test_a_row_that_fills_the_token_budget_runs_and_one_beyond_is_refused() -> N
     assert scheduler.next_batch(NOW) is None
 
 
-def test_a_key_is_queued_once_and_free_again_when_its_job_is_through() -> None:
+def test_a_key_is_queued_once_and_free_again_when_its_job_has_ended() -> None:
     scheduler = filled(job(1, 5), job(2, deadline=NOW + 1))
     with pytest.raises(ValueError, match="queued already"):
         scheduler.add(job(1), NOW)
@@ -91,7 +91,7 @@ def test_a_key_is_queued_once_and_free_again_when_its_job_is_through() -> None:
     assert drained(scheduler) == [[1]]
 
 
-def test_an_expired_key_is_taken_until_it_is_reported() -> None:
+def test_an_expired_key_is_in_use_until_it_is_reported() -> None:
     scheduler = filled(job(1, deadline=NOW))
     assert scheduler.next_batch(NOW) is None
     with pytest.raises(ValueError, match="queued already"):
@@ -109,19 +109,19 @@ def test_a_job_without_rows_or_with_other_tokens_than_its_shape_is_refused() -> 
     assert drained(scheduler) == [[1]]
 
 
-def test_interactive_goes_before_bulk_and_bulk_fills_what_is_left_of_a_batch() -> None:
+def test_interactive_goes_before_bulk_and_bulk_fills_the_rest_of_a_batch() -> None:
     scheduler = filled(job(1, 2, bulk=True, enqueued=NOW - 9), job(2, 3))
     assert drained(scheduler) == [[2, 2, 2, 1], [1]]
 
 
-def test_of_interactive_and_bulk_in_endless_supply_bulk_gets_every_fourth_batch() -> None:
+def test_bulk_gets_every_fourth_batch_beside_endless_interactive_work() -> None:
     for shape in ("a", "b"):
         scheduler = filled(job(0, 1000, bulk=True, shape=shape, enqueued=NOW - 9), *(job(n, 4) for n in range(1, 99)))
         bulk = [batch == [0] * 4 for batch in drained(scheduler)[: 3 * SHARE_TURN]]
         assert bulk == [False, False, False, True] * 3
 
 
-def test_a_short_job_overtakes_long_ones_and_like_sizes_run_one_after_the_other() -> None:
+def test_a_short_job_overtakes_long_ones_and_similar_sizes_run_one_after_the_other() -> None:
     long = [job(n, 8, enqueued=NOW - 10 + n) for n in range(6)]
     scheduler = filled(*long, limits=LIMITS._replace(max_batch_images=8))
     assert numbers(scheduler.next_batch(NOW)) == [(0, row) for row in range(8)]
@@ -146,32 +146,32 @@ def test_equal_enqueue_times_run_in_order_of_arrival() -> None:
 
 
 def test_an_enqueue_time_ahead_of_now_does_not_delay() -> None:
-    # CLOCK_MONOTONIC is one for all processes, yet a frontend may read it after the worker read `now`.
+    # All processes share CLOCK_MONOTONIC, but a frontend may read it after the worker read `now`.
     scheduler = filled(job(1, enqueued=NOW + 0.001))
     assert drained(scheduler) == [[1]]
 
 
-def test_interleaved_shapes_do_not_break_batches_up() -> None:
+def test_interleaved_shapes_do_not_split_batches() -> None:
     jobs = [job(n, shape="ab"[n % 2]) for n in range(16)]
     assert drained(filled(*jobs)) == [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]]
 
 
-def test_solo_rows_run_alone() -> None:
+def test_quarantined_rows_run_alone() -> None:
     scheduler = filled(job(1, 2, quarantined=True), job(2, quarantined=True), job(3, 3))
     assert sorted(drained(scheduler)) == [[1], [1], [2], [3, 3, 3]]
 
 
-def test_cancelled_rows_are_named_and_never_run() -> None:
+def test_cancelled_rows_are_returned_and_never_run() -> None:
     scheduler = filled(job(1, 6), job(2, 2, enqueued=NOW - 1))
     assert numbers(scheduler.next_batch(NOW)) == [(2, 0), (2, 1), (1, 0), (1, 1)]
     assert scheduler.cancel((0, 1)) == (2, 3, 4, 5)
     assert scheduler.cancel((0, 1)) == ()
-    assert scheduler.cancel((0, 2)) == ()  # all its rows are under way
+    assert scheduler.cancel((0, 2)) == ()  # all its rows have left the queue
     assert scheduler.cancel((5, 1)) == ()
     assert scheduler.next_batch(NOW) is None
 
 
-def test_expired_rows_are_reported_once_in_whichever_order_the_calls_come() -> None:
+def test_expired_rows_are_reported_once_in_any_order_of_calls() -> None:
     for peek in (True, False):
         doomed = job(1, 6, deadline=NOW + 2)
         scheduler = filled(doomed, job(2, 7))
@@ -192,27 +192,27 @@ def test_an_expired_job_can_still_be_cancelled_before_it_is_reported() -> None:
     assert scheduler.expire(NOW) == []
 
 
-def test_a_frontend_that_died_takes_its_jobs_and_no_others() -> None:
+def test_removing_a_frontend_drops_only_its_jobs() -> None:
     scheduler = filled(
         job(1, frontend=1), job(2, frontend=2), job(3, frontend=1, deadline=NOW), job(4, frontend=2, deadline=NOW)
     )
-    assert scheduler.wakeup(NOW) == NOW  # the expired are set aside by now
+    assert scheduler.wakeup(NOW) == NOW  # which has dropped the expired jobs
     scheduler.remove_frontend(1)
     assert scheduler.queued_images == 1
     assert [expired.key for expired, _ in scheduler.expire(NOW)] == [(2, 4)]
     assert drained(scheduler) == [[2]]
 
 
-def test_a_shape_that_ran_out_of_memory_is_held_to_what_fits() -> None:
+def test_a_shape_that_ran_out_of_memory_gets_a_ceiling() -> None:
     scheduler = filled(job(1, 5, shape="a"), job(2, 5, shape="b"))
     scheduler.limit_shape("a", 2)
-    scheduler.limit_shape("a", 3)  # a larger batch, launched earlier, reports later
+    scheduler.limit_shape("a", 3)  # reported later by a larger batch that was launched earlier
     assert sorted(drained(scheduler)) == [[1], [1, 1], [1, 1], [2], [2] * 4]
     with pytest.raises(ValueError, match="at least 1"):
         scheduler.limit_shape("a", 0)
 
 
-def test_a_shape_is_held_for_more_rows_only_while_it_fills_no_batch() -> None:
+def test_a_batch_waits_for_more_rows_only_while_it_is_not_full() -> None:
     scheduler = filled(job(1, 3, enqueued=NOW - 1), limits=LIMITS._replace(max_queue_delay_seconds=5.0))
     assert scheduler.next_batch(NOW) is None
     assert scheduler.wakeup(NOW) == NOW + 4
@@ -223,7 +223,7 @@ def test_a_shape_is_held_for_more_rows_only_while_it_fills_no_batch() -> None:
     assert drained(scheduler, NOW + 1) == [[3] * 3]
 
 
-def test_a_held_shape_does_not_hold_another() -> None:
+def test_a_shape_that_waits_for_more_rows_does_not_delay_another() -> None:
     scheduler = filled(
         job(1, 2, shape="held"), job(2, 4, shape="full", bulk=True), limits=LIMITS._replace(max_queue_delay_seconds=5.0)
     )
@@ -233,14 +233,14 @@ def test_a_held_shape_does_not_hold_another() -> None:
     assert drained(scheduler, NOW + 5) == [[1, 1]]
 
 
-def test_the_oldest_row_ends_the_hold_though_a_more_urgent_one_is_young() -> None:
+def test_the_oldest_row_ends_the_wait_even_if_a_more_urgent_one_is_young() -> None:
     scheduler = filled(
         job(1, 2, bulk=True, enqueued=NOW - 5), job(2), limits=LIMITS._replace(max_queue_delay_seconds=5.0)
     )
     assert numbers(scheduler.next_batch(NOW)) == [(2, 0), (1, 0), (1, 1)]
 
 
-def test_solo_rows_and_those_at_the_token_budget_are_full_batches_and_not_held() -> None:
+def test_quarantined_rows_and_rows_at_the_token_budget_do_not_wait() -> None:
     limits = LIMITS._replace(max_queue_delay_seconds=5.0)
     assert drained(filled(job(1, quarantined=True), limits=limits)) == [[1]]
     assert drained(filled(job(1, tokens=60), limits=limits)) == [[1]]
@@ -263,8 +263,8 @@ class Payload:
 
 
 @pytest.mark.parametrize("end", ["cancel", "run", "expire", "remove"])
-def test_jobs_that_ended_are_let_go_while_an_old_one_stays(end: str) -> None:
-    """The old job is at the top of the heaps of ages and of deadlines: those behind it must not stay with it."""
+def test_ended_jobs_are_freed_while_an_old_one_stays(end: str) -> None:
+    """The old job is at the top of the heaps by age and by deadline; ended ones behind it must not stay in them."""
     scheduler = filled(job(0, 10_000, bulk=True, enqueued=0.0, deadline=NOW + 1))
     alive: weakref.WeakSet[Payload] = weakref.WeakSet()
     most = 0
@@ -284,7 +284,7 @@ def test_jobs_that_ended_are_let_go_while_an_old_one_stays(end: str) -> None:
             case "remove":
                 scheduler.remove_frontend(1)
         most = max(most, len(alive))
-    # At most two jobs are queued at a time: the old one, and one that an age turn left for the next batch.
+    # At most two jobs are queued at a time: the old one, and one that a batch by shares left for the next.
     assert most <= 2 * (2 * 2 + SLACK)
     assert scheduler.expire(NOW + 1)[0][0].key == (0, 0)
     drained(scheduler)

@@ -1,4 +1,4 @@
-"""What holds of the scheduler whatever comes in. The clock is a number that the tests turn."""
+"""Properties of the scheduler that hold for any input. Time is a number that the tests advance."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def limits_without_delay(draw: st.DrawFn) -> Limits:
 
 
 class Lifecycle(RuleBasedStateMachine):
-    """A scheduler beside a plain model of it: which rows each job has left, with no order and no heaps."""
+    """A scheduler beside a simple model of it: the rows that each job has left, without order and heaps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,16 +65,16 @@ class Lifecycle(RuleBasedStateMachine):
 
     # --- the model
 
-    def lane(self, job: Job) -> Hashable:
+    def queue_key(self, job: Job) -> Hashable:
         return job.key if job.quarantined else job.shape
 
-    def lanes(self) -> dict[Hashable, list[Job]]:
+    def queues(self) -> dict[Hashable, list[Job]]:
         """Runnable jobs that may share a batch."""
-        lanes = defaultdict(list)
+        queues = defaultdict(list)
         for key, job in self.jobs.items():
             if key not in self.expired:
-                lanes[self.lane(job)].append(job)
-        return lanes
+                queues[self.queue_key(job)].append(job)
+        return queues
 
     def rows(self, jobs: Iterable[Job]) -> int:
         return sum(len(self.left[job.key]) for job in jobs)
@@ -91,7 +91,7 @@ class Lifecycle(RuleBasedStateMachine):
         return min(job.enqueued for job in jobs) + self.limits.max_queue_delay_seconds
 
     def pass_deadlines(self) -> None:
-        """Every call that is given the time notices the deadlines that passed."""
+        """Mark expired jobs, as every call of the scheduler that is given the time does."""
         for key, job in self.jobs.items():
             if job.deadline is not None and job.deadline <= self.now:
                 self.expired.add(key)
@@ -104,7 +104,7 @@ class Lifecycle(RuleBasedStateMachine):
             del self.jobs[key], self.left[key]
             self.expired.discard(key)
 
-    # --- what may happen
+    # --- events
 
     @rule(
         key=st.tuples(st.integers(0, 2), st.integers(0, 9)),
@@ -177,21 +177,21 @@ class Lifecycle(RuleBasedStateMachine):
         self.take_batch()
 
     def take_batch(self) -> bool:
-        """Checks the next batch against the model. False where there was none."""
+        """Check the next batch against the model. Returns False if there was none."""
         self.pass_deadlines()
-        lanes = self.lanes()
-        ready = {name for name, jobs in lanes.items() if self.ready_at(jobs) <= self.now}
+        queues = self.queues()
+        ready = {name for name, jobs in queues.items() if self.ready_at(jobs) <= self.now}
         batch = self.scheduler.next_batch(self.now)
         if batch is None:
-            assert not ready  # work-conserving: only what is held, or nothing, is left
+            assert not ready  # work-conserving: all rows that are left wait for more
             return False
         leader = batch[0].job
-        assert {self.lane(job) for job, _ in batch} == {self.lane(leader)}
+        assert {self.queue_key(job) for job, _ in batch} == {self.queue_key(leader)}
         assert {job.shape for job, _ in batch} == {leader.shape}
-        assert self.lane(leader) in ready
+        assert self.queue_key(leader) in ready
         assert sum(job.tokens for job, _ in batch) <= self.limits.max_batch_tokens
         # Neither over the budget nor short of it while rows of the shape are left.
-        assert len(batch) == min(self.capacity(leader), self.rows(lanes[self.lane(leader)]))
+        assert len(batch) == min(self.capacity(leader), self.rows(queues[self.queue_key(leader)]))
         by_job = defaultdict(list)
         for job, row in batch:
             assert job is self.jobs[job.key]
@@ -204,7 +204,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule()
     def sleep_until_wakeup(self) -> None:
-        """Nothing changes before the time that `wakeup` names, and something does then."""
+        """Check that nothing changes before the time that `wakeup` returns, and that something does then."""
         self.expire()
         while self.take_batch():
             pass
@@ -222,21 +222,21 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule()
     def wakeup(self) -> None:
-        """While work is ready, too: the next deadline or the end of a hold, whichever is first."""
+        """Check that `wakeup` returns the next deadline or the end of a wait for more rows, whichever is first."""
         self.pass_deadlines()
         times = [job.deadline for job in self.jobs.values() if job.deadline is not None]
-        times += [at for at in map(self.ready_at, self.lanes().values()) if at > self.now]
+        times += [at for at in map(self.ready_at, self.queues().values()) if at > self.now]
         expected = self.now if self.expired else min(times, default=None)
         assert self.scheduler.wakeup(self.now) == expected
 
     @invariant()
     @precondition(lambda self: hasattr(self, "scheduler"))
     def counts(self) -> None:
-        queued = [job for jobs in self.lanes().values() for job in jobs]
+        queued = [job for jobs in self.queues().values() for job in jobs]
         assert self.scheduler.queued_images == self.rows(queued)
 
     def teardown(self) -> None:
-        """In the end every row that came in has ended, once."""
+        """Check that every submitted row has ended exactly once."""
         if not hasattr(self, "scheduler"):
             return
         self.now += self.limits.max_queue_delay_seconds
@@ -277,15 +277,15 @@ def test_a_backlog_of_mixed_shapes_drains_in_the_fewest_batches(
     phase=st.integers(0, SHARE_TURN - 1),
     arrivals=st.lists(st.lists(st.tuples(shapes, st.integers(1, 8)), min_size=1, max_size=12), min_size=1, max_size=4),
 )
-def test_no_job_starves_whatever_arrives_after_it(
+def test_no_job_starves_under_later_arrivals(
     limits: Limits,
     older: list[tuple[str, int, bool]],
     subject: tuple[str, int, bool],
     phase: int,
     arrivals: list[list[tuple[str, int]]],
 ) -> None:
-    """Before every batch more interactive jobs arrive, more than a batch can take among them. A job is through after
-    SHARE_TURN times the batches that it and what is older fill, shape by shape."""
+    """Before every batch more interactive jobs arrive than it can take. Even so, a job ends within SHARE_TURN times the
+    number of batches that it and the older jobs fill, shape by shape."""
     scheduler = Scheduler(limits)
     for _ in range(phase):
         scheduler.add(make(0, 1), now=0.0)
@@ -317,7 +317,7 @@ def test_no_job_starves_whatever_arrives_after_it(
     shape=shapes,
     before=st.integers(0, 9),
 )
-def test_one_image_behind_any_number_of_larger_or_bulk_jobs_is_in_the_next_two_batches(
+def test_a_single_image_is_in_the_next_two_batches_behind_any_larger_or_bulk_jobs(
     limits: Limits, backlog: list[tuple[str, int, bool]], shape: str, before: int
 ) -> None:
     scheduler = Scheduler(limits)
@@ -337,7 +337,7 @@ def test_one_image_behind_any_number_of_larger_or_bulk_jobs_is_in_the_next_two_b
     bulk=st.booleans(),
     times=st.lists(st.integers(0, 9), min_size=2, max_size=12),
 )
-def test_equal_jobs_run_first_in_first_out_also_when_they_arrive_out_of_order(
+def test_equal_jobs_run_in_order_of_age_even_if_they_arrive_out_of_order(
     limits: Limits, rows: int, bulk: bool, times: list[int]
 ) -> None:
     scheduler = Scheduler(limits)
@@ -354,7 +354,7 @@ def test_equal_jobs_run_first_in_first_out_also_when_they_arrive_out_of_order(
     interactive=st.lists(st.tuples(shapes, st.integers(1, 20)), min_size=1, max_size=12),
     bulk=st.lists(st.tuples(shapes, st.integers(1, 20)), min_size=1, max_size=12),
 )
-def test_bulk_that_is_older_gets_its_quarter_and_otherwise_only_the_room_that_is_left(
+def test_older_bulk_gets_a_quarter_of_the_batches_and_the_free_room_of_the_others(
     limits: Limits, interactive: list[tuple[str, int]], bulk: list[tuple[str, int]]
 ) -> None:
     scheduler = Scheduler(limits)

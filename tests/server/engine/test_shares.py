@@ -1,4 +1,4 @@
-"""How a device is divided between callers."""
+"""The shares of callers in a device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dinov3_server.engine.shares import Caller, Shares
 
 
 def give(shares: Shares, callers: list[Caller], turns: int, tokens: dict[Caller, int] | None = None) -> Counter[Caller]:
-    """Serve the caller that is first, again and again; return what each was given."""
+    """Serve the caller that ranks first, `turns` times, and return the tokens that each was given."""
     given: Counter[Caller] = Counter()
     for _ in range(turns):
         first = min(callers, key=shares.rank)
@@ -32,13 +32,13 @@ def test_groups_share_equally_however_many_connections_each_has() -> None:
     assert [given[caller] for caller in callers[:-1]] == [100] * 9
 
 
-def test_what_counts_is_tokens_and_not_turns() -> None:
+def test_shares_count_tokens_and_not_turns() -> None:
     large, small = Caller("a", ""), Caller("b", "")
     given = give(entered(large, small), [large, small], 1010, {large: 100, small: 1})
     assert abs(given[large] - given[small]) <= 100
 
 
-def test_a_caller_that_was_away_has_saved_nothing_up() -> None:
+def test_a_caller_saves_up_nothing_while_it_is_away() -> None:
     here, back = Caller("a", ""), Caller("b", "")
     shares = entered(here)
     give(shares, [here], 500)
@@ -47,7 +47,7 @@ def test_a_caller_that_was_away_has_saved_nothing_up() -> None:
     assert abs(given[here] - given[back]) <= 2
 
 
-def test_a_caller_that_took_much_and_left_owes_it_when_it_is_back() -> None:
+def test_a_caller_that_took_much_still_owes_it_when_it_comes_back() -> None:
     fair, greedy = Caller("a", ""), Caller("b", "")
     shares = entered(fair, greedy)
     shares.charge(greedy, 1000)

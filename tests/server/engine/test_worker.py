@@ -1,4 +1,4 @@
-"""What the worker's loop decides, stepped by hand."""
+"""The decisions of the worker's loop, with a runner that the test controls batch by batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_a_batch_is_announced_before_it_runs_and_answered_after(start):
     running.runner.stepping = True
     frontend = running.frontend()
     submit = frontend.submit(3)
-    assert frontend.hear() == Started((JobRows(submit.job, (0, 1, 2)),))
-    assert frontend.heard == []
+    assert frontend.receive() == Started((JobRows(submit.job, (0, 1, 2)),))
+    assert frontend.received == []
     running.runner.steps.put(None)
     assert set(frontend.answers(submit).values()) == {"ok"}
 
@@ -38,7 +38,7 @@ def test_while_the_device_is_busy_the_next_batch_grows(start):
     assert [len(batch.rows) for batch in running.runner.batches] == [1, 10]
 
 
-def test_two_batches_are_on_a_device_that_prepares_ahead_and_no_more(start):
+def test_a_device_with_pipeline_depth_two_has_at_most_two_batches(start):
     running = start(depth=2)
     running.runner.stepping = True
     frontend = running.frontend()
@@ -53,8 +53,8 @@ def test_two_batches_are_on_a_device_that_prepares_ahead_and_no_more(start):
     assert [len(batch.rows) for batch in running.runner.batches] == [1, 1, 2]
 
 
-def test_a_device_that_never_falls_idle_counts_as_busy(start):
-    """Each time a batch leaves another is on the device already: the time still counts, batch by batch."""
+def test_the_busy_time_of_a_device_that_is_never_idle_is_counted(start):
+    """When a batch ends, the next one is already on the device; its time is still counted, batch by batch."""
     running = start(depth=2)
     running.runner.stepping = True
     frontend = running.frontend()
@@ -70,7 +70,7 @@ def test_a_device_that_never_falls_idle_counts_as_busy(start):
     frontend.answers(*rest)
 
 
-def test_a_suspect_has_the_device_for_itself(start):
+def test_a_quarantined_row_has_the_device_to_itself(start):
     running = start(depth=2)
     running.runner.stepping = True
     frontend = running.frontend()
@@ -85,7 +85,7 @@ def test_a_suspect_has_the_device_for_itself(start):
     assert with_suspect == [{pixels} for pixels in sorted(alone)]
 
 
-def test_a_batch_that_runs_out_of_memory_is_halved_and_the_shapes_ceiling_remembered(start):
+def test_a_batch_that_runs_out_of_memory_is_halved_and_lowers_the_ceiling_of_its_shape(start):
     running = start()
     running.runner.failing = lambda batch: DeviceOutOfMemory("scripted") if len(batch.rows) > 3 else None
     frontend = running.frontend()
@@ -134,7 +134,7 @@ def test_cancelled_and_expired_rows_never_reach_the_device(start):
     until(lambda: running.runner.batches)
     cancelled, kept = frontend.submit(2), frontend.submit(1)
     expired = frontend.submit(2, deadline=time.monotonic() + 0.02)
-    frontend.say(Cancel(cancelled.job))
+    frontend.send(Cancel(cancelled.job))
     answers = {**frontend.answers(cancelled), **frontend.answers(expired)}  # while the device is busy
     assert set(answers.values()) == {"dropped: cancelled", "dropped: expired"}
     for _ in range(2):
@@ -143,7 +143,7 @@ def test_cancelled_and_expired_rows_never_reach_the_device(start):
     assert [len(batch.rows) for batch in running.runner.batches] == [1, 1]
 
 
-def test_rows_of_a_failed_batch_that_nobody_waits_for_any_more_are_not_run_again(start):
+def test_cancelled_rows_of_a_failed_batch_are_not_run_again(start):
     running = start()
     running.runner.stepping = True
     frontend = running.frontend()
@@ -152,7 +152,7 @@ def test_rows_of_a_failed_batch_that_nobody_waits_for_any_more_are_not_run_again
     gone2, kept = frontend.submit(2), frontend.submit(2)
     running.runner.steps.put(None)
     until(lambda: len(running.runner.batches) == 2)
-    frontend.say(Cancel(gone2.job))
+    frontend.send(Cancel(gone2.job))
     barrier = frontend.submit(1)  # submitted after the cancel: once it is queued, the cancel was read
     running.runner.steps.put(RuntimeError("scripted"))
     for _ in range(8):
@@ -166,7 +166,7 @@ def test_rows_of_a_failed_batch_that_nobody_waits_for_any_more_are_not_run_again
     assert dropped == set(gone2.rows)
 
 
-def test_a_frontend_that_dies_loses_its_rows_and_its_arena_once_no_batch_uses_it(start):
+def test_the_arena_of_a_dead_frontend_is_detached_once_no_batch_uses_it(start):
     running = start()
     running.runner.stepping = True
     dying, living = running.frontend(), running.frontend()
@@ -174,7 +174,7 @@ def test_a_frontend_that_dies_loses_its_rows_and_its_arena_once_no_batch_uses_it
     until(lambda: running.runner.batches)
     dying.submit(3)
     kept = living.submit(2)
-    assert dying.hear() == Started((JobRows(first.job, (0,)),))
+    assert dying.receive() == Started((JobRows(first.job, (0,)),))
     dying.channel.close()
     running.frontends.remove(dying)
     assert running.runner.arenas == 2

@@ -1,4 +1,4 @@
-"""Arenas are attached and detached beside the loop: only the frontend that owns the arena waits."""
+"""Arenas are attached and detached on a thread of their own: only the frontend that owns the arena waits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.support.waiting import LIMIT, open_descriptors, until
 
 @pytest.fixture
 def gate():
-    """Opened at the end, or a failed test would hang."""
+    """Return an event that is set at the end, so that a failed test does not hang."""
     gate = threading.Event()
     yield gate
     gate.set()
 
 
 def blocks(running, gate, call):
-    """Have the runner wait for `gate` in "attaching" or "detaching"; the event is set when it does."""
+    """Make the runner wait for `gate` in "attaching" or "detaching", and return an event that is set when it waits."""
     entered = threading.Event()
 
     def wait() -> None:
@@ -37,7 +37,7 @@ def die(running, *frontends):
         frontend.close()
 
 
-def test_a_frontend_that_is_being_attached_holds_nobody_up(start, gate, monkeypatch):
+def test_attaching_a_frontend_does_not_delay_others(start, gate, monkeypatch):
     monkeypatch.setattr(worker_module, "SNAPSHOT_SECONDS", 0.01)
     running = start()
     frontend = running.frontend()
@@ -47,21 +47,21 @@ def test_a_frontend_that_is_being_attached_holds_nobody_up(start, gate, monkeypa
     for _ in range(5):
         assert set(frontend.answers(frontend.submit(2)).values()) == {"ok"}
 
-    def hears_of_others() -> bool:
-        frontend.listen()
+    def load_received() -> bool:
+        frontend.read()
         return frontend.backlog is not None
 
-    until(hears_of_others)
-    coming.listen()
-    assert (coming.heard, coming.backlog) == ([], None), "nothing is said to it before it is attached"
+    until(load_received)
+    coming.read()
+    assert (coming.received, coming.backlog) == ([], None), "no message is sent to it before it is attached"
     gate.set()
-    coming.hear_hello()
+    coming.receive_hello()
     submits = [coming.submit(1), coming.submit(3), frontend.submit(2)]
     assert set(coming.answers(*submits[:2]).values()) == {"ok"}
     assert set(frontend.answers(submits[2]).values()) == {"ok"}
 
 
-def test_a_frontend_that_dies_while_it_is_attached_leaves_nothing(start, gate):
+def test_a_frontend_that_dies_while_being_attached_leaves_nothing_open(start, gate):
     running = start()
     frontend = running.frontend()
     before = open_descriptors()
@@ -76,7 +76,7 @@ def test_a_frontend_that_dies_while_it_is_attached_leaves_nothing(start, gate):
     die(running, running.frontend())
 
 
-def test_a_frontend_that_is_being_detached_holds_nobody_up(start, gate):
+def test_detaching_a_frontend_does_not_delay_others(start, gate):
     running = start()
     frontend, dying = running.frontend(), running.frontend()
     entered = blocks(running, gate, "detaching")
@@ -88,7 +88,7 @@ def test_a_frontend_that_is_being_detached_holds_nobody_up(start, gate):
 
 
 @pytest.mark.parametrize("in_time", [True, False])
-def test_a_worker_that_is_told_to_stop_waits_briefly_for_what_is_being_attached(start, gate, monkeypatch, in_time):
+def test_a_stopping_worker_waits_briefly_for_an_arena_that_is_being_attached(start, gate, monkeypatch, in_time):
     if not in_time:
         monkeypatch.setattr(worker_module, "ATTACHER_SECONDS", 0.05)
     running = start()

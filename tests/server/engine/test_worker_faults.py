@@ -1,4 +1,4 @@
-"""The worker's loop when somebody else is slow, late or gone."""
+"""The worker's loop when a frontend or the device is slow, hung or lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.waiting import LIMIT, until
 OTHER_SHAPE = PixelShape(32, 32, "uint8")
 
 
-def test_a_frontend_that_does_not_read_holds_nobody_up_and_loses_nothing(start):
+def test_a_frontend_that_does_not_read_delays_no_other_and_loses_nothing(start):
     running = start(max_batch_images=1)
     frozen, other = running.frontend(buffer=4096), running.frontend()
     unread = [frozen.submit(1) for _ in range(30)]
@@ -24,8 +24,8 @@ def test_a_frontend_that_does_not_read_holds_nobody_up_and_loses_nothing(start):
     assert set(frozen.answers(*unread).values()) == {"ok"}
 
 
-def test_rows_that_expire_while_a_batch_is_launched_are_told_at_once(start, monkeypatch):
-    monkeypatch.setattr(worker_module, "SNAPSHOT_SECONDS", 3600.0)  # nothing else wakes the loop
+def test_rows_that_expire_while_a_batch_is_launched_are_dropped_at_once(start, monkeypatch):
+    monkeypatch.setattr(worker_module, "SNAPSHOT_SECONDS", 3600.0)  # so that nothing else wakes the loop
     running = start()
     running.runner.stepping = True
     frontend = running.frontend()
@@ -33,7 +33,7 @@ def test_rows_that_expire_while_a_batch_is_launched_are_told_at_once(start, monk
     until(lambda: running.runner.batches)
     deadline = time.monotonic() + 0.3
     expiring = frontend.submit(2, deadline=deadline, shape=OTHER_SHAPE)
-    following = frontend.submit(1)  # goes first: it is the shorter one
+    following = frontend.submit(1)  # the shorter job goes first
     running.runner.launching = lambda batch: until(lambda: time.monotonic() > deadline)
     running.runner.steps.put(None)
     assert set(frontend.answers(busy).values()) == {"ok"}
@@ -42,7 +42,7 @@ def test_rows_that_expire_while_a_batch_is_launched_are_told_at_once(start, monk
     frontend.answers(following)
 
 
-def test_a_batch_behind_a_long_one_is_not_taken_for_hung(start, monkeypatch):
+def test_a_batch_that_waits_behind_a_long_one_does_not_count_as_hung(start, monkeypatch):
     offset = [0.0]
     monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + offset[0]))
     exits: list[int] = []
@@ -57,20 +57,20 @@ def test_a_batch_behind_a_long_one_is_not_taken_for_hung(start, monkeypatch):
     offset[0] += 50.0
     running.runner.steps.put(None)
     frontend.answers(first)
-    offset[0] += 50.0  # it waited for 50 seconds and has run for 50
-    frontend.answers(frontend.submit(1, deadline=time.monotonic()))  # dropped: the loop has turned
+    offset[0] += 50.0  # the second batch has waited for 50 s and run for 50 s
+    frontend.answers(frontend.submit(1, deadline=time.monotonic()))  # dropped, so the loop has run an iteration
     assert exits == []
     running.runner.steps.put(None)
     assert set(frontend.answers(second).values()) == {"ok"}
 
 
-def test_what_was_finished_is_told_before_a_lost_device_ends_the_process(start, monkeypatch):
-    told: list[object] = []
+def test_finished_rows_are_answered_before_a_lost_device_ends_the_process(start, monkeypatch):
+    received: list[object] = []
     exited = threading.Event()
 
     def fake_exit(status: int) -> None:
-        frontend.listen()
-        told.extend(frontend.heard)
+        frontend.read()
+        received.extend(frontend.received)
         exited.set()
 
     monkeypatch.setattr(worker_module.os, "_exit", fake_exit)
@@ -87,25 +87,25 @@ def test_what_was_finished_is_told_before_a_lost_device_ends_the_process(start, 
         running.runner.steps.put(DeviceLost("scripted"))
         until(lambda: not running.runner.in_flight)
 
-    running.runner.launching = both_leave_the_device  # so that the loop finds both at once
+    running.runner.launching = both_leave_the_device  # so that the loop collects both at once
     frontend.submit(1)
     assert exited.wait(LIMIT)
-    finished = [job.job for message in told if isinstance(message, Results) for job in message.jobs]
+    finished = [job.job for message in received if isinstance(message, Results) for job in message.jobs]
     assert finished == [good.job]
 
 
-def test_every_frontend_hears_what_the_others_have_here(start, monkeypatch):
+def test_every_frontend_is_sent_the_load_of_the_others(start, monkeypatch):
     monkeypatch.setattr(worker_module, "SNAPSHOT_SECONDS", 0.01)
     running = start()
     running.runner.stepping = True
     busy, idle = running.frontend(), running.frontend()
 
-    def heard(tokens: int) -> bool:
-        idle.listen()
+    def received(tokens: int) -> bool:
+        idle.read()
         return idle.backlog == tokens
 
     submit = busy.submit(3)
-    until(lambda: heard(3 * (1 + 4 + 6)))
+    until(lambda: received(3 * (1 + 4 + 6)))
     running.runner.steps.put(None)
     busy.answers(submit)
-    until(lambda: heard(0))
+    until(lambda: received(0))

@@ -1,4 +1,4 @@
-"""A worker on a thread, a runner that the test steps, and a frontend that the test plays."""
+"""A worker on a thread, a runner that the test controls batch by batch, and fake frontends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Outcome = Exception | None
 
 
 class SteppedRunner(NumpyRunner):
-    """Every batch waits in `finish` until the test says how it goes on, while `stepping`."""
+    """A runner that, while `stepping`, takes the outcome of each batch from `steps`, which the test fills."""
 
     def __init__(self, depth: int = 1) -> None:
         super().__init__("cpu")
@@ -72,7 +72,7 @@ class SteppedRunner(NumpyRunner):
         return len(self._arenas)
 
 
-class PlayedFrontend:
+class FakeFrontend:
     def __init__(self, control: Channel, buffer: int | None = None, attached: bool = True) -> None:
         ours, theirs = pair()
         if buffer is not None:
@@ -82,37 +82,37 @@ class PlayedFrontend:
         theirs.close()
         self.channel = Channel(ours)
         self.arena = Arena(128 * PAGE)
-        self.say(Attach(self.arena.nbytes), [self.arena.fd])
-        self.heard: list[Any] = []
-        self.backlog: int | None = None  # of the others, as last told
+        self.send(Attach(self.arena.nbytes), [self.arena.fd])
+        self.received: list[Any] = []
+        self.backlog: int | None = None  # tokens of the others, as last reported
         self.job_count = 0
         self.images: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
         if attached:
-            self.hear_hello()
+            self.receive_hello()
 
-    def hear_hello(self) -> None:
-        """The worker has attached the arena."""
-        assert self.hear() == Hello(NumpyRunner("cpu").info)
+    def receive_hello(self) -> None:
+        """Wait until the worker has attached the arena."""
+        assert self.receive() == Hello(NumpyRunner("cpu").info)
 
-    def say(self, message: object, fds: tuple[int, ...] | list[int] = ()) -> None:
+    def send(self, message: object, fds: tuple[int, ...] | list[int] = ()) -> None:
         self.channel.send(message, fds)
         assert self.channel.flush_within(LIMIT)
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         end = time.monotonic() + LIMIT
-        while not self.heard:
-            assert time.monotonic() < end, "the worker says nothing"
+        while not self.received:
+            assert time.monotonic() < end, "the worker sent nothing"
             select.select([self.channel], [], [], 1.0)
-            self.listen()
-        return self.heard.pop(0)
+            self.read()
+        return self.received.pop(0)
 
-    def listen(self) -> None:
-        """Take what has arrived."""
+    def read(self) -> None:
+        """Take the messages that have arrived."""
         for message, _ in self.channel.receive():
             if isinstance(message, LoadReport):
                 self.backlog = message.others.tokens
             else:
-                self.heard.append(message)
+                self.received.append(message)
 
     def submit(
         self, images: int, quarantined: bool = False, deadline: float | None = None, shape: PixelShape = SHAPE
@@ -128,11 +128,11 @@ class PlayedFrontend:
         self.images[self.job_count] = pixels
         self.arena.memory[block.pixel_offset : block.pixel_offset + pixels.nbytes] = pixels.tobytes()
         submit = Submit(self.job_count, block, tuple(range(images)), time.monotonic(), deadline, False, quarantined)
-        self.say(submit)
+        self.send(submit)
         return submit
 
     def check(self, submit: Submit, rows: tuple[int, ...]) -> None:
-        """The features of `rows` are those of their own pixels."""
+        """Check that the features of `rows` are those of their own pixels."""
         for row in rows:
             starts = submit.block.row_output_offsets(row)
             for output, start, stride in zip(SPEC.outputs, starts, submit.block.strides, strict=True):
@@ -140,12 +140,12 @@ class PlayedFrontend:
                 assert np.array_equal(got, expected(self.images[submit.job][row], output).ravel())
 
     def answers(self, *submits: Submit) -> dict[tuple[int, int], str]:
-        """Hear until every row of `submits` is answered: "ok", "failed: ..." or "dropped: ..." by (job, row)."""
+        """Wait for the answers to all rows of `submits`: "ok", "failed: ..." or "dropped: ..." by (job, row)."""
         answers: dict[tuple[int, int], str] = {}
         wanted = {(submit.job, row) for submit in submits for row in submit.rows}
         while set(answers) != wanted:
             new: dict[tuple[int, int], str] = {}
-            match self.hear():
+            match self.receive():
                 case Results(results):
                     for result in results:
                         for row in result.rows:
@@ -164,7 +164,7 @@ class PlayedFrontend:
         self.arena.close()
 
 
-class Running:
+class RunningWorker:
     """A worker on a thread."""
 
     def __init__(self, runner: SteppedRunner, settings: Settings) -> None:
@@ -174,12 +174,12 @@ class Running:
         worker = Worker(runner, settings, Channel(theirs), self.metrics)
         self.thread = threading.Thread(target=worker.run)
         self.thread.start()
-        self.frontends: list[PlayedFrontend] = []
+        self.frontends: list[FakeFrontend] = []
         self._theirs = worker._control
 
-    def frontend(self, buffer: int | None = None, attached: bool = True) -> PlayedFrontend:
-        """`buffer`: bytes that the worker can say to it before it must read; `attached`: wait until it is."""
-        self.frontends.append(PlayedFrontend(self.control, buffer, attached))
+    def frontend(self, buffer: int | None = None, attached: bool = True) -> FakeFrontend:
+        """Connect a frontend with a socket buffer of `buffer` bytes, and wait for its Hello if `attached`."""
+        self.frontends.append(FakeFrontend(self.control, buffer, attached))
         return self.frontends[-1]
 
     def close(self) -> None:
