@@ -1,4 +1,4 @@
-"""What weights files are called, how an index of shards is read, and how a web page is told from weights."""
+"""Names of weights files, the index of shards, and detection of web pages that were saved as weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def enumerate_some(items: Iterable[str]) -> str:
 
 
 def is_json(head: bytes) -> bool:
-    """Tell JSON by a file's first bytes.
+    """Return whether a file is JSON, by its first bytes.
 
     A safetensors file may begin with a brace too, in the length of its header, but zeros follow it.
     """
@@ -36,7 +36,7 @@ def is_json(head: bytes) -> bool:
 
 
 def is_web_page(head: bytes, content_type: str = "") -> bool:
-    """Tell an HTML or XML page by a file's first bytes, or by its Content-Type; weights have a zero byte among them."""
+    """Return whether a file is an HTML or XML page, by its first bytes or Content-Type; weights hold a zero byte."""
     head = head[:SNIFFED_BYTES].lstrip(_BLANK).lower()
     return head.startswith(_MARKUP) or (content_type in _MARKUP_TYPES and b"\0" not in head)
 
