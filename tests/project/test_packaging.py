@@ -47,6 +47,11 @@ def test_plain_pytest_runs_in_one_process() -> None:
     assert "pytest -n auto" in MAKEFILE
 
 
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\btests/[\w./]+", MAKEFILE))))
+def test_makefile_names_tests_that_exist(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`([\w.-]+(?:/[\w.-]+)+/?)`", CONTRIBUTING))))
 def test_contributing_names_files_that_exist(path: str) -> None:
     if path != "build/site":  # `make docs` writes it.
