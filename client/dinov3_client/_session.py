@@ -184,7 +184,7 @@ class Session:
                 return answer
             tried.append(connection.target)
             has_alternative = pool.has_alternative(tried)
-            pause = attempts.pause(error, has_alternative)
+            pause = attempts.pause_or_raise(error, has_alternative)
             if isinstance(error, Unavailable) and error.attempts == 1:
                 _log.warning("%s; trying again for up to %.0f s", error.message, attempts.remaining())
             if not has_alternative:

@@ -77,7 +77,7 @@ class Response:
     def _strip(self, message: memoryview, fields: _Fields) -> bytes:
         """Return `message` with each of its large contents replaced by a number, the key in `self._contents`.
 
-        protobuf parses the result, in whatever order and however often its fields come.
+        The fields may come in any order and repeatedly: protobuf parses the result.
         """
         pieces: list[bytes | memoryview] = []
         position, kept = 0, 0  # the bytes from `kept` to `position` stay as they are

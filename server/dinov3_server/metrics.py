@@ -139,7 +139,9 @@ class Metrics:
             buckets=SECONDS_BUCKETS,
         )
         self.refused_requests = Counter(
-            "dinov3_refused_requests_total", "Requests refused at admission, by reason.", "reason"
+            "dinov3_refused_requests_total",
+            "Requests answered with RESOURCE_EXHAUSTED or UNAVAILABLE, by reason.",
+            "reason",
         )
         self.refused_images = Counter(
             "dinov3_refused_images_total", "Images of requests refused because of load, by reason.", "reason"

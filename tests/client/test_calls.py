@@ -323,10 +323,10 @@ def test_an_overloaded_server_is_not_tried_with_less_time_than_its_expected_wait
     attempts = Attempts(clock.seconds + 2, clock.now, lambda: 0.0)
     error = Overloaded("full", code=Code.RESOURCE_EXHAUSTED, retry_after=wait)
     for _ in range(made - 1):
-        clock.sleep(attempts.pause(error))
+        clock.sleep(attempts.pause_or_raise(error))
         assert attempts.remaining() >= wait
     with pytest.raises(Overloaded):
-        attempts.pause(error)
+        attempts.pause_or_raise(error)
     assert error.attempts == made
 
 
@@ -334,16 +334,16 @@ def test_an_overloaded_server_is_tried_once_more_after_a_long_pause() -> None:
     clock = FakeClock()
     attempts = Attempts(clock.seconds + 60, clock.now, lambda: 0.0)
     error = Overloaded("full", code=Code.RESOURCE_EXHAUSTED, retry_after=41.0)
-    clock.sleep(attempts.pause(error))
+    clock.sleep(attempts.pause_or_raise(error))
     with pytest.raises(Overloaded):
-        attempts.pause(error)
+        attempts.pause_or_raise(error)
 
 
 def _retry_for_ever(attempts: Attempts, clock: FakeClock, hint: float | None) -> StatusError:
     while True:
         error = Unavailable("gone", code=Code.UNAVAILABLE, retry_after=hint)
         try:
-            clock.sleep(attempts.pause(error))
+            clock.sleep(attempts.pause_or_raise(error))
             assert attempts.remaining() > SHORTEST_ATTEMPT / 2  # or it would be told of that, not of what is wrong
         except Unavailable as raised:
             return raised

@@ -46,10 +46,10 @@ class Attempts:
         """Return the seconds until the deadline: the timeout of the next attempt."""
         return max(0.0, self._end - self._now())
 
-    def pause(self, error: StatusError, has_alternative: bool = False) -> float:
+    def pause_or_raise(self, error: StatusError, has_alternative: bool = False) -> float:
         """Return the seconds to wait after an attempt failed with `error`, or raise `error` if no other may follow.
 
-        The pause is 0 if there `has_alternative`, a target that was not tried yet.
+        The pause is 0 if `has_alternative`: another target has not been tried yet.
 
         Extraction changes nothing on the server, so that every transient error is retried: no server reachable or
         ready, and a full queue (which has RetryInfo, unlike a message that is too large).

@@ -198,7 +198,7 @@ class RequestMemory:
         self._message.release()
 
     async def acquire_answer(self, nbytes: int, deadline: float | None) -> None:
-        """Wait for memory for an answer of `nbytes`, twice as much as gRPC copies it. Raises as `Quota.acquire`."""
+        """Wait for 2 x `nbytes` of memory for an answer, because gRPC copies it. Raises as `Quota.acquire`."""
         answers = self._budget.answers
         self._answer = answers.try_acquire(2 * nbytes) or await answers.acquire(2 * nbytes, deadline)
 

@@ -8,8 +8,8 @@
 A picture has a memory grant from before it is decoded until its last row is written. An image without one waits for it
 in the event loop.
 
-An image is decoded once, however many rows it has, and one thread writes them all. If its time slice ends before the
-last row, the decoded picture is parked until the next slice.
+An image is decoded once, however many rows it has, and one thread at a time writes them. If its time slice ends before
+the last row, the decoded picture is parked until the next slice, which may be another thread's.
 """
 
 from __future__ import annotations

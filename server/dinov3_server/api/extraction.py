@@ -89,7 +89,7 @@ class Extraction:
             model = self.model
             bulk = request.priority == pb.PRIORITY_BULK
             least = Demand(images=max(1, images), nbytes=0, tokens=images, caller=caller, bulk=bulk)
-            self._engine.check_time(least, deadline)
+            self._engine.refuse_early(least, deadline)
             query = read_request(request, resolve_bytes, model, self._settings)
             # Here, and `query.sources` later: so that the message is freed while the request waits for the device.
             del request, resolve_bytes

@@ -2,8 +2,9 @@
 
 gRPC does not say how long a message is before all of it has arrived, and an idle stream always has a read pending. With
 grants for the longest message only a handful of reads would fit the budget. So allocated memory is measured instead,
-many times a second (api/monitor.py): gRPC holds what is neither the process's own nor counted in the byte budget. Over
-the limit, pending reads are ended, first those that look most like an upload that is held open.
+many times a second (api/monitor.py): what gRPC holds is the allocated memory less the process's own and less what the
+byte budget counts. Over the limit, pending reads are ended, first those that look most like an upload that is held
+open.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from dinov3_server.metrics import Metrics
 
 # The fraction that a caller may hold of what the others leave.
 CALLER_FRACTION = 0.875
-# While no more than this is taken, no limit is exceeded: with P for CALLER_FRACTION and T for the total, a connection
-# may hold at least P (P (T - others) - rest of its group), which is not less than P^2 T - all others.
+# While at most this fraction is taken, no limit can be exceeded. Proof: with P for CALLER_FRACTION and T for the total,
+# a connection may hold P (P (T - other groups) - rest of its group), which is not less than P^2 T - all others.
 _FREE_FRACTION = min(BULK_FRACTION, CALLER_FRACTION**2)
 # Bounds of the pause before a retry that is suggested to a refused caller, in seconds.
 SHORTEST_RETRY, LONGEST_RETRY = 0.05, 30.0
@@ -175,7 +175,8 @@ class Admission:
         self, demand: Demand, deadline: float | None, forecast: Callable[[Demand, bool], Forecast]
     ) -> Forecast:
         """Return the forecast for `demand`. Raise Overloaded if it could not end in time; see `reserve`."""
-        estimates = (False,) if self.overloaded else (True, False)  # a quick one mostly will not do under overload
+        # Under overload the quick estimate is skipped: it is too high, and would nearly always refuse.
+        estimates = (False,) if self.overloaded else (True, False)
         self.overloaded = False
         remaining = None if deadline is None else deadline - time.monotonic()
         for quick in estimates:

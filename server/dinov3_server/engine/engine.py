@@ -76,10 +76,11 @@ class Engine:
         self._check_worker(deadline)
         return self.admission.reserve(demand, deadline, self.forecast)
 
-    def check_time(self, demand: Demand, deadline: float | None) -> None:
-        """While requests are being refused, raise Overloaded if `demand`, a lower estimate, cannot end in time either.
+    def refuse_early(self, demand: Demand, deadline: float | None) -> None:
+        """Raise Overloaded if `demand`, which is less than the real one, cannot end in time. Cheap.
 
-        So most requests are refused before they are read, when there is the least CPU time for that.
+        Does nothing unless the last request was refused for time. So most requests are refused before they are read
+        while there is the least CPU time for reading them.
         """
         if self.admission.overloaded:
             self.admission.check_time(demand, deadline, self.forecast)

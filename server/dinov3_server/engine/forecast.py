@@ -63,7 +63,7 @@ class QueuedTokens:
     def ahead(self, demand: Demand, others: Load, frontends: int) -> int:
         """Return the tokens that the devices compute before the last row of `demand`, without its own.
 
-        By the time that its caller has received d tokens, every other caller has received d too, or all that it has
+        Callers get equal shares: while this one gets d tokens, each other one gets d too, or fewer if it has fewer
         queued. `others` is the load of `frontends` other frontends. Their callers are not known here: each frontend
         counts as one caller.
         """

@@ -16,9 +16,10 @@ Which queue is next, and the order of its rows:
 A batch is filled in portions, and shares are counted after each: a caller with a thousand queued rows and one with a
 single row get into the same batch.
 
-A row starts only if it is predicted to end before its deadline (`pace.py`); otherwise its job is dropped and reported
-as expired. Rows with short deadlines may arrive while a batch runs: therefore no batch takes longer than a quarter of
-the shortest recent deadline, as long as the device stays efficient.
+A row starts only if it is predicted to end before its deadline (`pace.py`); otherwise its job is dropped and returned
+by `expire`: its caller sees `late`, or `expired` if the deadline has passed. Rows with short deadlines may arrive while
+a batch runs: therefore no batch takes longer than a quarter of the shortest recent deadline, as long as the device
+stays efficient.
 
 If rows of a shape arrive slowly, batches are far from full; `max_queue_delay_seconds` helps if that costs more than the
 wait. Adding a job costs O(log jobs), a batch O(queues * callers + its jobs * log jobs).

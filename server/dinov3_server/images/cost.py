@@ -57,11 +57,14 @@ class Cost(NamedTuple):
 
     @property
     def seconds(self) -> int:
-        """Return several times what the slowest files take: BMP with runs of one pixel, LZMA, arithmetic coding."""
+        """Return the limit of CPU seconds: several times what the slowest real files need.
+
+        These are BMP with runs of one pixel, LZMA and arithmetic coding.
+        """
         return 5 + self.height * self.width // 1_000_000
 
     def with_transforms(self, transforms: Iterable[Transform]) -> Cost:
-        """Return the cost including that of the transforms, run one after the other."""
+        """Return the cost with the memory of the largest transform; they run one after the other."""
         height, width, nbytes, plain = self
         return Cost(height, width, nbytes + max(_transform_bytes(height, width, each) for each in transforms), plain)
 

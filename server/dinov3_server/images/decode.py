@@ -193,7 +193,10 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _integers_to_uint8(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
-    """Return the high byte, as Pillow does for 16-bit RGB; `convert("RGB")` would clip at 255, to nearly all white."""
+    """Return the eight highest bits of 16- or 12-bit samples, as Pillow does for 16-bit RGB.
+
+    `convert("RGB")` would clip at 255, to nearly all white. Raises InvalidInput for other samples.
+    """
     samples: npt.NDArray[np.integer] = np.asarray(image)
     bits = 16
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE) == (12,):

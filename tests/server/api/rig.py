@@ -84,7 +84,7 @@ class Run:
 
 class FakeEngine:
     """`hold` makes every run wait for its `go`; they are to be had from `runs`. `refuse` is raised by `reserve`,
-    `refuse_early` by `check_time`, `fail` by `run`, `bad_rows` fail alone."""
+    `early_refusal` by `refuse_early`, `fail` by `run`, `bad_rows` fail alone."""
 
     def __init__(self) -> None:
         self.model: ModelInfo | None = MODEL
@@ -98,13 +98,13 @@ class FakeEngine:
         self.done_runs: list[Run] = []
         self.cancelled_runs = 0
         self.refuse: ServingError | None = None
-        self.refuse_early: ServingError | None = None
+        self.early_refusal: ServingError | None = None
         self.fail: Exception | None = None
         self.bad_rows: dict[int, ServingError] = {}
 
-    def check_time(self, demand: Demand, deadline: float | None) -> None:
-        if self.refuse_early is not None:
-            raise self.refuse_early
+    def refuse_early(self, demand: Demand, deadline: float | None) -> None:
+        if self.early_refusal is not None:
+            raise self.early_refusal
 
     def reserve(self, demand: Demand, deadline: float | None) -> FakeReservation:
         images, nbytes = demand.images, demand.nbytes

@@ -179,7 +179,7 @@ async def test_errors_when_the_engine_refuses_a_request(error: Exception, code: 
 
 async def test_an_overloaded_server_refuses_requests_before_it_reads_them() -> None:
     async with serving() as rig:
-        rig.engine.refuse_early = Overloaded("too late", reason="deadline", retry_after=0.25)
+        rig.engine.early_refusal = Overloaded("too late", reason="deadline", retry_after=0.25)
         failure = await rig.error(pb.ExtractRequest(images=[pb.Image(encoded=b"no image")] * 3))
         assert (failure.code.name, failure.retry_seconds) == ("RESOURCE_EXHAUSTED", 0.25)
         assert rig.count("dinov3_refused_images_total", "deadline") == 3

@@ -82,14 +82,14 @@ async def test_while_requests_are_refused_a_lower_estimate_is_enough_to_refuse(e
     submit = await worker.receive(Submit)
     worker.start(submit, *range(40))
     await until_async(lambda: engine.forecast(least).wait)
-    engine.check_time(least, soon)  # not checked while no request is refused
+    engine.refuse_early(least, soon)  # not checked while no request is refused
     with pytest.raises(Overloaded) as refused:
         engine.reserve(demand(1), soon)
     assert refused.value.reason == "deadline"
     with pytest.raises(Overloaded):
-        engine.check_time(least, soon)
-    engine.check_time(least, time.monotonic() + 3600)
-    engine.check_time(least, soon)  # nor after a request that was not refused
+        engine.refuse_early(least, soon)
+    engine.refuse_early(least, time.monotonic() + 3600)
+    engine.refuse_early(least, soon)  # nor after a request that was not refused
     worker.finish(submit)
     await task
     reservation.release()

@@ -174,7 +174,7 @@ class GraphCache:
         )
 
     def refuse(self, key: GraphKey) -> None:
-        """Never capture this key."""
+        """Do not capture this key while it is remembered."""
         self._entries[key].refused = True
 
     def stop(self) -> None:

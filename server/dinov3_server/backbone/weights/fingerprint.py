@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov3_server.backbone.weights.checkpoint import Checkpoint
 from dinov3_server.families.dinov3_vit.key_maps import PERIODS
 
-# Of the arithmetic in vit.py: changes when its features change by more than rounding.
+# Version of the arithmetic in families/ and nn/. Raise it when features change by more than rounding.
 BACKBONE = "ours-1"
 
 
