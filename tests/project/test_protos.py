@@ -52,3 +52,16 @@ print(google.protobuf.__version__, grpc.__version__)
     metadata = (ROOT / "pyproject.toml").read_text()
     assert '"grpcio>=1.71.2"' in metadata
     assert '"protobuf>=5.29,<8"' in metadata
+
+
+def test_the_server_parses_requests_at_the_floor() -> None:
+    code = """
+import sys
+sys.path[:0] = ["server", "protos"]
+from dinov3_server.api.wire import parse
+from dinov3_serving.v1 import feature_service_pb2 as pb
+request = pb.ExtractRequest(images=[pb.Image(encoded=b"x" * 10_000)] * 3)
+parsed, resolve_bytes = parse(pb.ExtractRequest, request.SerializeToString(), 3)
+print(sum(len(resolve_bytes(image.encoded)) for image in parsed.images))
+"""
+    assert run("-c", code).strip() == "30000"

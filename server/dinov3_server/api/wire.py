@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
 from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api.status import abort, status_of
@@ -103,10 +104,13 @@ class _Field(NamedTuple):
 def _schema(descriptor: Descriptor, prefix: str = "") -> dict[int, _Field]:
     """Return the length-delimited fields of a message by number. The types must not be recursive."""
     schema: dict[int, _Field] = {}
+    declared = DescriptorProto()  # protobuf 5 has no `field.is_repeated`, protobuf 7 no `field.label`.
+    descriptor.CopyToProto(declared)
+    repeated = {field.number for field in declared.field if field.label == FieldDescriptorProto.LABEL_REPEATED}
     for field in descriptor.fields:
         inner = _schema(field.message_type, f"{prefix}{field.name}.") if field.message_type else None
         is_bytes = field.type == FieldDescriptor.TYPE_BYTES
-        schema[field.number] = _Field(prefix + field.name, inner, is_bytes, field.is_repeated)
+        schema[field.number] = _Field(prefix + field.name, inner, is_bytes, field.number in repeated)
     return schema
 
 
