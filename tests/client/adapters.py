@@ -63,10 +63,10 @@ class Awaiting:
     """AsyncClient, with an event loop in a thread of its own."""
 
     def __init__(self, target: Any, **arguments: Any) -> None:
+        self.client = AsyncClient(target, **{"deadline": 20.0, **arguments})  # First: no thread stays where it raises.
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()
-        self.client = AsyncClient(target, **{"deadline": 20.0, **arguments})
         self.model = self._blocking(self.client.model)
         self.wait_ready = self._blocking(self.client.wait_ready)
         self.extract = self._blocking(self.client.extract)
