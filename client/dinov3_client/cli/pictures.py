@@ -50,7 +50,7 @@ class PhotoPatches(NamedTuple):
 
 
 class PatchExtractor:
-    """Requests the patch features that the flags describe, one request per photo, as each has its own input size."""
+    """Requests patch features as the flags describe. Photos differ in input size, so each gets a request of its own."""
 
     def __init__(self, args: argparse.Namespace, client: Client, model: Model, failures: FailureLog) -> None:
         self._exif: bool = args.exif

@@ -93,7 +93,7 @@ class GitMissing(Exception):
 
 
 def run_locally(*arguments: str, folder: Path) -> bytes:
-    """Run a command on the repository in `folder`, whoever owns it, and return its standard output.
+    """Run a command on the repository in `folder`, which any user may own, and return its standard output.
 
     Only the repository's own configuration applies. Raises GitFailed.
     """

@@ -261,7 +261,7 @@ def test_other_images_are_refused(source: Path, tmp_path: Path) -> None:
         ExtractionError, match=r"01\.jpg, whose .* cannot be read any more \(No such file or directory\)"
     ):
         run(source, out, progress=progress)
-    assert progress.begun is None  # nobody is told that it goes on
+    assert progress.begun is None  # both runs failed before they began
     (source / "01.jpg").unlink()
     assert tree(out) == before
     (source / "01.jpg").write_bytes(contents(1))
