@@ -63,263 +63,224 @@ class Setting(NamedTuple):
         return "" if value in (None, "") else self.type.show(value)
 
 
-def _setting(default: T, type: SettingType, topic: str, help: str) -> T:
-    return field(default=default, metadata={"type": type, "topic": topic, "help": help})
+class _Topic(NamedTuple):
+    """A group of settings; calling it declares one of them."""
+
+    name: str
+
+    def __call__(self, default: T, type: SettingType, help: str) -> T:
+        return field(default=default, metadata={"type": type, "topic": self.name, "help": help})
+
+
+_network = _Topic("network")
+_model = _Topic("model")
+_provisioning = _Topic("provisioning")
+_batching = _Topic("batching")
+_limits = _Topic("limits")
+_processes = _Topic("processes")
+_security = _Topic("security")
+_logging = _Topic("logging")
 
 
 @dataclass(frozen=True)
 class Settings:
     """The effective settings. Times are in seconds, sizes in bytes. Raises ConfigError if two contradict each other."""
 
-    host: str = _setting(
+    host: str = _network(
         "127.0.0.1",
         _ADDRESS,
-        "network",
         "Address that gRPC listens on. The default is reachable from this machine only; 0.0.0.0 is every IPv4 "
         "interface. Set up TLS and a token before you open it.",
     )
-    port: int = _setting(50051, PORT, "network", "Port of gRPC; 0 takes a free one.")
-    http_host: str = _setting(
-        "",
-        _ADDRESS,
-        "network",
-        "Address of /metrics, /healthz and /readyz, which need no credentials. Unset: the same as host.",
+    port: int = _network(50051, PORT, "Port of gRPC; 0 takes a free one.")
+    http_host: str = _network(
+        "", _ADDRESS, "Address of /metrics, /healthz and /readyz, which need no credentials. Unset: the same as host."
     )
-    http_port: int = _setting(8080, PORT, "network", "Port of /metrics, /healthz and /readyz; 0 takes a free one.")
-    max_connection_age_seconds: float = _setting(
+    http_port: int = _network(8080, PORT, "Port of /metrics, /healthz and /readyz; 0 takes a free one.")
+    max_connection_age_seconds: float = _network(
         0.0,
         seconds(0, 86400),
-        "network",
         "Age at which a connection is asked to reconnect, so that connections spread again over frontends and "
         "replicas; calls in flight finish. 0: never.",
     )
 
-    model: str = _setting(
-        "vits16", TEXT._replace(metavar="NAME"), "model", "Variant to serve; `dinov3-server models` lists them."
-    )
-    weights: str = _setting(
+    model: str = _model("vits16", TEXT._replace(metavar="NAME"), "Variant to serve; `dinov3-server models` lists them.")
+    weights: str = _model(
         "auto",
         SOURCE._replace(metavar="auto|FILE|URL|hf://OWNER/REPO[@REVISION]|random:SEED"),
-        "model",
         "Source of the weights. auto: a verified file under cache_dir, else weights_url, else Hugging Face. Or a file "
         "or folder, an https:// or file:// URL, a Hugging Face repository, or random:SEED for features without "
         "meaning.",
     )
-    dataset: str | None = _setting(
+    dataset: str | None = _model(
         None,
         choice("lvd1689m", "sat493m"),
-        "model",
         "Data set that the weights were trained on; it sets the mean and std of the input. Unset: taken from the name "
         "of the file or repository, else lvd1689m.",
     )
-    backbone: str = _setting(
+    backbone: str = _model(
         "native",
         choice("native", "reference"),
-        "model",
         "Implementation of the model: native, the fast one, or reference, Meta's own modules.",
     )
-    dtype: str = _setting(
+    dtype: str = _model(
         "auto",
         choice("auto", "float32", "bfloat16"),
-        "model",
         "Data type that the model computes in. auto: bfloat16 if the device supports it, else float32.",
     )
-    devices: tuple[str, ...] = _setting(
+    devices: tuple[str, ...] = _model(
         ("auto",),
         DEVICES,
-        "model",
         "Devices, with one worker process for each. auto: every CUDA device, or the CPU if there is none.",
     )
-    warm_up_sizes: tuple[tuple[int, int], ...] = _setting(
+    warm_up_sizes: tuple[tuple[int, int], ...] = _model(
         ((256, 256), (224, 224)),
         IMAGE_SIZES,
-        "model",
         "Input sizes that run once before the server is ready, so that no request pays for their first use.",
     )
-    projections: tuple[tuple[str, str], ...] = _setting(
+    projections: tuple[tuple[str, str], ...] = _model(
         (),
         PROJECTIONS,
-        "model",
         "Linear maps that requests can apply to the channels of patches: a name and a file for each. A .npy file "
         "holds a float matrix [K, D], where D is the number of channels of a layer; a .safetensors file holds weight "
         "[K, D] and, optionally, bias [K].",
     )
 
-    cache_dir: str = _setting(
+    cache_dir: str = _provisioning(
         "~/.cache/dinov3-serving",
         TEXT._replace(metavar="FOLDER"),
-        "provisioning",
         "Folder for weights, Meta's code and the results of parity checks. Several servers may share it.",
     )
-    offline: bool = _setting(
+    offline: bool = _provisioning(
         False,
         BOOLEAN,
-        "provisioning",
         "Never open a connection to fetch anything: use what is in cache_dir, or fail and name what is missing.",
     )
-    weights_url: str | None = _setting(
+    weights_url: str | None = _provisioning(
         None,
         SOURCE._replace(metavar="URL"),
-        "provisioning",
         "URL from which `weights: auto` fetches the official file: the signed URL in Meta's e-mail, or a mirror's.",
     )
-    verify_weights: str = _setting(
+    verify_weights: str = _provisioning(
         "manifest",
         choice("manifest", "full"),
-        "provisioning",
         "How weights under cache_dir are checked at start. manifest: size and time are compared with the file's "
         "manifest; full: every byte is hashed.",
     )
-    upstream_repo: str = _setting(
+    upstream_repo: str = _provisioning(
         "https://github.com/facebookresearch/dinov3.git",
         SOURCE._replace(metavar="URL"),
-        "provisioning",
         "Git repository of Meta's code: Meta's own, a mirror, or a local path.",
     )
-    upstream_revision: str = _setting(
-        "6876159a11b4df116f30f667f8c9888617df0751",
-        COMMIT,
-        "provisioning",
-        "Commit of Meta's code to use.",
+    upstream_revision: str = _provisioning(
+        "6876159a11b4df116f30f667f8c9888617df0751", COMMIT, "Commit of Meta's code to use."
     )
-    upstream_dir: str | None = _setting(
+    upstream_dir: str | None = _provisioning(
         None,
         TEXT._replace(metavar="FOLDER"),
-        "provisioning",
         "Checkout of Meta's code. Unset: a folder under cache_dir, named after the commit.",
     )
-    parity_check: bool = _setting(
+    parity_check: bool = _provisioning(
         True,
         BOOLEAN,
-        "provisioning",
         "Compare the served features with those of Meta's code before the server is ready. This needs Meta's code, "
         "and for a while the memory of one more model.",
     )
 
-    max_batch_images: int = _setting(32, integer(1, 65536), "batching", "Most images in one batch.")
-    max_batch_tokens: int = _setting(
+    max_batch_images: int = _batching(32, integer(1, 65536), "Most images in one batch.")
+    max_batch_tokens: int = _batching(
         16384,
         integer(1, 2**31 - 1),
-        "batching",
         "Most tokens (CLS, registers and patches of all images) in one batch. A larger image is refused.",
     )
-    max_queue_delay_seconds: float = _setting(
+    max_queue_delay_seconds: float = _batching(
         0.0,
         seconds(0, 10),
-        "batching",
         "Time that an idle device waits for a fuller batch. 0: it takes the images that are waiting; batches grow "
         "while it is busy.",
     )
 
-    max_queue_images: int = _setting(
+    max_queue_images: int = _limits(
         4096,
         integer(1, 2**31 - 1),
-        "limits",
         "Most images that a frontend holds, waiting or running. Further requests are refused with the time to retry.",
     )
-    max_wait_seconds: float = _setting(
+    max_wait_seconds: float = _limits(
         60.0,
         seconds(0.1, 86400),
-        "limits",
         "Longest expected wait of a request without a deadline; beyond it the request is refused with the time to "
         "retry. A request with a deadline is refused if the expected wait would pass the deadline.",
     )
-    max_images_per_request: int = _setting(
-        512, integer(1, 65536), "limits", "Most images in one request; each view of an image counts as one."
+    max_images_per_request: int = _limits(
+        512, integer(1, 65536), "Most images in one request; each view of an image counts as one."
     )
-    max_message_bytes: int = _setting(
-        2**27, size(2**20, 2**31 - 1), "limits", "Largest gRPC message, in either direction."
-    )
-    max_image_pixels: int = _setting(
-        100_000_000, integer(1, 2**31 - 1), "limits", "Largest decoded image, width times height."
-    )
-    arena_bytes: int = _setting(
+    max_message_bytes: int = _limits(2**27, size(2**20, 2**31 - 1), "Largest gRPC message, in either direction.")
+    max_image_pixels: int = _limits(100_000_000, integer(1, 2**31 - 1), "Largest decoded image, width times height.")
+    arena_bytes: int = _limits(
         2**29,
         size(2**20, 2**40),
-        "limits",
         "Shared memory of each frontend for pixels and features. All of it is allocated at start; while it is full, "
         "requests are refused with the time to retry.",
     )
-    frontend_bytes: int = _setting(
+    frontend_bytes: int = _limits(
         2**30,
         size(2**22, 2**40),
-        "limits",
         "Memory of each frontend, beside its arena, for received messages, pictures being decoded and answers not "
         "read yet. While it is full, requests wait for room, and are then refused with the time to retry. Of it, "
         "max_message_bytes are reserved for messages, and as much for answers (each of which counts twice). At least "
         "4 x max_message_bytes.",
     )
-    stream_window: int = _setting(
-        32, integer(1, 65536), "limits", "Unanswered requests of one stream at which the server stops reading from it."
+    stream_window: int = _limits(
+        32, integer(1, 65536), "Unanswered requests of one stream at which the server stops reading from it."
     )
 
-    frontends: int = _setting(
-        0,
-        integer(0, 256),
-        "processes",
-        "Number of processes that speak gRPC and decode images; 0 chooses by the number of CPUs.",
+    frontends: int = _processes(
+        0, integer(0, 256), "Number of processes that speak gRPC and decode images; 0 chooses by the number of CPUs."
     )
-    decode_threads: int = _setting(
+    decode_threads: int = _processes(
         0,
         integer(0, 256),
-        "processes",
         "Threads of each frontend that decode and resize, and the most decode processes beside them; 0 chooses by the "
         "number of CPUs.",
     )
-    threads: int = _setting(
-        0, integer(0, 1024), "processes", "Threads of the model in a CPU worker; 0 chooses by the number of CPUs."
+    threads: int = _processes(
+        0, integer(0, 1024), "Threads of the model in a CPU worker; 0 chooses by the number of CPUs."
     )
-    drain_seconds: float = _setting(
+    drain_seconds: float = _processes(
         30.0,
         seconds(0, 3600),
-        "processes",
         "Time for requests in flight to finish after SIGTERM. Kubernetes' terminationGracePeriodSeconds must be "
         "longer.",
     )
-    batch_timeout_seconds: float = _setting(
-        120.0,
-        seconds(1, 3600),
-        "processes",
-        "Time after which a running batch means a hung device; its worker is replaced.",
+    batch_timeout_seconds: float = _processes(
+        120.0, seconds(1, 3600), "Time after which a running batch means a hung device; its worker is replaced."
     )
-    worker_restart_limit: int = _setting(
+    worker_restart_limit: int = _processes(
         5,
         integer(1, 1000),
-        "processes",
         "Failed starts in a row after which a process counts as failed. When all processes of its kind have failed, "
         "the server exits.",
     )
 
-    token_file: str | None = _setting(
+    token_file: str | None = _security(
         None,
         FILE,
-        "security",
         "File with the bearer token that every call must send, or several tokens, one a line. Unset: calls need no "
         "token. Read again when it changes.",
     )
-    tls_cert_file: str | None = _setting(
+    tls_cert_file: str | None = _security(
+        None, FILE, "PEM certificate chain of the gRPC port; needs tls_key_file. Read again when it changes."
+    )
+    tls_key_file: str | None = _security(None, FILE, "PEM private key of tls_cert_file. Read again when it changes.")
+    tls_client_ca_file: str | None = _security(
         None,
         FILE,
-        "security",
-        "PEM certificate chain of the gRPC port; needs tls_key_file. Read again when it changes.",
-    )
-    tls_key_file: str | None = _setting(
-        None, FILE, "security", "PEM private key of tls_cert_file. Read again when it changes."
-    )
-    tls_client_ca_file: str | None = _setting(
-        None,
-        FILE,
-        "security",
         "PEM certificate authorities. If set, clients must present a certificate that one of them signed. Read again "
         "when it changes.",
     )
 
-    log_level: str = _setting(
-        "info", choice("debug", "info", "warning", "error"), "logging", "Lowest severity that is logged."
-    )
-    log_format: str = _setting(
-        "text", choice("text", "json"), "logging", "text for people, or json: one object a line."
-    )
+    log_level: str = _logging("info", choice("debug", "info", "warning", "error"), "Lowest severity that is logged.")
+    log_format: str = _logging("text", choice("text", "json"), "text for people, or json: one object a line.")
 
     def __post_init__(self) -> None:
         if not self.http_host:

@@ -1,6 +1,6 @@
 """/metrics, /healthz and /readyz over HTTP, for Prometheus and for health checks.
 
-One thread and one selector serve all connections, one request per connection. The port never holds more than
+One thread and one event loop serve all connections, one request per connection. The port never holds more than
 MAX_CONNECTIONS descriptors, each for at most CONNECTION_SECONDS; when one more connection arrives, the oldest one of
 the address with the most connections is closed. So a flood of slow clients takes nothing from the rest of the server,
 and a health check, which sends its request at once, is answered during it.
@@ -8,18 +8,15 @@ and a health check, which sends its request at once, is answered during it.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import logging
-import os
-import selectors
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -40,15 +37,6 @@ _PAUSE = 0.1
 _MAX_REQUEST = 16384
 _TEXT = "text/plain; charset=utf-8"
 _EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
-
-
-@dataclass(eq=False)
-class _Connection:
-    sock: socket.socket
-    address: str
-    ends: float  # when it is closed
-    request: bytearray = field(default_factory=bytearray)
-    answer: memoryview | None = None  # the part still to be sent; None until the request is complete
 
 
 class HttpEndpoints:
@@ -76,115 +64,71 @@ class HttpEndpoints:
             "/readyz": page_of(ready),
         }
         self._listener = _listen(host, port)
-        self._connections: dict[int, _Connection] = {}  # by descriptor, the oldest first
-        self._selector = selectors.DefaultSelector()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._wake, selectors.EVENT_READ)
-        self._stopping = False
-        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        self._connections: dict[asyncio.Task[None], str] = {}  # to the client's address, the oldest first
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self.port = int(self._listener.getsockname()[1])
 
     def start(self) -> None:
+        self._serving = self._loop.create_task(self._serve())
         self._thread.start()
 
     def stop(self) -> None:
         """Close all connections; on return no socket and no thread is left. It may be called without `start`, and more
         than once."""
-        if self._stopping:
-            return
-        self._stopping = True
-        os.eventfd_write(self._wake, 1)
         if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._serving.cancel)
             self._thread.join()
-        while self._connections:
-            self._make_room()
-        self._selector.close()
         self._listener.close()
-        os.close(self._wake)
+        self._loop.close()
 
-    def _serve(self) -> None:
-        while not self._stopping:
-            ends = next((oldest.ends for oldest in self._connections.values()), None)
-            for key, _ in self._selector.select(None if ends is None else max(0.0, ends - time.monotonic())):
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif key.fd in self._connections:  # else it was closed in this iteration
-                    self._progress(self._connections[key.fd])
-            now = time.monotonic()
-            for connection in [each for each in self._connections.values() if each.ends <= now]:
-                self._close(connection)
+    def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._serving)
 
-    def _accept(self) -> None:
-        if len(self._connections) == MAX_CONNECTIONS:
-            self._make_room()  # before accepting, so that the limit is never exceeded
-        try:
-            sock, address = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return  # the client is gone already
-        except OSError as error:
-            log.debug("an HTTP connection cannot be accepted: %s", error.strerror)
-            if self._connections:
-                self._make_room()
-            else:  # the process has no descriptor left, and none can be freed here
-                time.sleep(_PAUSE)
-            return
-        sock.setblocking(False)
-        try:
-            self._selector.register(sock, selectors.EVENT_READ)
-        except OSError:  # the kernel has no memory for it
-            sock.close()
-            return
-        connection = _Connection(sock, address[0], time.monotonic() + CONNECTION_SECONDS)
-        self._connections[sock.fileno()] = connection
-        self._progress(connection)  # most clients have sent their request by now
+    async def _serve(self) -> None:
+        async with asyncio.TaskGroup() as connections:  # ends them when this is cancelled
+            while True:
+                if len(self._connections) == MAX_CONNECTIONS:
+                    await self._make_room()  # before accepting, so that the limit is never exceeded
+                try:
+                    sock, address = await self._loop.sock_accept(self._listener)
+                except ConnectionError:
+                    continue  # the client is gone already
+                except OSError as error:
+                    log.debug("an HTTP connection cannot be accepted: %s", error.strerror)
+                    if self._connections:
+                        await self._make_room()
+                    else:  # the process has no descriptor left, and none can be freed here
+                        await asyncio.sleep(_PAUSE)
+                    continue
+                connection = connections.create_task(self._answer(sock, address[0]))
+                self._connections[connection] = address[0]
+                connection.add_done_callback(self._connections.pop)
+                await asyncio.sleep(0)  # most clients have sent their request by now: it is answered here
 
-    def _progress(self, connection: _Connection) -> None:
-        """Read the available part of the request, or send as much of the answer as the socket takes."""
+    async def _make_room(self) -> None:
+        ((busiest, _),) = Counter(self._connections.values()).most_common(1)
+        oldest = next(connection for connection, address in self._connections.items() if address == busiest)
+        oldest.cancel()
+        await asyncio.wait([oldest])
+
+    async def _answer(self, sock: socket.socket, address: str) -> None:
+        """Read one request, send the answer, and close the connection."""
         try:
-            if connection.answer is None and not self._read(connection):
-                return
-            assert connection.answer is not None
-            connection.answer = connection.answer[connection.sock.send(connection.answer) :]
-            if connection.answer:
-                self._selector.modify(connection.sock, selectors.EVENT_WRITE)
-                return
-        except BlockingIOError:
-            return
+            with sock:
+                async with asyncio.timeout(CONNECTION_SECONDS):
+                    request = b""
+                    while not (b"\r\n\r\n" in request or b"\n\n" in request or len(request) >= _MAX_REQUEST):
+                        data = await self._loop.sock_recv(sock, _MAX_REQUEST)
+                        if not data:
+                            raise ConnectionResetError
+                        request += data
+                    await self._loop.sock_sendall(sock, _Handler(request, address, self._pages).answer)
         except OSError:
-            log.debug("HTTP client %s went away", connection.address)
+            log.debug("HTTP client %s went away, or was too slow", address)
         except Exception:
             log.exception("a request over HTTP failed")
-        self._close(connection)
-
-    def _read(self, connection: _Connection) -> bool:
-        """Read from the socket. Return whether the request is complete and its answer is set.
-
-        Raises:
-            BlockingIOError: there is nothing to read yet.
-            ConnectionResetError: the client closed the connection without a request.
-        """
-        data = connection.sock.recv(_MAX_REQUEST)
-        if not data:
-            raise ConnectionResetError
-        request = connection.request
-        request += data
-        if not (b"\r\n\r\n" in request or b"\n\n" in request or len(request) >= _MAX_REQUEST):
-            return False
-        connection.answer = memoryview(_Handler(bytes(request), connection.address, self._pages).answer)
-        return True
-
-    def _make_room(self) -> None:
-        connections = self._connections.values()
-        ((busiest, _),) = Counter(connection.address for connection in connections).most_common(1)
-        self._close(next(connection for connection in connections if connection.address == busiest))
-
-    def _close(self, connection: _Connection) -> None:
-        del self._connections[connection.sock.fileno()]
-        self._selector.unregister(connection.sock)
-        with suppress(OSError):  # the client has closed it already
-            connection.sock.shutdown(socket.SHUT_RDWR)
-        connection.sock.close()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -151,7 +151,7 @@ def test_a_flood_from_one_address_closes_no_connection_of_another(endpoints: Htt
     address = ("127.0.0.1", endpoints.port)
     with socket.create_connection(address, timeout=30, source_address=("127.0.0.2", 0)) as other:
         other.sendall(b"GET /healthz HTTP/1.0\r\n")
-        until(lambda: endpoints._connections)
+        assert ask(endpoints, "/healthz")[0] == 200  # `other` was accepted before
         flood = [socket.create_connection(address, timeout=30) for _ in range(3 * MAX_CONNECTIONS)]
         assert ask(endpoints, "/healthz")[0] == 200
         other.sendall(b"\r\n")
@@ -169,11 +169,11 @@ def test_a_connection_is_closed_in_time_despite_its_client(
     state.page = b"x" * (64 << 20)  # more than sockets hold
     endpoints = HttpEndpoints("127.0.0.1", 0, lambda: state.page, lambda: state.ready, lambda: state.healthy)
     endpoints.start()
-    drips = threading.Event()
+    drips, before = threading.Event(), len(descriptors())
     with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
         connection.sendall(request_so_far)
-        until(lambda: endpoints._connections)
-        while endpoints._connections:
+        until(lambda: len(descriptors()) == before + 2, "both ends are open")
+        while len(descriptors()) == before + 2:
             if request_so_far.endswith(b"\n") and not request_so_far.endswith(b"\r\n\r\n"):
                 with suppress(OSError):
                     connection.send(b"X: y\r\n")
