@@ -27,7 +27,17 @@ from dinov3_server.engine.arena import Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, ChannelClosed
 from dinov3_server.engine.forecast import SPREAD_IMAGES, Demand, Forecast, predict
-from dinov3_server.engine.messages import Attach, Cancel, Dropped, Hello, JobResult, Load, LoadReport, Results, Started
+from dinov3_server.engine.messages import (
+    Attach,
+    Cancel,
+    Dropped,
+    Hello,
+    JobResult,
+    LoadReport,
+    Results,
+    Started,
+    total_load,
+)
 from dinov3_server.engine.pace import Pace
 from dinov3_server.engine.shares import ANONYMOUS
 from dinov3_server.engine.worker_connection import BlockResult, Run, SubmittedJob, WorkerConnection
@@ -88,12 +98,7 @@ class Engine:
     def forecast(self, demand: Demand, quick: bool = False) -> Forecast:
         """Predict how long `demand` will take if it is admitted now. A `quick` forecast may overestimate the wait."""
         now = time.monotonic()
-        running = interactive = bulk = 0
-        for worker in self._workers.values():
-            running += worker.others.running + worker.running_tokens
-            interactive += worker.others.interactive
-            bulk += worker.others.bulk
-        others = Load(running, interactive, bulk)
+        others = total_load(worker.load(now) for worker in self._workers.values())
         queued = self.admission.queued
         ahead = queued.most_ahead(others)
         if ahead and not quick:

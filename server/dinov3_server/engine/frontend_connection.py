@@ -10,6 +10,7 @@ from dinov3_server.engine.arena import ArenaMapping
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel
 from dinov3_server.engine.messages import Dropped, Load, Submit
+from dinov3_server.engine.pace import BatchTime
 from dinov3_server.engine.scheduler import BatchRow, Job
 
 
@@ -38,6 +39,7 @@ class FrontendConnection:
         self.attached = False  # and Hello has been sent, which is the first message
         self.gone = False
         self.load_sent_at = 0.0
+        self.batch_sent: BatchTime | None = None  # the last one that this frontend was sent
         self.running = 0  # rows of batches that are on the device, or are to be run again
         # Tokens that are not answered.
         self._running_tokens = self._interactive_tokens = self._bulk_tokens = 0

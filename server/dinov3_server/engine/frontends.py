@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from dinov3_server.engine.device import RunningBatch
 from dinov3_server.engine.frontend_connection import FrontendConnection
-from dinov3_server.engine.messages import JobResult, JobRows, Load, LoadReport, Results, Started
+from dinov3_server.engine.messages import JobResult, JobRows, LoadReport, Results, Started, total_load
 from dinov3_server.engine.pace import BatchTime
 from dinov3_server.engine.scheduler import BatchRow, JobKey
 
@@ -55,8 +55,7 @@ class Frontends:
         for key, jobs in results.items():
             frontend = self.by_key[key]
             if not frontend.gone:
-                frontend.load_sent_at = now
-                frontend.channel.send(Results(tuple(jobs), self._load_of_others(frontend), self.last_batch))
+                frontend.channel.send(Results(tuple(jobs), *self._load_report(frontend, now)))
 
     def send_load(self, now: float, at_least_every: float = LOAD_SECONDS) -> None:
         """Send each frontend the load of the others, unless it was sent within the last `at_least_every` seconds.
@@ -66,9 +65,15 @@ class Frontends:
         for frontend in self.by_key.values():
             connected = frontend.attached and not frontend.gone
             if connected and now - frontend.load_sent_at >= at_least_every and frontend.channel.flush():
-                frontend.load_sent_at = now
-                frontend.channel.send(LoadReport(self._load_of_others(frontend), self.last_batch))
+                frontend.channel.send(self._load_report(frontend, now))
 
-    def _load_of_others(self, frontend: FrontendConnection) -> Load:
-        loads = [other.load for other in self.by_key.values() if other is not frontend]
-        return Load(*map(sum, zip(*loads, strict=True))) if loads else Load()
+    def _load_report(self, frontend: FrontendConnection, now: float) -> LoadReport:
+        """Return the load of the other frontends, and the last batch unless it has been sent.
+
+        Each batch is sent once. If it were repeated, a frontend would trust the pace of an idle device for ever: after
+        one slow batch it would refuse every request with a short deadline, and never learn that the device is fast.
+        """
+        frontend.load_sent_at = now
+        batch = None if frontend.batch_sent is self.last_batch else self.last_batch
+        frontend.batch_sent = self.last_batch
+        return LoadReport(total_load(other.load for other in self.by_key.values() if other is not frontend), batch)

@@ -8,7 +8,7 @@ are named tuples: pickle takes twice as long for a dataclass with slots.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -223,8 +223,13 @@ class Load(NamedTuple):
 NO_LOAD = Load()
 
 
+def total_load(loads: Iterable[Load]) -> Load:
+    """Return the sum of `loads`."""
+    return Load(*map(sum, zip(NO_LOAD, *loads, strict=True)))
+
+
 class LoadReport(NamedTuple):
-    """W -> F, from time to time: the load of the other frontends, and the last batch that the device ran."""
+    """W -> F, from time to time: the load of the other frontends, and the last batch of the device if it is news."""
 
     others: Load
     batch: BatchTime | None

@@ -17,7 +17,9 @@ INITIAL_SECONDS_PER_TOKEN = 1.25e-3
 # Device time after which the weight of a batch has decayed to 1/e. A device that slows down is noticed within two of
 # these, or one batch.
 MEMORY_SECONDS = 1.0
-# Age from which an estimate is too old to keep a row from an idle device.
+# Age from which an estimate is too old to keep a row from an idle device, and is replaced by the next batch. If it were
+# averaged with it, one slow batch would count for as long as it took, and a device with little to do would need minutes
+# of short batches to be known as fast again.
 TRUST_SECONDS = 2.0
 # Age from which the estimate of a shape is replaced by that over all shapes.
 SHAPE_SECONDS = 10.0
@@ -38,6 +40,11 @@ class BatchTime(NamedTuple):
     seconds: float
 
 
+def _kept(seconds: float, observed_at: float, now: float) -> float:
+    """Return the fraction of its weight that an estimate of `observed_at` keeps after a batch of `seconds`."""
+    return math.exp(-seconds / MEMORY_SECONDS) if now - seconds - observed_at <= TRUST_SECONDS else 0.0
+
+
 @dataclass
 class _Fit:
     """A least-squares fit of the time of a batch, `fixed + each * rows` seconds; the weight of older batches decays."""
@@ -47,10 +54,10 @@ class _Fit:
     square: float = 0.0
     seconds: float = 0.0
     product: float = 0.0
-    at: float = 0.0
+    at: float = -math.inf
 
     def observe(self, rows: int, seconds: float, now: float) -> None:
-        keep = math.exp(-seconds / MEMORY_SECONDS)
+        keep = _kept(seconds, self.at, now)
         self.weight = self.weight * keep + 1
         self.rows = self.rows * keep + rows
         self.square = self.square * keep + rows * rows
@@ -89,7 +96,7 @@ class Pace:
 
     def observe(self, batch: BatchTime, now: float) -> None:
         """Learn from a batch that has just ended. Its `seconds` are those that the device worked on it alone."""
-        keep = math.exp(-batch.seconds / MEMORY_SECONDS)
+        keep = _kept(batch.seconds, self.observed_at, now)
         self._tokens = self._tokens * keep + batch.rows * batch.tokens
         self._seconds = self._seconds * keep + batch.seconds
         self.observed_at = now
@@ -102,6 +109,10 @@ class Pace:
     def trusted(self, now: float) -> bool:
         """Return whether the estimates are recent enough to keep rows from the device."""
         return self.known and now - self.observed_at <= TRUST_SECONDS
+
+    def tokens_left(self, running: int, since: float, now: float) -> int:
+        """Return how many of the `running` tokens the device has left, if it has computed them since `since`."""
+        return max(0, running - int((now - since) / self.seconds_per_token))
 
     def batch_seconds(self, shape: Hashable, tokens: int, rows: int, now: float) -> float:
         """Return the predicted device time of a batch of `rows` images of `tokens` tokens each, with a margin."""

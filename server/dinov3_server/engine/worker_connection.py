@@ -83,6 +83,7 @@ class WorkerConnection:
     jobs: dict[int, SubmittedJob] = field(default_factory=dict)
     own_tokens: int = 0  # of this frontend, unanswered
     running_tokens: int = 0  # of those, on the device
+    running_since: float = 0.0  # since when the device has computed the first of them, in seconds of time.monotonic()
     others: Load = NO_LOAD  # of the other frontends, as last reported
 
     def submit(self, job: SubmittedJob) -> None:
@@ -109,6 +110,8 @@ class WorkerConnection:
     def start(self, index: int, rows: Sequence[int]) -> None:
         """Note that rows of a job are about to reach the device."""
         job = self.jobs[index]
+        if not self.running_tokens:
+            self.running_since = time.monotonic()
         before = len(job.started)
         job.started.update(rows)
         self.running_tokens += job.tokens * (len(job.started) - before)
@@ -127,8 +130,15 @@ class WorkerConnection:
         job.run.reservation.drop_references(len(rows))
         return job
 
+    def load(self, now: float) -> Load:
+        """Return the load of the other frontends, with the tokens of this one that are left on the device."""
+        left = self.pace.tokens_left(self.running_tokens, self.running_since, now)
+        return self.others._replace(running=self.others.running + left)
+
     def update_load(self, others: Load, batch: BatchTime | None) -> None:
         """Take in what the worker reported."""
+        now = time.monotonic()
         self.others = others
         if batch is not None:
-            self.pace.observe(batch, time.monotonic())
+            self.pace.observe(batch, now)
+            self.running_since = now

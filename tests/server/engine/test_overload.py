@@ -51,7 +51,8 @@ def simulate(
     numbers = iter(range(10**9))
     demands: dict[int, tuple[Demand, Arrival, int]] = {}
     running: tuple[float, float, list[int], list[Job]] | None = None
-    now = running_tokens = 0.0
+    running_tokens = 0
+    now = 0.0
 
     def push(arrival: Arrival | None) -> None:
         if arrival is not None:
@@ -75,7 +76,8 @@ def simulate(
             at, images, allowed, caller, bulk = arrival
             demand = Demand(images, 0, images * TOKENS, caller, bulk)
             outcome.offered += images
-            ahead = waiting.ahead(demand, NO_LOAD._replace(running=int(running_tokens)), 0)
+            left = pace.tokens_left(running_tokens, running[0], now) if running else 0
+            ahead = waiting.ahead(demand, NO_LOAD._replace(running=left), 0)
             expected = predict(demand, ahead, [pace], 32 * TOKENS, 0.0, now)
             if allowed is not None and not expected.ends_within(allowed):
                 outcome.refused += images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dinov3_server.engine.pace import INITIAL_SECONDS_PER_TOKEN, MARGIN, MOST_SHAPES, BatchTime, Pace
+from dinov3_server.engine.pace import INITIAL_SECONDS_PER_TOKEN, MARGIN, MOST_SHAPES, TRUST_SECONDS, BatchTime, Pace
 
 TOKENS = 200
 
@@ -76,3 +76,20 @@ def test_the_number_of_remembered_shapes_is_limited() -> None:
     for shape in range(2 * MOST_SHAPES):
         pace.observe(BatchTime(shape, TOKENS, 1, 0.001), 0.0)
     assert len(pace._fits) == MOST_SHAPES
+
+
+def test_the_tokens_left_of_a_running_batch_become_fewer_but_never_negative() -> None:
+    pace = Pace()
+    now = observe(pace, {8: 0.4})
+    assert pace.tokens_left(8 * TOKENS, now, now) == 8 * TOKENS
+    assert pace.tokens_left(8 * TOKENS, now, now + 0.1) == pytest.approx(6 * TOKENS, abs=1)
+    assert pace.tokens_left(8 * TOKENS, now, now + 5.0) == 0
+
+
+def test_after_a_pause_the_first_batch_replaces_the_estimate() -> None:
+    """One batch of 25 seconds, as when the machine was suspended, must not count as 25 seconds of short ones."""
+    pace = Pace()
+    now = observe(pace, {1: 25.0}) + TRUST_SECONDS
+    observe(pace, {1: 0.02}, now=now + 0.1)
+    assert pace.seconds_per_token == pytest.approx(0.02 / TOKENS)
+    assert pace.batch_seconds("a", TOKENS, 1, now) == pytest.approx(0.02 * (1 + MARGIN))

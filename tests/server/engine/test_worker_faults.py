@@ -109,3 +109,23 @@ def test_every_frontend_is_sent_the_load_of_the_others(start, monkeypatch):
     running.runner.steps.put(None)
     busy.answers(submit)
     until(lambda: received(0))
+
+
+def test_each_batch_is_reported_to_each_frontend_once(start, monkeypatch):
+    """Repeats would keep the pace of an idle device trusted: after one slow batch, the server would refuse requests
+    with short deadlines for ever."""
+    monkeypatch.setattr(worker_module, "SNAPSHOT_SECONDS", 0.01)
+    running = start()
+    busy, idle = running.frontend(), running.frontend()
+    for rows in (3, 2):
+        busy.answers(busy.submit(rows))
+        wanted = busy.reports + 3, idle.reports + 3
+
+        def reported(wanted: tuple[int, int] = wanted) -> bool:
+            busy.read()
+            idle.read()
+            return busy.reports >= wanted[0] and idle.reports >= wanted[1]
+
+        until(reported)
+    assert [batch.rows for batch in busy.batches] == [3, 2]
+    assert [batch.rows for batch in idle.batches] == [3, 2]

@@ -17,6 +17,7 @@ from dinov3_server.engine.arena import PAGE, Arena
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel, pair
 from dinov3_server.engine.messages import Attach, Connected, Drain, Dropped, Hello, LoadReport, Results, Submit
+from dinov3_server.engine.pace import BatchTime
 from dinov3_server.engine.worker import Worker
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import Batch, BatchResult, FeatureSpec, Output, PixelShape
@@ -85,6 +86,8 @@ class FakeFrontend:
         self.send(Attach(self.arena.nbytes), [self.arena.fd])
         self.received: list[Any] = []
         self.backlog: int | None = None  # tokens of the others, as last reported
+        self.reports = 0
+        self.batches: list[BatchTime] = []  # as reported, alone or with results
         self.job_count = 0
         self.images: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
         if attached:
@@ -109,7 +112,10 @@ class FakeFrontend:
     def read(self) -> None:
         """Take the messages that have arrived."""
         for message, _ in self.channel.receive():
+            if isinstance(message, LoadReport | Results) and message.batch is not None:
+                self.batches.append(message.batch)
             if isinstance(message, LoadReport):
+                self.reports += 1
                 self.backlog = message.others.tokens
             else:
                 self.received.append(message)
