@@ -182,6 +182,28 @@ def test_goodput_with_batches_of_varying_time() -> None:
     assert outcome.late_busy <= 0.02 * outcome.busy
 
 
+def noisy(rows: int, now: float, chance: random.Random) -> float:
+    """Return the time of a batch on a device beside neighbours: exponential noise with a mean of 40 %."""
+    return cpu(rows, now) * (1 + chance.expovariate(2.5)) / 1.4
+
+
+def unsteady(rows: int, now: float, chance: random.Random) -> float:
+    """Return the time of a batch on a device whose speed changes by a factor of 2.5 every 3 s."""
+    return cpu(rows, now) * (1.43 if int(now / 3) % 2 else 0.57)
+
+
+@pytest.mark.parametrize("device", [noisy, unsteady])
+@pytest.mark.parametrize("load", [1.0, 2.0, 5.0])
+def test_little_device_time_is_late_beside_neighbours(
+    load: float, device: Callable[[int, float, random.Random], float]
+) -> None:
+    chance = random.Random(6)
+    capacity = 32 / cpu(32, 0)
+    outcome = simulate(poisson(load * capacity, 120.0, (2.0,), seed=6), lambda rows, now: device(rows, now, chance))
+    assert outcome.good / 120 >= 0.85 * capacity
+    assert outcome.late_busy <= 0.02 * outcome.busy
+
+
 @pytest.mark.parametrize("bulk", [True, False])
 def test_a_small_caller_is_served_quickly_beside_a_hog(bulk: bool) -> None:
     """A hog keeps four requests of 256 images in flight; another caller sends single images one after the other."""

@@ -93,3 +93,15 @@ def test_after_a_pause_the_first_batch_replaces_the_estimate() -> None:
     observe(pace, {1: 0.02}, now=now + 0.1)
     assert pace.seconds_per_token == pytest.approx(0.02 / TOKENS)
     assert pace.batch_seconds("a", TOKENS, 1, now) == pytest.approx(0.02 * (1 + MARGIN))
+
+
+def test_the_margin_follows_the_errors_of_the_predictions() -> None:
+    pace = Pace()
+    now = observe(pace, {8: 0.4}, times=20)
+    assert pace.margin == MARGIN, "a steady device"
+    for seconds in (0.2, 0.6) * 20:
+        now = observe(pace, {8: seconds}, now=now)
+    assert 0.5 < pace.margin < 2.0
+    for _ in range(60):
+        now = observe(pace, {8: 0.4}, now=now)
+    assert pace.margin == MARGIN
