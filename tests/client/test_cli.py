@@ -155,15 +155,6 @@ def test_a_token_file_without_a_valid_token(tmp_path: Path, capsys: pytest.Captu
     assert f"--token-file {tmp_path}/token: a token has ASCII characters only" in capsys.readouterr().err
 
 
-def test_interrupt(server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dinov3_client._client.Client.model", interrupt)
-    assert run(server, "info") == 130
-    assert capsys.readouterr().err == "dinov3-client: interrupted\n"
-
-
 def test_imports_neither_torch_nor_the_server() -> None:
     code = (
         "import sys, dinov3_client, dinov3_client.cli\n"

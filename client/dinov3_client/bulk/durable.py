@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dinov3_client._files import removed_at_end
+
 DRAFT = ".draft.tmp"
 """The temporary name of a file in its folder: short, as the file's own name may be as long as names can be."""
 
@@ -28,14 +30,11 @@ def create(path: Path, parts: Iterable[Any]) -> int:
     """
     draft = path.with_name(DRAFT)
     draft.unlink(missing_ok=True)  # left by a killed run
-    try:
+    with removed_at_end(draft):  # which frees the space on a full disk
         with _open(draft, _NEW, path) as descriptor:
             written = sum(_write(descriptor, part) for part in parts)
             os.fsync(descriptor)
         os.replace(draft, path)  # noqa: PTH105
-    except BaseException:  # free the space on a full disk
-        draft.unlink(missing_ok=True)
-        raise
     return written
 
 

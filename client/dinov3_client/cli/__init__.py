@@ -7,49 +7,32 @@ SIGTERM.
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from dinov3_client._errors import Dinov3Error
 from dinov3_client.cli import extract, fit_projection, info, pca, similarity
-from dinov3_client.cli.common import UsageError, print_error, server_flags
+from dinov3_client.cli.common import UsageError, print_error, report_interrupt, server_flags
+from dinov3_client.cli.interrupts import end_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        command: Callable[[argparse.Namespace], int] = args.command
-        with _terminable():
+    with end_on_signals(partial(args.report_interrupt, args)):
+        try:
+            command: Callable[[argparse.Namespace], int] = args.command
             return command(args)
-    except UsageError as error:
-        parser.error(str(error))
-    except (Dinov3Error, OSError) as error:
-        print_error(str(error))
-        return 1
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        return 130
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM, which job schedulers send before SIGKILL, end a command like Ctrl-C."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        except UsageError as error:
+            parser.error(str(error))
+        except (Dinov3Error, OSError) as error:
+            print_error(str(error))
+            return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dinov3-client", description="DINOv3 features from a dinov3-serving server.")
+    parser.set_defaults(report_interrupt=report_interrupt)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     server = server_flags()
     info.add(commands, server)

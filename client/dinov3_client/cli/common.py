@@ -150,3 +150,10 @@ def print_line(line: str) -> None:
 def print_error(line: str) -> None:
     """Print a line to stderr, made printable."""
     sys.stderr.write(f"dinov3-client: {printable(line)}\n")
+
+
+def report_interrupt(args: argparse.Namespace) -> None:
+    """Say that a signal ends the command."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")  # after a progress message, or the terminal's ^C
+    print_error("interrupted")

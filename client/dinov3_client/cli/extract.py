@@ -24,6 +24,7 @@ from dinov3_client.cli.common import (
     layer_numbers,
     print_error,
     print_line,
+    report_interrupt,
 )
 from dinov3_serving.presets import Interpolation, PresetName
 from dinov3_serving.v1.enums import FeatureDtype
@@ -108,7 +109,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         default="bulk",
         help="bulk gives way to interactive (default: %(default)s)",
     )
-    extract.set_defaults(command=_extract)
+    extract.set_defaults(command=_extract, report_interrupt=_report_interrupt)
 
 
 def _extract(args: argparse.Namespace) -> int:
@@ -148,18 +149,28 @@ def _extract(args: argparse.Namespace) -> int:
             )
     except SourceError as error:
         raise UsageError(str(error)) from None
-    except (Dinov3Error, OSError, KeyboardInterrupt) as error:
+    except (Dinov3Error, OSError) as error:
         progress.end()
         if not progress.total:
             raise
-        print_error("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
-        print_error(f"stopped; {folder} keeps what was committed, and the same command resumes from there")
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+        print_error(str(error))
+        _advise(folder)
+        return 1
     progress.end()
     print_line(f"{totals.rows} of {totals.images} images written to {folder}")
     if totals.failed:
         print_error(f"{totals.failed} of {totals.images} images have no features: see {folder / manifest.FAILED}")
     return 1 if totals.failed else 0
+
+
+def _report_interrupt(args: argparse.Namespace) -> None:
+    report_interrupt(args)
+    if (args.out / manifest.MANIFEST).exists():
+        _advise(args.out)
+
+
+def _advise(folder: Path) -> None:
+    print_error(f"stopped; {folder} keeps what was committed, and the same command resumes from there")
 
 
 class ProgressLine:

@@ -23,6 +23,7 @@ from dinov3_client.cli import main
 from dinov3_client.cli.extract import ProgressLine
 from dinov3_client.testing import Failure, FakeServer, expected
 from tests.client.bulk.stub import tree
+from tests.client.test_interrupts import COMMAND, environment
 
 Array = np.ndarray[Any, Any]
 
@@ -184,28 +185,14 @@ def test_a_server_that_goes_away_stops_it_and_it_goes_on(
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_ctrl_c_stops_it_and_it_goes_on(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    options = ("--shard-rows", "2", "--outputs", "cls")
-    with FakeServer() as server:
-        with monkeypatch.context() as patched:
-
-            def interrupt(*_: object) -> None:
-                raise KeyboardInterrupt
-
-            patched.setattr(ProgressLine, "advance", interrupt)
-            assert run(server, source, "--out", out, *options) == 130
-        assert "dinov3-client: interrupted\ndinov3-client: stopped; " in capsys.readouterr().err
-        assert run(server, source, "--out", out, *options) == 1
-        assert run(server, source, "--out", tmp_path / "whole", *options) == 1
-    assert tree(out) == tree(tmp_path / "whole")
-
-
 @pytest.mark.parametrize(
     ("calls", "sent", "code"),
-    [(3, signal.SIGKILL, -signal.SIGKILL), (6, signal.SIGKILL, -signal.SIGKILL), (6, signal.SIGTERM, 130)],
+    [
+        (3, signal.SIGKILL, -signal.SIGKILL),
+        (6, signal.SIGKILL, -signal.SIGKILL),
+        (6, signal.SIGTERM, 130),
+        (6, signal.SIGINT, 130),
+    ],
 )
 def test_killed_or_ended_and_the_same_again(
     source: Path, tmp_path: Path, calls: int, sent: signal.Signals, code: int
@@ -218,16 +205,19 @@ def test_killed_or_ended_and_the_same_again(
         # It waits for the answer that never comes: at that call, whatever the machine's speed.
         server.script = [None] * (calls - 1) + [Failure(grpc.StatusCode.UNAVAILABLE, "busy", retry_after=0.01)] * 9999
         process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from dinov3_client.cli import main; sys.exit(main())", "extract",
+            [sys.executable, "-c", COMMAND, "extract",
              str(source), "--out", str(out), "--target", server.target, *options],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, stderr=subprocess.PIPE, text=True,
+            env=environment(), stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
             server.wait_for_calls(so_far + calls + 2)
             process.send_signal(sent)
             _, said = process.communicate()
             assert process.returncode == code
-            assert said.endswith("the same command resumes from there\n") == (sent == signal.SIGTERM)
+            assert said.endswith(
+                f"dinov3-client: interrupted\n"
+                f"dinov3-client: stopped; {out} keeps what was committed, and the same command resumes from there\n"
+            ) == (sent != signal.SIGKILL)
         finally:
             process.kill()
             process.wait()
