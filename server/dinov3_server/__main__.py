@@ -5,8 +5,11 @@ A plain install has only the client's packages, but has this command, too.
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.util import find_spec
+
+from dinov3_server.signals import unwinding
 
 # The import names of the packages that only the extra "server" installs.
 NEEDED = ("grpc_health", "grpc_reflection", "huggingface_hub", "prometheus_client", "safetensors", "torch", "yaml")
@@ -21,9 +24,13 @@ def main() -> int:
             "Install it with `pip install 'dinov3-serving[server]'`, in a checkout `pip install '.[server]'`\n"
         )
         return 2
-    from dinov3_server import cli  # not earlier: it imports those packages
+    try:
+        with unwinding():  # PID 1 would ignore a SIGTERM that arrives during the imports
+            from dinov3_server import cli  # not earlier: it imports those packages
 
-    return cli.main()
+            return cli.main()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

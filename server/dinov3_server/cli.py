@@ -19,7 +19,7 @@ from dinov3_server.config.types import BOOLEAN
 from dinov3_server.errors import ConfigError, StartupError
 from dinov3_server.families import registry
 from dinov3_server.models.variant import Variant
-from dinov3_server.signals import unwind_on_sigterm
+from dinov3_server.signals import unwinding
 
 RUNNER = "dinov3_server.backbone.runner:build"
 INTERRUPTED = 128 + signal.SIGINT
@@ -33,31 +33,36 @@ def main(argv: Sequence[str] | None = None, runner: str = RUNNER) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     command = arguments.pop("command")
     try:
-        if command == "models":
-            sys.stdout.write(_models())
-            return 0
-        force = arguments.pop("force", None) is not None
-        settings, sources = config_load.load(arguments, os.environ)
-        match command:
-            case "vendor":
-                _vendor(settings, force)
-            case "weights":
-                _weights(settings)
-            case "prepare":
-                registry.lookup(settings.model)
-                _prepare(settings)
-            case _:
-                _check_sizes(settings, registry.lookup(settings.model))
-                if command == "serve":
-                    return _serve(settings, runner)
-                sys.stdout.write(_effective(settings, sources))
-        return 0
+        with unwinding():
+            return _run(command, arguments, runner)
     except StartupError as error:
         sys.stderr.write(f"dinov3-server: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("dinov3-server: interrupted; the same command goes on where this one stopped\n")
         return INTERRUPTED
+
+
+def _run(command: str, arguments: dict[str, str], runner: str) -> int:
+    if command == "models":
+        sys.stdout.write(_models())
+        return 0
+    force = arguments.pop("force", None) is not None
+    settings, sources = config_load.load(arguments, os.environ)
+    match command:
+        case "vendor":
+            _vendor(settings, force)
+        case "weights":
+            _weights(settings)
+        case "prepare":
+            registry.lookup(settings.model)
+            _prepare(settings)
+        case _:
+            _check_sizes(settings, registry.lookup(settings.model))
+            if command == "serve":
+                return _serve(settings, runner)
+            sys.stdout.write(_effective(settings, sources))
+    return 0
 
 
 def _check_sizes(settings: Settings, variant: Variant) -> None:
@@ -78,6 +83,7 @@ def _check_sizes(settings: Settings, variant: Variant) -> None:
 
 
 def _serve(settings: Settings, runner: str) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the supervisor handles it; `unwinding` restores it
     from dinov3_server.processes import supervisor  # imported here, so that the other commands start fast
 
     log.configure(settings.log_level, settings.log_format, "supervisor")
@@ -88,7 +94,7 @@ def _prepare(settings: Settings) -> None:
     """Do everything that `serve` would do before it loads the model."""
     from dinov3_server.provision.prepare import prepare
 
-    _log_here(settings, "prepare")
+    log.configure(settings.log_level, settings.log_format, "prepare")
     found, _ = prepare(settings)
     sys.stdout.write(f"weights {found.weights}\ncode {found.checkout or f'(none: {found.unavailable_reason})'}\n")
 
@@ -97,7 +103,7 @@ def _vendor(settings: Settings, force: bool) -> None:
     from dinov3_server.provision.prepare import checkout_folder
     from dinov3_server.provision.vendor import vendor
 
-    _log_here(settings, "vendor")
+    log.configure(settings.log_level, settings.log_format, "vendor")
     target = checkout_folder(settings)
     vendor(settings.upstream_repo, settings.upstream_revision, target, force=force, offline=settings.offline)
     sys.stdout.write(f"code {target}\n")
@@ -108,7 +114,7 @@ def _weights(settings: Settings) -> None:
     from dinov3_server.provision.prepare import is_random
     from dinov3_server.provision.weights import find_or_fetch
 
-    _log_here(settings, "weights")
+    log.configure(settings.log_level, settings.log_format, "weights")
     if is_random(settings.weights):
         raise ConfigError("random weights are made at start: there is nothing to fetch")
     if settings.model != "all":
@@ -122,12 +128,6 @@ def _weights(settings: Settings) -> None:
         found = find_or_fetch(replace(settings, model=variant.name), variant)
         sys.stdout.write(f"weights {found.path}\n")
         sys.stdout.flush()
-
-
-def _log_here(settings: Settings, command: str) -> None:
-    """Configure the log of a command that runs in this process, and let SIGTERM unwind it."""
-    log.configure(settings.log_level, settings.log_format, command)
-    unwind_on_sigterm()
 
 
 def _effective(settings: Settings, sources: Mapping[str, str]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 import socket
 import struct
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images.decode import decode, describe, read_size
 from dinov3_server.images.preprocess import Box, Transform, check_box, transform_into
-from dinov3_server.signals import die_with
+from dinov3_server.signals import die_with, leave_to_supervisor
 
 
 def pack(message: dict[str, Any]) -> bytes:
@@ -48,7 +47,7 @@ def main() -> None:
     """Run `decode_process DESCRIPTOR PARENT`: serve jobs until the other end of the socket is closed."""
     descriptor, parent = map(int, sys.argv[1:])
     die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the supervisor handles Ctrl-C
+    leave_to_supervisor()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError):  # if memory runs out, the kernel kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000")

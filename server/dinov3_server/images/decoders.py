@@ -25,6 +25,7 @@ from dinov3_server.images.decode import describe
 from dinov3_server.images.decode_process import pack, pack_transform
 from dinov3_server.images.file import File
 from dinov3_server.images.preprocess import Transform
+from dinov3_server.signals import blocked_in_children
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class _Process:
         """Start the process. Raises OSError."""
         self._loop = asyncio.get_running_loop()
         self._socket, theirs = socket.socketpair()
-        with theirs:
+        with theirs, blocked_in_children():
             try:
                 # In the main thread, which runs the event loop: the process dies with the thread that started it.
                 self._process = subprocess.Popen(

@@ -24,6 +24,7 @@ from dinov3_server.engine.messages import StartFrontend, StartProvisioner, Start
 from dinov3_server.errors import StartupError
 from dinov3_server.host import worker_environment
 from dinov3_server.processes.child_main import Role
+from dinov3_server.signals import blocked_in_children
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def spawn(role: Role, start: Start) -> Spawned:
     with ExitStack() as undo:
         ours, theirs = pair()
         undo.callback(ours.close)
-        with theirs:
+        with theirs, blocked_in_children():
             module = "dinov3_server.processes.child_main"
             process = subprocess.Popen(
                 [sys.executable, "-m", module, role, str(theirs.fileno()), str(os.getpid())],

@@ -19,7 +19,7 @@ from dinov3_server.engine.channel import Channel
 from dinov3_server.engine.messages import ExitReason, Prepared, Progress, StartFailed, StartProvisioner
 from dinov3_server.errors import StartupError
 from dinov3_server.log import configure
-from dinov3_server.signals import UNUSED, die_with, unwind_on_sigterm
+from dinov3_server.signals import die_with, leave_to_supervisor, unwinding
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ START_FAILED = 2
 def main() -> int:
     role: Any
     role, fd, supervisor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    _tie_to(supervisor, role)
+    die_with(supervisor)
+    # The supervisor ends a provisioner by SIGTERM: its git would outlive a SIGKILL.
+    leave_to_supervisor(but=[signal.SIGTERM] if role == "provisioner" else [])
     os.set_inheritable(fd, False)
     start: Any = pickle.load(sys.stdin.buffer)
     control = Channel(socket.socket(fileno=fd))
@@ -44,7 +46,8 @@ def main() -> int:
 
             worker_main.serve(start, control)
         elif role == "provisioner":
-            _provision(start, control)
+            with unwinding():
+                _provision(start, control)
         else:
             from dinov3_server.api import frontend
 
@@ -59,18 +62,6 @@ def main() -> int:
         control.flush_within(1.0)
         os._exit(1)  # a regular exit would wait for non-daemon threads, possibly for ever
     return 0
-
-
-def _tie_to(supervisor: int, role: Role) -> None:
-    """Die when the supervisor dies, and ignore signals that are not from it."""
-    die_with(supervisor)
-    # `systemctl reload`, for one, sends SIGHUP to every process of a service.
-    for number in (signal.SIGINT, signal.SIGHUP, *UNUSED):
-        signal.signal(number, signal.SIG_IGN)
-    if role == "provisioner":
-        unwind_on_sigterm()  # the supervisor ends it by SIGTERM: its git would outlive a SIGKILL
-    else:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _provision(start: StartProvisioner, control: Channel) -> None:

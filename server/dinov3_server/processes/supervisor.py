@@ -56,7 +56,7 @@ from dinov3_server.processes.topology import (
     show_address,
     warn_if_open,
 )
-from dinov3_server.signals import UNUSED, Signals
+from dinov3_server.signals import UNUSED, UNWIND_SECONDS, Signals
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ STUCK_SECONDS = 10.0
 DRAIN_SLACK = 5.0
 WORKER_SLACK = 2.0
 # How long the provisioner may take to end its git and remove unfinished files, before it is killed.
-PROVISIONER_SLACK = 2.0
+PROVISIONER_SLACK = UNWIND_SECONDS + 1.0
 
 
 class Supervisor:

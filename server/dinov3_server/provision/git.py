@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import select
-import signal
 import subprocess
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 
 from dinov3_server.config.types import without_secrets
-from dinov3_server.signals import held
+from dinov3_server.signals import group_killed, held
 
 # git fetch is killed after so long without output. It prints progress once a second; silence is a connection that is
 # not established (libcurl's limit below does not cover it), a silent server behind ssh, or a dead network disk.
@@ -118,12 +117,12 @@ def run_remotely(*arguments: str, folder: Path) -> None:
     if "GIT_SSH" not in os.environ:
         user["GIT_SSH_COMMAND"] = os.environ.get("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
     with ExitStack() as ended:
-        with held():  # a signal between the start of git and the registration of `_kill_group` would leave git running
+        with held():  # a signal between the start of git and `group_killed` would leave git running
             # A session of its own: it can be killed with its children, and has no terminal to prompt on.
             process = ended.enter_context(
                 _start(arguments, folder, user, stderr=subprocess.STDOUT, start_new_session=True)
             )
-            ended.callback(_kill_group, process)
+            ended.enter_context(group_killed(process))
         output = _read(process)
         status = process.wait()
     if status:
@@ -147,12 +146,6 @@ def _start(
         )
     except (FileNotFoundError, PermissionError):
         raise GitMissing from None
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read(process: subprocess.Popen[bytes]) -> bytes:

@@ -17,6 +17,7 @@ from dinov3_server.images.cost import Cost
 from dinov3_server.images.decoders import Decoders
 from dinov3_server.images.file import File
 from dinov3_server.images.preprocess import Box, Transform, transform_into
+from dinov3_server.signals import HANDLED
 from tests.server.images.files import encode, photo
 from tests.server.images.hostile import jpeg_scans, lossless_webp
 from tests.server.images.test_damaged import SEEDS
@@ -125,6 +126,16 @@ async def test_a_process_that_is_killed_once_is_replaced(pool: Decoders) -> None
     os.kill(first, signal.SIGKILL)
     assert await written(pool, asked, SMALL) == expected(asked, SMALL)
     assert running() != {first}
+
+
+async def test_the_signals_of_a_service_manager_end_no_process(pool: Decoders) -> None:
+    asked = file(SEEDS["tiff"])
+    await written(pool, asked, SMALL)
+    [first] = running()
+    for number in HANDLED:
+        os.kill(first, number)
+    assert await written(pool, asked, SMALL) == expected(asked, SMALL)
+    assert running() == {first}
 
 
 async def test_a_file_that_decoders_die_of_fails_alone(pool: Decoders, caplog: pytest.LogCaptureFixture) -> None:
