@@ -9,12 +9,12 @@ import resource
 import sys
 
 from dinov3_server.cli import main
-from dinov3_server.processes import child, supervisor
+from dinov3_server.processes import child, watchdog
 
 RUNNER = "tests.support.numpy_runner:build"
 
 if __name__ == "__main__":
-    supervisor.SILENT_SECONDS = float(os.environ.get("TEST_SILENT_SECONDS", supervisor.SILENT_SECONDS))
+    watchdog.SILENT_SECONDS = float(os.environ.get("TEST_SILENT_SECONDS", watchdog.SILENT_SECONDS))
     child.LONG_PAUSE = float(os.environ.get("TEST_LONG_PAUSE", child.LONG_PAUSE))
     if limit := int(os.environ.get("TEST_NOFILE", "0")):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

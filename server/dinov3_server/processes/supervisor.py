@@ -56,16 +56,11 @@ from dinov3_server.processes.topology import (
     show_address,
     warn_if_open,
 )
+from dinov3_server.processes.watchdog import Watchdog
 from dinov3_server.signals import UNUSED, UNWIND_SECONDS, Signals
 
 log = logging.getLogger(__name__)
 
-# A child that is ready sends something every SNAPSHOT_SECONDS. After this long without a message it is stuck where it
-# cannot end itself (stopped, swapped out, deadlocked), and is killed.
-SILENT_SECONDS = 30.0
-# The supervisor's own loop iterates every SNAPSHOT_SECONDS. After this long without an iteration it is unhealthy. If
-# the whole service was frozen, as by `docker pause`, silent children are not killed.
-STUCK_SECONDS = 10.0
 # How much longer than the drain time frontends, and workers after them, may take before they are killed.
 DRAIN_SLACK = 5.0
 WORKER_SLACK = 2.0
@@ -83,12 +78,11 @@ class Supervisor:
         self._aggregate = Aggregate()
         self._selector = selectors.DefaultSelector()
         self._signals = Signals()
-        self._readiness = False, "starting"  # for /readyz; the HTTP thread reads this and `_last_iteration`
+        self._readiness = False, "starting"  # for /readyz; the HTTP thread reads this
         self._announced = False
         self._drain_until: float | None = None
         self._workers_ending = False  # every frontend has ended
         self._code: int | None = None
-        self._last_iteration = time.monotonic()
         self._provisioner = Child("provisioner", 0)
         self._progress = "looking for the weights"
         self._provisioned: Provisioned | None = None
@@ -101,12 +95,13 @@ class Supervisor:
         with self._signals.caught(), hold_port(settings.host, settings.port) as port:
             self._port = port
             self._choose_children()
+            self._watchdog = Watchdog()
             http = HttpEndpoints(
                 settings.http_host,
                 settings.http_port,
                 render=self._render,
                 ready=lambda: self._readiness,
-                healthy=self._health,
+                healthy=self._watchdog.health,
             )
             http.start()
             self._http_address = show_address(settings.http_host, http.port)
@@ -118,7 +113,6 @@ class Supervisor:
                 warn_if_open(settings)
                 for child in (self._provisioner, *self._frontends):  # workers wait for the provisioner
                     self._start(child)
-                self._last_iteration = time.monotonic()
                 while self._code is None:
                     self._iterate()
                 return self._code
@@ -156,7 +150,7 @@ class Supervisor:
             if child.channel is not None:
                 child.channel.flush()  # the part that the socket did not take at once
         self._connections.retry(now)
-        self._kill_silent(now)
+        self._watchdog.iterate(self._children, now)
         self._update_readiness()
         if self._drain_until is not None:
             self._continue_draining(now)
@@ -199,18 +193,6 @@ class Supervisor:
         elif now >= self._drain_until:
             log.warning("a worker is still busy with requests that were cut off; it is killed")
             self._code = 0
-
-    def _kill_silent(self, now: float) -> None:
-        """Kill children that are ready and have sent nothing for SILENT_SECONDS."""
-        previous, self._last_iteration = self._last_iteration, now
-        for child in self._children:
-            if now - previous > STUCK_SECONDS:
-                child.last_message = now
-            silence = now - child.last_message
-            if child.process is not None and child.ready and silence > SILENT_SECONDS:
-                log.error("%s has sent nothing for %.0f s: it is stuck and is killed", child.name, silence)
-                child.last_message = now
-                child.process.kill()
 
     # --- children --------------------------------------------------------------------------------
 
@@ -351,7 +333,7 @@ class Supervisor:
                 provisioner.wait(PROVISIONER_SLACK)
         kill(self._children)
 
-    # --- readiness, health, metrics --------------------------------------------------------------
+    # --- readiness, metrics ----------------------------------------------------------------------
 
     def _update_readiness(self) -> None:
         if self._drain_until is not None:
@@ -376,10 +358,6 @@ class Supervisor:
             # The only line on stdout: the process that started this one may wait for it.
             sys.stdout.write(f"ready grpc={grpc_address} http={self._http_address}\n")
             sys.stdout.flush()
-
-    def _health(self) -> tuple[bool, str]:
-        age = time.monotonic() - self._last_iteration
-        return age <= STUCK_SECONDS, f"last event-loop iteration {age:.0f} s ago"
 
     def _render(self) -> bytes:
         counts = Counter((worker.device, worker.state(self._settings.worker_restart_limit)) for worker in self._workers)

@@ -37,15 +37,6 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Downloaded:
-    """A finished download: bytes, 64 hex digits, seconds."""
-
-    size: int
-    sha256: str
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Timing:
     """The clock and sleep function (seconds), and how long a server may be silent."""
 
@@ -60,14 +51,15 @@ def download(
     expected: Expected = Expected(),
     *,
     headers: Mapping[str, str] = MappingProxyType({}),
-    offline: bool = False,
     on_progress: Callable[[str], None] | None = None,
     timing: Timing = Timing(),
-) -> Downloaded:
-    """Download `url` (https, http or file) to `target`, replacing an existing file once the new one is complete.
+) -> str:
+    """Download `url` (https, http or file) to `target`, and return its sha256 (64 hex digits).
 
-    The caller holds a lock on `target`. `headers` are sent to the URL's own host only. `offline` opens no socket.
-    `on_progress` gets a short text at most once a second.
+    An existing file is replaced once the new one is complete.
+
+    The caller holds a lock on `target`. `headers` are sent to the URL's own host only. `on_progress` gets a short text
+    at most once a second.
 
     Raises ConfigError (an unusable URL, or one where nothing is), Unreachable, AccessRefused, CheckpointError (another
     file than expected) or StorageError. After Unreachable and StorageError the received bytes are kept.
@@ -76,11 +68,6 @@ def download(
     scheme = url.partition("://")[0].lower()
     if scheme not in ("https", "http", "file"):
         raise ConfigError(f"{shown}: allowed are URLs that begin with https://, http:// or file://")
-    if offline and scheme != "file":
-        raise Unreachable(
-            f"{shown}: the setting `offline` (DINOV3_OFFLINE) forbids fetching it; fetch it elsewhere and put it at "
-            f"{target}, or unset that"
-        )
 
     def open_body(start: int, version: Version) -> Body:
         if scheme == "file":
@@ -95,7 +82,7 @@ def download(
         part.finish()
         seconds = timing.clock() - progress.began
         progress.say(f"{size(part.size)} in {duration(seconds)}, sha256 {part.sha256[:8]}")
-        return Downloaded(part.size, part.sha256, seconds)
+        return part.sha256
 
 
 class _Download:
@@ -129,12 +116,10 @@ class _Download:
                 failures = 0 if self._part.size > furthest else failures + 1
                 furthest = max(furthest, self._part.size)
                 if failures == ATTEMPTS:
-                    kept = (
-                        f". {size(self._part.size)} are kept: the next start resumes there" if self._resumable() else ""
-                    )
-                    raise Unreachable(
-                        f"{error}; given up after {ATTEMPTS} attempts in a row without progress{kept}"
-                    ) from None
+                    message = f"{error}; given up after {ATTEMPTS} attempts in a row without progress"
+                    if self._resumable():
+                        message += f". {size(self._part.size)} are kept: the next start resumes there"
+                    raise Unreachable(message) from None
                 wait = max(0.5 * 2**failures, error.wait)
                 self._progress.say(f"{error}; trying again in {wait:g} s", logging.WARNING)
             sleep(wait)

@@ -57,6 +57,6 @@ def take(
     try:
         target.hardlink_to(blob)
     except OSError:  # another disk, or another user's file
-        return download(blob.as_uri(), target, Expected(sha256=sha256), on_progress=on_progress).sha256
+        return download(blob.as_uri(), target, Expected(sha256=sha256), on_progress=on_progress)
     log.info("%s is linked from the Hugging Face cache, %s", target, cached)
     return sha256

@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import NoReturn
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, unquote_plus, urljoin, urlsplit
 
 from dinov3_server import __version__
 from dinov3_server.config.types import without_secrets
@@ -52,7 +52,9 @@ class HttpBody:
         self._secrets = _secrets(parts, headers)
         self._signed = bool(parts.query)
         self._stall_seconds = stall_seconds
-        ranged = {"Range": f"bytes={start}-", **_present("If-Range", version.if_range)} if start else {}
+        ranged = {"Range": f"bytes={start}-"} if start else {}
+        if start and version.if_range:
+            ranged["If-Range"] = version.if_range
         self._response = self._follow(parts, headers, ranged)
         try:
             self._check_status(start, version)
@@ -245,17 +247,10 @@ def _plain(text: str | None) -> str:
     return text if text and text.isprintable() else ""
 
 
-def _present(name: str, value: str) -> dict[str, str]:
-    return {name: value} if value else {}
-
-
 def _secrets(parts: SplitResult, headers: Mapping[str, str]) -> set[str]:
-    """List the secrets that a server gets, which must not be shown if it quotes them."""
-    login = [parts.username or "", parts.password or ""]
-    values = [*headers.values(), *login, *map(unquote, login), *parts.query.split("&")]
-    values += [value for _, value in parse_qsl(parts.query)]
-    words = {word for value in values for word in value.replace("=", " ").split()}
-    return {word for word in words if len(word) > 3}
+    """List the words that a server gets and that must not be shown if it quotes them."""
+    sent = " ".join([parts.query, parts.netloc.rpartition("@")[0], *headers.values()])
+    return set(re.findall(r"[^\s=&:]{4,}", f"{sent} {unquote(sent)} {unquote_plus(sent)}"))
 
 
 def _retry_after(text: str | None) -> float:

@@ -10,8 +10,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 
 COMMIT = re.compile("[0-9a-f]{40}")
 _TIMEOUT_SECONDS = 30.0
-_RETRY_PAUSES = (1.0, 3.0)  # seconds
+RETRY_PAUSES = (1.0, 3.0)  # seconds
 
 T = TypeVar("T")
 
@@ -88,7 +87,7 @@ class HubApi:
         if not self._has_access:
             self._check_access(url)
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        return download(url, target, expected, headers=headers, on_progress=on_progress).sha256
+        return download(url, target, expected, headers=headers, on_progress=on_progress)
 
     def _check_access(self, url: str) -> None:
         """Ask the library for a file: the API lists gated repositories to everyone, and refuses only their files."""
@@ -103,83 +102,73 @@ class HubApi:
 
     def _ask(self, call: Callable[[], T]) -> T:
         """Make a call of the library, and repeat it after a failure that may be temporary."""
-        for pause in _RETRY_PAUSES:
+        for pause in (*RETRY_PAUSES, None):
             try:
-                with self._explained():
-                    return call()
-            except _Temporary as error:
-                log.warning("%s; trying again in %g s", error, pause)
-                time.sleep(pause)
-        with self._explained():
-            return call()
+                return call()
+            except Exception as error:
+                ours = self._explain(error)
+            if pause is None or not isinstance(ours, _Temporary):
+                raise ours
+            log.warning("%s; trying again in %g s", ours, pause)
+            time.sleep(pause)
+        raise AssertionError("unreachable")
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn the library's exceptions into ours: what is wrong, where to look, what to do."""
+    def _explain(self, error: Exception) -> StartupError:
+        """Turn an exception of the library into ours: what is wrong, where to look, what to do."""
         from huggingface_hub import errors
 
         name, page = self._repository.name, f"{self.shown}/{self._repository.name}"
-        try:
-            yield
-        except errors.GatedRepoError as error:
-            have = "the token that was sent has no access to it" if self._token else "no token was sent"
-            raise AccessRefused(
-                f"{name} on Hugging Face is gated, and {have}: ask for access at {page}, make a token that may read "
-                f"gated repositories at {self.shown}/settings/tokens, then set HF_TOKEN or run `hf auth login`"
-                f"{self._said(error)}"
-            ) from None
-        except errors.DisabledRepoError:
-            raise AccessRefused(f"{name} was disabled by Hugging Face; see {page}") from None
-        except errors.RevisionNotFoundError:
-            raise ConfigError(
-                f"{name} has no revision {self._repository.revision!r}; see {page}/tree/main for its branches and "
-                f"tags, or leave @{self._repository.revision} out for main"
-            ) from None
-        except errors.RepositoryNotFoundError:
-            raise self._no_repository() from None
-        except errors.HfHubHTTPError as error:
-            if isinstance(error, errors.EntryNotFoundError):
+        match error:
+            case errors.GatedRepoError():
+                have = "the token that was sent has no access to it" if self._token else "no token was sent"
+                return AccessRefused(
+                    f"{name} on Hugging Face is gated, and {have}: ask for access at {page}, make a token that may "
+                    f"read gated repositories at {self.shown}/settings/tokens, then set HF_TOKEN or run "
+                    f"`hf auth login`{self._said(error)}"
+                )
+            case errors.DisabledRepoError():
+                return AccessRefused(f"{name} was disabled by Hugging Face; see {page}")
+            case errors.RevisionNotFoundError():
+                return ConfigError(
+                    f"{name} has no revision {self._repository.revision!r}; see {page}/tree/main for its branches and "
+                    f"tags, or leave @{self._repository.revision} out for main"
+                )
+            case errors.RepositoryNotFoundError():
+                return self._of_status(404, "")
+            case errors.HfHubHTTPError() if isinstance(error, errors.EntryNotFoundError):
                 path = urlsplit(str(error.response.url)).path
-                raise ConfigError(f"{name} does not have the file {path}; see {page}/tree/main") from None
-            raise self._of_status(error.response.status_code, self._said(error)) from None
-        except errors.OfflineModeIsEnabled:
-            raise Unreachable(f"{self._repository}: HF_HUB_OFFLINE forbids the connection") from None
-        except errors.HFValidationError as error:
-            raise ConfigError(
-                f"{self._repository} does not name a repository: {' '.join(str(error).split())}"
-            ) from None
-        except (ValueError, TypeError, KeyError, AttributeError):  # the library cannot read the answer
-            raise Unreachable(
-                f"{self.shown} answered for {self._repository}, but not like the hub (a login page of the network, or "
-                "a wrong HF_ENDPOINT)"
-            ) from None
-        except Exception as error:  # of requests, httpx or httpx2, by the library's version
-            why = " ".join(str(error).split()) or type(error).__name__
-            raise _Temporary(
-                f"{self.shown} cannot be reached for {self._repository}: {why}; check the network and its proxy "
-                "(HTTPS_PROXY), or set HF_ENDPOINT to a mirror"
-            ) from None
-
-    def _no_repository(self) -> ConfigError:
-        """Return the error for a repository that is missing or private: the hub does not say which."""
-        have = "this token may not see it" if self._token else "no token was sent (HF_TOKEN, `hf auth login`)"
-        name, where = self._repository.name, self.shown
-        return ConfigError(
-            f"there is no repository {name} at {where}, or it is private and {have}: check the name at {where}/{name}"
+                return ConfigError(f"{name} does not have the file {path}; see {page}/tree/main")
+            case errors.HfHubHTTPError():
+                return self._of_status(error.response.status_code, self._said(error))
+            case errors.OfflineModeIsEnabled():
+                return Unreachable(f"{self._repository}: HF_HUB_OFFLINE forbids the connection")
+            case errors.HFValidationError():
+                return ConfigError(f"{self._repository} does not name a repository: {' '.join(str(error).split())}")
+            case ValueError() | TypeError() | KeyError() | AttributeError():  # the library cannot read the answer
+                return Unreachable(
+                    f"{self.shown} answered for {self._repository}, but not like the hub (a login page of the "
+                    "network, or a wrong HF_ENDPOINT)"
+                )
+        why = " ".join(str(error).split()) or type(error).__name__  # of requests, httpx or httpx2
+        return _Temporary(
+            f"{self.shown} cannot be reached for {self._repository}: {why}; check the network and its proxy "
+            "(HTTPS_PROXY), or set HF_ENDPOINT to a mirror"
         )
 
     def _of_status(self, status: int, said: str) -> StartupError:
-        where = self.shown
+        where, name = self.shown, self._repository.name
         match status:
-            case 401 if not self._token:
-                return self._no_repository()
-            case 404:  # from a mirror that does not send the hub's error codes
-                return self._no_repository()
-            case 401:
+            case 401 if self._token:
                 return TokenRefused(
                     f"{where} does not accept the token that was sent for {self._repository}: make one at "
                     f"{where}/settings/tokens and set HF_TOKEN or run `hf auth login`, or remove it with "
                     f"`hf auth logout` or by unsetting HF_TOKEN{said}"
+                )
+            case 401 | 404:  # missing or private: the hub does not say which
+                have = "this token may not see it" if self._token else "no token was sent (HF_TOKEN, `hf auth login`)"
+                return ConfigError(
+                    f"there is no repository {name} at {where}, or it is private and {have}: check the name at "
+                    f"{where}/{name}"
                 )
             case 403:
                 return AccessRefused(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -43,7 +44,9 @@ class PartialFile:
         empty = os.fstat(self._descriptor).st_size == 0  # a part of another origin stays until `begin`
         os.close(self._descriptor)
         if empty:
-            self._unlink()
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+                self._metadata.unlink(missing_ok=True)
 
     def hash_existing(self) -> None:
         """Hash the bytes that an earlier process left."""
@@ -59,8 +62,7 @@ class PartialFile:
         """Start over, with bytes of this version."""
         self.clear()
         self.version = version
-        metadata = {"url": self._origin, "etag": version.etag, "last_modified": version.last_modified}
-        write_atomic(self._metadata, json.dumps({**metadata, "size": version.size}).encode())
+        write_atomic(self._metadata, json.dumps({"url": self._origin, **asdict(version)}).encode())
 
     def append(self, block: bytes) -> None:
         self._hash.update(block)
@@ -102,8 +104,3 @@ class PartialFile:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return version if usable else None
-
-    def _unlink(self) -> None:
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
-            self._metadata.unlink(missing_ok=True)

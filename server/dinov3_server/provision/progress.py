@@ -13,8 +13,6 @@ log = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0
 LINE_SHARE = 0.05  # of the total; a line is due when both have passed
-REPORT_SECONDS = 1.0
-REWRITE_SECONDS = 0.25
 WINDOW_SECONDS = 10  # the rate is measured over
 
 
@@ -31,8 +29,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._shown = False
         self.began = clock()
-        self._lined = self._reported = self._rewritten = self.began
-        self._lined_bytes = 0
+        self._lined, self._lined_bytes = self.began, 0  # at the last line in the log
         self._samples: deque[tuple[float, int]] = deque(maxlen=WINDOW_SECONDS + 1)
 
     def __enter__(self) -> Progress:
@@ -53,27 +50,28 @@ class Progress:
         self.say(f"resuming at {size(done)} of {of}" if done else f"{verb} {of}")
 
     def at(self, done: int, total: int | None) -> None:
-        """Show that `done` of `total` bytes are there."""
+        """Show, at most once a second, that `done` of `total` bytes are there."""
         now = self._clock()
-        if now - self._samples[-1][0] >= 1:
-            self._samples.append((now, done))
-        if self._on_progress and now - self._reported >= REPORT_SECONDS:
-            self._reported = now
-            self._on_progress(self._text(now, done, total))
+        if now - self._samples[-1][0] < 1:
+            return
+        self._samples.append((now, done))
+        text = self._text(now, done, total)
+        if self._on_progress:
+            self._on_progress(text)
         if self._terminal:
-            if now - self._rewritten >= REWRITE_SECONDS:
-                self._rewritten = now
-                self._rewrite(f"{self._name}: {self._text(now, done, total)}")
+            columns = shutil.get_terminal_size().columns
+            sys.stderr.write(f"\r{f'{self._name}: {text}'[: columns - 1]}\x1b[K")
+            sys.stderr.flush()
+            self._shown = True
         elif now - self._lined >= LINE_SECONDS and done - self._lined_bytes >= LINE_SHARE * (total or 0):
             self._lined, self._lined_bytes = now, done
-            log.info("%s: %s", self._name, self._text(now, done, total))
+            log.info("%s: %s", self._name, text)
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """Log a line, and pass it to `on_progress`."""
         self._clear()
         log.log(level, "%s: %s", self._name, text)
         if self._on_progress:
-            self._reported = self._clock()
             self._on_progress(text)
 
     def _text(self, now: float, done: int, total: int | None) -> str:
@@ -83,12 +81,6 @@ class Progress:
             return f"{size(done)}, {size(rate)}/s"
         text = f"{100 * done // max(total, 1)} % of {size(total)}, {size(rate)}/s"
         return f"{text}, {duration((total - done) / rate)} left" if rate > 0 else text
-
-    def _rewrite(self, text: str) -> None:
-        columns = shutil.get_terminal_size().columns
-        sys.stderr.write(f"\r{text[: columns - 1]}\x1b[K")
-        sys.stderr.flush()
-        self._shown = True
 
     def _clear(self) -> None:
         if self._shown:

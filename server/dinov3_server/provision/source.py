@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -81,50 +80,31 @@ class FileBody:
     content_type = ""
 
     def __init__(self, url: str, start: int, version: Version) -> None:
-        path = _path(url)
+        self._url = url
         try:
-            # O_NONBLOCK: opening a pipe must not block.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise ConfigError(f"{url}: there is no such file on this machine{_nearest(path)}") from None
+            parts = urlsplit(url)
+        except ValueError:
+            parts = urlsplit("")
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise ConfigError(f"{url}: file:// URLs have a full path: file:///folder/name, with three slashes")
+        path = Path(url2pathname(parts.path))
+        try:
+            if not path.is_file():
+                problem = "is not a regular file" if path.exists() else "there is no such file on this machine"
+                raise ConfigError(f"{url}: {problem}; name the checkpoint file itself")
+            self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise StorageError(f"{url}: cannot be read: {error.strerror} (this process is uid {os.getuid()})") from None
-        try:
-            status = os.fstat(self._descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-                raise ConfigError(f"{url}: is {kind}; name the checkpoint file itself")
-            self.version = Version(last_modified=str(status.st_mtime_ns), size=status.st_size)
-            self.start = 0 if version.contradicts(self.version) or start > status.st_size else start
-            os.lseek(self._descriptor, self.start, os.SEEK_SET)
-        except BaseException:
-            self.close()
-            raise
-        self._url = url
+        status = os.fstat(self._file.fileno())
+        self.version = Version(last_modified=str(status.st_mtime_ns), size=status.st_size)
+        self.start = 0 if version.contradicts(self.version) or start > status.st_size else start
+        self._file.seek(self.start)
 
     def read(self) -> bytes:
         try:
-            return os.read(self._descriptor, BLOCK)
+            return self._file.read(BLOCK)
         except OSError as error:
             raise Transient(f"{self._url}: reading failed: {error.strerror}") from None
 
     def close(self) -> None:
-        os.close(self._descriptor)
-
-
-def _path(url: str) -> Path:
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        parts = urlsplit("")
-    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        raise ConfigError(f"{url}: file:// URLs have a full path: file:///folder/name, with three slashes")
-    return Path(url2pathname(parts.path))
-
-
-def _nearest(path: Path) -> str:
-    """Say how much of a missing path exists, which shows a missing mount at once."""
-    for parent in path.parents:
-        if parent.is_dir():
-            return f" ({parent} is there, but not {path.relative_to(parent).parts[0]!r} in it)"
-    return ""
+        self._file.close()

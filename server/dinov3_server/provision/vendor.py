@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from dinov3_server.config.types import without_secrets
@@ -63,20 +64,20 @@ def vendor(
         )
 
 
+@dataclass
 class _Vendoring:
     """The work on one target."""
 
-    def __init__(
-        self, url: str, revision: str, target: Path, force: bool, offline: bool, sleep: Callable[[float], None]
-    ) -> None:
-        self._url = url
-        self._shown = without_secrets(url)
-        self._revision = revision
-        self._target = target
-        self._old = target.with_name(f".{target.name}.old")
-        self._force = force
-        self._offline = offline
-        self._sleep = sleep
+    _url: str
+    _revision: str
+    _target: Path
+    _force: bool
+    _offline: bool
+    _sleep: Callable[[float], None]
+
+    def __post_init__(self) -> None:
+        self._shown = without_secrets(self._url)
+        self._old = self._target.with_name(f".{self._target.name}.old")
 
     def run(self) -> bool:
         """Return whether anything was fetched."""

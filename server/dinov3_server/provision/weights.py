@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from dinov3_server.config.load import nearest
 from dinov3_server.config.settings import Settings
 from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import AccessRefused, ConfigError, StorageError, Unreachable
@@ -22,7 +21,7 @@ from dinov3_server.provision import hub, manifest
 from dinov3_server.provision.download import Expected, download
 from dinov3_server.provision.http import META_REQUESTS
 from dinov3_server.provision.hub_api import Repository, TokenRefused, token
-from dinov3_server.provision.manifest import CheckOptions, ExpectedHash
+from dinov3_server.provision.manifest import CheckOptions, ExpectedHash, HashSource
 from dinov3_server.storage import locked, storage_errors
 
 log = logging.getLogger(__name__)
@@ -77,9 +76,8 @@ def _in_place(given: str) -> Weights:
         beside = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except OSError:
         raise ConfigError(f"weights is {shown!r}, and there is no folder {path.parent} that can be read") from None
-    near = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"it holds {', '.join(beside[:8]) or 'nothing'}"
-    raise ConfigError(f"weights is {shown!r}, and there is no {path.name!r} in {path.parent.absolute()}; {hint}")
+    hint = nearest(path.name, beside) or f"; it holds {', '.join(beside[:8]) or 'nothing'}"
+    raise ConfigError(f"weights is {shown!r}, and there is no {path.name!r} in {path.parent.absolute()}{hint}")
 
 
 class _Search:
@@ -157,40 +155,33 @@ class _Search:
         if target.dataset and (found := self._official(target.dataset)):
             return found
         shown = without_secrets(url)
-        expected_hash = ExpectedHash(shown, "registry" if target.dataset else "nothing", target.hash_prefixes)
+        hash_source: HashSource = "registry" if target.dataset else "nothing"
         if not target.path.exists():
             if not self._may_open(url):
                 why = "`offline` forbids fetching them"
                 raise _Forbidden(self._how_to_bring(target.dataset, why, target.path))
             with locked(target.path.with_name(target.path.name + ".lock"), f"fetching {target.path.name}"):
                 if not target.path.exists():
-                    digits = target.hash_prefixes[0] if target.hash_prefixes else None
-                    expected = Expected(sha256=digits)
-                    offline = self._settings.offline
-                    got = download(url, target.path, expected, offline=offline, on_progress=self._options.on_progress)
-                    manifest.write(target.path, shown, got.sha256, expected_hash.hash_source)
+                    expected = Expected(sha256=target.digits)
+                    sha256 = download(url, target.path, expected, on_progress=self._options.on_progress)
+                    manifest.write(target.path, shown, sha256, hash_source)
                     return Weights(target.path, target.path.name)
-        known = manifest.check(target.path, expected_hash, self._options)
+        prefixes = (target.digits,) if target.digits else ()
+        known = manifest.check(target.path, ExpectedHash(shown, hash_source, prefixes), self._options)
         log.info("%s of %s (%s) is in place", target.path, known.source, known.time)
         return Weights(target.path, target.path.name)
 
     def _official(self, dataset: DatasetName) -> Weights | None:
         """Return a file in the cache folder with an official name, or an older form of it, and the registry's hash."""
-        official = self._variant.official_file(dataset)
-        path = self._folder / official
-        if path.exists():
-            manifest.check(
-                path, ExpectedHash(hash_source="registry", prefixes=(self._variant.hashes[dataset],)), self._options
-            )
-            log.info("%s is in place", path)
-            return Weights(path, official)
-        for older in (f"{self._variant.name}_pretrain_{dataset}.pth", f"{self._variant.name}_pretrain.pth"):
-            path = self._folder / older
+        official, digits = self._variant.official_file(dataset), self._variant.hashes[dataset]
+        older = f"{self._variant.name}_pretrain"
+        for name in (official, f"{older}_{dataset}.pth", f"{older}.pth"):
+            path = self._folder / name
             if path.exists():
-                # Without a dataset in its name it may be the intact file of another one.
-                expected_hash = ExpectedHash(hash_source="registry", prefixes=tuple(self._variant.hashes.values()))
-                known = manifest.check(path, expected_hash, self._options)
-                if known.sha256.startswith(self._variant.hashes[dataset]):
+                # Under an older name it may be the intact file of another dataset.
+                prefixes = (digits,) if name == official else tuple(self._variant.hashes.values())
+                known = manifest.check(path, ExpectedHash(hash_source="registry", prefixes=prefixes), self._options)
+                if known.sha256.startswith(digits):
                     log.info("%s is in place", path)
                     return Weights(path, official)
         return None
@@ -210,10 +201,10 @@ class _Search:
             dataset = self._check_dataset(named or self._settings.dataset)
             if digits in (None, self._variant.hashes[dataset]):
                 place = self._folder / self._variant.official_file(dataset)
-                return _Target(place, dataset, (self._variant.hashes[dataset],))
+                return _Target(place, dataset, self._variant.hashes[dataset])
         # Two mirrors may have different files called `model.safetensors`.
         url_hash = hashlib.sha256(without_secrets(url).encode()).hexdigest()[:12]
-        return _Target(self._folder / "urls" / url_hash / name, None, (digits,) if digits else ())
+        return _Target(self._folder / "urls" / url_hash / name, None, digits)
 
     def _named_dataset(self, url: str) -> str | None:
         """Return the dataset in the file name of `url`, if that is an official name of this variant."""
@@ -251,7 +242,11 @@ class _Search:
     def _how_to_bring(self, dataset: DatasetName | None, why: str, target: Path | None = None) -> str:
         """Return the message for missing weights; `why` says why they are not fetched."""
         target = target or self._folder / self._variant.official_file(dataset or "lvd1689m")
-        ways = [self._by_copy(), f"  - the URL in Meta's e-mail ({META_REQUESTS}):\n    {self._by_curl(target)}"]
+        folder, file = shlex.quote(str(target.parent)), shlex.quote(str(target))
+        ways = [
+            self._by_copy(),
+            f"  - the URL in Meta's e-mail ({META_REQUESTS}):\n    mkdir -p {folder} && curl -fL -o {file} 'URL'",
+        ]
         if dataset and (known := hub.REPOSITORIES.get((self._variant.name, dataset))):
             ways.append(
                 f"  - from Hugging Face, ungated: hf download {known[1].name} --local-dir FOLDER\n"
@@ -268,9 +263,6 @@ class _Search:
             f"    then copy everything in FOLDER/weights into {shlex.quote(str(self._folder))}"
         )
 
-    def _by_curl(self, target: Path) -> str:
-        return f"mkdir -p {shlex.quote(str(target.parent))} && curl -fL -o {shlex.quote(str(target))} 'URL'"
-
     def _command(self, cache_dir: str | None = None) -> str:
         """Return the command that fetches these weights into this cache folder or another."""
         settings = self._settings
@@ -286,10 +278,9 @@ class _Forbidden(Unreachable):
     """Fetching is forbidden; the message says how to get the weights instead."""
 
 
-@dataclass(frozen=True)
-class _Target:
+class _Target(NamedTuple):
     """Where a fetched file is kept."""
 
     path: Path
     dataset: DatasetName | None  # of an official file
-    hash_prefixes: tuple[str, ...]
+    digits: str | None  # the first of its sha256, if they are known

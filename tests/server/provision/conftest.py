@@ -29,3 +29,8 @@ def no_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Fail the test if it opens a socket."""
     weights_rig.clean(monkeypatch, tmp_path)
     weights_rig.no_sockets(monkeypatch)
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> Path:
+    return tmp_path / "cache_dir"

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from dinov3_server.provision.download import Downloaded, Expected, Timing, download
+from dinov3_server.provision.download import Expected, Timing, download
 
 DATA = Random(4).randbytes(200_000)
 SECRET = "Policy=eyJTdGF0ZW1lbnQiOl&Signature=c2lnbmVk~a-b_c&Key-Pair-Id=K15QRJLYKIFSLZ"
@@ -44,16 +44,14 @@ class Rig:
         expected: Expected = NOTHING,
         *,
         headers: Mapping[str, str] | None = None,
-        offline: bool = False,
         stall_seconds: float = 20.0,
-    ) -> Downloaded:
+    ) -> str:
         timing = Timing(clock=lambda: self.now, sleep=self.sleep, stall_seconds=stall_seconds)
         return download(
             url,
             self.target,
             expected,
             headers=headers or {},
-            offline=offline,
             on_progress=self.reports.append,
             timing=timing,
         )

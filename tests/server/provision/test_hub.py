@@ -25,7 +25,7 @@ FOLDER = "weights/timm--vit_large_patch16_dinov3.lvd1689m"
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_api, "_RETRY_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(hub_api, "RETRY_PAUSES", (0.0, 0.0))
 
 
 def refuses(cache_dir: Path, kind: type[StartupError], repository: Repository = REPO) -> str:

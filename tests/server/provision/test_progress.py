@@ -51,8 +51,8 @@ def test_log_lines(clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: 
         "model.pth: 29 % of 342 MB, 10 MB/s, 24 s left",
         "model.pth: 58 % of 342 MB, 10 MB/s, 14 s left",
         "model.pth: resuming at 250 MB of 342 MB",
-        "model.pth: 78 % of 342 MB, 1 MB/s, 1 min 15 s left",
-        "model.pth: 83 % of 342 MB, 1 MB/s, 58 s left",
+        "model.pth: 78 % of 342 MB, 1 MB/s, 1 min 14 s left",
+        "model.pth: 83 % of 342 MB, 1 MB/s, 56 s left",
     ]
 
 

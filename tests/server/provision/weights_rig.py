@@ -1,4 +1,4 @@
-"""Shared by tests of weights: a clean environment for huggingface_hub, a guard on sockets, a small variant."""
+"""Shared by tests of weights: a clean environment for huggingface_hub, a guard on sockets, a variant, searches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from dinov3_server.config.settings import Settings
+from dinov3_server.errors import StartupError
 from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.families.registry import VARIANTS
 from dinov3_server.models.variant import DatasetName
+from dinov3_server.provision.weights import Weights, find_or_fetch
 from tests.support.fake_hub import FakeHub
 
 DATA = bytes(range(256)) * 40
@@ -87,3 +90,30 @@ def everything_written(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     texts = [path.read_text() for path in files if path.suffix in (".json", "") or path.parent.name == "refs"]
     return "\n".join([*map(str, files), *texts])
+
+
+VITL = variant()
+LVD_NAME, SAT_NAME = VITL.official_file("lvd1689m"), VITL.official_file("sat493m")
+SECRET = "?Policy=secretpolicy&Signature=secretsign"
+
+
+def put(cache_dir: Path, name: str, data: bytes = DATA) -> Path:
+    path = cache_dir / "weights" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def find(cache_dir: Path, weights: str = "auto", **settings: object) -> Weights:
+    return find_or_fetch(Settings(cache_dir=str(cache_dir), weights=weights, **settings), VITL)  # type: ignore[arg-type]
+
+
+def refused(kind: type[StartupError], cache_dir: Path, weights: str = "auto", **settings: object) -> str:
+    """Return the message of the error, after checking that it is short and has no secrets."""
+    with pytest.raises(kind) as caught:
+        find(cache_dir, weights, **settings)
+    message = str(caught.value)
+    assert len(message.splitlines()) < 20
+    assert "secret" not in message
+    assert TOKEN not in message
+    return message
