@@ -12,6 +12,7 @@ import numpy as np
 
 from dinov3_client import AsyncClient, Client, Features, Model
 from dinov3_client.testing import expected
+from tests.support.waiting import LIMIT
 
 if TYPE_CHECKING:
     from tests.client.conftest import FakeClock
@@ -38,7 +39,7 @@ class Blocking:
     """Client."""
 
     def __init__(self, target: Any, **arguments: Any) -> None:
-        self.client = Client(target, **{"deadline": 20.0, **arguments})
+        self.client = Client(target, **{"deadline": LIMIT, **arguments})
         self.model = self.client.model
         self.wait_ready = self.client.wait_ready
         self.extract = self.client.extract
@@ -63,7 +64,7 @@ class Awaiting:
     """AsyncClient, with an event loop in a thread of its own."""
 
     def __init__(self, target: Any, **arguments: Any) -> None:
-        self.client = AsyncClient(target, **{"deadline": 20.0, **arguments})  # First: no thread stays where it raises.
+        self.client = AsyncClient(target, **{"deadline": LIMIT, **arguments})  # First: no thread stays where it raises.
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()

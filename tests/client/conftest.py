@@ -9,6 +9,7 @@ import pytest
 from dinov3_client import Client
 from dinov3_client.testing import MODEL, FakeServer
 from tests.client.adapters import ADAPTERS, Adapter
+from tests.support.waiting import LIMIT
 
 # Layer 0 has fewer channels and a finer grid than the others.
 SERVED = replace(MODEL, layer_dims=(18,) + (24,) * 11, layer_strides=(8,) + (16,) * 11, frontends=2)
@@ -29,7 +30,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(server.target, deadline=20) as client:
+    with Client(server.target, deadline=LIMIT) as client:
         yield client
 
 

@@ -37,6 +37,7 @@ from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_client.testing._model import message_of
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.client.conftest import FakeClock
+from tests.support.waiting import LIMIT
 
 Code = grpc.StatusCode
 PIXELS = np.zeros((32, 32, 3), np.uint8)
@@ -141,7 +142,7 @@ def test_an_error_shows_the_one_before_it(client: Client, server: FakeServer, cl
         Failure(Code.UNAVAILABLE, "starting", retry_after=0.1),
         Failure(Code.DEADLINE_EXCEEDED, "in the queue"),
     ]
-    told = rf"^in the queue \(no answer from {server.target} within 20 s\)"
+    told = rf"^in the queue \(no answer from {server.target} within {LIMIT:g} s\)"
     message = rf"{told} \(attempt 2; the one before: UNAVAILABLE: starting\)$"
     with pytest.raises(DeadlineExceeded, match=message) as caught:
         client.extract(PIXELS)
@@ -179,7 +180,7 @@ def test_no_server_is_unavailable_and_tried_again(
 
 def test_a_server_that_comes_is_found(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/socket"
-    with Client(address, deadline=20) as client, contextlib.ExitStack() as stack:
+    with Client(address, deadline=LIMIT) as client, contextlib.ExitStack() as stack:
         pauses: list[float] = []
 
         def sleep(_: object, seconds: float) -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from dinov3_client import OutputParity, ParityCheck
+from dinov3_client._transport import retry
 from dinov3_client.cli import main
 from dinov3_client.testing import MODEL, Failure, FakeServer
 
@@ -135,8 +136,10 @@ def test_failures_are_one_line_and_exit_with_1(
     assert (captured.out, captured.err) == ("", "dinov3-client: this server wants a token\n")
 
 
-def test_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", "--target", f"unix:{tmp_path}/none", "--deadline", "0.05"]) == 1
+def test_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_PAUSE", "LONGEST_PAUSE"):  # no time for a second attempt
+        monkeypatch.setattr(retry, name, 3600.0)
+    assert main(["info", "--target", f"unix:{tmp_path}/none", "--deadline", "60"]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(
         f"dinov3-client: cannot reach unix:{tmp_path}/none in plain text (is it up, and without TLS?): "

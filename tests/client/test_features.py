@@ -25,6 +25,7 @@ from dinov3_client import (
 )
 from dinov3_client.testing import MODEL, FakeServer, expected
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from tests.support.waiting import LIMIT
 
 Array = np.ndarray[Any, Any]
 WEIGHT = np.random.default_rng(3).normal(size=(5, 24))
@@ -39,7 +40,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(server.target, deadline=20) as client:
+    with Client(server.target, deadline=LIMIT) as client:
         yield client
 
 
@@ -303,11 +304,11 @@ def test_views_of_a_split_call(dtype: Any, channels_first: bool) -> None:
     images = [ImageViews(png(photo(seed=seed)), [LARGE[0], SMALL[0], SMALL[1]]) for seed in range(5)]
     images[3] = ImageViews(b"broken", [LARGE[0], SMALL[0], SMALL[1]])
     asked: Any = {"dtype": dtype, "channels_first": channels_first, "on_error": "return", "layers": 2}
-    with FakeServer() as server, Client(server.target, deadline=20) as client:
+    with FakeServer() as server, Client(server.target, deadline=LIMIT) as client:
         whole = client.extract(images, KINDS, **asked)
         assert len(server.requests) == 1
         server.model = replace(MODEL, limits=replace(MODEL.limits, max_images_per_request=6))
-        with Client(server.target, deadline=20) as other:
+        with Client(server.target, deadline=LIMIT) as other:
             parts = other.extract(images, KINDS, **asked)
         assert len(server.requests) == 4
     assert np.array_equal(whole.images, parts.images)

@@ -40,6 +40,7 @@ from dinov3_client.testing._model import message_of
 from dinov3_client.testing._projection import read_projection
 from dinov3_serving.presets import PRESETS
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from tests.support.waiting import LIMIT
 
 
 def limited(**limits: int) -> Model:
@@ -211,7 +212,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(server.target, deadline=20) as client:
+    with Client(server.target, deadline=LIMIT) as client:
         yield client
 
 

@@ -43,9 +43,11 @@ DIE = (255, 0, 1)  # the worker process ends by itself
 KILL = (255, 0, 7)  # the worker process dies by SIGKILL
 FAIL = (255, 0, 2)  # the batch raises
 NAN = (255, 0, 3)  # this image's features are not finite
-BLOCK = (255, 0, 4)  # the batch waits until the file named by TEST_GATE_FILE exists
+BLOCK = (255, 0, 4)  # the batch makes the file TEST_GATE_FILE + REACHED, and waits until TEST_GATE_FILE exists
 OOM = (255, 0, 5)  # a batch of more than two images does not fit
 LOST = (255, 0, 6)  # the device is lost
+
+REACHED = ".reached"
 
 
 def expected(pixels: NDArray[np.uint8], output: Output) -> NDArray[np.float32]:
@@ -111,9 +113,11 @@ class NumpyRunner:
         images = [self._pixels(row, batch.shape) for row in batch.rows]
         orders = [tuple(int(v) for v in image[0, 0]) if batch.shape.format == "uint8" else () for image in images]
         if BLOCK in orders:
-            gate = threading.Event()
-            while not Path(os.environ["TEST_GATE_FILE"]).exists():
-                gate.wait(0.005)
+            gate = os.environ["TEST_GATE_FILE"]
+            Path(gate + REACHED).touch()
+            pause = threading.Event()
+            while not Path(gate).exists():
+                pause.wait(0.005)
         if DIE in orders:
             os._exit(3)
         if KILL in orders:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dinov3_client import Client, InvalidRequest, ModelMismatch
 from dinov3_client.testing import MODEL, FakeServer, expected
 from dinov3_client.torch import RemoteDinoV3Teacher
+from tests.support.waiting import LIMIT
 
 GENERATOR = np.random.default_rng(3)
 PIXELS: NDArray[np.uint8] = GENERATOR.integers(0, 256, (3, 32, 48, 3), np.uint8)
@@ -31,7 +32,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(server.target, deadline=20) as client:
+    with Client(server.target, deadline=LIMIT) as client:
         yield client
 
 

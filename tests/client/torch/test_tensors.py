@@ -16,6 +16,7 @@ import torch
 
 from dinov3_client import Client, Features, ImageViews, MixedSizes, View
 from dinov3_client.testing import MODEL, FakeServer
+from tests.support.waiting import LIMIT
 
 KINDS: Any = ("cls", "patches", "registers")
 DTYPES: dict[str, torch.dtype] = {
@@ -34,7 +35,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(server.target, deadline=20) as client:
+    with Client(server.target, deadline=LIMIT) as client:
         yield client
 
 
@@ -131,7 +132,7 @@ def mixed(client: Client, **options: Any) -> Features:
 @pytest.mark.parametrize("most", [64, 3])
 def test_several_sizes_and_parts(server: FakeServer, dtype: Any, most: int) -> None:
     server.model = replace(MODEL, limits=replace(MODEL.limits, max_images_per_request=most))
-    with Client(server.target, deadline=20) as client:
+    with Client(server.target, deadline=LIMIT) as client:
         features = mixed(client, dtype=dtype)
     assert len(server.requests) == (1 if most == 64 else 3)
     for tensors in (features.torch(), features.torch().to("cpu")):
@@ -235,6 +236,7 @@ def test_the_error_without_torch_names_what_to_install() -> None:
 import sys
 sys.modules["torch"] = None
 import dinov3_client
+from tests.support.waiting import LIMIT
 try:
     dinov3_client.Features.torch(None)
 except ImportError as error:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dinov3_client import Client, Features, ImageErrors, ModelMismatch
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_client.torch import with_features
+from tests.support.waiting import LIMIT
 
 Images = NDArray[np.uint8]
 
@@ -57,7 +58,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[Client]:
-    with Client(server.target, deadline=20) as client:
+    with Client(server.target, deadline=LIMIT) as client:
         yield client
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -156,20 +157,23 @@ async def test_the_client_cancels_while_the_request_waits_for_the_device() -> No
 async def test_a_call_that_waits_ends_at_its_deadline() -> None:
     async with serving() as rig:
         rig.engine.hold = True
-        error = await failure_of(rig.stub.Extract(TWO, timeout=0.2))
-        assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        for timeout in (0.2, 2.0, 20.0):  # longer ones for a machine so slow that the call did not get so far
+            error = await failure_of(rig.stub.Extract(TWO, timeout=timeout))
+            assert error.code == grpc.StatusCode.DEADLINE_EXCEEDED
+            if not rig.engine.runs.empty():
+                break
         await rig.engine.idle.wait()
-        await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "DEADLINE_EXCEEDED") == 1)
-        assert rig.engine.cancelled_runs == 1
+        await until_async(lambda: rig.count("dinov3_requests_total", "Extract", "DEADLINE_EXCEEDED") > 0)
+        assert rig.engine.cancelled_runs > 0
 
 
-async def test_a_deadline_that_passes_while_images_are_decoded(gate: Gate) -> None:
+async def test_a_deadline_that_passes_while_images_are_decoded(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, metrics = FakeEngine(), Metrics()
     service = extraction(engine, metrics)
-    deadline = time.monotonic() + 0.05
+    deadline = time.monotonic() + 3600
     task = asyncio.create_task(service.extract(TWO, deadline, ANONYMOUS, request_memory()))
     await gate.entered.wait()
-    await until_async(lambda: time.monotonic() >= deadline)
+    monkeypatch.setattr("dinov3_server.api.decode_pool.time", SimpleNamespace(monotonic=lambda: deadline))
     gate.open.set()
     with pytest.raises(DeadlineExceeded, match="while the images of the request were being decoded"):
         await task

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
-from dinov3_client import Client, DeadlineExceeded
+from dinov3_client import Client
 from dinov3_server.models.interface import Output
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.support.numpy_runner import BLOCK, DIE, KILL, expected
+from tests.support.numpy_runner import BLOCK, DIE, KILL, REACHED, expected
 from tests.support.server import Server
 from tests.support.waiting import LIMIT, until
 
@@ -45,6 +46,30 @@ def ask(client: Client, seed: int) -> None:
     height, width = SIZES[seed % len(SIZES)]
     images = [photo(seed * 10 + i, height, width) for i in range(1 + seed % 4)]
     check(client.extract(images, preset="none", dtype="float32", layers=0), images, layers=[0])
+
+
+def call(channel: grpc.Channel, image: NDArray[np.uint8]) -> Any:
+    """Send an image without a client, which would retry. Return the call, a future."""
+    extract = channel.unary_unary(
+        "/dinov3_serving.v1.FeatureService/Extract",
+        request_serializer=pb.ExtractRequest.SerializeToString,
+        response_deserializer=pb.ExtractResponse.FromString,
+    )
+    tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=[1, *image.shape], data=image.tobytes())
+    return extract.future(
+        pb.ExtractRequest(pixels=tensor, preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE)), timeout=LIMIT
+    )
+
+
+@contextmanager
+def held_call(server: Server, gate: Path) -> Iterator[Any]:
+    """Yield a call that is on the device and stays there until `gate`, the server's TEST_GATE_FILE, exists."""
+    image = photo(1, 32, 32)
+    image[0, 0] = BLOCK
+    with grpc.insecure_channel(server.grpc) as channel:
+        held = call(channel, image)
+        until(Path(f"{gate}{REACHED}").exists)
+        yield held
 
 
 class Load:
@@ -154,21 +179,11 @@ def test_an_image_that_ends_its_worker_fails_alone(order: tuple[int, int, int], 
 
 def test_cancelled_calls_do_not_change_the_answers_of_others() -> None:
     """Calls are cancelled at random moments while others, checked bit by bit, share batches and arenas with them."""
-    with Server("--frontends", "2") as server:
-        channel = grpc.insecure_channel(server.grpc)
-        call = channel.unary_unary(
-            "/dinov3_serving.v1.FeatureService/Extract",
-            request_serializer=pb.ExtractRequest.SerializeToString,
-            response_deserializer=pb.ExtractResponse.FromString,
-        )
+    with Server("--frontends", "2") as server, grpc.insecure_channel(server.grpc) as channel:
         cancelled = 0
 
         def cancel(seed: int) -> bool:
-            image = photo(seed, 32, 32)
-            tensor = pb.Tensor(dtype=pb.DATA_TYPE_UINT8, shape=[1, 32, 32, 3], data=image.tobytes())
-            pending = call.future(
-                pb.ExtractRequest(pixels=tensor, preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE)), timeout=LIMIT
-            )
+            pending = call(channel, photo(seed, 32, 32))
             for _ in range(seed % 50):
                 if pending.done():
                     break
@@ -178,7 +193,6 @@ def test_cancelled_calls_do_not_change_the_answers_of_others() -> None:
             for seed in range(400):
                 cancelled += cancel(seed)
             load.more()
-        channel.close()
         assert cancelled > 50
         until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0, "ranges of cancelled calls are freed")
 
@@ -187,16 +201,17 @@ def test_the_memory_of_a_cancelled_call_is_not_reused_while_it_is_on_the_device(
     """The batch of a cancelled call still runs, so its range of the arena is not given to the next request."""
     gate = tmp_path / "gate"
     with Server("--arena-bytes", "1MiB", TEST_GATE_FILE=str(gate)) as server, server.client() as client:
-        held = photo(1, 32, 32)
-        held[0, 0] = BLOCK
-        with pytest.raises(DeadlineExceeded):
-            client.extract(held, preset="none", deadline=0.2)
-        until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
-        with ThreadPoolExecutor() as pool:
-            neighbours = [pool.submit(ask, client, seed) for seed in range(1, 5)]  # into the rest of a small arena
-            gate.touch()
-            for neighbour in neighbours:
-                neighbour.result()
+        with held_call(server, gate) as held:
+            held.cancel()
+            until(lambda: server.metric("dinov3_requests_total", method="Extract", code="CANCELLED") == 1)
+            used = server.metric("dinov3_arena_bytes", state="used")
+            assert used > 0
+            with ThreadPoolExecutor() as pool:
+                neighbours = [pool.submit(ask, client, seed) for seed in range(1, 5)]  # into the rest of a small arena
+                until(lambda: server.metric("dinov3_arena_bytes", state="used") > used)
+                gate.touch()
+                for neighbour in neighbours:
+                    neighbour.result()
         until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0)
         ask(client, 1)
 

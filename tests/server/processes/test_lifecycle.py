@@ -9,56 +9,41 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
-from dinov3_client import Client, Dinov3Error, Features, Unauthenticated
+from dinov3_client import Client, Dinov3Error, Unauthenticated
 from dinov3_server.errors import CheckpointError
-from tests.server.processes.test_crashes import ask, photo
-from tests.support.numpy_runner import BLOCK
+from tests.server.processes.test_crashes import ask, held_call, photo
 from tests.support.serve import RUNNER
 from tests.support.server import ROOT, Server
 from tests.support.waiting import LIMIT, until
 
 
-def hold(server: Server, pool: ThreadPoolExecutor, deadline: float = LIMIT) -> Future[Features]:
-    """Send a request that stays on the device until TEST_GATE_FILE exists, and return once it is there."""
-    image = photo(1, 32, 32)
-    image[0, 0] = BLOCK
-    in_flight = pool.submit(lambda: server.client(deadline=deadline).extract(image, preset="none"))
-    until(lambda: server.metric("dinov3_arena_bytes", state="used") > 0)
-    return in_flight
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_requests_in_flight_and_refuses_new_ones(tmp_path: Path, number: int) -> None:
     gate = tmp_path / "gate"
-    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
-        in_flight = hold(server, pool)
+    with Server(TEST_GATE_FILE=str(gate)) as server, held_call(server, gate) as held:
         server.signal(number)
         until(lambda: server.get("/readyz") == (503, "draining\n"))
         assert server.get("/healthz")[0] == 200
         with pytest.raises(Dinov3Error):
             server.client().extract(photo(2, 32, 32), preset="none", deadline=0.3)
-        assert not in_flight.done()
+        assert not held.done()
         gate.touch()
-        assert in_flight.result().cls.shape == (1, 64)
+        assert held.exception() is None
         assert server.wait() == 0
 
 
 def test_requests_over_the_drain_time_are_cut_off_and_the_exit_code_is_0(tmp_path: Path) -> None:
-    with (
-        Server("--drain-seconds", "0.2", TEST_GATE_FILE=str(tmp_path / "never")) as server,
-        ThreadPoolExecutor() as pool,
-    ):
-        in_flight = hold(server, pool, deadline=2)
+    gate = tmp_path / "never"
+    with Server("--drain-seconds", "0.2", TEST_GATE_FILE=str(gate)) as server, held_call(server, gate) as held:
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
-        with pytest.raises(Dinov3Error):
-            in_flight.result()
+        assert isinstance(held.exception(), grpc.RpcError)
 
 
 def test_sighup_reloads_the_tokens_and_unused_signals_end_nothing(tmp_path: Path) -> None:
@@ -94,25 +79,23 @@ def kill_worker(server: Server) -> None:
 @pytest.mark.parametrize("disturb", [send_sighup, kill_worker])
 def test_a_drain_finishes_requests_in_flight_despite(disturb: Callable[[Server], None], tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    with Server(TEST_GATE_FILE=str(gate)) as server, ThreadPoolExecutor() as pool:
-        in_flight = hold(server, pool)
+    with Server(TEST_GATE_FILE=str(gate)) as server, held_call(server, gate) as held:
         server.signal(signal.SIGTERM)
         until(lambda: server.get("/readyz")[0] == 503)
         disturb(server)
         gate.touch()
-        assert in_flight.result().cls.shape == (1, 64)
+        assert held.exception() is None
         assert server.wait() == 0
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    with Server(TEST_GATE_FILE=str(tmp_path / "never")) as server, ThreadPoolExecutor() as pool:
-        in_flight = hold(server, pool, deadline=2)
+    gate = tmp_path / "never"
+    with Server(TEST_GATE_FILE=str(gate)) as server, held_call(server, gate) as held:
         server.signal(signal.SIGTERM)
         until(lambda: server.get("/readyz")[0] == 503)
         server.signal(signal.SIGTERM)
         assert server.wait() == 128 + signal.SIGTERM
-        with pytest.raises(Dinov3Error):
-            in_flight.result()
+        assert isinstance(held.exception(), grpc.RpcError)
 
 
 COMMAND = (sys.executable, "-m", "tests.support.serve", "serve", "--port", "0", "--http-port", "0")
