@@ -13,6 +13,7 @@ import secrets
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -28,12 +29,46 @@ LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0
 IMAGES_BUCKETS = tuple(float(2**power) for power in range(10))  # 1 .. 512
 TOKENS_BUCKETS = tuple(float(2**power) for power in range(8, 18))  # 256 .. 131072
 
+# The values of labels that are known beforehand; tests/server/test_metrics.py compares them with the code.
+METHODS = ("Extract", "ExtractStream", "GetModel")
+CODES = (
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "UNAUTHENTICATED",
+)
+OUTCOMES = ("ok", "invalid", "refused", "failed", "expired", "cancelled")
+STAGES = ("decode", "queue", "copy_in", "forward", "copy_out", "respond")
+OVERLOADED = (
+    "queue",
+    "share",
+    "bulk",
+    "arena",
+    "wait",
+    "deadline",
+    "late",
+    "receiving",
+    "messages_bytes",
+    "pictures_bytes",
+    "answers_bytes",
+)
+UNAVAILABLE = ("unavailable", "starting", "draining", "no_worker", "decoder")
+
 
 Kind = Literal["counter", "gauge", "histogram"]
 
 
 class Spec(NamedTuple):
-    """The declaration of one metric. `merge` combines the values of one series over several living processes."""
+    """The declaration of one metric. `merge` combines the values of one series over several living processes.
+
+    The series of `begin` are on the page from the start, with 0, so that `rate` sees their first increase.
+    """
 
     name: str
     kind: Kind
@@ -41,6 +76,12 @@ class Spec(NamedTuple):
     labels: Labels
     buckets: tuple[float, ...] = ()
     merge: Callable[[Iterable[float]], float] = sum
+    begin: tuple[Labels, ...] = ()
+
+    @property
+    def zero(self) -> Numbers:
+        """The numbers of a series without an observation."""
+        return (0.0,) * (1 + len(self.buckets) + 1 if self.kind == "histogram" else 1)
 
 
 class Snapshot(NamedTuple):
@@ -60,14 +101,11 @@ class Instrument:
         self.spec = spec
         self._lock = threading.Lock()
         self._series: dict[Labels, list[float]] = {}
-        if spec.kind == "histogram" and not spec.labels:
-            self._start(())  # A series that starts at 0 shows its first observation in a rate.
 
     def _start(self, labels: Labels) -> list[float]:
         if len(labels) != len(self.spec.labels):
             raise TypeError(f"{self.spec.name} has the labels {self.spec.labels}, got {labels}")
-        size = 1 + len(self.spec.buckets) + 1 if self.spec.kind == "histogram" else 1
-        return self._series.setdefault(labels, [0.0] * size)
+        return self._series.setdefault(labels, list(self.spec.zero))
 
     def snapshot(self) -> dict[Labels, Numbers]:
         with self._lock:
@@ -75,10 +113,14 @@ class Instrument:
 
 
 class Counter(Instrument):
-    """A sum that only grows. Its name ends in `_total`."""
+    """A sum that only grows. Its name ends in `_total`.
 
-    def __init__(self, name: str, help: str, *labels: str) -> None:
-        super().__init__(Spec(name, "counter", help, labels))
+    `labels` has the values of each label, and all their combinations begin at 0. Values that are known at run time only
+    are empty here; `inc` by 0 begins their series.
+    """
+
+    def __init__(self, name: str, help: str, /, **labels: Labels) -> None:
+        super().__init__(Spec(name, "counter", help, tuple(labels), begin=tuple(product(*labels.values()))))
 
     def inc(self, *labels: str, value: float = 1.0) -> None:
         with self._lock:
@@ -97,12 +139,17 @@ class Gauge(Instrument):
             numbers = self._series.get(labels) or self._start(labels)
             numbers[0] = value
 
+    def add(self, value: float, *labels: str) -> None:
+        with self._lock:
+            numbers = self._series.get(labels) or self._start(labels)
+            numbers[0] += value
+
 
 class Histogram(Instrument):
-    """Counts of observations in buckets. `buckets` are inclusive upper bounds, ascending."""
+    """Counts of observations in buckets: inclusive upper bounds, ascending. `labels` are as those of Counter."""
 
-    def __init__(self, name: str, help: str, *labels: str, buckets: tuple[float, ...]) -> None:
-        super().__init__(Spec(name, "histogram", help, labels, buckets))
+    def __init__(self, name: str, help: str, buckets: tuple[float, ...], /, **labels: Labels) -> None:
+        super().__init__(Spec(name, "histogram", help, tuple(labels), buckets, begin=tuple(product(*labels.values()))))
 
     def observe(self, value: float, *labels: str) -> None:
         with self._lock:
@@ -115,41 +162,70 @@ class Metrics:
     """The metrics of one process. Every metric is declared here."""
 
     def __init__(self) -> None:
-        self.requests = Counter("dinov3_requests_total", "Calls answered, by gRPC method and status.", "method", "code")
+        # max: all processes of a server run the same packages.
+        self.build_info = Gauge(
+            "dinov3_build_info",
+            "1, with the versions of this server, Python and torch as labels.",
+            "version",
+            "python",
+            "torch",
+            merge=max,
+        )
+        self.requests = Counter(
+            "dinov3_requests_total", "Calls answered, by gRPC method and status.", method=METHODS, code=CODES
+        )
         self.request_seconds = Histogram(
             "dinov3_request_seconds",
             "Time from the arrival of a call to its answer.",
-            "method",
-            buckets=SECONDS_BUCKETS,
+            SECONDS_BUCKETS,
+            method=METHODS,
         )
-        self.images = Counter("dinov3_images_total", "Images (each view counts as one), by outcome.", "outcome")
+        self.requests_in_flight = Gauge(
+            "dinov3_requests_in_flight",
+            "Requests that are being received, computed or answered; each message of a stream is one.",
+            "method",
+        )
+        self.request_bytes = Counter(
+            "dinov3_request_bytes_total", "Bytes of the request messages received, by method.", method=METHODS
+        )
+        self.response_bytes = Counter(
+            "dinov3_response_bytes_total", "Bytes of the response messages sent, by method.", method=METHODS
+        )
+        self.images = Counter("dinov3_images_total", "Images (each view counts as one), by outcome.", outcome=OUTCOMES)
         self.stage_seconds = Histogram(
             "dinov3_stage_seconds",
             "Time in each stage: decode (of an image, with all its views), queue (an image's wait for its batch), "
             "copy_in, forward and copy_out (of a batch), respond (building an answer).",
-            "stage",
-            buckets=SECONDS_BUCKETS,
+            SECONDS_BUCKETS,
+            stage=STAGES,
         )
-        self.batch_images = Histogram("dinov3_batch_images", "Images in each batch that ran.", buckets=IMAGES_BUCKETS)
-        self.batch_tokens = Histogram("dinov3_batch_tokens", "Tokens in each batch that ran.", buckets=TOKENS_BUCKETS)
+        self.batch_images = Histogram("dinov3_batch_images", "Images in each batch that ran.", IMAGES_BUCKETS)
+        self.batch_tokens = Histogram("dinov3_batch_tokens", "Tokens in each batch that ran.", TOKENS_BUCKETS)
         self.queue_images = Gauge("dinov3_queue_images", "Images waiting for a device.")
+        self.images_in_flight = Gauge(
+            "dinov3_images_in_flight", "Images that the frontends hold: being decoded, waiting, running or answered."
+        )
+        self.queue_capacity_images = Gauge(
+            "dinov3_queue_capacity_images",
+            "Most images that the frontends hold (max_queue_images of each); further requests are refused.",
+        )
         self.queue_seconds = Histogram(
             "dinov3_queue_seconds",
             "Time from the admission of an image to the start of its batch.",
-            buckets=SECONDS_BUCKETS,
+            SECONDS_BUCKETS,
         )
         self.refused_requests = Counter(
             "dinov3_refused_requests_total",
             "Requests answered with RESOURCE_EXHAUSTED or UNAVAILABLE, by reason.",
-            "reason",
+            reason=OVERLOADED + UNAVAILABLE,
         )
         self.refused_images = Counter(
-            "dinov3_refused_images_total", "Images of requests refused because of load, by reason.", "reason"
+            "dinov3_refused_images_total", "Images of requests refused because of load, by reason.", reason=OVERLOADED
         )
         self.refusal_seconds = Histogram(
             "dinov3_refusal_seconds",
             "Time from the arrival of a request to its refusal because of load; not of requests dropped later.",
-            buckets=SECONDS_BUCKETS,
+            SECONDS_BUCKETS,
         )
         # Of several frontends, the longest wait is the one to know about.
         self.expected_wait_seconds = Gauge(
@@ -161,7 +237,7 @@ class Metrics:
             "dinov3_late_images_total", "Images that were computed but finished after their deadline."
         )
         self.late_device_seconds = Counter(
-            "dinov3_late_device_seconds_total", "Device time of images that finished after their deadline.", "device"
+            "dinov3_late_device_seconds_total", "Device time of images that finished after their deadline.", device=()
         )
         self.arena_bytes = Gauge("dinov3_arena_bytes", "Shared memory of the frontends, by state.", "state")
         self.frontend_bytes = Gauge(
@@ -170,13 +246,13 @@ class Metrics:
         self.event_loop_lag_seconds = Histogram(
             "dinov3_event_loop_lag_seconds",
             "Delay of a frontend's event loop, sampled 40 times a second; all its requests wait as long.",
-            buckets=LAG_BUCKETS,
+            LAG_BUCKETS,
         )
         self.device_memory_bytes = Gauge(
             "dinov3_device_memory_bytes", "Memory that a worker holds on its device, by kind.", "device", "kind"
         )
         self.device_busy_seconds = Counter(
-            "dinov3_device_busy_seconds_total", "Time during which a device had a batch to run.", "device"
+            "dinov3_device_busy_seconds_total", "Time during which a device had a batch to run.", device=()
         )
         self.workers = Gauge(
             "dinov3_workers",
@@ -185,7 +261,7 @@ class Metrics:
             "device",
             "state",
         )
-        self.worker_restarts = Counter("dinov3_worker_restarts_total", "Restarts of workers that died.", "device")
+        self.worker_restarts = Counter("dinov3_worker_restarts_total", "Restarts of workers that died.", device=())
         # max: several workers with the same model count as one.
         self.model_info = Gauge(
             "dinov3_model_info",
@@ -288,7 +364,9 @@ class Aggregate:
                 dead[labels] = tuple(map(sum, zip(dead[labels], numbers, strict=True))) if labels in dead else numbers
 
     def _merge(self, spec: Spec) -> dict[Labels, Numbers]:
-        parts: dict[Labels, list[Numbers]] = {labels: [n] for labels, n in self._dead.get(spec.name, {}).items()}
+        parts: dict[Labels, list[Numbers]] = {labels: [spec.zero] for labels in spec.begin}
+        for labels, numbers in self._dead.get(spec.name, {}).items():
+            parts.setdefault(labels, []).append(numbers)
         for snapshot in self._living.values():
             for labels, numbers in snapshot.series[spec.name].items():
                 parts.setdefault(labels, []).append(numbers)

@@ -13,7 +13,21 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dinov3_server.metrics import SECONDS_BUCKETS, SPECS, Aggregate, Metrics, Snapshot
+from dinov3_server.api import extraction, interceptors
+from dinov3_server.errors import ServingError
+from dinov3_server.metrics import (
+    CODES,
+    METHODS,
+    OUTCOMES,
+    OVERLOADED,
+    SECONDS_BUCKETS,
+    SPECS,
+    STAGES,
+    UNAVAILABLE,
+    Aggregate,
+    Metrics,
+    Snapshot,
+)
 from tests.server.config.generated import ROOT
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -40,7 +54,13 @@ def page_of(**children: Metrics) -> Samples:
 def everything() -> Metrics:
     """Return metrics with a series of each."""
     metrics = Metrics()
+    metrics.build_info.set(1, "0.1.0", "3.11.7", "2.13.0+cpu")
     metrics.requests.inc("Extract", "OK")
+    metrics.requests_in_flight.add(1, "Extract")
+    metrics.request_bytes.inc("Extract", value=1000)
+    metrics.response_bytes.inc("Extract", value=2000)
+    metrics.images_in_flight.set(5)
+    metrics.queue_capacity_images.set(4096)
     metrics.request_seconds.observe(0.2, "Extract")
     metrics.images.inc("ok", value=3)
     metrics.stage_seconds.observe(0.01, "decode")
@@ -71,7 +91,13 @@ def everything() -> Metrics:
 
 def test_names_and_labels_are_those_of_the_design() -> None:
     assert {spec.name: spec.labels for spec in SPECS} == {
+        "dinov3_build_info": ("version", "python", "torch"),
         "dinov3_requests_total": ("method", "code"),
+        "dinov3_requests_in_flight": ("method",),
+        "dinov3_request_bytes_total": ("method",),
+        "dinov3_response_bytes_total": ("method",),
+        "dinov3_images_in_flight": (),
+        "dinov3_queue_capacity_images": (),
         "dinov3_event_loop_lag_seconds": (),
         "dinov3_request_seconds": ("method",),
         "dinov3_images_total": ("outcome",),
@@ -177,7 +203,7 @@ def test_wrong_number_of_labels() -> None:
         metrics.queue_images.set(1, "cpu")
     with pytest.raises(TypeError, match="dinov3_stage_seconds"):
         metrics.stage_seconds.observe(1.0)
-    assert "dinov3_requests_total" not in {name for name, _ in page_of(only=metrics)}
+    assert not metrics.requests.snapshot()
 
 
 def test_a_snapshot_is_picklable_small_and_immutable() -> None:
@@ -300,8 +326,30 @@ def test_a_late_snapshot_of_a_dead_process_is_not_counted_twice(successor: bool)
     assert parsed(aggregate.render()) == before
 
 
-def test_the_page_is_empty_without_snapshots() -> None:
-    assert parsed(Aggregate().render()) == {}
+# --- series that begin at 0 ---------------------------------------------------------------------------------------
+
+
+def test_the_page_begins_with_every_counter_and_histogram_at_0() -> None:
+    page = parsed(Aggregate().render())
+    assert set(page.values()) == {0}
+    names = {re.sub("_(bucket|sum|count)$", "", name) for name, _ in page}
+    at_run_time = {spec.name for spec in SPECS if spec.kind == "counter" and "device" in spec.labels}
+    assert names == {spec.name for spec in SPECS if spec.kind != "gauge"} - at_run_time
+
+
+def test_every_value_of_a_label_in_the_code_begins_at_0() -> None:
+    statuses = {each.status for each in ServingError.__subclasses__()} | {"OK", "CANCELLED", "UNKNOWN"}
+    assert set(CODES) == statuses
+    assert set(METHODS) == set(interceptors._LABELS.values())
+    assert set(OUTCOMES) >= {"ok", *extraction._OUTCOMES.values()}
+    sources = "".join(path.read_text() for path in (ROOT / "server").rglob("*.py"))
+    reasons = {*re.findall(r'reason="(\w+)"', sources), *re.findall(r'\("(\w+)", "[\w\' ]+ holds?"', sources)}
+    quotas = {f"{use}_bytes" for use in ("messages", "pictures", "answers")}
+    assert reasons | quotas | {"unavailable"} == set(OVERLOADED + UNAVAILABLE)
+    for name, known in [("images", OUTCOMES), ("stage_seconds", STAGES)]:
+        used = set(re.findall(rf'_metrics\.{name}\.(?:inc|observe)\([^)]*"(\w+)"', sources))
+        assert used
+        assert used <= set(known)
 
 
 # --- checked by Prometheus' own tool ------------------------------------------------------------------------------

@@ -49,10 +49,12 @@ class RequestMetrics:
         self._started = time.perf_counter()
 
     def __enter__(self) -> RequestMetrics:
+        self._metrics.requests_in_flight.add(1, self._method)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
         seconds = time.perf_counter() - self._started
+        self._metrics.requests_in_flight.add(-1, self._method)
         code = "OK"
         if isinstance(error, ServingError):
             code = error.status
@@ -80,6 +82,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._receiver = receiver
         self._active: set[asyncio.Task[Any]] = set()
         self._handlers: dict[str, Handler] = {}  # by method
+        metrics.requests.inc(_OTHER, "UNIMPLEMENTED", value=0)
+        for label in _LABELS.values():
+            metrics.requests_in_flight.set(0, label)
 
     async def wait_idle(self) -> None:
         """Wait until no call is active; cancelled calls are active until they have cleaned up."""
@@ -116,6 +121,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     with RequestMetrics(self._metrics, label, expired=lambda: context.time_remaining() == 0) as timed:
                         data, request_memory = await self._receiver.message(context)
                         timed.restart_clock()
+                        self._metrics.request_bytes.inc(label, value=len(data))
                         remaining = context.time_remaining()
                         deadline = None if remaining is None else time.monotonic() + remaining
                         context.add_done_callback(request_memory.release)  # type: ignore[arg-type]  # untyped
@@ -123,6 +129,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         del data  # so that the message is freed while the request waits for the device
                         answer: bytes = await answering
                         request_memory.start_sending(context)
+                        self._metrics.response_bytes.inc(label, value=len(answer))
                         return answer
                 except Exception as error:
                     status = status_of(serving_error(error))

@@ -101,6 +101,7 @@ class Stream:
                 return error
             if received is None:
                 return None
+            self._metrics.request_bytes.inc("ExtractStream", value=len(received[0]))
             if self._tokens and (reason := self._tokens.reject_reason(self._context.invocation_metadata() or ())):
                 received[1].release()
                 return Unauthenticated(f"{reason} any more: {SEND_A_TOKEN}")
@@ -136,6 +137,7 @@ class Stream:
                     self._unanswered.discard(message_id)
                 request_memory.start_sending(self._context)
                 await self._context.write(answer)
+                self._metrics.response_bytes.inc("ExtractStream", value=len(answer))
         except grpc.aio.BaseError:
             # The connection is gone; gRPC is about to cancel the call.
             self._caller_left = True

@@ -236,7 +236,9 @@ class Admission:
                     )
 
     def update_gauges(self) -> None:
-        """Set the gauges of the arena."""
+        """Set the gauges of the queue and of the arena."""
+        self._metrics.images_in_flight.set(self._all.images)
+        self._metrics.queue_capacity_images.set(self._max_images)
         used = self.arena.used_bytes
         self._metrics.arena_bytes.set(used, "used")
         self._metrics.arena_bytes.set(self.arena.nbytes - used, "free")

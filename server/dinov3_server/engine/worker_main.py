@@ -40,6 +40,8 @@ def serve(start: StartWorker, control: Channel) -> None:
     metrics.model_info.set(1, info.name, info.weights, info.fingerprint, info.dtype, info.device)
     for step, seconds in runner.load_seconds.items():
         metrics.model_load_seconds.set(seconds, step)
+    metrics.device_busy_seconds.inc(info.device, value=0)
+    metrics.late_device_seconds.inc(info.device, value=0)
     for proof in info.parity_check.outputs:
         if proof.dtype == info.dtype:
             metrics.parity_cosine.set(proof.least_cosine, proof.output)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 import selectors
 import signal
 import subprocess
@@ -22,7 +23,9 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from importlib.metadata import version
 
+from dinov3_server import __version__
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.channel import ChannelClosed
 from dinov3_server.engine.messages import (
@@ -75,6 +78,7 @@ class Supervisor:
         self._settings = settings
         self._runner = runner
         self._metrics = Metrics()
+        self._metrics.build_info.set(1, __version__, platform.python_version(), version("torch"))
         self._aggregate = Aggregate()
         self._selector = selectors.DefaultSelector()
         self._signals = Signals()
@@ -127,6 +131,8 @@ class Supervisor:
         count = choose_frontends(settings.frontends, self._workers[0].device)
         self._frontends = [Child("frontend", i) for i in range(count)]
         check_memory(count, settings.arena_bytes)
+        for worker in self._workers:
+            self._metrics.worker_restarts.inc(worker.device, value=0)
 
     @property
     def _children(self) -> list[Child]:
