@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 
 # Plugins register themselves when imported. Import all of them here, not on a thread's first image.
 from PIL import (
@@ -101,7 +102,13 @@ _UPRIGHT = {
 }
 _SWAPS_AXES = (5, 6, 7, 8)
 
-_PHOTOMETRIC_WHITE_IS_ZERO = 0  # TIFF 6.0, section 4
+# TIFF 6.0, sections 4 and 21
+_PHOTOMETRIC_WHITE_IS_ZERO = 0
+_PHOTOMETRIC_YCBCR = 6
+
+# Earlier versions read fewer kinds of TIFF, and one kind in wrong colours. They are allowed because gradio needs them.
+_READS_ALL_TIFF = int(PIL.__version__.partition(".")[0]) >= 13
+_HAS_PILLOW = f"this server has Pillow {PIL.__version__}"
 
 
 def read_size(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> tuple[int, int]:
@@ -154,6 +161,12 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     check_pixels(data, "the image", *image.size, max_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
+        photometric = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
+        if not _READS_ALL_TIFF and photometric == _PHOTOMETRIC_YCBCR and image.info.get("compression") == "raw":
+            raise InvalidInput(
+                f"{describe(data)} stores YCbCr uncompressed, which Pillow before 13 decodes to wrong colours "
+                f"({_HAS_PILLOW}); send RGB, or YCbCr with compression, or install Pillow >= 13 on the server"
+            )
         # libtiff decodes whole tiles, even if larger than the image: a 1 MB file of 16x16 pixels with a tile of
         # 20000x20000 takes 1.2 GB. (Strips end where the image ends.)
         tile = image.tag_v2.get(TiffImagePlugin.TILEWIDTH, 1), image.tag_v2.get(TiffImagePlugin.TILELENGTH, 1)
@@ -242,6 +255,12 @@ def unidentified(data: bytes | memoryview) -> str:
         return f"the file is empty (0 bytes); {_ALLOWED}"
     name = format_name(data)
     if name in ALLOWED_NAMES:
-        return f"{describe(data)} has no readable header: it is truncated, corrupt or of an unsupported kind"
+        message = f"{describe(data)} has no readable header: it is truncated, corrupt or of an unsupported kind"
+        if name == "TIFF" and not _READS_ALL_TIFF:
+            message += (
+                f" ({_HAS_PILLOW}; some kinds, such as gray that is premultiplied by alpha, need Pillow >= 13); "
+                "send RGB without alpha, or install Pillow >= 13 on the server"
+            )
+        return message
     looks = f"looks like {name}" if name else "is not an image of a known format"
     return f"the file of {len(data)} bytes {looks} (it begins with {data[:8].hex(' ')}); {_ALLOWED}"

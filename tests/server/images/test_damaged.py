@@ -39,7 +39,7 @@ def refused(data: bytes, *, by_probe: bool = True) -> str:
         (b"no image", "the file of 8 bytes is not an image of a known format (it begins with 6e 6f 20 69 6d 61 67 65)"),
         (b"\x00", "the file of 1 bytes is not an image of a known format (it begins with 00)"),
         (encode(photo(), "GIF"), "looks like GIF"),
-        (encode(photo(), "AVIF"), "looks like AVIF"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "looks like AVIF"),
         (encode(photo(), "JPEG2000"), "looks like JPEG 2000"),
         (encode(photo(), "PPM"), "looks like PPM"),
         (encode(photo(), "ICO"), "looks like ICO"),

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
 from dinov3_server.errors import InvalidInput
+from dinov3_server.images import decode as decode_module
 from dinov3_server.images.decode import decode, read_size
 from tests.server.images.files import (
     PNG_GRAY,
@@ -133,10 +135,6 @@ FORMATS: dict[str, Callable[[], tuple[bytes, Any]]] = {
     "tiff gray": lambda: (encode(LUMA, "TIFF"), gray(LUMA)),
     "tiff gray, white is zero": lambda: (tiff_of(LUMA, WHITE_IS_ZERO, [8]), gray(255 - LUMA)),
     "tiff gray and alpha": lambda: (encode(LUMA_ALPHA, "TIFF"), gray(LUMA_ALPHA[..., 0])),
-    "tiff gray, premultiplied by alpha": lambda: (
-        tiff_of(np.array([[[100, 255], [50, 128]]], np.uint8), BLACK_IS_ZERO, [8, 8], tags={338: [1]}),
-        gray(np.array([[100, 99]])),
-    ),
     "tiff 1-bit": lambda: (encode(BILEVEL, "TIFF"), gray(BILEVEL * np.uint8(255))),
     "tiff 1-bit, group 4": lambda: (
         encode(BILEVEL, "TIFF", compression="group4"),
@@ -240,9 +238,45 @@ def test_a_jpeg_of_several_images_gives_the_first() -> None:
     assert np.abs(array - [200, 30, 90]).max() <= 2
 
 
-def test_tiff_ycbcr() -> None:
-    data = tiff_of(np.full((2, 2, 3), [100, 128, 200], np.uint8), YCBCR, [8, 8, 8], tags={530: [1, 1]})
-    assert np.abs(pixels(data).astype(int) - [201, 49, 100]).max() <= 2
+NEEDS_PILLOW_13: dict[str, tuple[bytes, Any]] = {
+    "tiff gray, premultiplied by alpha": (
+        tiff_of(np.array([[[100, 255], [50, 128]]], np.uint8), BLACK_IS_ZERO, [8, 8], tags={338: [1]}),
+        gray(np.array([[100, 99]])),
+    ),
+    "tiff ycbcr, uncompressed": (
+        tiff_of(np.full((2, 2, 3), [100, 128, 200], np.uint8), YCBCR, [8, 8, 8], tags={530: [1, 1]}),
+        np.full((2, 2, 3), [201, 49, 100]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NEEDS_PILLOW_13)
+def test_tiff_that_needs_pillow_13_is_refused_by_earlier_versions(kind: str) -> None:
+    data, expected = NEEDS_PILLOW_13[kind]
+    if int(PIL.__version__.partition(".")[0]) >= 13:
+        assert np.abs(pixels(data).astype(int) - expected).max() <= 2
+    else:
+        refused_for_old_pillow(data)
+
+
+def test_earlier_pillows_refuse_ycbcr_and_name_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Pillow runs these tests."""
+    monkeypatch.setattr(decode_module, "_READS_ALL_TIFF", False)
+    refused_for_old_pillow(NEEDS_PILLOW_13["tiff ycbcr, uncompressed"][0])
+    refused_for_old_pillow(b"II*\0")
+    compressed = encode(Image.new("YCbCr", (16, 16), (100, 128, 200)), "TIFF", compression="tiff_lzw")
+    assert np.abs(pixels(compressed).astype(int) - [201, 49, 100]).max() <= 2
+
+
+def refused_for_old_pillow(data: bytes) -> None:
+    for call in (decode, read_size):
+        with pytest.raises(InvalidInput) as error:
+            call(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+        message = str(error.value)
+        assert f"the TIFF file of {len(data)} bytes" in message
+        assert f"this server has Pillow {PIL.__version__}" in message
+        assert "Pillow >= 13" in message
+        assert "send RGB" in message
 
 
 def test_icc_profile_is_ignored() -> None:
@@ -300,6 +334,15 @@ def test_orientation_of_tiff_is_part_of_the_format_and_always_applied(
 ) -> None:
     data = encode(COLOUR, "TIFF", exif=exif(orientation), compression=compression)
     np.testing.assert_array_equal(pixels(data, upright=upright), UPRIGHT[orientation](COLOUR))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_ycbcr_tiff_is_turned_once(orientation: int) -> None:
+    """Libtiff turns it too when it converts the colours."""
+    stored = Image.fromarray(COLOUR).convert("YCbCr")
+    data = encode(stored, "TIFF", exif=exif(orientation), compression="tiff_lzw")
+    expected = UPRIGHT[orientation](np.asarray(stored.convert("RGB")))
+    assert np.abs(pixels(data).astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize(
