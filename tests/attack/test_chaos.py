@@ -20,7 +20,7 @@ from attack.traffic import Traffic
 from dinov3_client import Client
 from dinov3_client.testing import Failure, FakeServer
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from tests.support.waiting import until
+from tests.support.waiting import LIMIT, until
 
 QUICK = chaos.Rhythm(worker_kill=1.0, frontend_kill=1.5, stop=0.7, longest_stop=0.2)
 FLAGS = ("--weights", "random:0", "--arena-bytes", "16MiB", "--frontends", "2")
@@ -95,7 +95,7 @@ def noted(server: FakeServer, call: Caller, caller: str, outcome: str, disturb: 
     answer."""
     pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     question = Question(tuple(pictures), (32, 32), layers=(3,))
-    with Client(server.target, deadline=30) as client:
+    with Client(server.target, deadline=LIMIT) as client:
         traffic = Traffic(server.target, [(question, question.ask(client))], Outcomes(), threading.Event())
         thread = threading.Thread(target=call, args=(traffic, client))
         thread.start()
@@ -105,7 +105,7 @@ def noted(server: FakeServer, call: Caller, caller: str, outcome: str, disturb: 
             until(lambda: traffic.outcomes.count(outcome, caller))
         finally:
             traffic.stop.set()
-            thread.join(30)
+            thread.join(LIMIT)
     return traffic.outcomes
 
 
@@ -156,7 +156,7 @@ def test_cancelled_calls_are_neither_lost_nor_answered(server: FakeServer) -> No
     thread.start()
     until(lambda: traffic.outcomes.count("left") > 2)
     traffic.stop.set()
-    thread.join(30)
+    thread.join(LIMIT)
     assert {row["caller"]: row["lost"] + row["wrong"] for row in traffic.outcomes.rows()} == {"cancels": 0, "all": 0}
 
 

@@ -20,6 +20,7 @@ from dinov3_client import Client, DeadlineExceeded, Features, Unavailable
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from tests.client.adapters import Adapter
 from tests.client.conftest import FakeClock
+from tests.support.waiting import LIMIT
 
 HERE = Path(__file__).parent
 OPTIONS: Any = {"outputs": "cls", "preset": "none", "dtype": "float32"}
@@ -145,7 +146,7 @@ def test_a_server_that_restarts_between_calls(adapter: type[Adapter]) -> None:
 
 def test_a_server_that_restarts_under_calls(adapter: type[Adapter], threads: ThreadPoolExecutor) -> None:
     """What was in flight is sent again; nothing is lost, doubled or out of place."""
-    with FakeServer(FRONTENDS) as server, adapter(server.target, deadline=60) as one:
+    with FakeServer(FRONTENDS) as server, adapter(server.target, deadline=LIMIT) as one:
         answers = one.many(map(photo, range(60)), in_flight=6, **OPTIONS)
         for index in range(20):
             check(next(answers), index)
@@ -168,7 +169,7 @@ def test_ready_by_way_of_all_that_may_be_in_between(adapter: type[Adapter], thre
         server.model_script = [Failure(grpc.StatusCode.UNAVAILABLE, "loading", retry_after=600.0)] * 2
         with adapter(server.target) as one, warned() as nobody_there:
             ready = threads.submit(one.wait_ready, 60.0)
-            assert nobody_there.wait(60)
+            assert nobody_there.wait(LIMIT)
             server.start()
             assert ready.result().fingerprint == MODEL.fingerprint
     assert server.model_script == []

@@ -17,6 +17,7 @@ import pytest
 from dinov3_client import AsyncClient, Client, Features, ImageErrors, ServerError
 from dinov3_client.testing import Failure, FakeServer, expected
 from tests.client.adapters import ADAPTERS, Adapter
+from tests.support.waiting import LIMIT
 
 Code = grpc.StatusCode
 OPTIONS: Any = {"outputs": "cls", "preset": "none", "dtype": "float32"}
@@ -261,7 +262,7 @@ async def test_the_loop_goes_on_while_images_are_read(server: FakeServer) -> Non
 
     def slow() -> Iterator[np.ndarray[Any, Any]]:
         loop.call_soon_threadsafe(seen.set)
-        assert reading.wait(60)
+        assert reading.wait(LIMIT)
         yield photo(3)
 
     class Slow:

@@ -21,8 +21,8 @@ import pytest
 
 from dinov3_client import AsyncClient, Client
 from dinov3_client.testing import MODEL, FakeServer, expected
+from tests.support.waiting import LIMIT
 
-LIMIT = 60.0
 OPTIONS: Any = {"outputs": "cls", "preset": "none", "dtype": "float32"}
 SERVE = """
 import dataclasses, sys

@@ -31,6 +31,7 @@ from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_client.testing._formula import _pooled, quantised
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
+from tests.support.waiting import LIMIT
 
 Code = grpc.StatusCode
 UINT8, FLOAT32, INT8 = pb.DATA_TYPE_UINT8, pb.DATA_TYPE_FLOAT32, pb.DATA_TYPE_INT8
@@ -270,7 +271,7 @@ def test_a_model_of_other_dimensions_round_trips() -> None:
 
 def test_the_script_is_consumed_by_extractions_alone() -> None:
     pixels = picture()
-    with FakeServer() as server, Client(server.target, deadline=30) as client:
+    with FakeServer() as server, Client(server.target, deadline=LIMIT) as client:
         server.script = [
             Failure(Code.INTERNAL, "scripted", field="images[0]"),
             {1: Failure(Code.INTERNAL, "this one"), 7: Failure(Code.INTERNAL, "is not there")},
@@ -328,7 +329,7 @@ def test_calls_that_are_held_end_with_the_server() -> None:
     server.gate.clear()
     before = set(threading.enumerate())
     with server, grpc.insecure_channel(server.target) as channel:
-        call = FeatureServiceStub(channel).Extract.future(pb.ExtractRequest(), timeout=60)  # type: ignore[no-untyped-call]
+        call = FeatureServiceStub(channel).Extract.future(pb.ExtractRequest(), timeout=LIMIT)  # type: ignore[no-untyped-call]
         server.wait_for_calls(1)
         server.stop()
         assert call.code() in (Code.UNAVAILABLE, Code.CANCELLED)
@@ -339,7 +340,7 @@ def test_calls_that_are_held_end_with_the_server() -> None:
 def test_a_delay_ends_with_the_server() -> None:
     with FakeServer() as server, grpc.insecure_channel(server.target) as channel:
         server.delay = 3600.0
-        call = FeatureServiceStub(channel).Extract.future(pb.ExtractRequest(), timeout=60)  # type: ignore[no-untyped-call]
+        call = FeatureServiceStub(channel).Extract.future(pb.ExtractRequest(), timeout=LIMIT)  # type: ignore[no-untyped-call]
         server.wait_for_calls(1)
         server.stop()
         assert call.code() in (Code.UNAVAILABLE, Code.CANCELLED)
@@ -347,7 +348,7 @@ def test_a_delay_ends_with_the_server() -> None:
 
 def test_a_restart_comes_back_at_the_same_address_with_another_model() -> None:
     pixels = picture()
-    with FakeServer() as server, Client(server.target, deadline=30) as client:
+    with FakeServer() as server, Client(server.target, deadline=LIMIT) as client:
         target = server.target
         pinned = pb.ExtractRequest(pixels=tensor(pixels[None]), preprocessing=AS_IS, fingerprint="f00d")
         with grpc.insecure_channel(target) as channel:

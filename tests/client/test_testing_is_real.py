@@ -23,6 +23,7 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
 from tests.client.test_testing import AS_IS, picture, png, tensor
 from tests.support.server import Server
+from tests.support.waiting import LIMIT
 
 FLAGS = ("--max-images-per-request", "6", "--max-message-bytes", "1MiB", "--max-batch-tokens", "1024")
 FLAGS += ("--max-image-pixels", "40000")
@@ -293,7 +294,7 @@ def test_a_message_over_the_limit_is_refused_by_grpc(servers: tuple[Any, Any]) -
 
 def skeleton(stub: Any, request: pb.ExtractRequest) -> dict[str, Any]:
     try:
-        return shape_of(stub.Extract(request, timeout=60))
+        return shape_of(stub.Extract(request, timeout=LIMIT))
     except grpc.RpcError as caught:
         error: Any = caught
         details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")

@@ -14,6 +14,7 @@ import yaml
 
 from dinov3_server.metrics import SPECS
 from tests.deploy.files import DEPLOY, ROOT, compose, dashboard, rules, yaml_documents
+from tests.support.waiting import LIMIT
 
 # Labels that Prometheus itself adds to every series.
 SCRAPED = {"job", "instance"}
@@ -122,7 +123,7 @@ promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool
 
 
 def run_promtool(*arguments: str) -> None:
-    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -29,6 +29,7 @@ from dinov3_server.metrics import (
     Snapshot,
 )
 from tests.server.config.generated import ROOT
+from tests.support.waiting import LIMIT
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -249,7 +250,7 @@ def test_instruments_do_not_import_prometheus_client() -> None:
     code = (
         "import sys, dinov3_server.metrics as m; m.Metrics().snapshot(); sys.exit('prometheus_client' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=LIMIT, check=False).returncode == 0
 
 
 # --- several processes -------------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool
 
 
 def run_promtool(*arguments: str, page: bytes = b"") -> None:
-    done = subprocess.run(["promtool", *arguments], input=page, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(["promtool", *arguments], input=page, capture_output=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stderr) == (0, b""), done.stdout + done.stderr
 
 

@@ -16,7 +16,7 @@ from dinov3_client.torch import with_features
 from dinov3_server.models.interface import Output
 from tests.support.numpy_runner import BLOCK, expected
 from tests.support.server import Server
-from tests.support.waiting import until
+from tests.support.waiting import LIMIT, until
 
 BATCHES, PREFETCH, FATAL = 16, 3, 5
 OPTIONS: Any = {"outputs": ("cls", "patches"), "preset": "none", "dtype": "float32"}
@@ -72,7 +72,7 @@ def gate(tmp_path: Path) -> Path:
 
 
 def test_the_server_is_killed_and_started_again_in_the_middle_of_an_epoch(gate: Path) -> None:
-    with Server("--frontends", "2", TEST_GATE_FILE=str(gate)) as first, first.client(deadline=60) as client:
+    with Server("--frontends", "2", TEST_GATE_FILE=str(gate)) as first, first.client(deadline=LIMIT) as client:
         epoch = Epoch(first, client, gate)
         first.signal(signal.SIGKILL)
         assert first.wait() == -signal.SIGKILL
@@ -82,7 +82,7 @@ def test_the_server_is_killed_and_started_again_in_the_middle_of_an_epoch(gate: 
 
 
 def test_a_worker_is_killed_in_the_middle_of_an_epoch(gate: Path) -> None:
-    with Server("--frontends", "2", TEST_GATE_FILE=str(gate)) as server, server.client(deadline=60) as client:
+    with Server("--frontends", "2", TEST_GATE_FILE=str(gate)) as server, server.client(deadline=LIMIT) as client:
         epoch = Epoch(server, client, gate)
         (worker,) = server.children("worker")
         worker.kill()
@@ -91,7 +91,7 @@ def test_a_worker_is_killed_in_the_middle_of_an_epoch(gate: Path) -> None:
 
 
 def test_a_loop_that_is_left_early_cancels_what_is_in_flight(gate: Path) -> None:
-    with Server(TEST_GATE_FILE=str(gate)) as server, server.client(deadline=60) as client:
+    with Server(TEST_GATE_FILE=str(gate)) as server, server.client(deadline=LIMIT) as client:
         epoch = Epoch(server, client, gate)
         del epoch.pairs
         until(lambda: server.metric("dinov3_requests_total", method="Extract", code="CANCELLED") == PREFETCH)

@@ -17,6 +17,7 @@ from dinov3_server import cli
 from dinov3_server.config.settings import SETTINGS, Settings
 from dinov3_server.config.types import BOOLEAN
 from dinov3_server.errors import StartupError
+from tests.support.waiting import LIMIT
 
 
 @pytest.fixture(autouse=True)
@@ -223,5 +224,5 @@ def test_config_and_models_import_nothing_heavy() -> None:
         "heavy = {'torch', 'grpc', 'numpy', 'PIL', 'prometheus_client'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stderr) == (0, "")

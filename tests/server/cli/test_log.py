@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 
 import pytest
 
+from tests.support.waiting import LIMIT
+
 
 def stderr_of(level: str, form: str, code: str) -> list[str]:
     """The lines that `code` logs in a process of its own, called `worker-0 50%{`."""
@@ -19,7 +21,7 @@ def stderr_of(level: str, form: str, code: str) -> list[str]:
         f"configure({level!r}, {form!r}, 'worker-0 50%{{')\n"
         "log = logging.getLogger('dinov3_server.engine')\n" + code
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=LIMIT, check=True)
     assert done.stdout == b""
     return done.stderr.decode().splitlines()
 
@@ -91,7 +93,7 @@ def test_lines_of_several_processes_do_not_mix() -> None:
         "for n in range(200):\n    logging.getLogger('dinov3_server').info('%d ' + 'x' * 1000, n)\n"
     )
     shell = f"for i in 1 2 3 4; do '{sys.executable}' -c \"$0\" $i & done; wait"
-    done = subprocess.run(["sh", "-c", shell, program], capture_output=True, timeout=60, check=True)
+    done = subprocess.run(["sh", "-c", shell, program], capture_output=True, timeout=LIMIT, check=True)
     lines = [json.loads(line) for line in done.stderr.decode().splitlines()]
     seen = {(line["process"], line["message"].split()[0]) for line in lines}
     assert len(lines) == len(seen) == 800

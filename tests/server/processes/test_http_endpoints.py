@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dinov3_server.errors import StartupError
 from dinov3_server.processes import http_endpoints
 from dinov3_server.processes.http_endpoints import MAX_CONNECTIONS, HttpEndpoints
-from tests.support.waiting import until
+from tests.support.waiting import LIMIT
 
 
 class State:
@@ -42,7 +43,7 @@ def endpoints(state: State) -> Iterator[HttpEndpoints]:
 
 
 def ask(endpoints: HttpEndpoints, path: str, method: str = "GET") -> tuple[int, http.client.HTTPMessage, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", endpoints.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", endpoints.port, timeout=LIMIT)
     try:
         connection.request(method, path)
         answer = connection.getresponse()
@@ -74,7 +75,7 @@ def test_head_is_get_without_the_body(endpoints: HttpEndpoints, path: str) -> No
     get, head = ask(endpoints, path), ask(endpoints, path, "HEAD")
     assert head[0] == get[0]
     assert head[1]["Content-Length"] == get[1]["Content-Length"] == str(len(get[2]))
-    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT) as connection:
         connection.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
         assert connection.makefile("rb").read().endswith(b"\r\n\r\n")  # http.client would not return a body
 
@@ -118,7 +119,7 @@ def test_requests_are_logged_at_debug_level(endpoints: HttpEndpoints, caplog: py
 
 
 def test_slow_clients_do_not_delay_others(endpoints: HttpEndpoints) -> None:
-    slow = [socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) for _ in range(20)]
+    slow = [socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT) for _ in range(20)]
     try:
         for connection in slow:
             connection.sendall(b"GET /met")
@@ -135,7 +136,7 @@ def test_a_flood_of_slow_clients_holds_few_descriptors_and_delays_no_health_chec
     slow = []
     try:
         for count in range(1, 5 * MAX_CONNECTIONS):
-            slow.append(socket.create_connection(("127.0.0.1", endpoints.port), timeout=30))
+            slow.append(socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT))
             slow[-1].sendall(b"GET /met")
             if count % 16 == 0:
                 assert ask(endpoints, "/healthz")[0] == 200
@@ -149,10 +150,10 @@ def test_a_flood_of_slow_clients_holds_few_descriptors_and_delays_no_health_chec
 
 def test_a_flood_from_one_address_closes_no_connection_of_another(endpoints: HttpEndpoints) -> None:
     address = ("127.0.0.1", endpoints.port)
-    with socket.create_connection(address, timeout=30, source_address=("127.0.0.2", 0)) as other:
+    with socket.create_connection(address, timeout=LIMIT, source_address=("127.0.0.2", 0)) as other:
         other.sendall(b"GET /healthz HTTP/1.0\r\n")
         assert ask(endpoints, "/healthz")[0] == 200  # `other` was accepted before
-        flood = [socket.create_connection(address, timeout=30) for _ in range(3 * MAX_CONNECTIONS)]
+        flood = [socket.create_connection(address, timeout=LIMIT) for _ in range(3 * MAX_CONNECTIONS)]
         assert ask(endpoints, "/healthz")[0] == 200
         other.sendall(b"\r\n")
         assert other.recv(100).startswith(b"HTTP/1.0 200 ")
@@ -168,12 +169,20 @@ def test_a_connection_is_closed_in_time_despite_its_client(
     monkeypatch.setattr(http_endpoints, "CONNECTION_SECONDS", 0.2)
     state.page = b"x" * (64 << 20)  # more than sockets hold
     endpoints = HttpEndpoints("127.0.0.1", 0, lambda: state.page, lambda: state.ready, lambda: state.healthy)
+    accepted, drips, sock_accept = threading.Event(), threading.Event(), endpoints._loop.sock_accept
+
+    async def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
+        connection = await sock_accept(listener)
+        accepted.set()
+        return connection
+
+    monkeypatch.setattr(endpoints._loop, "sock_accept", accept)
     endpoints.start()
-    drips, before = threading.Event(), len(descriptors())
-    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+    before = len(descriptors())
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT) as connection:
         connection.sendall(request_so_far)
-        until(lambda: len(descriptors()) == before + 2, "both ends are open")
-        while len(descriptors()) == before + 2:
+        assert accepted.wait(LIMIT)
+        while len(descriptors()) > before + 1:  # until the server's end is closed
             if request_so_far.endswith(b"\n") and not request_so_far.endswith(b"\r\n\r\n"):
                 with suppress(OSError):
                     connection.send(b"X: y\r\n")
@@ -182,14 +191,14 @@ def test_a_connection_is_closed_in_time_despite_its_client(
 
 
 def test_an_endless_request_is_answered_from_its_first_bytes(endpoints: HttpEndpoints) -> None:
-    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT) as connection:
         connection.sendall(b"GET /healthz HTTP/1.0\r\n" + b"X: " + b"y" * 20000)
         assert connection.recv(100).startswith(b"HTTP/1.0 ")
 
 
 @pytest.mark.parametrize("request_bytes", [b"\r\n\r\n", b"\0\r\n\r\n", b"GET\r\n\r\n", b"\xff /\xff HTTP/9.9\r\n\r\n"])
 def test_nonsense_is_hung_up_on_and_disturbs_nothing(endpoints: HttpEndpoints, request_bytes: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT) as connection:
         connection.sendall(request_bytes)
         while connection.recv(4096):
             pass
@@ -198,7 +207,7 @@ def test_nonsense_is_hung_up_on_and_disturbs_nothing(endpoints: HttpEndpoints, r
 
 def test_a_client_that_resets_is_no_news(endpoints: HttpEndpoints, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(3):
-        connection = socket.create_connection(("127.0.0.1", endpoints.port), timeout=30)
+        connection = socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # close() sends RST.
         connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         connection.close()
@@ -223,7 +232,7 @@ def test_stop_leaves_no_thread_and_no_socket(state: State, monkeypatch: pytest.M
     threads, sockets = set(threading.enumerate()), descriptors()
     endpoints = HttpEndpoints("127.0.0.1", 0, lambda: state.page, lambda: state.ready, lambda: state.healthy)
     endpoints.start()
-    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as idle:
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT) as idle:
         assert ask(endpoints, "/metrics")[0] == 200  # the idle connection was accepted before
         endpoints.stop()
         assert idle.recv(1) == b""
@@ -237,15 +246,15 @@ def test_stop_waits_for_a_page_that_is_being_rendered() -> None:
 
     def render() -> bytes:
         entered.set()
-        release.wait(30)
+        release.wait(LIMIT)
         return b""
 
     threads = set(threading.enumerate())
     endpoints = HttpEndpoints("127.0.0.1", 0, render, lambda: (True, ""), lambda: (True, ""))
     endpoints.start()
-    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", endpoints.port), timeout=LIMIT) as connection:
         connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        assert entered.wait(30)
+        assert entered.wait(LIMIT)
         stopping = threading.Thread(target=endpoints.stop)
         stopping.start()
         stopping.join(0.4)  # times out: the page is not rendered yet
@@ -304,7 +313,7 @@ def test_ipv6(state: State) -> None:
     except StartupError as error:
         pytest.skip(str(error))
     endpoints.start()
-    with socket.create_connection(("::1", endpoints.port), timeout=30) as connection:
+    with socket.create_connection(("::1", endpoints.port), timeout=LIMIT) as connection:
         connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.0 200 OK")
     endpoints.stop()

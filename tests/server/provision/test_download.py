@@ -116,7 +116,7 @@ def test_a_stall_ends_the_attempt_but_not_the_download(here: Rig, files: FileSer
     files.put(PATH, DATA, ETAG)
     files.script(PATH, Answer(hold_after=50_000))
     assert here.download(files.url(PATH), stall_seconds=0.2) == SHA
-    assert files.ranges(PATH) == [None, "bytes=50000-"]
+    assert files.ranges(PATH)[:2] == [None, "bytes=50000-"]  # on a slow machine the second one may stall, too
     assert files.requests[1].headers["if-range"] == '"v1"'
 
 

@@ -20,7 +20,7 @@ from dinov3_server.provision.checkout import State, look
 from dinov3_server.provision.vendor import vendor
 from tests.server.provision.repositories import add_commit, beside, git, make_repository, program
 from tests.support.git_server import STALL, GitServer, git_server
-from tests.support.waiting import until
+from tests.support.waiting import LIMIT, until
 
 
 class Rig:
@@ -294,7 +294,7 @@ def test_git_is_killed_with_its_children(rig: Rig, programs: Path, tmp_path: Pat
     ours = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     until(lambda: pids.exists() and len(pids.read_text().split()) == 2, "git runs")
     ours.send_signal(sent)
-    assert ours.wait(30) == -sent
+    assert ours.wait(LIMIT) == -sent
     _, child = pids.read_text().split()
     until(lambda: not running(child), "git's child ends")
     if sent == signal.SIGINT:

@@ -18,6 +18,7 @@ from dinov3_server.backbone.parity import check
 from dinov3_server.backbone.parity.upstream_process import UpstreamProcessFailed
 from dinov3_server.errors import ParityError
 from tests.server.backbone.parity.rig import REVISION, FakeUpstream, Start
+from tests.support.waiting import LIMIT
 
 
 def test_a_restart_uses_the_stored_result(start: Start, upstream: FakeUpstream) -> None:
@@ -110,7 +111,7 @@ def test_concurrent_starts_compare_once(
                 waiting.set()
 
     def slowly(*arguments: Any, **named: Any) -> Any:
-        assert waiting.wait(30)
+        assert waiting.wait(LIMIT)
         return upstream(*arguments, **named)
 
     monkeypatch.setattr(check, "upstream_features", slowly)
