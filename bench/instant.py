@@ -36,7 +36,7 @@ class InstantRunner:
             device=device,
             layer_dims=variant.layer_dims,
             layer_strides=variant.layer_strides,
-            registers=variant.registers,
+            register_tokens=variant.registers,
             mean=pixels.mean,
             std=pixels.std,
             parameters=0,

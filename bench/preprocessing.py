@@ -27,7 +27,8 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from bench.record import table
 from bench.requests import encoded
 from dinov3_server.images.decode import decode
-from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, Transform, transform_into
+from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, transform_into
+from dinov3_serving.images import Transform
 
 # The photos in scikit-image's wheel; its other data would be downloaded.
 PHOTOS = (

@@ -92,7 +92,7 @@ def _info(plan: Plan, model: VisionTransformer) -> ModelInfo:
         device=str(plan.device),
         layer_dims=variant.layer_dims,
         layer_strides=variant.layer_strides,
-        registers=variant.registers,
+        register_tokens=variant.registers,
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         parameters=variant.parameters,

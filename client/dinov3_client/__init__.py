@@ -30,10 +30,11 @@ from dinov3_client._errors import (
 )
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures
 from dinov3_client._images import ImageViews
-from dinov3_client._model import Limits, Model, OutputParity, ParityCheck, Projection
+from dinov3_client._model import Model
 from dinov3_client._request import ExtractOptions, Layer, Pooling
 from dinov3_client._views import View
 from dinov3_client.bulk.dataset import FeatureDataset
+from dinov3_serving.model import Limits, OutputParity, ParityCheck, Projection
 from dinov3_serving.presets import Preset
 
 __all__ = [

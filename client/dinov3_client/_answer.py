@@ -10,7 +10,7 @@ import numpy as np
 
 from dinov3_client._dtypes import Array
 from dinov3_client._errors import StatusError
-from dinov3_client._request import TokenKind
+from dinov3_serving.features import TokenKind
 
 TensorKey = tuple[int | None, TokenKind]
 """A layer number as requested (None: the last layer, after the final norm) and a token kind."""

@@ -15,9 +15,10 @@ from dinov3_client._errors import ServerError
 from dinov3_client._features import Features
 from dinov3_client._images import ImageLike
 from dinov3_client._model import Model
-from dinov3_client._request import ExtractOptions, RequestOptions, TokenKind
+from dinov3_client._request import ExtractOptions, RequestOptions
 from dinov3_client._session import BaseClient
 from dinov3_client._transport.effects import CloseChannel, Effect, Gather, Offload, Procedure, Rpc, Sleep, T
+from dinov3_serving.features import TokenKind
 
 
 class AsyncClient(BaseClient):

@@ -16,10 +16,11 @@ from dinov3_client import _many, _request
 from dinov3_client._features import Features
 from dinov3_client._images import ImageLike
 from dinov3_client._model import Model
-from dinov3_client._request import ExtractOptions, RequestOptions, TokenKind
+from dinov3_client._request import ExtractOptions, RequestOptions
 from dinov3_client._session import BaseClient
 from dinov3_client._transport.blocking import CancelScope, SleepFunction, run
 from dinov3_client._transport.effects import Procedure, T
+from dinov3_serving.features import TokenKind
 
 
 class Client(BaseClient):

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from dinov3_serving.v1.enums import FEATURE_DTYPES, PIXEL_DTYPES
+from dinov3_serving.v1.enums import FEATURE_DTYPES, PIXEL_FORMATS
 
 Array = NDArray[Any]
 
-_WIRE: dict[str, pb.DataType] = dict([*PIXEL_DTYPES.items(), *FEATURE_DTYPES.items()])
+_WIRE: dict[str, pb.DataType] = dict([*PIXEL_FORMATS.items(), *FEATURE_DTYPES.items()])
 _NAMES: dict[int, str] = {number: name for name, number in _WIRE.items()}
 
 

@@ -17,8 +17,9 @@ from dinov3_client._checks import pixel_size
 from dinov3_client._dtypes import Array, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, image_errors
 from dinov3_client._packing import Packing
-from dinov3_client._request import OnError, RequestOptions, TokenKind
+from dinov3_client._request import OnError, RequestOptions
 from dinov3_client._split import PreparedRequest
+from dinov3_serving.features import TokenKind
 
 if TYPE_CHECKING:
     from dinov3_client.torch._tensors import TorchFeatures

@@ -3,77 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from google.protobuf.message import DecodeError
 
 from dinov3_client._dtypes import name_of
 from dinov3_client._errors import InvalidResponse
 from dinov3_client._text import printable
+from dinov3_serving.model import Limits, OutputParity, ParityCheck, Projection
 from dinov3_serving.presets import PRESETS, Preset
 from dinov3_serving.v1 import enums
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 _SHOWN = 5  # faults in an error message
 _INTERPOLATIONS = {number: name for name, number in enums.INTERPOLATIONS.items()}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The server's limits."""
-
-    max_message_bytes: int
-    """Of one request or one response."""
-    max_images_per_request: int
-    max_image_pixels: int
-    """Width * height of a decoded image."""
-    max_image_tokens: int
-    """CLS + registers + patches of one image."""
-    stream_window: int
-    """Unanswered requests of one ExtractStream."""
-
-
-@dataclass(frozen=True)
-class OutputParity:
-    """The largest difference between one output and that of Meta's code in float32."""
-
-    output: str
-    """cls or patches."""
-    dtype: str
-    """The dtype that the server computed in."""
-    least_cosine: float
-    """The least of any token of any reference image."""
-    relative_error: float
-    """The largest |ours - theirs| / |theirs| (Euclidean norms) of any reference image."""
-
-
-@dataclass(frozen=True)
-class ParityCheck:
-    """The result of the comparison, at the server's start, with Meta's own code on the same weights."""
-
-    verified: bool
-    reason: str
-    """Why it is not verified; empty if it is."""
-    upstream_revision: str
-    """The commit of Meta's code."""
-    outputs: tuple[OutputParity, ...]
-    time: str
-    """RFC 3339, UTC."""
-    not_covered: str
-    """What the check does not test."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear map of patch channels that the server can apply: the `projection` of `extract`."""
-
-    name: str
-    input_channels: int
-    """D of the layers that it applies to."""
-    output_channels: int
-    """D of the returned patches."""
-    fingerprint: str
-    """Identifies its numbers; follows the model's, after a "+", in the fingerprint of an answer."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +72,6 @@ def read_model(data: bytes) -> Model:
         raise InvalidResponse(
             f"the {len(data)} bytes received are no {pb.GetModelResponse.DESCRIPTOR.full_name}"
         ) from None
-    limits = response.limits
     model = Model(
         name=printable(response.model),
         weights=printable(response.weights),
@@ -146,13 +88,7 @@ def read_model(data: bytes) -> Model:
         mean=tuple(response.mean),
         std=tuple(response.std),
         parameters=response.parameters,
-        limits=Limits(
-            max_message_bytes=limits.max_message_bytes,
-            max_images_per_request=limits.max_images_per_request,
-            max_image_pixels=limits.max_image_pixels,
-            max_image_tokens=limits.max_image_tokens,
-            stream_window=limits.stream_window,
-        ),
+        limits=Limits(**{field.name: getattr(response.limits, field.name) for field in fields(Limits)}),
         frontends=response.frontends,
         frontend=response.frontend,
         server_version=printable(response.server_version),

@@ -11,7 +11,7 @@ import numpy as np
 from dinov3_client._answer import Block, TensorKey, Tokens
 from dinov3_client._dtypes import Array
 from dinov3_client._errors import MixedSizes
-from dinov3_client._request import TokenKind
+from dinov3_serving.features import TokenKind
 
 
 class Packing:

@@ -17,11 +17,11 @@ from dinov3_client._checks import (
 )
 from dinov3_client._dtypes import wire_of
 from dinov3_client._model import Model
+from dinov3_serving.features import FeatureDtype, PoolingMethod, TokenKind
 from dinov3_serving.presets import Interpolation, PresetName
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from dinov3_serving.v1.enums import INTERPOLATIONS, POOLING_METHODS, PRESETS, FeatureDtype, PoolingMethod
+from dinov3_serving.v1.enums import INTERPOLATIONS, POOLING_METHODS, PRESETS
 
-TokenKind = Literal["cls", "patches", "registers"]
 Priority = Literal["interactive", "bulk"]
 OnError = Literal["raise", "return"]
 

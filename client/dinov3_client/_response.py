@@ -10,10 +10,11 @@ import numpy as np
 from dinov3_client._answer import Answer, Block, TensorKey, Timings, Tokens
 from dinov3_client._dtypes import Array, name_of, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, from_status
-from dinov3_client._request import RequestOptions, TokenKind
+from dinov3_client._request import RequestOptions
 from dinov3_client._split import PreparedRequest
 from dinov3_client._text import printable
 from dinov3_client._wire import Response
+from dinov3_serving.features import TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 

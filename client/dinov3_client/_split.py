@@ -16,7 +16,8 @@ from dinov3_client._dtypes import numpy_of
 from dinov3_client._errors import FieldViolation, StatusError
 from dinov3_client._images import LoadedImage
 from dinov3_client._model import Model
-from dinov3_client._request import RequestOptions, TokenKind
+from dinov3_client._request import RequestOptions
+from dinov3_serving.features import TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 # Upper bounds, in bytes, of a message without its data. Of a request: for each image and view. Of a response: in all,

@@ -6,7 +6,13 @@ byte strings a length, and the content.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from google.protobuf.message import DecodeError
+
+# Returns the content of a `bytes` field, given its value in the parsed message.
+BytesResolver: TypeAlias = Callable[[bytes], "bytes | memoryview"]
 
 VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5  # wire types
 _VARINT_BITS = 70  # ten bytes of seven bits

@@ -25,24 +25,10 @@ from __future__ import annotations
 
 import secrets
 
-
-class ServingError(Exception):
-    """A request, or one image of it, gets no features. `status` is the name of the gRPC status code."""
-
-    status = "UNKNOWN"
-
-
-class InvalidInput(ServingError):
-    """The request is invalid.
-
-    `field` is the protobuf path of the invalid field (`images[3].encoded`), relative to the request.
-    """
-
-    status = "INVALID_ARGUMENT"
-
-    def __init__(self, message: str, field: str = "") -> None:
-        super().__init__(message)
-        self.field = field
+# The client's fake server raises these too.
+from dinov3_serving.errors import InvalidInput as InvalidInput
+from dinov3_serving.errors import ModelMismatch as ModelMismatch
+from dinov3_serving.errors import ServingError as ServingError
 
 
 class Overloaded(ServingError):
@@ -77,12 +63,6 @@ class Unauthenticated(ServingError):
     """The call has no credentials, or wrong ones."""
 
     status = "UNAUTHENTICATED"
-
-
-class ModelMismatch(ServingError):
-    """The requested model is not the one that is served."""
-
-    status = "FAILED_PRECONDITION"
 
 
 class InternalError(ServingError):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dinov3_server.api import pixels
 from dinov3_server.config.settings import SETTINGS
 from dinov3_server.images import cost
 from dinov3_server.processes import http_endpoints
+from dinov3_serving.v1.images import LARGEST_FLOAT
 from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "security.md").read_text()
@@ -22,7 +22,7 @@ def test_every_setting_is_named(name: str) -> None:
     "row",
     [
         f"| {http_endpoints.MAX_CONNECTIONS}, {http_endpoints.CONNECTION_SECONDS:g} s, 16 KiB |",
-        f"| NaN, or beyond {pixels.LARGEST_FLOAT:g} |",
+        f"| NaN, or beyond {LARGEST_FLOAT:g} |",
         f"| {cost.MAX_SCANS}, and {16 * cost.MAX_SCANS} segments |",
         f"ones of {cost.PLAIN_PIXELS:,} pixels and {cost.PLAIN_BYTES >> 20} MiB |",
     ],

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from dinov3_client import Client, ImageErrors, InvalidRequest, InvalidResponse, MixedSizes
-from dinov3_client._request import TokenKind
 from dinov3_client.testing import MODEL, FakeServer, expected
+from dinov3_serving.features import TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.client.conftest import SERVED
 

@@ -28,7 +28,7 @@ from dinov3_client import (
     Unavailable,
 )
 from dinov3_client.testing import MODEL, Failure, FakeServer, expected
-from dinov3_client.testing._formula import _pooled, quantised
+from dinov3_client.testing._formula import _pooled, quantized
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
 from tests.support.waiting import LIMIT
@@ -112,7 +112,7 @@ def test_pooling_is_torchs(to: tuple[int, int]) -> None:
 def test_int8_is_within_half_a_step() -> None:
     values = np.random.default_rng(0).normal(size=(3, 5, 24)).astype(np.float32)
     values[1, 2] = 0
-    steps, scales = quantised(values)
+    steps, scales = quantized(values)
     assert steps.shape == values.shape
     assert scales.shape == (3, 5)
     assert np.abs(steps).max(-1)[scales > 0].tolist() == [127] * 14

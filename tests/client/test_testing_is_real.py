@@ -1,7 +1,7 @@
-"""The fake server answers as the real one does: the same shapes, fields, order of rows, and errors at the same places.
+"""The fake server answers like the real one: the same shapes, fields, order of rows and errors, with the same messages.
 
-Every request goes to a real server (numpy runner) and to a fake one of the same model; what is compared is all of the
-answer but its numbers, its words and its timings.
+Every request goes to a real server (numpy runner) and to a fake one of the same model. All of the answer is compared
+but numbers, timings, and messages about the contents of files, which are those of the decoders.
 """
 
 from __future__ import annotations
@@ -289,7 +289,8 @@ def test_alike_in_a_stream(servers: tuple[Any, Any]) -> None:
 def test_a_message_over_the_limit_is_refused_by_grpc(servers: tuple[Any, Any]) -> None:
     request = ask(pixels(1024, 1024), preprocessing=resized(32))
     real, fake = (skeleton(stub, request) for stub in servers)
-    assert fake == real == {"code": grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], "fields": [], "retry": False}
+    assert fake == real
+    assert (fake["code"], fake["fields"], fake["retry"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], [], False)
 
 
 def skeleton(stub: Any, request: pb.ExtractRequest) -> dict[str, Any]:
@@ -310,7 +311,10 @@ def status_of(status: Any) -> dict[str, Any]:
         retry |= detail.Is(RetryInfo.DESCRIPTOR)
         if detail.Unpack(request):
             fields += [violation.field for violation in request.field_violations]
-    return {"code": status.code, "fields": fields, "retry": retry}
+    message = status.message.partition("It would take")[0]  # The real server counts the bytes before it has them.
+    if any(field.endswith(".encoded") for field in fields):
+        message = ""
+    return {"code": status.code, "message": message, "fields": fields, "retry": retry}
 
 
 def shape_of(answer: pb.ExtractResponse) -> dict[str, Any]:

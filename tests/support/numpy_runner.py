@@ -88,7 +88,7 @@ class NumpyRunner:
             device=device,
             layer_dims=DIMS,
             layer_strides=STRIDES,
-            registers=4,
+            register_tokens=4,
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
             parameters=0,

@@ -10,10 +10,9 @@ import numpy as np
 
 from dinov3_client._dtypes import Array
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures
-from dinov3_client._request import TokenKind
 from dinov3_client.bulk.reading import ImageEntry
+from dinov3_serving.features import FeatureDtype, TokenKind
 from dinov3_serving.presets import Interpolation, PresetName
-from dinov3_serving.v1.enums import FeatureDtype
 
 Format = Literal["safetensors", "npz"]
 

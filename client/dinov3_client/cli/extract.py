@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from dinov3_client._errors import Dinov3Error
-from dinov3_client._request import Priority, TokenKind
+from dinov3_client._request import Priority
 from dinov3_client.bulk import extraction, manifest, sources
 from dinov3_client.bulk.errors import SourceError
 from dinov3_client.bulk.rows import ExtractionOptions, Format
@@ -26,8 +26,8 @@ from dinov3_client.cli.common import (
     print_line,
     report_interrupt,
 )
+from dinov3_serving.features import FeatureDtype, TokenKind
 from dinov3_serving.presets import Interpolation, PresetName
-from dinov3_serving.v1.enums import FeatureDtype
 
 # Failed images named on stderr; failed.jsonl has all.
 _SHOWN_FAILURES = 20

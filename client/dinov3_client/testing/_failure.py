@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import grpc
-from google.protobuf.any_pb2 import Any
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 
+from dinov3_serving.errors import InvalidInput, ServingError
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.status import make_status
 
 
 class Failure(Exception):
     """The error of a call, of a message in a stream, or of one image.
 
+    code, message: the gRPC status and its text.
     retry_after: seconds for a RetryInfo, after which clients retry.
     field: protobuf path of the invalid field, for a BadRequest.
     """
@@ -27,25 +26,10 @@ class Failure(Exception):
         self.retry_after = retry_after
         self.field = field
 
-    def status(self) -> pb.Status:
-        """Return the status as sent; its fields are those of google.rpc.Status."""
-        status = pb.Status(code=self.code.value[0], message=self.message)
-        if self.field:
-            violation = BadRequest.FieldViolation(field=self.field, description=self.message)
-            status.details.append(_packed(BadRequest(field_violations=[violation])))
-        if self.retry_after is not None:
-            delay = Duration()
-            delay.FromNanoseconds(round(self.retry_after * 1e9))
-            status.details.append(_packed(RetryInfo(retry_delay=delay)))
-        return status
 
-
-def invalid(message: str, field: str) -> Failure:
-    """Return the INVALID_ARGUMENT of a field."""
-    return Failure(grpc.StatusCode.INVALID_ARGUMENT, message, field=field)
-
-
-def _packed(detail: Message) -> Any:
-    packed = Any()
-    packed.Pack(detail)
-    return packed
+def status_of(error: Failure | ServingError) -> pb.Status:
+    """Return the status that a server sends for an error; its fields are those of google.rpc.Status."""
+    if isinstance(error, Failure):
+        return make_status(error.code.value[0], error.message, field=error.field, retry_after=error.retry_after)
+    field = error.field if isinstance(error, InvalidInput) else ""
+    return make_status(grpc.StatusCode[error.status].value[0], str(error), field=field)

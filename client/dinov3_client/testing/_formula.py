@@ -1,4 +1,4 @@
-"""Features by a formula of the pixels, with the service's pooling, projection and quantisation."""
+"""Features by a formula of the pixels, with the service's pooling, projection and quantization."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinov3_client._model import Model
-from dinov3_client._request import Pooling, TokenKind
+from dinov3_client._request import Pooling
 from dinov3_client.testing._model import MODEL
 from dinov3_client.testing._projection import GivenProjection, read_projection
+from dinov3_serving.features import TokenKind
 
 Array = NDArray[Any]
 
@@ -70,7 +71,7 @@ def _pooled(cells: NDArray[np.float32], pooling: Pooling | tuple[int, int]) -> N
     return resampled.reshape(-1, cells.shape[-1]).astype(np.float32)
 
 
-def quantised(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantized(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return int8 values and one scale per token, with channels on the last axis: feature = value * scale."""
     scales = np.abs(values).max(-1) / np.float32(127)
     steps = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)

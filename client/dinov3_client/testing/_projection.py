@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinov3_client._model import Projection
+from dinov3_serving.model import Projection
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,13 @@ from grpc_status import rpc_status
 
 from dinov3_client._model import Model
 from dinov3_client.testing._answer import answer
-from dinov3_client.testing._failure import Failure, invalid
+from dinov3_client.testing._failure import Failure, status_of
 from dinov3_client.testing._model import MODEL, message_of
 from dinov3_client.testing._projection import GivenProjection, read_projection
+from dinov3_serving.errors import ServingError
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceServicer, add_FeatureServiceServicer_to_server
+from dinov3_serving.v1.request import check_stream_request
 
 _THREADS = 64  # concurrent calls; each waiting call and each stream takes one
 ScriptedResult = Failure | Mapping[int, Failure] | None
@@ -201,8 +202,8 @@ class _Service(FeatureServiceServicer):
         scripted = self._server._arrive("Extract", request, context)
         try:
             return self._server._extract(request, scripted, context)
-        except Failure as failure:
-            _abort(context, failure)
+        except (Failure, ServingError) as error:
+            _abort(context, error)
 
     def ExtractStream(
         self, requests: Iterator[pb.ExtractStreamRequest], context: grpc.ServicerContext
@@ -212,14 +213,10 @@ class _Service(FeatureServiceServicer):
             scripted = self._server._arrive("ExtractStream", message, context)
             answer = pb.ExtractStreamResponse(id=message.id)
             try:
-                timeout = message.timeout_seconds
-                if not (math.isfinite(timeout) and timeout >= 0):
-                    raise invalid(f"timeout_seconds is {timeout:g}; allowed are 0 and more", "timeout_seconds")
-                if not message.HasField("request"):
-                    raise invalid("request is not set", "request")
+                check_stream_request(message)
                 answer.response.CopyFrom(self._server._extract(message.request, scripted, context))
-            except Failure as failure:
-                answer.error.CopyFrom(failure.status())
+            except (Failure, ServingError) as error:
+                answer.error.CopyFrom(status_of(error))
             yield answer
 
     def GetModel(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> pb.GetModelResponse:
@@ -229,7 +226,7 @@ class _Service(FeatureServiceServicer):
         return message_of(self._server.model, self._server._frontend(context))
 
 
-def _abort(context: grpc.ServicerContext, failure: Failure) -> NoReturn:
-    status = Status.FromString(failure.status().SerializeToString())
+def _abort(context: grpc.ServicerContext, error: Failure | ServingError) -> NoReturn:
+    status = Status.FromString(status_of(error).SerializeToString())
     context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort_with_status raises")

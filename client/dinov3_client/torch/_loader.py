@@ -13,7 +13,7 @@ import grpc
 
 from dinov3_client import Client, ExtractOptions, Features, ModelMismatch, _request
 from dinov3_client._images import ImageLike
-from dinov3_client._request import TokenKind
+from dinov3_serving.features import TokenKind
 
 Batch = TypeVar("Batch")
 

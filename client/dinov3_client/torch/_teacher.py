@@ -20,8 +20,7 @@ from dinov3_client import Client, Features, Model, ModelMismatch
 from dinov3_client._checks import check_choice
 from dinov3_client._dtypes import Array
 from dinov3_client._files import atomic_path
-from dinov3_client._request import TokenKind
-from dinov3_serving.v1.enums import FeatureDtype
+from dinov3_serving.features import FeatureDtype, TokenKind
 
 Layout = Literal["BCHW", "BHWC"]
 FeatureType = Literal["cls_token", "patch_tokens"]

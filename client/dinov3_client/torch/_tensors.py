@@ -16,7 +16,7 @@ from dinov3_client._dtypes import Array
 from dinov3_client._errors import StatusError
 from dinov3_client._features import Features
 from dinov3_client._packing import Packing, mixed_sizes, no_such_size, row_index
-from dinov3_client._request import TokenKind
+from dinov3_serving.features import TokenKind
 
 _DTYPES = {
     "float32": torch.float32,

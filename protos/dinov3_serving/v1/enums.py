@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import TypeVar
 
-from dinov3_serving.presets import Interpolation, Preset, PresetName
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+
+from dinov3_serving.errors import InvalidInput
+from dinov3_serving.features import FeatureDtype, PoolingMethod
+from dinov3_serving.images import PixelFormat
+from dinov3_serving.presets import Interpolation, PresetName
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
-PixelDtype = Literal["uint8", "float32"]
-PoolingMethod = Literal["area", "bilinear"]
+E = TypeVar("E", bound=int)
+T = TypeVar("T")
 
 PRESETS: dict[PresetName, pb.Preset] = {
     "dinov3": pb.PRESET_DINOV3,
@@ -28,7 +33,7 @@ FEATURE_DTYPES: dict[FeatureDtype, pb.DataType] = {
     "bfloat16": pb.DATA_TYPE_BFLOAT16,
     "int8": pb.DATA_TYPE_INT8,
 }
-PIXEL_DTYPES: dict[PixelDtype, pb.DataType] = {
+PIXEL_FORMATS: dict[PixelFormat, pb.DataType] = {
     "uint8": pb.DATA_TYPE_UINT8,
     "float32": pb.DATA_TYPE_FLOAT32,
 }
@@ -38,7 +43,11 @@ POOLING_METHODS: dict[PoolingMethod, pb.PoolingMethod] = {
 }
 
 
-def preset_message(preset: Preset) -> pb.PresetInfo:
-    """Return the entry of GetModelResponse.presets for `preset`."""
-    size = pb.Size(height=preset.size[0], width=preset.size[1]) if preset.size else None
-    return pb.PresetInfo(preset=PRESETS[preset.name], size=size, interpolation=INTERPOLATIONS[preset.interpolation])
+def enum_of(names: EnumTypeWrapper, allowed: Mapping[E, T], value: E, field: str) -> T:
+    """Return `allowed[value]` for a value of a protobuf enum. Raises InvalidInput, also for numbers without a name."""
+    if value in allowed:
+        return allowed[value]
+    given = names.Name(value) if value in names.values() else str(value)
+    raise InvalidInput(
+        f"{field.rpartition('.')[2]} is {given}; allowed are {', '.join(map(names.Name, allowed))}", field=field
+    )

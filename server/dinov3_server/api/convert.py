@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dinov3_server.api.outputs import enum_of, read_outputs
-from dinov3_server.api.sources import Source, SourceReader, count_rows
-from dinov3_server.api.wire import BytesResolver
+from dinov3_server.api.sources import Source, source_of
 from dinov3_server.config.settings import Settings
-from dinov3_server.errors import ConfigError, InvalidInput, ModelMismatch, ServingError
+from dinov3_server.errors import ConfigError, ServingError
 from dinov3_server.families import registry
 from dinov3_server.models.interface import FeatureSpec, ModelInfo, PixelShape
+from dinov3_serving.framing import BytesResolver
 from dinov3_serving.v1 import feature_service_pb2 as pb
-
-_IS_BULK = {pb.PRIORITY_INTERACTIVE: False, pb.PRIORITY_BULK: True}
+from dinov3_serving.v1.images import ImageReader, count_rows
+from dinov3_serving.v1.request import answer_fingerprint, check_pins, is_bulk, read_outputs
 
 
 @dataclass
@@ -60,35 +59,22 @@ def read_request(
 
     Raises ModelMismatch, or InvalidInput if the request is wrong as a whole. Errors of images are in `Query.failures`.
     """
-    _check_pins(request, model)
+    check_pins(request, model, _canonical)
     spec = read_outputs(request.outputs, model, settings.max_batch_tokens)
-    bulk = enum_of(pb.Priority, _IS_BULK, request.priority or pb.PRIORITY_INTERACTIVE, "priority")
-    reader = SourceReader(request.preprocessing, resolve_bytes, model, settings)
-    if bool(request.images) == request.HasField("pixels"):
-        given = "both images and pixels are" if request.images else "neither images nor pixels is"
-        raise InvalidInput(f"{given} set: send one of them", field="images")
-    if request.images:
-        reader.read_list(request.images)
-    else:
-        reader.read_packed(request.pixels)
-    row_counts = tuple(len(source.rows) for source in reader.sources)
+    bulk = is_bulk(request)
+    reader = ImageReader(
+        request,
+        model,
+        max_images=settings.max_images_per_request,
+        max_tokens=settings.max_batch_tokens,
+        resolve_bytes=resolve_bytes,
+    )
+    exif = request.preprocessing.apply_exif_orientation
+    sources = [source_of(image, reader, settings.max_image_pixels, exif) for image in reader.images]
+    row_counts = tuple(len(source.rows) for source in sources)
     has_views = any(image.views for image in request.images)
-    fingerprint = model.answer_fingerprint(spec.projection)
-    return Query(spec, fingerprint, bulk, reader.sources, reader.failures, row_counts, has_views)
-
-
-def _check_pins(request: pb.ExtractRequest, model: ModelInfo) -> None:
-    if request.model and _canonical(request.model) != model.name:
-        raise ModelMismatch(f"this server serves the model {model.name!r}; the request asks for {request.model!r}")
-    if not request.fingerprint:
-        return
-    served = {model.fingerprint: "the fingerprint"}
-    for projection in model.projections:
-        if projection.name == request.outputs.projection:
-            served[model.answer_fingerprint(projection.name)] = f"with the projection {projection.name!r}"
-    if request.fingerprint not in served:
-        allowed = " and ".join(f"{what} {fingerprint!r}" for fingerprint, what in served.items())
-        raise ModelMismatch(f"this server serves {allowed}; the request asks for {request.fingerprint!r}")
+    fingerprint = answer_fingerprint(model, spec.projection)
+    return Query(spec, fingerprint, bulk, sources, reader.failures, row_counts, has_views)
 
 
 def _canonical(name: str) -> str:

@@ -28,11 +28,12 @@ from typing import TypeVar
 from dinov3_server.api.budget import MemoryGrant, Quota
 from dinov3_server.api.response import PlacedBlock
 from dinov3_server.api.sources import Source
-from dinov3_server.api.status import without_traceback
+from dinov3_server.api.status import failure_of
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, ServingError
 from dinov3_server.images.cost import Cost
 from dinov3_server.images.decoders import Decoders
 from dinov3_server.metrics import Metrics
+from dinov3_serving.errors import without_traceback
 
 # Time slice of a thread for one request: a large request does not block a small one behind it.
 SLICE_SECONDS = 0.01
@@ -291,7 +292,7 @@ class DecodePool:
                     request.tasks.appendleft(task)
                     return True
         except Exception as error:
-            request.failures[task.image] = without_traceback(error)
+            request.failures[task.image] = failure_of(error)
             now = time.monotonic()
         task.release()
         self._metrics.stage_seconds.observe(task.seconds + now - started, "decode")

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dinov3_server.api.budget import ByteBudget, RequestMemory
 from dinov3_server.api.convert import Query, count_images, read_request
 from dinov3_server.api.decode_pool import DecodePool, decode_tasks
-from dinov3_server.api.outputs import check_answer_size, too_large
+from dinov3_server.api.outputs import check_answer_size
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
-from dinov3_server.api.wire import BytesResolver
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.admission import Reservation
 from dinov3_server.engine.block import Block
@@ -28,7 +27,9 @@ from dinov3_server.engine.worker_connection import BlockResult
 from dinov3_server.errors import DeadlineExceeded, InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_server.metrics import Metrics
 from dinov3_server.models.interface import ModelInfo
+from dinov3_serving.framing import BytesResolver
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.request import too_large
 
 # Label `outcome` of dinov3_images_total for a request that fails as a whole. Expired and cancelled images are counted
 # where they are dropped: by the decode pool, later by the engine.

@@ -16,10 +16,10 @@ from dinov3_server.config.settings import Settings
 from dinov3_server.engine.engine import Engine
 from dinov3_server.errors import Unavailable
 from dinov3_server.metrics import Metrics
-from dinov3_server.models.interface import ParityCheck
+from dinov3_serving.model import Limits
 from dinov3_serving.presets import PRESETS
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from dinov3_serving.v1.enums import FEATURE_DTYPES, preset_message
+from dinov3_serving.v1.model import model_message
 
 
 class FeatureService:
@@ -91,56 +91,23 @@ class FeatureService:
         self._check_open()
         parse(pb.GetModelRequest, data, 0)
         model, settings = self._extraction.model, self._settings
-        return pb.GetModelResponse(
-            model=model.name,
-            weights=model.weights,
-            random_weights=model.random_weights,
-            fingerprint=model.fingerprint,
-            dtype=FEATURE_DTYPES[model.dtype],
+        limits = Limits(
+            max_message_bytes=settings.max_message_bytes,
+            max_images_per_request=settings.max_images_per_request,
+            max_image_pixels=settings.max_image_pixels,
+            max_image_tokens=settings.max_batch_tokens,
+            stream_window=settings.stream_window,
+        )
+        return model_message(
+            model,
+            limits,
             devices=self._engine.devices,
-            embed_dim=model.embed_dim,
-            depth=model.depth,
-            patch_size=model.patch_size,
-            register_tokens=model.registers,
-            mean=model.mean,
-            std=model.std,
-            parameters=model.parameters,
-            layer_dims=model.layer_dims,
-            layer_strides=model.layer_strides,
-            limits=pb.ServerLimits(
-                max_message_bytes=settings.max_message_bytes,
-                max_images_per_request=settings.max_images_per_request,
-                max_image_pixels=settings.max_image_pixels,
-                max_image_tokens=settings.max_batch_tokens,
-                stream_window=settings.stream_window,
-            ),
             frontends=self._frontends,
             frontend=self._index,
             server_version=self._version,
-            parity_check=_parity_check(model.parity_check),
-            projections=[pb.Projection(**projection._asdict()) for projection in model.projections],
-            presets=map(preset_message, PRESETS),
+            presets=PRESETS,
         ).SerializeToString()
 
     def _check_open(self) -> None:
         if self._draining:
             raise Unavailable("the server is shutting down: try again, or call another server", reason="draining")
-
-
-def _parity_check(parity_check: ParityCheck) -> pb.ParityCheck:
-    return pb.ParityCheck(
-        verified=parity_check.verified,
-        reason=parity_check.reason,
-        upstream_revision=parity_check.revision,
-        outputs=[
-            pb.OutputParity(
-                output=proof.output,
-                dtype=FEATURE_DTYPES[proof.dtype],
-                least_cosine=proof.least_cosine,
-                relative_error=proof.relative_error,
-            )
-            for proof in parity_check.outputs
-        ],
-        time=parity_check.time,
-        not_covered=parity_check.not_covered,
-    )

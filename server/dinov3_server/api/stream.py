@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from typing import NamedTuple
 
@@ -14,13 +13,16 @@ from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, RequestMetrics
 from dinov3_server.api.receiving import Receiver
-from dinov3_server.api.status import serving_error, status_of, without_traceback
-from dinov3_server.api.wire import BytesResolver, ParsedMessage, TooManyElements, message_id, parse
+from dinov3_server.api.status import serving_error, status_of
+from dinov3_server.api.wire import ParsedMessage, TooManyElements, message_id, parse
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.shares import Caller
 from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
+from dinov3_serving.errors import without_traceback
+from dinov3_serving.framing import BytesResolver
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from dinov3_serving.v1.request import check_stream_request
 
 
 class _Received(NamedTuple):
@@ -158,9 +160,8 @@ class Stream:
                     )
                 if received.error is not None:
                     raise received.error
+                check_stream_request(message)
                 deadline = self._deadline_of(message.timeout_seconds, received.arrived)
-                if not message.HasField("request"):
-                    raise InvalidInput("request is not set: every message of a stream needs one", field="request")
                 extract = self._extraction.extract(
                     message.request, deadline, self._caller, received.request_memory, message_id, received.resolve_bytes
                 )
@@ -171,11 +172,6 @@ class Stream:
             return failed.SerializeToString()
 
     def _deadline_of(self, timeout: float, arrived: float) -> float | None:
-        if not (math.isfinite(timeout) and timeout >= 0):
-            raise InvalidInput(
-                f"timeout_seconds is {timeout:g}; allowed are positive numbers, and 0 for the deadline of the call",
-                field="timeout_seconds",
-            )
         if not timeout:
             return self._deadline
         own = arrived + timeout

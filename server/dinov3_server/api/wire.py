@@ -12,9 +12,8 @@ of the received data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto
@@ -22,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from dinov3_server.api.status import abort, status_of
 from dinov3_server.errors import InvalidInput
-from dinov3_serving.framing import read_varint, tag
+from dinov3_serving.framing import BytesResolver, read_varint, tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 # Shorter messages are not scanned: protobuf builds all their objects in a millisecond or two.
@@ -36,8 +35,6 @@ _FIELDS_PER_ELEMENT = 20
 _OTHER_FIELDS = 256
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
-# Returns the content of a `bytes` field, given its value in the parsed message.
-BytesResolver: TypeAlias = Callable[[bytes], "bytes | memoryview"]
 
 
 class ParsedMessage(NamedTuple, Generic[AnyMessage]):

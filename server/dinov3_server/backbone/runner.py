@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def build(
     checkout = None if backbone == "native" else _checkout(provisioned)
     maps = read_projections(projections, variant.layer_dims)  # before the slow steps
     for projection in maps:
-        logger.info("projection %s: %d channels to %d, fingerprint %s", *projection)
+        logger.info("projection %s: %d channels to %d, fingerprint %s", *astuple(projection))
     seconds: dict[str, float] = {}
     step = partial(_step, seconds)
 
@@ -103,7 +104,7 @@ def build(
             device=str(torch_device),
             layer_dims=variant.layer_dims,
             layer_strides=variant.layer_strides,
-            registers=variant.registers,
+            register_tokens=variant.registers,
             mean=checkpoint.dataset.mean,
             std=checkpoint.dataset.std,
             parameters=variant.parameters,
@@ -207,7 +208,7 @@ def _run_once(runner: TorchRunner, shape: PixelShape) -> None:
     info = runner.info
     if shape.height % info.patch_size or shape.width % info.patch_size:
         raise ConfigError(f"warm-up at {shape.height}x{shape.width}: not multiples of {info.patch_size}")
-    kinds: tuple[TokenKind, ...] = ("cls", "registers", "patches") if info.registers else ("cls", "patches")
+    kinds: tuple[TokenKind, ...] = ("cls", "registers", "patches") if info.register_tokens else ("cls", "patches")
     spec = FeatureSpec(tuple(map(Output, kinds)), info.dtype)
     if shape.format == "uint8":
         grey = torch.full((shape.height, shape.width, 3), 128, dtype=torch.uint8)

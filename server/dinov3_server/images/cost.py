@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images.decode import ALLOWED_NAMES, check_pixels, describe, format_name, unidentified
-from dinov3_server.images.preprocess import Transform
+from dinov3_serving.images import Transform
 
 # Limits of a plain file. Decoding takes 2 to 55 ns a pixel (most for WebP and progressive JPEG of noise) and less than
 # 20 ns a byte.

@@ -24,8 +24,9 @@ from typing import Any
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images.decode import decode, describe, read_size
-from dinov3_server.images.preprocess import Box, Transform, check_box, transform_into
+from dinov3_server.images.preprocess import transform_into
 from dinov3_server.signals import die_with, leave_to_supervisor
+from dinov3_serving.images import Box, Transform, check_box
 
 
 def pack(message: dict[str, Any]) -> bytes:

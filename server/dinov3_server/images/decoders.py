@@ -24,8 +24,8 @@ from dinov3_server.images.cost import Cost
 from dinov3_server.images.decode import describe
 from dinov3_server.images.decode_process import pack, pack_transform
 from dinov3_server.images.file import File
-from dinov3_server.images.preprocess import Transform
 from dinov3_server.signals import blocked_in_children
+from dinov3_serving.images import Transform
 
 log = logging.getLogger(__name__)
 

@@ -9,85 +9,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-PixelFormat = Literal["uint8", "float32"]
-TokenKind = Literal["cls", "patches", "registers"]
-FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
-PoolingMethod = Literal["area", "bilinear"]
+# The part of this interface that checks of requests need too.
+from dinov3_serving.features import FeatureDtype as FeatureDtype
+from dinov3_serving.features import FeatureSpec as FeatureSpec
+from dinov3_serving.features import Output as Output
+from dinov3_serving.features import OutputSpec as OutputSpec
+from dinov3_serving.features import Pooling as Pooling
+from dinov3_serving.features import TokenKind as TokenKind
+from dinov3_serving.images import PixelFormat as PixelFormat
+from dinov3_serving.images import PixelShape as PixelShape
+from dinov3_serving.model import OutputParity as OutputParity
+from dinov3_serving.model import ParityCheck as ParityCheck
+from dinov3_serving.model import Projection as Projection
 
 ITEM_SIZES: dict[FeatureDtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-
-
-class PixelShape(NamedTuple):
-    """Size and format of one model input: `uint8` is [H, W, 3] RGB, `float32` is [3, H, W], normalised already."""
-
-    height: int
-    width: int
-    format: PixelFormat
-
-    @property
-    def nbytes(self) -> int:
-        return self.height * self.width * 3 * (1 if self.format == "uint8" else 4)
-
-
-class Output(NamedTuple):
-    """One output of a model: all tokens of one kind, of one layer.
-
-    `layer` None is the last layer, after the final norm. Otherwise it is a 0-based layer index, and `norm` says whether
-    the final norm is applied.
-    """
-
-    kind: TokenKind
-    layer: int | None = None
-    norm: bool = True
-
-
-class Pooling(NamedTuple):
-    """Resampling of patches to a grid of `rows` x `columns`.
-
-    "area" is torch's adaptive_avg_pool2d; "bilinear" is its interpolate with align_corners=False, without antialias.
-    """
-
-    method: PoolingMethod
-    rows: int
-    columns: int
-
-
-class OutputSpec(NamedTuple):
-    """One output and how it is returned.
-
-    Patches are pooled, then projected by the named projection, then laid out [D, rows, columns] if `channels_first`.
-    Every output is converted to `dtype`.
-
-    int8 is symmetric, with a float32 scale for each token: scale = max |x| / 127, value = x / scale rounded half to
-    even; a token of zeros has the scale 0.
-    """
-
-    output: Output
-    dtype: FeatureDtype
-    pooling: Pooling | None = None
-    projection: str | None = None
-    channels_first: bool = False
-
-    @property
-    def buffer_dtypes(self) -> tuple[FeatureDtype, ...]:
-        """Return the dtype of the values, followed by that of their scales for int8."""
-        return ("int8", "float32") if self.dtype == "int8" else (self.dtype,)
-
-
-class FeatureSpec(NamedTuple):
-    """The outputs of a request, and how they are returned (see OutputSpec)."""
-
-    outputs: tuple[Output, ...]
-    dtype: FeatureDtype
-    pooling: Pooling | None = None
-    projection: str | None = None
-    channels_first: bool = False
-
-    def output_spec(self, output: Output) -> OutputSpec:
-        """Return the spec of one output. Pooling, projection and layout apply to patches only."""
-        return OutputSpec(output, *self[1:]) if output.kind == "patches" else OutputSpec(output, self.dtype)
 
 
 class OutputBuffer(NamedTuple):
@@ -102,15 +39,6 @@ class OutputBuffer(NamedTuple):
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
 
 
-class Projection(NamedTuple):
-    """A linear map of the channels of patches, named in the server's settings."""
-
-    name: str
-    input_channels: int
-    output_channels: int
-    fingerprint: str  # hash of its weight and bias
-
-
 @dataclass(frozen=True)
 class Provisioned:
     """The weights and the upstream code that start-up found or fetched. Pickled from the provisioner to workers."""
@@ -122,39 +50,7 @@ class Provisioned:
     unavailable_reason: str = ""  # why `checkout` is None
 
 
-@dataclass(frozen=True)
-class OutputParity:
-    """Agreement of one output with that of Meta's code, over all reference images and tokens."""
-
-    output: TokenKind
-    dtype: FeatureDtype  # of the served model; Meta's features are always float32
-    least_cosine: float
-    relative_error: float  # largest |ours - Meta's| / |Meta's| of any reference image, Euclidean norms
-
-
-@dataclass(frozen=True)
-class ParityCheck:
-    """Result of comparing the served features with those of Meta's code on the same weights."""
-
-    verified: bool
-    reason: str  # why not verified; "" if verified
-    revision: str  # commit of Meta's code; "" if not verified
-    outputs: tuple[OutputParity, ...]
-    time: str  # of the comparison: RFC 3339, UTC; "" if not verified
-    not_covered: str  # what the comparison does not cover
-
-    def __str__(self) -> str:
-        """Return one line for the log."""
-        if not self.verified:
-            return f"NOT VERIFIED: {self.reason}"
-        figures = "; ".join(
-            f"{each.output} in {each.dtype}: cosine {each.least_cosine:.6f}, relative error {each.relative_error:.1e}"
-            for each in self.outputs
-        )
-        return f"verified against Meta's code at {self.revision} on {self.time}: {figures}"
-
-
-NOT_CHECKED = ParityCheck(False, "no comparison was run", revision="", outputs=(), time="", not_covered="")
+NOT_CHECKED = ParityCheck(False, "no comparison was run", upstream_revision="", outputs=(), time="", not_covered="")
 
 
 @dataclass(frozen=True)
@@ -169,7 +65,7 @@ class ModelInfo:
     device: str
     layer_dims: tuple[int, ...]  # channels of each layer's tokens
     layer_strides: tuple[int, ...]  # input pixels per patch of each layer; the last is a multiple of the others
-    registers: int
+    register_tokens: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     parameters: int
@@ -208,17 +104,11 @@ class ModelInfo:
     def tokens(self, shape: PixelShape) -> int:
         """Return the CLS, register and patch tokens of one image in the last layer: the unit of the batch budget."""
         rows, columns = self.grid(shape)
-        return 1 + self.registers + rows * columns
+        return 1 + self.register_tokens + rows * columns
 
     def projection(self, name: str) -> Projection:
         """Return the projection of that name. Raises KeyError."""
         return {projection.name: projection for projection in self.projections}[name]
-
-    def answer_fingerprint(self, projection: str | None) -> str:
-        """Return the fingerprint of features: the model's, and the projection's if one was applied."""
-        return (
-            self.fingerprint if projection is None else f"{self.fingerprint}+{self.projection(projection).fingerprint}"
-        )
 
     def output_shape(self, spec: OutputSpec, shape: PixelShape) -> tuple[int, ...]:
         """Return the shape of an output of one row: [D] for cls, else [tokens, D] or [D, rows, columns]."""
@@ -227,7 +117,7 @@ class ModelInfo:
         if kind == "cls":
             return (width,)
         if kind == "registers":
-            return self.registers, width
+            return self.register_tokens, width
         if spec.projection is not None:
             width = self.projection(spec.projection).output_channels
         rows, columns = self.grid(shape, layer, spec.pooling)

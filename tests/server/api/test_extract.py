@@ -322,7 +322,7 @@ async def test_get_model_has_the_parity_check() -> None:
     parity_check = ParityCheck(
         verified=True,
         reason="",
-        revision="6876159a",
+        upstream_revision="6876159a",
         outputs=proofs,
         time="2026-01-02T03:04:05Z",
         not_covered="The size of the moon.",

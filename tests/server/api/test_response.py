@@ -48,7 +48,7 @@ def answers(draw: st.DrawFn) -> tuple:
         # Even layers have a width and a grid of their own; odd ones, and so the last, have the final features'.
         layer_dims=dims * 150,
         layer_strides=strides * 150,
-        registers=draw(st.integers(1, 5)),
+        register_tokens=draw(st.integers(1, 5)),
         fingerprint=draw(st.text(max_size=300)),
         projections=(Projection("p", dims[0], 9, "1234"),),
     )
@@ -112,7 +112,8 @@ def as_protobuf(
         for index, output in enumerate(spec.outputs):
             is_finer = output.layer is not None and output.layer % 2 == 0
             scale = 2 if is_finer and not spec.pooling else 1
-            tokens = {"cls": [], "patches": [grid[0] * grid[1] * scale**2], "registers": [model.registers]}[output.kind]
+            patches = grid[0] * grid[1] * scale**2
+            tokens = {"cls": [], "patches": [patches], "registers": [model.register_tokens]}[output.kind]
             shape = [len(rows), *tokens, model.layer_dims[0 if is_finer else 1]]
             if output.kind == "patches" and spec.projection:
                 shape[-1] = 9

@@ -259,7 +259,7 @@ def test_build_describes_the_model(caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(built, CpuRunner)
     assert (info.name, info.weights, info.random_weights) == (TINY.name, "random:3", True)
     assert (info.dtype, info.device, built.pipeline_depth, built.memory()) == ("bfloat16", "cpu", 1, {})
-    assert (info.embed_dim, info.depth, info.patch_size, info.registers) == (64, 3, 16, 4)
+    assert (info.embed_dim, info.depth, info.patch_size, info.register_tokens) == (64, 3, 16, 4)
     assert (info.mean, info.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert list(built.load_seconds) == ["read", "fingerprint", "build", "warm_up"]
     assert all(seconds >= 0 for seconds in built.load_seconds.values())

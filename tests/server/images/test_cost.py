@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images.cost import MAX_SCANS, PLAIN_PIXELS, Cost, cost_of
-from dinov3_server.images.preprocess import Box, Transform
+from dinov3_serving.images import Box, Transform
 from tests.server.images.files import PNG_RGB, encode, exif, photo, png, png_chunk, tiff
 from tests.server.images.hostile import bmp_runs, jpeg_scans, lossless_webp, one_bit_png
 from tests.server.images.test_damaged import SEEDS, webp_canvas

@@ -16,8 +16,9 @@ from dinov3_server.images import decode_process, decoders
 from dinov3_server.images.cost import Cost
 from dinov3_server.images.decoders import Decoders
 from dinov3_server.images.file import File
-from dinov3_server.images.preprocess import Box, Transform, transform_into
+from dinov3_server.images.preprocess import transform_into
 from dinov3_server.signals import HANDLED
+from dinov3_serving.images import Box, Transform
 from tests.server.images.files import encode, photo
 from tests.server.images.hostile import jpeg_scans, lossless_webp
 from tests.server.images.test_damaged import SEEDS

@@ -10,7 +10,8 @@ from PIL import Image
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images import preprocess
-from dinov3_server.images.preprocess import PRESETS, Transform, check_size, transform_into, transform_pixels_into
+from dinov3_server.images.preprocess import PRESETS, transform_into, transform_pixels_into
+from dinov3_serving.images import Transform, check_size
 from tests.server.images.files import photo
 
 
@@ -20,37 +21,6 @@ def test_presets() -> None:
         "hf": Transform((224, 224), "bilinear"),
         "none": Transform(None, "bilinear"),
     }
-
-
-def test_size_and_interpolation_replace_those_of_the_preset() -> None:
-    assert preprocess.transform("dinov3", None, None) == PRESETS["dinov3"]
-    assert preprocess.transform("hf", (384, 512), None) == Transform((384, 512), "bilinear")
-    assert preprocess.transform("none", (32, 48), "lanczos") == Transform((32, 48), "lanczos")
-
-
-@pytest.mark.parametrize(
-    ("preset", "interpolation", "field", "reason"),
-    [
-        (
-            "imagenet",
-            None,
-            "preprocessing.preset",
-            "there is no preset 'imagenet'; allowed are dinov3 (256x256), hf (224x224), none (size as given)",
-        ),
-        (
-            "hf",
-            "area",
-            "preprocessing.interpolation",
-            "there is no interpolation 'area'; allowed are nearest, bilinear, bicubic, lanczos",
-        ),
-        ("hf", "", "preprocessing.interpolation", "there is no interpolation ''"),
-    ],
-)
-def test_unknown_names_are_refused(preset: str, interpolation: str | None, field: str, reason: str) -> None:
-    with pytest.raises(InvalidInput) as error:
-        preprocess.transform(preset, None, interpolation)
-    assert reason in str(error.value)
-    assert error.value.field == field
 
 
 @pytest.mark.parametrize("size", [(16, 16), (256, 256), (224, 224), (384, 512), (16, 1600)])
@@ -125,7 +95,7 @@ def test_pixels_of_the_right_size_are_untouched(size: tuple[int, int] | None) ->
 )
 def test_resampling_is_pillows_for_files_and_for_raw_pixels(name: str, resampling: Image.Resampling) -> None:
     pixels = photo(61, 90)
-    transform = preprocess.transform("none", (32, 48), name)
+    transform = Transform((32, 48), name)
     expected = np.asarray(Image.fromarray(pixels).resize((48, 32), resampling))
     np.testing.assert_array_equal(into(32, 48, Image.fromarray(pixels), transform), expected)
     np.testing.assert_array_equal(into(32, 48, pixels, transform), expected)

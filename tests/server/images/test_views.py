@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images import preprocess
-from dinov3_server.images.preprocess import Box, Transform, check_box, transform_into, transform_pixels_into
+from dinov3_server.images.preprocess import transform_into, transform_pixels_into
+from dinov3_serving.images import Box, Transform, check_box
+from dinov3_serving.presets import Interpolation
 from tests.server.images.files import photo
 
 HEIGHT, WIDTH = 61, 90
@@ -54,7 +55,7 @@ def pixels_of(source: Image.Image | npt.NDArray[np.uint8], how: Transform) -> np
     st.sampled_from(sorted(RESAMPLING)),
 )
 def test_views_equal_pillow_at_the_client(
-    crop: Box | None, size: tuple[int, int] | None, flip: bool, interpolation: preprocess.Interpolation
+    crop: Box | None, size: tuple[int, int] | None, flip: bool, interpolation: Interpolation
 ) -> None:
     image = Image.fromarray(PHOTO)
     expected = image
@@ -128,7 +129,7 @@ def test_a_view_is_random_resized_crop_and_flip_of_torchvision(size: int, scale:
     "how", [Transform(None, "bilinear", Box(1, 2, 16, 32)), Transform((16, 32), "bilinear", Box(1, 2, 16, 32), True)]
 )
 def test_pixels_that_need_no_resizing_are_only_copied(how: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess, "transform_into", pytest.fail)
+    monkeypatch.setattr("dinov3_server.images.preprocess.transform_into", pytest.fail)
     assert not how.resizes(HEIGHT, WIDTH)
     cropped = PHOTO[1:17, 2:34]
     np.testing.assert_array_equal(pixels_of(PHOTO, how), cropped[:, ::-1] if how.flip else cropped)

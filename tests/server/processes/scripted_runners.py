@@ -58,7 +58,7 @@ def proven(model: str, weights: str, *, device: str, **_: object) -> NumpyRunner
     shown = ParityCheck(
         verified=True,
         reason="",
-        revision="6876159a",
+        upstream_revision="6876159a",
         outputs=(
             OutputParity("cls", "bfloat16", 0.25, 0.5),  # not what this runner serves
             OutputParity("cls", "float32", 0.999, 1e-3),

@@ -49,6 +49,7 @@ from dinov3_server.models.interface import (
     ParityCheck,
     Provisioned,
 )
+from dinov3_serving import features
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def _compare_with_reference(
     parity_check = ParityCheck(
         verified=True,
         reason="",
-        revision=reference.revision,
+        upstream_revision=reference.revision,
         outputs=(),
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         not_covered=inputs.not_covered(),
@@ -322,8 +323,8 @@ def _valid(stored: StoredResult | None, inputs: ParityInputs) -> ParityCheck | N
 
 
 def _code_digest() -> str:
-    """Return 16 hex digits of a hash of every module in CODE, subfolders included."""
-    digest = hashlib.sha256()
+    """Return 16 hex digits of a hash of every module in CODE, subfolders included, and of the spec of outputs."""
+    digest = hashlib.sha256(Path(features.__file__).read_bytes())
     for path in sorted(path for name in CODE for path in [PACKAGE / name, *(PACKAGE / name).rglob("*.py")]):
         if path.is_file():
             name = path.relative_to(PACKAGE).as_posix()

@@ -85,7 +85,7 @@ def _parse(content: Any, inputs: Mapping[str, str | int]) -> StoredResult:
     stored = dict(content["parity_check"])
     outputs = _parse_outputs(stored.pop("outputs"))
     if not isinstance(stored["verified"], bool) or not all(
-        isinstance(stored[name], str) for name in ("reason", "revision", "time", "not_covered")
+        isinstance(stored[name], str) for name in ("reason", "upstream_revision", "time", "not_covered")
     ):
         raise ValueError("a field has the wrong type")
     return StoredResult(ParityCheck(outputs=outputs, **stored), _parse_outputs(content["rounding"]))

@@ -31,7 +31,7 @@ def test_equal_features_are_verified_without_writing_to_the_checkout(start: Star
     parity_check = served.info.parity_check
     assert parity_check.verified
     assert parity_check.reason == ""
-    assert parity_check.revision == REVISION
+    assert parity_check.upstream_revision == REVISION
     assert [(output.output, output.dtype) for output in parity_check.outputs] == [
         ("cls", "float32"),
         ("patches", "float32"),

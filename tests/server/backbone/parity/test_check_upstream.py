@@ -65,7 +65,7 @@ def test_our_features_are_verified(export: Export, tmp_path: Path, dtype: str) -
         )
         shown = served.info.parity_check
         assert shown.verified
-        assert shown.revision == REVISION
+        assert shown.upstream_revision == REVISION
         assert all(output.relative_error < 1e-5 for output in shown.outputs if output.dtype == "float32")
         return served.load_seconds
 

@@ -42,7 +42,7 @@ def test_another_revision_code_or_machine_is_compared_again(
 
     start()
     other = dataclasses.replace(start.provisioned, revision="f" * 40)
-    assert start(provisioned=other).info.parity_check.revision == "f" * 40
+    assert start(provisioned=other).info.parity_check.upstream_revision == "f" * 40
     assert upstream.calls == 2
     for module, name, value in (
         (check, "PACKAGE", with_another_line("nn/linear.py")),

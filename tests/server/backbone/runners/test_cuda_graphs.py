@@ -45,7 +45,7 @@ INFO = ModelInfo(
     device="cuda:0",
     layer_dims=TINY.layer_dims,
     layer_strides=TINY.layer_strides,
-    registers=4,
+    register_tokens=4,
     mean=LVD.mean,
     std=LVD.std,
     parameters=0,
@@ -274,7 +274,7 @@ def test_a_convnext_is_captured_with_its_stages(monkeypatch: pytest.MonkeyPatch)
         return ConvNext(CONVNEXT, random_tensors(CONVNEXT, 0), LVD, dtype=torch.float32, device=torch.device("cpu"))
 
     dims, strides = CONVNEXT.layer_dims, CONVNEXT.layer_strides
-    info = dataclasses.replace(INFO, layer_dims=dims, layer_strides=strides, registers=0)
+    info = dataclasses.replace(INFO, layer_dims=dims, layer_strides=strides, register_tokens=0)
     rig = Rig(FakeCuda(), monkeypatch, make, info)
     stages = FeatureSpec((CLS, PATCHES, Output("patches", 0), Output("cls", 1, norm=False)), "float32")
     rig.serve(PixelShape(32, 64, "uint8"), 3, stages, times=CAPTURE_AT + 2)
