@@ -36,7 +36,8 @@ class _Mallinfo2(ctypes.Structure):
 
 
 _libc = ctypes.CDLL(None)
-_has_mallinfo = hasattr(_libc, "mallinfo2") and hasattr(_libc, "malloc_trim")
+_has_trim = hasattr(_libc, "mallopt") and hasattr(_libc, "malloc_trim")
+_has_mallinfo = hasattr(_libc, "mallinfo2") and _has_trim
 if _has_mallinfo:
     _libc.mallinfo2.restype = _Mallinfo2
 
@@ -49,11 +50,10 @@ def keep_freed_memory() -> None:
     same pages over and over. With this setting the heap grows for some time and then keeps its size. Process-wide; does
     nothing without glibc.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if _has_trim:
+        _libc.malloc_trim(0)
+        _libc.mallopt(_M_MMAP_MAX, 0)
+        _libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back_freed_memory() -> None:
@@ -62,9 +62,8 @@ def give_back_freed_memory() -> None:
     Long-lived blocks fragment the heap, which therefore grows with every new mix of sizes. Pages that are needed again
     are faulted in again. Does nothing without glibc.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if _has_trim:
+        _libc.malloc_trim(0)
 
 
 def allocated_bytes() -> int:
