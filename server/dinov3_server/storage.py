@@ -45,18 +45,18 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a file atomically and durably: readers never see a part of it. Raises StorageError."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent, delete=False) as file:
+            written = Path(file.name)
+            try:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            os.replace(name, path)  # noqa: PTH105
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)  # noqa: PTH108
-            raise
+                written.chmod(0o644)
+                written.replace(path)
+            except BaseException:
+                with suppress(OSError):
+                    written.unlink()
+                raise
 
 
 def check_space(folder: Path, nbytes: int, what: str) -> None:

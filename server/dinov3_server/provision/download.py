@@ -85,22 +85,15 @@ def download(
         return part.sha256
 
 
+@dataclass
 class _Download:
-    """The attempts to complete `part`."""
+    """The attempts to complete `_part`."""
 
-    def __init__(
-        self,
-        shown: str,
-        open_body: Callable[[int, Version], Body],
-        expected: Expected,
-        part: PartialFile,
-        progress: Progress,
-    ) -> None:
-        self._shown = shown
-        self._open_body = open_body
-        self._expected = expected
-        self._part = part
-        self._progress = progress
+    _shown: str
+    _open_body: Callable[[int, Version], Body]
+    _expected: Expected
+    _part: PartialFile
+    _progress: Progress
 
     def until_complete(self, sleep: Callable[[float], None]) -> None:
         furthest = failures = 0

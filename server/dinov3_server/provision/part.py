@@ -8,7 +8,6 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 from dinov3_server.provision.source import BLOCK, Version
 from dinov3_server.storage import storage_errors, write_atomic
@@ -38,9 +37,7 @@ class PartialFile:
     def __enter__(self) -> PartialFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         empty = os.fstat(self._descriptor).st_size == 0  # a part of another origin stays until `begin`
         os.close(self._descriptor)
         if empty:

@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +34,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._clear()
 
     def start(self, done: int, total: int | None, verb: str = "fetching") -> None:
