@@ -84,10 +84,10 @@ def _check_sizes(settings: Settings, variant: Variant) -> None:
 
 def _serve(settings: Settings, runner: str) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the supervisor handles it; `unwinding` restores it
-    from dinov3_server.processes import supervisor  # imported here, so that the other commands start fast
+    from dinov3_server.processes.supervisor import Supervisor  # imported here, so that the other commands start fast
 
     log.configure(settings.log_level, settings.log_format, "supervisor")
-    return supervisor.run(settings, runner)
+    return Supervisor(settings, runner).run()
 
 
 def _prepare(settings: Settings) -> None:

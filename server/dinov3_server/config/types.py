@@ -30,17 +30,16 @@ class SettingType(NamedTuple):
 
 
 def integer(least: int, most: int) -> SettingType:
-    def parse(text: str) -> int:
-        return _within(int(text), least, most)
-
-    return SettingType("N", f"an integer from {least} to {most}", parse)
+    return SettingType("N", f"an integer from {least} to {most}", lambda text: _within(int(text), least, most))
 
 
 def seconds(least: float, most: float) -> SettingType:
-    def parse(text: str) -> float:
-        return _within(float(text), least, most)
-
-    return SettingType("SECONDS", f"seconds from {least:g} to {most:g}", parse, lambda value: f"{value:g}")
+    return SettingType(
+        "SECONDS",
+        f"seconds from {least:g} to {most:g}",
+        lambda text: _within(float(text), least, most),
+        lambda value: f"{value:g}",
+    )
 
 
 def size(least: int, most: int) -> SettingType:

@@ -72,7 +72,10 @@ PROVISIONER_SLACK = UNWIND_SECONDS + 1.0
 
 
 class Supervisor:
-    """One server: `run` serves until a signal or the failure of all workers, and returns the exit code."""
+    """One server.
+
+    `runner` is the "module:function" that makes each worker's Runner; see `backbone.runner.build` for its arguments.
+    """
 
     def __init__(self, settings: Settings, runner: str) -> None:
         self._settings = settings
@@ -95,6 +98,11 @@ class Supervisor:
         self._connections = Connections()
 
     def run(self) -> int:
+        """Serve until a signal or the failure of all workers, and return the exit code.
+
+        Raises:
+            StartupError: the operator must fix something: a port in use, weights that cannot be read.
+        """
         settings = self._settings
         with self._signals.caught(), hold_port(settings.host, settings.port) as port:
             self._port = port
@@ -372,14 +380,3 @@ class Supervisor:
                 self._metrics.workers.set(counts[device, state], device, state)
         self._aggregate.update("supervisor", self._metrics.snapshot())
         return self._aggregate.render()
-
-
-def run(settings: Settings, runner: str) -> int:
-    """Serve until a signal ends it, and return the exit code.
-
-    `runner` is the "module:function" that makes each worker's Runner; see `backbone.runner.build` for its arguments.
-
-    Raises:
-        StartupError: the operator must fix something: a port in use, weights that cannot be read.
-    """
-    return Supervisor(settings, runner).run()

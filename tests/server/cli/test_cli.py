@@ -36,14 +36,17 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class FakeSupervisor(SimpleNamespace):
-    """Replaces `dinov3_server.processes.supervisor` and records its calls."""
+    """Replaces the supervisor, and records the settings and runners of its runs."""
 
     def __init__(self, outcome: int | Exception = 0) -> None:
         super().__init__(calls=[])
         self.outcome = outcome
 
-    def run(self, settings: Settings, runner: str) -> int:
+    def __call__(self, settings: Settings, runner: str) -> FakeSupervisor:
         self.calls.append((settings, runner))
+        return self
+
+    def run(self) -> int:
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -52,7 +55,7 @@ class FakeSupervisor(SimpleNamespace):
 @pytest.fixture
 def supervisor(monkeypatch: pytest.MonkeyPatch) -> FakeSupervisor:
     fake = FakeSupervisor()
-    monkeypatch.setattr("dinov3_server.processes.supervisor.run", fake.run)
+    monkeypatch.setattr("dinov3_server.processes.supervisor.Supervisor", fake)
     return fake
 
 

@@ -142,7 +142,7 @@ def test_a_flood_of_slow_clients_holds_few_descriptors_and_delays_no_health_chec
                 assert ask(endpoints, "/healthz")[0] == 200
         assert slow[0].recv(1) == b"", "the oldest connection is closed"
         assert len(descriptors()) - before <= len(slow) + MAX_CONNECTIONS
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads  # those of earlier tests may have ended
     finally:
         for connection in slow:
             connection.close()
