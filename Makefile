@@ -9,7 +9,7 @@ PROTO := protos/dinov3_serving/v1/feature_service.proto
 # What the documentation shows or links to.
 PAGES := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md LICENSE docs deploy bench constraints examples protos
 
-.PHONY: install demo test test-fast lint format docs bench fuzz fuzz-coverage chaos gpu-check gpu-bench protos clean
+.PHONY: install demo test test-fast lint format docs lock bench fuzz fuzz-coverage chaos gpu-check gpu-bench protos clean
 
 install: .venv/installed
 
@@ -46,6 +46,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
+	$(BIN)/hadolint Dockerfile
 	.ci/buf-breaking
 
 format: install
@@ -56,6 +57,28 @@ format: install
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet -r constraints/docs.txt
 	@touch $@
+
+.venv-lock/installed: constraints/lock.txt
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet -r constraints/lock.txt
+	@touch $@
+
+# Writes constraints/image, what the Dockerfile installs: versions of constraints/dev.txt where it has them, with the hashes
+# of all files of each. Versions change only with UPGRADE=--upgrade. torch for the CPU is on an index of its own; where that
+# cannot be reached: make lock TORCH_CPU="--find-links FOLDER_WITH_THE_WHEEL".
+TORCH_CPU := --torch-backend cpu
+UPGRADE :=
+COMPILE = .venv-lock/bin/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate $(UPGRADE) \
+	--custom-compile-command "make lock" --constraints build/lock/constraints.txt --output-file constraints/image/$(1).txt
+lock: .venv-lock/installed
+	mkdir -p build/lock
+	grep -v '^torch==' constraints/dev.txt > build/lock/constraints.txt
+	echo torch > build/lock/excludes.txt
+	echo "$$(grep '^torch==' constraints/dev.txt)+cpu" > build/lock/torch-cpu.in
+	$(call COMPILE,tools) constraints/image/tools.in
+	$(call COMPILE,server) pyproject.toml --extra server --excludes build/lock/excludes.txt
+	$(call COMPILE,torch-cuda) constraints/image/torch-cuda.in
+	$(call COMPILE,torch-cpu) build/lock/torch-cpu.in $(TORCH_CPU)
 
 # Writes build/site. Fails where a page or an anchor that a link names is missing, or a page is in no menu.
 docs: .venv-docs/installed
@@ -92,4 +115,4 @@ gpu-bench:
 	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m bench.gpu
 
 clean:
-	rm -rf .venv .venv-protoc .venv-docs .venv-pytriton .venv-atheris demo-out build dist
+	rm -rf .venv .venv-protoc .venv-docs .venv-lock .venv-pytriton .venv-atheris demo-out build dist

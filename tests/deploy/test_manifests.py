@@ -1,4 +1,4 @@
-"""The image and the manifests agree with the server and with each other."""
+"""The image and Compose agree with the server, and the image with Kubernetes."""
 
 from __future__ import annotations
 
@@ -9,36 +9,16 @@ from typing import Any
 
 import pytest
 
-from dinov3_server.config.load import CONFIG_ENV, load
+from dinov3_server.config.load import CONFIG_ENV
 from dinov3_server.config.settings import SETTINGS, Settings
-from dinov3_server.config.types import size
 from dinov3_server.processes import supervisor
-from tests.deploy.files import DEPLOY, ROOT, compose, dockerfile, dockerfile_env, kubernetes
+from tests.deploy.files import DEPLOY, ROOT, compose, dockerfile, dockerfile_env, kubernetes, settings_of
 
-DEPLOYMENT = kubernetes("Deployment")
-POD = DEPLOYMENT["spec"]["template"]["spec"]
+POD = kubernetes("Deployment")["spec"]["template"]["spec"]
 (CONTAINER,) = POD["containers"]
-(PREPARE,) = POD["initContainers"]
 SERVER = compose()["services"]["server"]
-GPU_IN_KUBERNETES, GPU_IN_COMPOSE = "nvidia.com/gpu", "deploy:| +resources:| +reservations:| +devices:"
+GPU_IN_COMPOSE = "deploy:| +resources:| +reservations:| +devices:"
 TOKEN_IN_COMPOSE = "DINOV3_TOKEN_FILE|secrets|  dinov3_token"
-
-
-def settings_of(environment: dict[str, str]) -> Settings:
-    """Return the settings as the server in the image reads them, without its files, which are mounted only there."""
-    ours = {name: value for name, value in dockerfile_env().items() if name.startswith("DINOV3_")} | environment
-    here = {name: __file__ for name in ours if name.endswith("_FILE")}
-    return load({}, ours | here)[0]
-
-
-def kubernetes_environment() -> dict[str, str]:
-    shared = {"name": kubernetes("ConfigMap")["metadata"]["name"]}
-    assert CONTAINER["envFrom"] == [{"configMapRef": shared}]
-    return kubernetes("ConfigMap")["data"] | {each["name"]: each["value"] for each in CONTAINER["env"]}
-
-
-def kubernetes_settings() -> Settings:
-    return settings_of(kubernetes_environment())
 
 
 def compose_settings(service: dict[str, Any], **shell: str) -> Settings:
@@ -57,25 +37,13 @@ def seconds(text: str) -> float:
 
 def test_environments_are_settings() -> None:
     assert settings_of({}).host == "0.0.0.0"
-    assert kubernetes_settings().weights == "auto"
     assert compose_settings(SERVER).weights == "auto"
-    assert compose_settings(SERVER).cache_dir == kubernetes_settings().cache_dir == dockerfile_env()["DINOV3_CACHE_DIR"]
+    assert compose_settings(SERVER).cache_dir == dockerfile_env()["DINOV3_CACHE_DIR"]
     assert compose_settings(SERVER, DINOV3_MODEL="vitb16", DINOV3_WEIGHTS="b.pth").weights == "b.pth"
 
 
-def test_grace_periods_are_longer_than_the_drain() -> None:
-    drain = kubernetes_settings().drain_seconds + supervisor.DRAIN_SLACK
-    assert drain < POD["terminationGracePeriodSeconds"]
+def test_the_grace_period_is_longer_than_the_drain() -> None:
     assert compose_settings(SERVER).drain_seconds + supervisor.DRAIN_SLACK < seconds(SERVER["stop_grace_period"])
-
-
-def test_memory_limit_holds_arenas_and_processes() -> None:
-    settings = kubernetes_settings()
-    limit = size(1, 2**50).parse(CONTAINER["resources"]["limits"]["memory"] + "B")
-    assert settings.frontends, "the automatic choice depends on the node"
-    # The formula of docs/deployment.md, Memory, with 1 GiB for the worker.
-    frontend = settings.arena_bytes + settings.frontend_bytes + 2 * settings.max_message_bytes + (192 << 20)
-    assert settings.frontends * frontend + (64 << 20) + 2**30 <= limit
 
 
 # --- the image ---------------------------------------------------------------------------------------------------
@@ -93,13 +61,18 @@ def test_image_starts_the_server_as_pid_1_and_not_as_root() -> None:
 
 
 def test_image_copies_the_packages_and_nothing_else() -> None:
-    copied = {
+    paths = [
         path for name, rest in dockerfile() if name == "COPY" and "--from" not in rest for path in rest.split()[:-1]
-    }
+    ]
+    locks = {path for path in paths if path.startswith("constraints/image/")}
+    copied = set(paths) - locks
+    (variant,) = (path for path in locks if "$" in path)
+    assert all((ROOT / variant.replace("${TORCH}", torch)).exists() for torch in ("cpu", "cuda"))
+    assert all((ROOT / path).exists() for path in locks - {variant})
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     patterns = [line for line in ignore if not line.startswith("#")]
     assert patterns[0] == "*"
-    assert {line[1:] for line in patterns if line.startswith("!")} == copied
+    assert {line[1:] for line in patterns if line.startswith("!")} == copied | {"constraints/image"}
     assert all((ROOT / path).exists() for path in copied)
 
     built = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -122,13 +95,8 @@ def test_healthcheck_uses_an_endpoint_of_the_server() -> None:
 def test_ports_are_the_servers() -> None:
     settings = Settings()
     ports = {"grpc": settings.port, "http": settings.http_port}
-    service = kubernetes("Service")["spec"]
-    assert {each["name"]: each["containerPort"] for each in CONTAINER["ports"]} == ports
-    assert {each["targetPort"]: each["port"] for each in service["ports"]} == ports
     assert {int(port.split(":")[-1]) for port in SERVER["ports"]} == set(ports.values())
     assert dict(dockerfile())["EXPOSE"].split() == [str(port) for port in ports.values()]
-    annotations = DEPLOYMENT["spec"]["template"]["metadata"]["annotations"]
-    assert annotations["prometheus.io/port"] == str(settings.http_port)
 
 
 def test_compose_publishes_to_this_machine_only() -> None:
@@ -136,73 +104,23 @@ def test_compose_publishes_to_this_machine_only() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
 
 
-def test_probes() -> None:
-    assert CONTAINER["startupProbe"]["grpc"] == CONTAINER["readinessProbe"]["grpc"] == {"port": Settings().port}
-    assert CONTAINER["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "http"}
-
-
-def test_service_is_headless_and_finds_the_pods() -> None:
-    service = kubernetes("Service")["spec"]
-    assert service["clusterIP"] == "None"
-    labels = DEPLOYMENT["spec"]["template"]["metadata"]["labels"]
-    assert service["selector"] == DEPLOYMENT["spec"]["selector"]["matchLabels"] == labels
-    assert kubernetes_settings().max_connection_age_seconds > 0
-
-
 # --- files and rights --------------------------------------------------------------------------------------------
 
 
-def test_files_that_settings_name_are_mounted() -> None:
-    mounts = {each["name"]: each for each in CONTAINER["volumeMounts"]}
-    assert set(mounts) == {each["name"] for each in POD["volumes"]}
-    assert mounts["token"]["readOnly"]
-    assert kubernetes_environment()["DINOV3_TOKEN_FILE"].startswith(mounts["token"]["mountPath"] + "/")
-    assert mounts["cache"]["mountPath"] == dockerfile_env()["DINOV3_CACHE_DIR"]
+def test_volumes_of_compose_cover_the_folders_of_the_image() -> None:
     assert SERVER["volumes"] == [
         f"cache:{dockerfile_env()['DINOV3_CACHE_DIR']}",
         f"${{WEIGHTS_DIR:-./weights}}:{dict(dockerfile())['WORKDIR']}:ro",
     ]
     assert "cache" in compose()["volumes"]
 
-    (volume,) = (each for each in POD["volumes"] if each["name"] == "cache")
-    claim = kubernetes("PersistentVolumeClaim")["metadata"]["name"]
-    assert volume["persistentVolumeClaim"]["claimName"] == claim
 
-
-def test_the_init_container_fetches_what_the_server_then_finds() -> None:
-    assert PREPARE["args"] == ["prepare"]
-    assert PREPARE["image"] == CONTAINER["image"]
-    assert PREPARE["envFrom"][0] == CONTAINER["envFrom"][0]
-    assert PREPARE["volumeMounts"] == [each for each in CONTAINER["volumeMounts"] if each["name"] == "cache"]
-    assert kubernetes_settings().offline
-    # Only the init container has the secret for the download.
-    assert [each["secretRef"]["optional"] for each in PREPARE["envFrom"] if "secretRef" in each] == [True]
-
-
-def test_containers_have_no_rights_that_they_do_not_need() -> None:
-    assert POD["securityContext"]["runAsNonRoot"]
-    assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert POD["automountServiceAccountToken"] is False
-    assert (
-        PREPARE["securityContext"]
-        == CONTAINER["securityContext"]
-        == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-    )
+def test_compose_gives_no_rights_that_are_not_needed() -> None:
     assert (SERVER["read_only"], SERVER["cap_drop"]) == (True, ["ALL"])
     assert SERVER["security_opt"] == ["no-new-privileges:true"]
 
 
 # --- lines that are commented out work too ----------------------------------------------------------------
-
-
-def test_gpu_of_kubernetes() -> None:
-    pod = kubernetes("Deployment", uncomment=GPU_IN_KUBERNETES)["spec"]["template"]["spec"]
-    limits = pod["containers"][0]["resources"]["limits"]
-    assert limits == {**CONTAINER["resources"]["limits"], "nvidia.com/gpu": "1"}
 
 
 def test_gpu_of_compose() -> None:
@@ -225,7 +143,10 @@ def test_token_of_compose() -> None:
 # --- variables ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "deploy/kubernetes.yaml", "deploy/compose.yaml", "docs/deployment.md"])
+MANIFESTS = [str(path.relative_to(ROOT)) for path in sorted((DEPLOY / "kubernetes").rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", *MANIFESTS, "deploy/compose.yaml", "docs/deployment.md"])
 def test_variables_in_the_texts_exist(name: str) -> None:
     known = {setting.env for setting in SETTINGS} | {CONFIG_ENV, "DINOV3_TARGET", "DINOV3_TOKEN"}
     assert set(re.findall(r"\bDINOV3_[A-Z_]*[A-Z]\b", (ROOT / name).read_text())) <= known
