@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from dinov3_client._dtypes import Array
 from dinov3_client._errors import StatusError
@@ -32,28 +30,25 @@ class Timings:
     """Number of batches that its images were spread over."""
 
 
-class Tokens(NamedTuple):
-    """The tokens of one kind of some rows, as received."""
+class TokenArray(NamedTuple):
+    """The tokens of one kind of some rows, as received: arrays of numpy or tensors of torch."""
 
-    values: Array
+    values: Any
     """[R, D], [R, T, D] or, channels first, [R, D, rows, columns]."""
-    scales: Array | None
+    scales: Any
     """Of int8 values: float32 [R] or [R, T]; feature = value * scale. None of other dtypes."""
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        return self.values.shape[1:]
+        return tuple(self.values.shape[1:])
 
-    def broadcast_scales(self) -> Array:
-        """Return `scales` in a shape that broadcasts over `values`."""
-        assert self.scales is not None
-        if self.values.ndim == 4:
-            return self.scales.reshape(len(self.values), 1, *self.values.shape[2:])
-        return self.scales.reshape(*self.scales.shape, 1)
-
-    def read(self) -> Array:
+    def read(self) -> Any:
         """Return the features: `values` itself, or int8 values times their scales as float32."""
-        return self.values if self.scales is None else np.multiply(self.values, self.broadcast_scales())
+        if self.scales is None:
+            return self.values
+        if self.values.ndim == 4:
+            return self.values * self.scales.reshape(len(self.values), 1, *self.values.shape[2:])
+        return self.values * self.scales[..., None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Block:
     """(rows, columns) of the received patches by requested layer; None is the last layer."""
     rows: Array
     """[R] int64, ascending: the number of each row within its answer or, once joined, within the call."""
-    tensors: Mapping[TensorKey, Tokens]
+    tensors: Mapping[TensorKey, TokenArray]
 
 
 @dataclass(frozen=True)

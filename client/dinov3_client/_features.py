@@ -7,8 +7,9 @@ another copy; `array.copy()` is writable. int8 features are read as float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Generic, Self, TypeVar, overload
 
 import numpy as np
 
@@ -24,24 +25,26 @@ from dinov3_serving.features import TokenKind
 if TYPE_CHECKING:
     from dinov3_client.torch._tensors import TorchFeatures
 
+A = TypeVar("A")  # an array or a tensor
 
-class LayerFeatures:
+
+class LayerFeatures(Generic[A]):
     """The tokens of one layer, of all rows of a call or of one row. Outputs that were not requested are None.
 
     Layers of a ConvNeXt have a D and a grid of their own.
     """
 
-    def __init__(self, get: Callable[[TokenKind], Array | None], grid: Callable[[], tuple[int, int]]) -> None:
+    def __init__(self, get: Callable[[TokenKind], A | None], grid: Callable[[], tuple[int, int]]) -> None:
         self._get = get
         self._grid = grid
 
     @cached_property
-    def cls(self) -> Array | None:
+    def cls(self) -> A | None:
         """[N, D], or [D] of one row: the CLS token."""
         return self._get("cls")
 
     @cached_property
-    def patches(self) -> Array | None:
+    def patches(self) -> A | None:
         """[N, P, D], or [P, D] of one row: the patch tokens in row-major order, without registers.
 
         With `channels_first` [N, D, rows, columns], or [D, rows, columns].
@@ -49,7 +52,7 @@ class LayerFeatures:
         return self._get("patches")
 
     @cached_property
-    def registers(self) -> Array | None:
+    def registers(self) -> A | None:
         """[N, G, D], or [G, D] of one row: the register tokens."""
         return self._get("registers")
 
@@ -59,7 +62,7 @@ class LayerFeatures:
         return self._grid()
 
 
-class ImageFeatures(LayerFeatures):
+class ImageFeatures(LayerFeatures[Array]):
     """The features of one row (an image or a view of it): of the last layer and, keyed as requested, of `layers`.
 
     image, view: the index of the image within the call, and of the view within the image.
@@ -70,7 +73,7 @@ class ImageFeatures(LayerFeatures):
 
     def __init__(self, packing: Packing, row: int, layers: Iterable[int], errors: Mapping[int, StatusError]) -> None:
         super().__init__(partial(packing.row, row, None), partial(packing.row_grid, row, None))
-        self.layers: dict[int, LayerFeatures] = {
+        self.layers: dict[int, LayerFeatures[Array]] = {
             layer: LayerFeatures(partial(packing.row, row, layer), partial(packing.row_grid, row, layer))
             for layer in layers
         }
@@ -81,7 +84,75 @@ class ImageFeatures(LayerFeatures):
         self.error = errors.get(self.image)
 
 
-class Features(LayerFeatures, Sequence[ImageFeatures]):
+@dataclass(frozen=True)
+class CallResult:
+    """The results of a call besides its tokens; see `Features`."""
+
+    layers: tuple[int, ...]
+    """As requested."""
+    errors: Mapping[int, StatusError]
+    timings: Timings
+    frontend: int
+    fingerprint: str
+    nbytes: int
+
+
+class PackedFeatures(LayerFeatures[A]):
+    """The features of one call, packed over all rows, in arrays of any library: see `Features`."""
+
+    images: A
+    views: A
+
+    def __init__(self, packing: Packing, result: CallResult) -> None:
+        super().__init__(partial(packing.pack, None), partial(packing.grid, None))
+        self.layers: dict[int, LayerFeatures[A]] = {
+            layer: LayerFeatures(partial(packing.pack, layer), partial(packing.grid, layer)) for layer in result.layers
+        }
+        self.images = packing.images
+        self.views = packing.views
+        self.errors = dict(result.errors)
+        self.timings = result.timings
+        self.frontend = result.frontend
+        self.fingerprint = result.fingerprint
+        self.nbytes = result.nbytes
+        self._packing = packing
+        self._result = result
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the model's input in pixels; (0, 0) if all images failed."""
+        return self._packing.input_size()
+
+    @property
+    def input_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The input sizes that `at_size` accepts, in order of first use."""
+        return tuple(self._packing.sizes)
+
+    def at_size(self, size: int | tuple[int, int]) -> Self:
+        """Return the rows of one input size, given as pixels or (height, width), in their order.
+
+        Includes the rows of failed images, as zeros, unless their input size is unknown. `errors` are those of the
+        whole call. Raises ValueError if no row has this size.
+        """
+        return type(self)(self._packing.at_size(pixel_size("size", size)), self._result)
+
+    def __len__(self) -> int:
+        return len(self._packing)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(kind for layer, kind in self._packing.shapes if layer is None)
+        sizes = ", ".join(
+            f"{sum(len(block.rows) for block in blocks)} of {height}x{width}"
+            for (height, width), blocks in self._packing.sizes.items()
+        )
+        rows = "rows" if self._packing.views.any() else "images"
+        return (
+            f"<{type(self).__name__} of {len(self)} {rows} ({sizes}): {kinds}, layers {list(self.layers)}, "
+            f"{self._packing.format_dtype()}, {len(self.errors)} failed>"
+        )
+
+
+class Features(PackedFeatures[Array], Sequence[ImageFeatures]):
     """The features of one call: a row for each image, or for each of its views, in their order.
 
     cls, patches, registers: tokens of the last layer after the final norm, packed over all rows.
@@ -97,56 +168,6 @@ class Features(LayerFeatures, Sequence[ImageFeatures]):
 
     A call that was split has the sums of times and bytes (the largest wait and batch), and the first one's frontend.
     """
-
-    def __init__(
-        self,
-        packing: Packing,
-        *,
-        layers: Sequence[int],
-        errors: Mapping[int, StatusError],
-        timings: Timings,
-        frontend: int,
-        fingerprint: str,
-        nbytes: int,
-    ) -> None:
-        super().__init__(partial(packing.pack, None), partial(packing.grid, None))
-        self.layers: dict[int, LayerFeatures] = {
-            layer: LayerFeatures(partial(packing.pack, layer), partial(packing.grid, layer)) for layer in layers
-        }
-        self.images = packing.images
-        self.views = packing.views
-        self.errors = dict(errors)
-        self.timings = timings
-        self.frontend = frontend
-        self.fingerprint = fingerprint
-        self.nbytes = nbytes
-        self._packing = packing
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """(height, width) of the model's input in pixels; (0, 0) if all images failed."""
-        return self._packing.input_size()
-
-    @property
-    def input_sizes(self) -> tuple[tuple[int, int], ...]:
-        """The input sizes that `at_size` accepts, in order of first use."""
-        return tuple(self._packing.sizes)
-
-    def at_size(self, size: int | tuple[int, int]) -> Features:
-        """Return the rows of one input size, given as pixels or (height, width), in their order.
-
-        Includes the rows of failed images, as zeros, unless their input size is unknown. `errors` are those of the
-        whole call. Raises ValueError if no row has this size.
-        """
-        return Features(
-            self._packing.at_size(pixel_size("size", size)),
-            layers=tuple(self.layers),
-            errors=self.errors,
-            timings=self.timings,
-            frontend=self.frontend,
-            fingerprint=self.fingerprint,
-            nbytes=self.nbytes,
-        )
 
     def quantized(self, kind: TokenKind, layer: int | None = None) -> tuple[Array, Array] | None:
         """Return int8 features as received, (int8 values, float32 scales), if possible without another copy.
@@ -166,10 +187,7 @@ class Features(LayerFeatures, Sequence[ImageFeatures]):
         """
         from dinov3_client.torch._tensors import TorchFeatures
 
-        return TorchFeatures.copied(self, self._packing, pin_memory=pin_memory)
-
-    def __len__(self) -> int:
-        return len(self._packing)
+        return TorchFeatures.copied(self._packing, self._result, pin_memory=pin_memory)
 
     @overload
     def __getitem__(self, index: int) -> ImageFeatures: ...
@@ -180,18 +198,6 @@ class Features(LayerFeatures, Sequence[ImageFeatures]):
         if isinstance(rows, range):
             return [self[row] for row in rows]
         return ImageFeatures(self._packing, rows, self.layers, self.errors)
-
-    def __repr__(self) -> str:
-        kinds = ", ".join(kind for layer, kind in self._packing.shapes if layer is None)
-        sizes = ", ".join(
-            f"{sum(len(block.rows) for block in blocks)} of {height}x{width}"
-            for (height, width), blocks in self._packing.sizes.items()
-        )
-        rows = "rows" if self.views.any() else "images"
-        return (
-            f"<Features of {len(self)} {rows} ({sizes}): {kinds}, layers {list(self.layers)}, "
-            f"{self._packing.dtype.name}, {len(self.errors)} failed>"
-        )
 
 
 def join(requests: Sequence[PreparedRequest], answers: Sequence[Answer], on_error: OnError) -> Features:
@@ -211,9 +217,7 @@ def join(requests: Sequence[PreparedRequest], answers: Sequence[Answer], on_erro
     blocks: list[Block] = []
     first_row = 0
     for prepared, answer in zip(requests, answers, strict=True):
-        blocks += [
-            Block(block.input_size, block.grids, block.rows + first_row, block.tensors) for block in answer.blocks
-        ]
+        blocks += [replace(block, rows=block.rows + first_row) for block in answer.blocks]
         first_row += sum(max(1, views) for views in prepared.views)
     _check_shapes(blocks)
     images = np.repeat(np.arange(len(counts)), counts)
@@ -221,23 +225,25 @@ def join(requests: Sequence[PreparedRequest], answers: Sequence[Answer], on_erro
         Packing(
             images=images,
             views=np.arange(len(images)) - (np.cumsum(counts) - counts)[images],
-            blocks=blocks,
+            blocks=tuple(blocks),
             shapes={key: _shape_without_row(key, blocks, options) for key in _keys(options)},
             quantized=options.dtype == "int8",
             dtype=numpy_of("float32" if options.dtype == "int8" else options.dtype),
         ),
-        layers=tuple(layer.asked for layer in options.layers),
-        errors=errors,
-        timings=Timings(
-            decode_seconds=sum(answer.timings.decode_seconds for answer in answers),
-            queue_seconds=max(answer.timings.queue_seconds for answer in answers),
-            inference_seconds=sum(answer.timings.inference_seconds for answer in answers),
-            batch_images=max(answer.timings.batch_images for answer in answers),
-            batches=sum(answer.timings.batches for answer in answers),
+        CallResult(
+            layers=tuple(layer.asked for layer in options.layers),
+            errors=errors,
+            timings=Timings(
+                decode_seconds=sum(answer.timings.decode_seconds for answer in answers),
+                queue_seconds=max(answer.timings.queue_seconds for answer in answers),
+                inference_seconds=sum(answer.timings.inference_seconds for answer in answers),
+                batch_images=max(answer.timings.batch_images for answer in answers),
+                batches=sum(answer.timings.batches for answer in answers),
+            ),
+            frontend=answers[0].frontend,
+            fingerprint=answers[0].fingerprint,
+            nbytes=sum(answer.nbytes for answer in answers),
         ),
-        frontend=answers[0].frontend,
-        fingerprint=answers[0].fingerprint,
-        nbytes=sum(answer.nbytes for answer in answers),
     )
 
 

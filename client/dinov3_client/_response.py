@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from dinov3_client._answer import Answer, Block, TensorKey, Timings, Tokens
+from dinov3_client._answer import Answer, Block, TensorKey, Timings, TokenArray
 from dinov3_client._dtypes import Array, name_of, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, from_status
 from dinov3_client._request import RequestOptions
@@ -62,7 +62,7 @@ def _block(block: pb.FeatureBlock, response: Response, prepared: PreparedRequest
         raise InvalidResponse(f"asked for the layers {list(prepared.layers)}, the answer has {list(found)}")
     rows = _rows(block, prepared)
     grids: dict[int | None, tuple[int, int]] = {}
-    tensors: dict[TensorKey, Tokens] = {}
+    tensors: dict[TensorKey, TokenArray] = {}
     holders: list[tuple[int | None, tuple[TokenKind, ...], pb.FeatureBlock | pb.LayerFeatures]] = [
         (None, options.kinds, block),
         *((layer.asked, layer.kinds, holder) for layer, holder in zip(options.layers, block.layers, strict=True)),
@@ -112,7 +112,7 @@ def _tokens(
     rows: int,
     grid: tuple[int, int],
     options: RequestOptions,
-) -> Tokens:
+) -> TokenArray:
     dtype = options.dtype
     if name_of(tensor.dtype) != dtype:
         raise InvalidResponse(f"asked for {dtype}, {name} came as {name_of(tensor.dtype)}")
@@ -133,7 +133,7 @@ def _tokens(
     if len(scales) != nbytes:
         raise InvalidResponse(f"{name} of shape {list(shape)} and {dtype} has {len(scales)} bytes of scales")
     values = np.frombuffer(data, item).reshape(shape)
-    return Tokens(values, np.frombuffer(scales, np.dtype("<f4")).reshape(tokens) if dtype == "int8" else None)
+    return TokenArray(values, np.frombuffer(scales, np.dtype("<f4")).reshape(tokens) if dtype == "int8" else None)
 
 
 def _expected_shape(

@@ -93,7 +93,7 @@ def rows(entries: Sequence[ImageEntry], features: Features, options: ExtractionO
     ]
 
 
-def _layers(image: ImageFeatures, layers: Iterable[int]) -> list[tuple[str, LayerFeatures]]:
+def _layers(image: ImageFeatures, layers: Iterable[int]) -> list[tuple[str, LayerFeatures[Array]]]:
     """Return the tokens of the last layer and of `layers`, each with the prefix of their names."""
     return [("", image), *((f"layer{layer}_", image.layers[layer]) for layer in layers)]
 

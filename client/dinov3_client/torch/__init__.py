@@ -22,13 +22,12 @@ except ModuleNotFoundError as error:
 
 from dinov3_client.torch._loader import FeatureLoader, Statistics, with_features
 from dinov3_client.torch._teacher import RemoteDinoV3Teacher
-from dinov3_client.torch._tensors import TorchFeatures, TorchLayerFeatures
+from dinov3_client.torch._tensors import TorchFeatures
 
 __all__ = [
     "FeatureLoader",
     "RemoteDinoV3Teacher",
     "Statistics",
     "TorchFeatures",
-    "TorchLayerFeatures",
     "with_features",
 ]
