@@ -16,8 +16,8 @@ from dinov3_server.metrics import SPECS
 from tests.deploy.files import DEPLOY, ROOT, compose, dashboard, rules, yaml_documents
 from tests.support.waiting import LIMIT
 
-# Labels that Prometheus itself adds to every series.
-SCRAPED = {"job", "instance"}
+# Labels that Prometheus itself adds to every series; on Kubernetes the namespace, too.
+SCRAPED = {"job", "instance", "namespace"}
 SAMPLES = {
     spec.name + suffix: {*spec.labels, *SCRAPED, *(["le"] if suffix == "_bucket" else [])}
     for spec in SPECS
