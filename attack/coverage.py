@@ -53,7 +53,7 @@ def _fuzz(name: str, seconds: int, seed: int, out: Path) -> None:
     import atheris
 
     build, corpus = TARGETS[name]
-    with atheris.instrument_imports(include=["dinov3_server.api", "dinov3_server.images"]):
+    with atheris.instrument_imports(include=["dinov3_server.api", "dinov3_server.images", "dinov3_serving"]):
         target = build()
     with tempfile.TemporaryDirectory() as folder:
         for index, data in enumerate(corpus()):

@@ -7,7 +7,7 @@ here, in the format of https://protobuf.dev/programming-guides/encoding/ (see `d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -15,24 +15,12 @@ from google.protobuf.message import DecodeError
 from dinov3_client._dtypes import Array, wire_of
 from dinov3_client._errors import InvalidResponse
 from dinov3_client._images import LoadedImage
-from dinov3_serving.framing import FIXED32, FIXED64, LENGTH_DELIMITED, VARINT, read_varint, tag
+from dinov3_serving.framing import Scan, schema, tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
-# The fields of a message that hold large contents: a message with such fields, or (None) bytes that are not copied.
-_Fields = Mapping[int, "_Fields | None"]
-_TENSOR: _Fields = {pb.Tensor.DATA_FIELD_NUMBER: None, pb.Tensor.SCALES_FIELD_NUMBER: None}
-_LAYER: _Fields = {
-    pb.LayerFeatures.CLS_FIELD_NUMBER: _TENSOR,
-    pb.LayerFeatures.PATCHES_FIELD_NUMBER: _TENSOR,
-    pb.LayerFeatures.REGISTERS_FIELD_NUMBER: _TENSOR,
-}
-_BLOCK: _Fields = {
-    pb.FeatureBlock.CLS_FIELD_NUMBER: _TENSOR,
-    pb.FeatureBlock.PATCHES_FIELD_NUMBER: _TENSOR,
-    pb.FeatureBlock.REGISTERS_FIELD_NUMBER: _TENSOR,
-    pb.FeatureBlock.LAYERS_FIELD_NUMBER: _LAYER,
-}
-_RESPONSE: _Fields = {pb.ExtractResponse.BLOCKS_FIELD_NUMBER: _BLOCK}
+# Only blocks hold large contents.
+_BLOCKS = pb.ExtractResponse.BLOCKS_FIELD_NUMBER
+_RESPONSE = {_BLOCKS: schema(pb.ExtractResponse.DESCRIPTOR)[_BLOCKS]}
 
 
 def request(sources: Sequence[LoadedImage], rest: pb.ExtractRequest) -> bytes:
@@ -62,52 +50,14 @@ class Response:
     """
 
     def __init__(self, data: bytes) -> None:
-        self._contents: list[memoryview] = []
+        scan = Scan(data)
+        self.content = scan.resolve
         try:
-            self.message = pb.ExtractResponse.FromString(self._strip(memoryview(data), _RESPONSE))
+            self.message = scan.parse(pb.ExtractResponse, _RESPONSE)
         except DecodeError:
             raise InvalidResponse(
                 f"the {len(data)} bytes received are no {pb.ExtractResponse.DESCRIPTOR.full_name}"
             ) from None
-
-    def content(self, field: bytes) -> memoryview:
-        """Return the contents of `field`, the `data` or `scales` of a tensor of `message`."""
-        return self._contents[int.from_bytes(field, "little")] if field else memoryview(b"")
-
-    def _strip(self, message: memoryview, fields: _Fields) -> bytes:
-        """Return `message` with each of its large contents replaced by a number, the key in `self._contents`.
-
-        The fields may come in any order and repeatedly: protobuf parses the result.
-        """
-        pieces: list[bytes | memoryview] = []
-        position, kept = 0, 0  # the bytes from `kept` to `position` stay as they are
-        while position < len(message):
-            start = position
-            key, position = read_varint(message, position)
-            wire_type = key & 7
-            if wire_type == VARINT:
-                _, position = read_varint(message, position)
-                continue
-            if wire_type == LENGTH_DELIMITED:
-                length, position = read_varint(message, position)
-            elif wire_type in (FIXED32, FIXED64):
-                length = 4 if wire_type == FIXED32 else 8
-            else:
-                raise DecodeError("no version of this protocol has groups")
-            end = position + length
-            if end > len(message):
-                raise DecodeError("a field is longer than the message around it")
-            if wire_type == LENGTH_DELIMITED and key >> 3 in fields:
-                content, inner = message[position:end], fields[key >> 3]
-                if inner is not None:
-                    small = self._strip(content, inner)
-                else:
-                    small = len(self._contents).to_bytes(4, "little")
-                    self._contents.append(content)
-                pieces += [message[kept:start], tag(key >> 3, len(small)), small]
-                kept = end
-            position = end
-        return b"".join([*pieces, message[kept:]])
 
 
 def _packed_layout(sources: Sequence[LoadedImage]) -> tuple[str, tuple[int, ...]] | None:

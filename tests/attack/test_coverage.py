@@ -8,6 +8,7 @@ from attack import coverage
 from attack.images import sound_files
 from dinov3_server.api import wire
 from dinov3_server.images import cost
+from dinov3_serving import framing
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_a_field_that_is_read_differently_is_detected(monkeypatch: pytest.Monkey
 
 def test_a_refused_request_that_protobuf_can_read_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     read = coverage.request_target()
-    monkeypatch.setattr(wire, "read_varint", lambda data, position: (_ for _ in ()).throw(wire.DecodeError))
+    monkeypatch.setattr(framing, "read_varint", lambda data, position: (_ for _ in ()).throw(wire.DecodeError))
     with pytest.raises(AssertionError, match="refused what protobuf reads"):
         list(map(read, coverage._requests()))
 
