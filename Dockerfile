@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# The server and everything it imports. It contains no weights and no code of Meta's, whose licence does not let us
+# The server and everything it imports. It contains no weights and no code of Meta's, whose license does not let us
 # redistribute them.
 #
 #   docker build -t dinov3-serving .                                     torch for the CPU

@@ -178,14 +178,14 @@ def _sides(rng: random.Random) -> tuple[int, int]:
 def _png_bomb(rng: random.Random) -> bytes:
     """Return a PNG of zeros, with 1 to 16 bits per sample, gray, palette or RGBA."""
     height, width = _sides(rng)
-    bits, colour, channels = rng.choice(((1, 0, 1), (8, 3, 1), (8, 2, 3), (16, 6, 4), (8, 6, 4)))
+    bits, color, channels = rng.choice(((1, 0, 1), (8, 3, 1), (8, 2, 3), (16, 6, 4), (8, 6, 4)))
     stride = 1 + (width * bits * channels + 7) // 8
     packer = zlib.compressobj(1)
     rows = min(height, (16 << 20) // stride)  # cut off after 16 MiB, although the header announces all rows
     packed = packer.compress(bytes(stride * rows)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, rng.choice((0, 0, 1)))
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, rng.choice((0, 0, 1)))
     chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
-    if colour == 3:
+    if color == 3:
         chunks.insert(1, (b"PLTE", bytes(range(256)) * 3))
     if rng.random() < 0.2:
         chunks.insert(1, (b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(8 << 20))))
@@ -236,7 +236,7 @@ def _large_webp() -> bytes:
 
 
 def _webp_bomb(rng: random.Random) -> bytes:
-    """Return a WebP of 16 million pixels of one colour, or with another size in its header."""
+    """Return a WebP of 16 million pixels of one color, or with another size in its header."""
     data = bytearray(_large_webp())
     if rng.random() < 0.5:
         _change_header(rng, data)

@@ -332,7 +332,7 @@ _SCALARS: dict[int, Callable[[random.Random], object]] = {
 
 
 def _bytes_of(rng: random.Random, message: Message, damage: float = 0.06) -> bytes:
-    """Serialise `message`. A share `damage` of the messages is then damaged, or gets unknown fields."""
+    """Serialize `message`. A share `damage` of the messages is then damaged, or gets unknown fields."""
     data = message.SerializeToString()
     if rng.random() >= damage:
         return data

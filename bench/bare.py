@@ -1,10 +1,10 @@
 """The model alone, in images a second: our runner beside three baselines, one batch of each in turn per round.
 
-- `ours`: pixels gathered from an arena as uint8, normalised, the forward pass, CLS and patches written into the arena
+- `ours`: pixels gathered from an arena as uint8, normalized, the forward pass, CLS and patches written into the arena
   as bfloat16, the check that they are finite.
 - `eager`: transformers' DINOv3ViTModel with its sdpa attention; `compiled`: the same with torch.compile for the one
   shape; `upstream`: Meta's own model, if DINOV3_UPSTREAM names a copy of its repository. Of these only the forward
-  pass, on normalised pixels in the model's dtype.
+  pass, on normalized pixels in the model's dtype.
 
 All run in one thread of one process and share its malloc, which our runner sets to keep freed memory; eager gains from
 that, too. Seeded random weights. A configuration is measured for SECONDS after one batch of each as a warm-up, for at

@@ -3,7 +3,7 @@
 ViT-S/16; all three read the same file of seeded random weights and compute in `dtype`, bfloat16 where the CPU has it
 natively. A request is one 224x224 uint8 image; CLS and patches come back with two bytes per number: bfloat16 from ours
 and from the naive server (float32 if that is `dtype`), float16 from PyTriton, since numpy has no bfloat16.
-`pytriton_float32` is the same PyTriton server, called in the usual way: normalised float32 pixels in, float32 features
+`pytriton_float32` is the same PyTriton server, called in the usual way: normalized float32 pixels in, float32 features
 out. Every forward pass may use all cores, and so may the load generator.
 
 - naive: `grpc.server` with a pool of 10 threads, one forward pass per request, no batching, no lock around the model

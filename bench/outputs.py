@@ -1,9 +1,9 @@
-"""The cost of a wire dtype in fidelity, and of pooling, projecting and quantising in time.
+"""The cost of a wire dtype in fidelity, and of pooling, projecting and quantizing in time.
 
 Fidelity: ViT-S/16 in float32 with the random weights of seed 7 on the 12 photos in scikit-image's wheel, at 224x224
 (Pillow, bilinear). The features that the CPU runner writes in a dtype, as a client reads them, are compared with those
 that it writes in float32: the least and the mean cosine over the CLS and all patch tokens of all photos (2364). The
-same for patches pooled to 7x7 by area (588), since quantisation comes after pooling. Bytes are of the CLS and patch
+same for patches pooled to 7x7 by area (588), since quantization comes after pooling. Bytes are of the CLS and patch
 tokens of one image of ViT-B/16 at 224x224, with the scales of int8.
 
 Time: images/s of the CPU runner alone (pixels in an arena to features in an arena), ViT-S/16 in the dtype of `dtype

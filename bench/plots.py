@@ -38,8 +38,8 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-# Okabe and Ito's colour-blind safe colours, and greys.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#444444", "#888888")
+# Okabe and Ito's color-blind safe colors, and grays.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#444444", "#888888")
 REST = "#cccccc"
 MARKERS = "osD^vP*X"
 SERVERS = {
@@ -99,14 +99,14 @@ def baselines_latency(record: Record) -> Figure:
     servers = _grouped(record["rows"], "server")
     levels = sorted({row["in_flight"] for row in record["rows"]})
     for index, (server, rows) in enumerate(servers.items()):
-        colour = COLOURS[list(SERVERS).index(server)]
+        color = COLORS[list(SERVERS).index(server)]
         offset = 0.18 * (index - (len(servers) - 1) / 2)
         for level, group in _grouped(rows, "in_flight").items():
             x = levels.index(level) + offset
             median, high = _median(group, "p50_ms"), _median(group, "p99_ms")
-            axes.plot([x, x], [median, high], color=colour, linewidth=3, solid_capstyle="butt")
-            axes.plot(x, median, "o", color=colour, markersize=6, label=SERVERS[server] if level == levels[0] else None)
-            axes.plot(x, high, "_", color=colour, markersize=9, markeredgewidth=2)
+            axes.plot([x, x], [median, high], color=color, linewidth=3, solid_capstyle="butt")
+            axes.plot(x, median, "o", color=color, markersize=6, label=SERVERS[server] if level == levels[0] else None)
+            axes.plot(x, high, "_", color=color, markersize=9, markeredgewidth=2)
             axes.annotate(f"{median:.0f}", (x, median), (0, -7), textcoords="offset points", ha="center", va="top")
     axes.set_yscale("log")
     axes.margins(y=0.14)
@@ -127,10 +127,10 @@ def service_stages(record: Record) -> Figure:
     names = [f"{row['requests']}, {row['in_flight']} in flight" for row in record["rows"]]
     figure = Figure(figsize=(9, 0.36 * len(rows) + 1.5), layout="constrained")
     work, queue = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    colours = {
+    colors = {
         "decode": "#E69F00", "copy_in": "#56B4E9", "forward": "#0072B2", "copy_out": "#009E73", "respond": "#CC79A7"
     }  # fmt: skip
-    _shares(work, names, [{stage: row[stage] for stage in colours} for row in rows], colours)
+    _shares(work, names, [{stage: row[stage] for stage in colors} for row in rows], colors)
     work.set_xlabel("share of the server's work for an image")
     waits = [row["queue"] for row in rows]
     queue.barh(range(len(rows)), waits, color=REST, height=0.72)
@@ -160,8 +160,8 @@ def operator_shares(record: Record) -> Figure:
     tones = {"linear": iter(mpl.colormaps["Blues_r"]([0.1, 0.25, 0.4, 0.55, 0.7])),
              "attention": iter(mpl.colormaps["Oranges_r"]([0.25, 0.4, 0.55, 0.7, 0.8]))}  # fmt: skip
     others = iter(("#009E73", "#CC79A7", "#F0E442", "#444444", "#888888"))
-    colours = {kind: next(tones.get(kind.split(":")[0], others), REST) for kind in order} | {"rest": REST}
-    _shares(axes, names, bars, colours)
+    colors = {kind: next(tones.get(kind.split(":")[0], others), REST) for kind in order} | {"rest": REST}
+    _shares(axes, names, bars, colors)
     axes.set_xlabel("share of a forward pass, batches of 8")
     figure.legend(loc="outside upper center", ncols=4)
     return figure
@@ -176,7 +176,7 @@ def bare_ratios(record: Record) -> Figure:
         for index, (baseline, name) in enumerate(BASELINES.items()):
             if baseline not in record["absent"]:
                 ratios = [row.get(f"ours/{baseline}", math.nan) for row in rows]
-                axes.plot(ratios, MARKERS[index], color=COLOURS[index + 1], markersize=5, label=name)
+                axes.plot(ratios, MARKERS[index], color=COLORS[index + 1], markersize=5, label=name)
         axes.set_xticks(
             range(len(rows)), [f"{row['size']} px, {row['batch']}" for row in rows], rotation=60, ha="right"
         )
@@ -197,7 +197,7 @@ def _one_axes() -> tuple[Figure, Axes]:
 
 
 def _line(axes: Axes, points: Mapping[int, float], index: int, label: str) -> None:
-    axes.plot(list(points), list(points.values()), MARKERS[index] + "-", color=COLOURS[index], label=label)
+    axes.plot(list(points), list(points.values()), MARKERS[index] + "-", color=COLORS[index], label=label)
 
 
 def _throughput_axes(axes: Axes, levels: Sequence[int]) -> None:
@@ -210,15 +210,15 @@ def _throughput_axes(axes: Axes, levels: Sequence[int]) -> None:
     axes.legend(loc="lower right")
 
 
-def _shares(axes: Axes, names: Sequence[str], rows: Sequence[Mapping[str, float]], colours: Mapping[str, Any]) -> None:
-    """Draw one bar per row, from the top: each kind's share of the row's sum, labelled if there is room."""
+def _shares(axes: Axes, names: Sequence[str], rows: Sequence[Mapping[str, float]], colors: Mapping[str, Any]) -> None:
+    """Draw one bar per row, from the top: each kind's share of the row's sum, labeled if there is room."""
     left = [0.0] * len(rows)
-    for kind, colour in colours.items():
+    for kind, color in colors.items():
         shares = [row.get(kind, 0.0) / sum(row.values()) for row in rows]
         if not any(shares):
             continue
-        axes.barh(range(len(rows)), shares, left=left, color=colour, label=kind, height=0.72)
-        dark = sum(w * c for w, c in zip((0.3, 0.59, 0.11), to_rgb(colour), strict=True)) < 0.55
+        axes.barh(range(len(rows)), shares, left=left, color=color, label=kind, height=0.72)
+        dark = sum(w * c for w, c in zip((0.3, 0.59, 0.11), to_rgb(color), strict=True)) < 0.55
         for i, share in enumerate(shares):
             if share > 1.5 * SMALL:
                 x = left[i] + share / 2

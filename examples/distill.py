@@ -43,7 +43,7 @@ class Crops(NamedTuple):
     """V crops of one photo, or of all photos of a batch."""
 
     student: torch.Tensor
-    """[V, 3, size, size], normalised."""
+    """[V, 3, size, size], normalized."""
     teacher: list[ImageViews]
 
 

@@ -9,7 +9,7 @@ closed loop of requests of one 224x224 image as one line of JSON.
 
 Ours is called through dinov3_client, whose one connection the callers share; the naive server through one gRPC channel,
 also shared; PyTriton through its own ModelClient over gRPC, one per caller. Every answer ends as arrays: of DTYPE from
-ours and from the naive server, of float16 from PyTriton, of float32 from `pytriton_float32`, which receives normalised
+ours and from the naive server, of float16 from PyTriton, of float32 from `pytriton_float32`, which receives normalized
 float32 pixels.
 """
 
@@ -48,7 +48,7 @@ def main(server: str, address: str, dtype: str, command: str, *arguments: str) -
 
 
 def images() -> NDArray[np.uint8]:
-    """Return two images that no model confuses, noise and a colour gradient, [2, 224, 224, 3]."""
+    """Return two images that no model confuses, noise and a color gradient, [2, 224, 224, 3]."""
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     rows, columns = np.mgrid[0:SIDE, 0:SIDE]
     return np.stack([noise, np.stack([rows, columns, SIDE - rows], axis=-1).astype(np.uint8)])
@@ -58,8 +58,8 @@ def prepared(server: str, image: NDArray[np.uint8]) -> Array:
     """Return an image [224, 224, 3] in the form that the server takes."""
     if server != "pytriton_float32":
         return image
-    normalised = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    return np.ascontiguousarray(normalised.astype(np.float32).transpose(2, 0, 1))
+    normalized = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    return np.ascontiguousarray(normalized.astype(np.float32).transpose(2, 0, 1))
 
 
 def connect(server: str, address: str, dtype: str, callers: int) -> list[Call]:

@@ -25,10 +25,10 @@ class Model:
     def features(self, pixels: NDArray[np.uint8]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return CLS [N, D] and patches [N, P, D] of RGB images [N, H, W, 3]."""
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
-        return self.of_normalised((images / 255 - MEAN) / STD)
+        return self.of_normalized((images / 255 - MEAN) / STD)
 
-    def of_normalised(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return CLS and patches of normalised floats [N, 3, H, W]."""
+    def of_normalized(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return CLS and patches of normalized floats [N, 3, H, W]."""
         with torch.inference_mode():
             tokens = self._model(pixels.to(self._dtype)).last_hidden_state
         return tokens[:, 0], tokens[:, self._first_patch :]

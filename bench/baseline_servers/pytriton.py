@@ -2,9 +2,9 @@
 is the requests that waited while the last one ran.
 
 `python -m bench.baseline_servers.pytriton FOLDER DTYPE` prints `ready grpc://HOST:PORT` and serves until SIGTERM. It
-runs in the environment of `environment.py` and offers the model twice. PYTRITON_MODEL takes uint8 pixels, normalises
+runs in the environment of `environment.py` and offers the model twice. PYTRITON_MODEL takes uint8 pixels, normalizes
 them here, and returns float16, since numpy has no bfloat16: as many bytes as ours, the least that PyTriton allows.
-PYTRITON_FLOAT32_MODEL takes normalised float32 pixels and returns float32 features, the usual way.
+PYTRITON_FLOAT32_MODEL takes normalized float32 pixels and returns float32 features, the usual way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(folder: str, dtype: str) -> None:
         return {"cls": cls.half().numpy(), "patches": patches.half().numpy()}
 
     def extract_float32(pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        cls, patches = model.of_normalised(torch.from_numpy(pixels))
+        cls, patches = model.of_normalized(torch.from_numpy(pixels))
         return {"cls": cls.float().numpy(), "patches": patches.float().numpy()}
 
     http, grpc, metrics = free_ports(3)

@@ -7,7 +7,7 @@ pipeline: the server's runner in a loop, two batches in flight, from page-locked
 service: the whole server, closed loops from several processes; raw pixels and JPEG (500x375, quality 90) in, CLS alone
 and CLS with patches in bfloat16 back, requests of 1 and of 32 images, 1 to 8 frontends.
 baselines: ours eager, as a graph, compiled (Inductor), compiled and as a graph; transformers eager and compiled, from
-normalised floats, without conversion and check. In turn, a round of each.
+normalized floats, without conversion and check. In turn, a round of each.
 profile: where the time goes, kernel by kernel.
 
 Seeded random weights. A section ends when its time is up, with the rows so far. The record, $OUT/gpu.json or

@@ -110,7 +110,7 @@ class FixedRope:
 
 
 def transformers_model(plan: Plan, config: Config) -> tuple[Any, Tensor]:
-    """Return transformers' model on the device, and normalised pixels [B, 3, size, size].
+    """Return transformers' model on the device, and normalized pixels [B, 3, size, size].
 
     Raises ImportError if transformers is not installed or has no DINOv3.
     """

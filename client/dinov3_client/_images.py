@@ -40,7 +40,7 @@ ImageLike = PictureLike | ImageViews
 
 _ALLOWED = (
     "allowed are encoded bytes, a path, a PIL image, a uint8 array [H, W, 3] (RGB), a float32 array [3, H, W] "
-    "(normalised by the model's mean and std) and ImageViews"
+    "(normalized by the model's mean and std) and ImageViews"
 )
 
 
@@ -123,7 +123,7 @@ def _load_views(image: ImageViews, index: int, exif: bool) -> LoadedImage:
     source = _load_one(image.image, index, exif)
     if isinstance(source.data, np.ndarray) and source.data.dtype == np.float32:
         raise ValueError(
-            f"images[{index}] has views of a float32 array: normalised pixels are never cropped, resized or "
+            f"images[{index}] has views of a float32 array: normalized pixels are never cropped, resized or "
             "flipped; give views of the picture (a file, a PIL image, a uint8 array), or the pixels of each "
             "view as an image of its own"
         )
@@ -148,7 +148,7 @@ def _check(image: Array, index: int) -> None:
     if channels is None or image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape:
         raise ValueError(
             f"images[{index}] is an array of {_described(image)}; allowed are uint8 [H, W, 3] (RGB) and "
-            "float32 [3, H, W] (normalised by the model's mean and std)"
+            "float32 [3, H, W] (normalized by the model's mean and std)"
         )
 
 

@@ -46,7 +46,7 @@ class Model:
     """Height and width of a patch in pixels; those of every model input are multiples of it."""
     register_tokens: int
     mean: tuple[float, ...]
-    """Per RGB channel, of pixels in 0..1; float32 images must be normalised by it and `std`."""
+    """Per RGB channel, of pixels in 0..1; float32 images must be normalized by it and `std`."""
     std: tuple[float, ...]
     parameters: int
     limits: Limits
@@ -129,7 +129,7 @@ def _check(model: Model) -> None:
         if len(values) != count:
             wrong.append(f"{name} has {len(values)} numbers, not {count}")
     if not all(map(math.isfinite, (*model.mean, *model.std))) or not all(each > 0 for each in model.std):
-        wrong.append(f"images cannot be normalised by the mean {model.mean} and the std {model.std}")
+        wrong.append(f"images cannot be normalized by the mean {model.mean} and the std {model.std}")
     if not model.fingerprint:
         wrong.append("fingerprint is empty")
     if wrong:

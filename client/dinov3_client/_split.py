@@ -34,7 +34,7 @@ class PreparedRequest:
     """A request, ready to send, and what is needed to read its response."""
 
     data: bytes
-    """The serialised ExtractRequest."""
+    """The serialized ExtractRequest."""
     fingerprint: str
     """What the fingerprint of the answer must be, or begin with before a "+"; empty: any."""
     options: RequestOptions

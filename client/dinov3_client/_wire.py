@@ -24,9 +24,9 @@ _RESPONSE = {_BLOCKS: schema(pb.ExtractResponse.DESCRIPTOR)[_BLOCKS]}
 
 
 def request(sources: Sequence[LoadedImage], rest: pb.ExtractRequest) -> bytes:
-    """Serialise `rest` with these images, packed into one tensor if all are pixels of one layout, without views.
+    """Serialize `rest` with these images, packed into one tensor if all are pixels of one layout, without views.
 
-    The result equals protobuf's own serialisation; pixels and files are copied once.
+    The result equals protobuf's own serialization; pixels and files are copied once.
     """
     layout = _packed_layout(sources)
     if layout is not None:

@@ -11,7 +11,7 @@
     StartupError             2   the process cannot start, and exits with `exit_code`
       ConfigError            2   an invalid flag, environment variable or YAML key
       Unreachable            3   something is missing and cannot be fetched now; trying again later may help
-      AccessRefused          4   a server refuses access: a licence, a token, an expired signed URL
+      AccessRefused          4   a server refuses access: a license, a token, an expired signed URL
       CheckpointError        5   unusable weights: damaged, of another model, or with an unexpected hash
       StorageError           6   an unusable folder or disk: read-only, full, no permission
       UpstreamCodeError      7   Meta's code cannot be vendored, or its checkout is not as expected

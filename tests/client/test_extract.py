@@ -32,7 +32,7 @@ def png(pixels: np.ndarray[Any, Any]) -> bytes:
     return file.getvalue()
 
 
-def normalised(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def normalized(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return ((pixels / 255 - MODEL.mean) / MODEL.std).transpose(2, 0, 1).astype(np.float32)
 
 
@@ -47,7 +47,7 @@ def test_every_kind_of_image_in_one_call(client: Client, server: FakeServer, tmp
     pictures = [photo(seed=seed) for seed in range(8)]
     for index in (2, 3):
         (tmp_path / f"{index}.png").write_bytes(png(pictures[index]))
-    floats = normalised(pictures[7])
+    floats = normalized(pictures[7])
     features = client.extract(
         [
             png(pictures[0]),
@@ -80,7 +80,7 @@ def test_every_kind_of_image_in_one_call(client: Client, server: FakeServer, tmp
 @pytest.mark.parametrize("give", ["array", "list", "single", "transposed", "strided", "fortran"])
 @pytest.mark.parametrize("kind", [np.uint8, np.float32])
 def test_pixels_of_one_size_travel_packed(client: Client, server: FakeServer, give: str, kind: type) -> None:
-    pictures = [photo(seed=seed) if kind is np.uint8 else normalised(photo(seed=seed)) for seed in range(3)]
+    pictures = [photo(seed=seed) if kind is np.uint8 else normalized(photo(seed=seed)) for seed in range(3)]
     given: Any = {
         "array": np.stack(pictures),
         "list": pictures,
@@ -100,7 +100,7 @@ def test_pixels_of_one_size_travel_packed(client: Client, server: FakeServer, gi
 
 
 def test_arrays_of_several_sizes_or_dtypes_travel_apart(client: Client, server: FakeServer) -> None:
-    pictures = [photo(64, 64), photo(32, 64), normalised(photo(64, 64))]
+    pictures = [photo(64, 64), photo(32, 64), normalized(photo(64, 64))]
     features = client.extract(pictures, preset="none", dtype="float32")
     assert [tuple(image.pixels.shape) for image in server.requests[0].images] == [(64, 64, 3), (32, 64, 3), (3, 64, 64)]
     for one, pixels in zip(features, pictures, strict=True):

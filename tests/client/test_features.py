@@ -195,7 +195,7 @@ def test_wrong_views_are_named_where_they_are_made(case: str) -> None:
 def test_wrong_pictures_of_views_are_named_before_anything_is_sent(client: Client, server: FakeServer) -> None:
     floats = ImageViews(np.zeros((3, 32, 32), np.float32), [View()])
     cases: list[tuple[Any, type[Exception], str]] = [
-        (floats, ValueError, r"images\[1\] has views of a float32 array: normalised pixels"),
+        (floats, ValueError, r"images\[1\] has views of a float32 array: normalized pixels"),
         (ImageViews(floats, [View()]), TypeError, r"images\[1\] is ImageViews of ImageViews"),  # type: ignore[arg-type]
         (ImageViews(7, [View()]), TypeError, r"images\[1\] is a int; allowed are encoded bytes"),  # type: ignore[arg-type]
         (ImageViews(np.zeros((2, 32, 32, 3), np.uint8), [View()]), ValueError, r"images\[1\] is an array of uint8"),

@@ -241,7 +241,7 @@ REQUESTS: dict[str, tuple[list[LoadedImage], pb.ExtractRequest]] = {
 
 
 @pytest.mark.parametrize("case", REQUESTS)
-def test_a_request_equals_protobufs_serialisation(case: str) -> None:
+def test_a_request_equals_protobufs_serialization(case: str) -> None:
     sources, images = REQUESTS[case]
     expected = pb.ExtractRequest()
     expected.CopyFrom(images)

@@ -144,7 +144,7 @@ def test_two_batches_in_flight_stay_separate_while_graphs_are_captured(
         request.check()
 
 
-def test_a_replay_neither_waits_nor_synchronises(runner: CudaRunner, arena: Arena, replays: list[int]) -> None:
+def test_a_replay_neither_waits_nor_synchronizes(runner: CudaRunner, arena: Arena, replays: list[int]) -> None:
     request = Request(runner, arena, SHAPES[0], 4, FINAL, seed=0)
     for _ in range(CAPTURE_AT + 1):
         serve(runner, request.shape, request.rows)

@@ -36,7 +36,7 @@ from tests.server.backbone.features import (  # noqa: E402
     CPU,
     LVD,
     every_output,
-    normalised,
+    normalized,
     ours,
     picture,
     worst_cosine,
@@ -83,7 +83,7 @@ def test_fp32_equals_the_cpu(variant: VitVariant, size: tuple[int, int]) -> None
     images = picture(*size, count=2)
     expected = {output: t.to(DEVICE) for output, t in on_cpu(variant, images, every_output(variant.depth)).items()}
     assert worst_error(model, images.to(DEVICE), expected) <= 1e-5
-    assert worst_error(model, normalised(images).to(DEVICE), expected) <= 1e-5
+    assert worst_error(model, normalized(images).to(DEVICE), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("variant", [lookup("vits16"), SWIGLU], ids=["mlp", "swiglu"])
@@ -180,7 +180,7 @@ def test_two_batches_in_flight(runner: CudaRunner, arena: Arena) -> None:
                 assert torch.equal(actual, other)
 
 
-def test_launch_neither_waits_nor_synchronises(runner: CudaRunner, arena: Arena) -> None:
+def test_launch_neither_waits_nor_synchronizes(runner: CudaRunner, arena: Arena) -> None:
     rows = arena.request(runner.info, SHAPE, picture(224, 224, count=4), FeatureSpec(FINAL, "bfloat16"))
     serve(runner, SHAPE, rows)  # allocates what a first batch needs
     with torch.cuda.stream(runner._compute):
@@ -196,7 +196,7 @@ def test_launch_neither_waits_nor_synchronises(runner: CudaRunner, arena: Arena)
 
 def test_only_the_row_with_bad_features_is_flagged(runner: CudaRunner, arena: Arena) -> None:
     shape = PixelShape(64, 64, "float32")
-    pixels = normalised(picture(64, 64, count=4))
+    pixels = normalized(picture(64, 64, count=4))
     pixels[2, 1, 5, 5] = torch.nan
     rows = arena.request(runner.info, shape, pixels[:1], FeatureSpec((Output("cls"),), "float16"))
     rows += arena.request(runner.info, shape, pixels[1:], FeatureSpec(FINAL, "bfloat16"))

@@ -18,7 +18,7 @@ from dinov3_client.cli import main
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS
 from dinov3_server.models.interface import Output
-from tests.server.backbone.features import normalised
+from tests.server.backbone.features import normalized
 from tests.server.backbone.reference import transformers_convnext, transformers_convnext_features
 from tests.support.server import Server
 
@@ -50,7 +50,7 @@ def test_photos_come_back_as_the_features_that_transformers_computes(client: Cli
     photos = [Image.open(path).convert("RGB").resize((192, 128), Image.Resampling.BILINEAR) for path in PHOTOS]
     pixels = torch.from_numpy(np.stack([np.asarray(photo) for photo in photos]))
     model = transformers_convnext(VARIANT, random_tensors(VARIANT, 7))
-    expected = {o: t.numpy() for o, t in transformers_convnext_features(model, normalised(pixels)).items()}
+    expected = {o: t.numpy() for o, t in transformers_convnext_features(model, normalized(pixels)).items()}
     for kind in ("cls", "patches"):
         assert error(getattr(features, kind), expected[Output(kind)]) <= TOLERANCE
         for asked, stage in ((0, 0), (1, 1), (2, 2), (-1, 3)):

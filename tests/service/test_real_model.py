@@ -23,7 +23,7 @@ from dinov3_server.models.interface import Output
 from dinov3_server.nn.rope import default_periods
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.feature_service_pb2_grpc import FeatureServiceStub
-from tests.server.backbone.features import normalised
+from tests.server.backbone.features import normalized
 from tests.server.backbone.reference import transformers_features, transformers_model
 from tests.support.server import Server
 
@@ -54,7 +54,7 @@ class Reference:
 
     def __call__(self, images: NDArray[np.uint8]) -> dict[Output, NDArray[np.float32]]:
         """Features of images [N, H, W, 3]."""
-        features = transformers_features(self._model, normalised(torch.from_numpy(images.copy())))
+        features = transformers_features(self._model, normalized(torch.from_numpy(images.copy())))
         return {output: tensor.numpy() for output, tensor in features.items()}
 
 
@@ -104,9 +104,9 @@ def test_sizes_mixed_in_one_request_and_among_callers(client: Client, reference:
             done.result()
 
 
-def test_normalised_floats_are_the_bytes_they_were_made_of(client: Client) -> None:
+def test_normalized_floats_are_the_bytes_they_were_made_of(client: Client) -> None:
     image = pixels(PHOTOS[0], 128, 128)
-    floats = normalised(torch.from_numpy(image[None].copy())).numpy()
+    floats = normalized(torch.from_numpy(image[None].copy())).numpy()
     from_floats = client.extract(floats, preset="none", dtype="float32")
     from_bytes = client.extract(image, preset="none", dtype="float32")
     assert error(from_floats.patches, from_bytes.patches) <= TOLERANCE

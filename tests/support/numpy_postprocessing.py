@@ -1,4 +1,4 @@
-"""A numpy reference of postprocessing, from the definitions alone: pooling as matrices, quantisation by token."""
+"""A numpy reference of postprocessing, from the definitions alone: pooling as matrices, quantization by token."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _area(size: int, cells: int) -> Floats:
 
 
 def _bilinear(size: int, cells: int) -> Floats:
-    """Return [cells, size] weights: each cell interpolates between the two neighbours of its centre."""
+    """Return [cells, size] weights: each cell interpolates between the two neighbors of its center."""
     weights = np.zeros((cells, size), np.float32)
     for cell in range(cells):
         place = max((cell + 0.5) * size / cells - 0.5, 0)

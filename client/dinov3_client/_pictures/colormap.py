@@ -1,4 +1,4 @@
-"""A colour map, and tick values for its legend."""
+"""A color map, and tick values for its legend."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-# Every 17th of the 256 colours of matplotlib's "magma" (Nathaniel J. Smith and Stefan van der Walt, CC0): it is
-# perceptually uniform, also in gray and to the colour-blind. Interpolated linearly, it is within 3 levels of theirs.
-_COLOURS = (
+# Every 17th of the 256 colors of matplotlib's "magma" (Nathaniel J. Smith and Stefan van der Walt, CC0): it is
+# perceptually uniform, also in gray and to the color-blind. Interpolated linearly, it is within 3 levels of theirs.
+_COLORS = (
     "000004 0b0924 20114b 3b0f70 57157e 721f81 8c2981 a8327d c43c75 de4968 f1605d fa7f5e fe9f6d febf84 fddea0 fcfdbf"
 )
-_TABLE = np.array([list(bytes.fromhex(colour)) for colour in _COLOURS.split()], np.float64)
+_TABLE = np.array([list(bytes.fromhex(color)) for color in _COLORS.split()], np.float64)
 
 
 def magma(values: NDArray[np.float64]) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Principal components of tokens that arrive in parts, and colours of patch features made of the first three."""
+"""Principal components of tokens that arrive in parts, and colors of patch features made of the first three."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dinov3_client._dtypes import Array
 
 Floats = NDArray[np.float64]
 
-# Percentiles of each component that the colours span, so that outliers do not dim the rest.
+# Percentiles of each component that the colors span, so that outliers do not dim the rest.
 LOW, HIGH = 1.0, 99.0
 # As a fraction of the features' root mean square: a component that spans less is rounding noise.
 NOISE = 1e-5
@@ -40,7 +40,7 @@ class Moments:
     """Accumulates the mean and the scatter matrix of tokens of D channels, in D x D memory.
 
     Parts are joined by the method of Chan, Golub and LeVeque (Updating Formulae and a Pairwise Algorithm for Computing
-    Sample Variances, 1979), in float64: each part is centred before it is squared, so that a large mean costs no
+    Sample Variances, 1979), in float64: each part is centered before it is squared, so that a large mean costs no
     precision.
     """
 
@@ -55,10 +55,10 @@ class Moments:
         if not len(tokens):
             return
         mean = tokens.mean(axis=0)
-        centred = tokens - mean
+        centered = tokens - mean
         away = mean - self.mean
         both = self.count + len(tokens)
-        self._scatter += centred.T @ centred
+        self._scatter += centered.T @ centered
         self._scatter += np.outer(away, away * (self.count * len(tokens) / both))
         self.mean = self.mean + away * (len(tokens) / both)
         self.count = both
@@ -96,6 +96,6 @@ class Palette:
         self._span = np.where(self._shown, span, 1.0)
 
     def __call__(self, tokens: Array) -> NDArray[np.uint8]:
-        """Map tokens [T, D] to colours [T, 3]."""
+        """Map tokens [T, D] to colors [T, 3]."""
         scaled = (self._components.project(tokens) - self._low) / self._span
         return np.round(np.where(self._shown, scaled, 0.5).clip(0, 1) * 255).astype(np.uint8)

@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 
 
 class Legend(NamedTuple):
-    """The scale of the maps' colours: `ticks` from the lowest value shown to the highest."""
+    """The scale of the maps' colors: `ticks` from the lowest value shown to the highest."""
 
     title: str
     ticks: Sequence[float]
@@ -103,13 +103,13 @@ def _ring(sheet: Image.Image, x: int, y: int) -> None:
     """Draw a white ring between two dark ones, visible on any background; drawn larger and shrunk for smooth edges."""
     fine, side = 4, 2 * (RING + 3) + 1
     middle = side * fine / 2
-    for colour, outer, inner in ((INK, RING + 2, RING - 2), (BACKGROUND, RING + 1, RING - 1)):
+    for color, outer, inner in ((INK, RING + 2, RING - 2), (BACKGROUND, RING + 1, RING - 1)):
         mask = Image.new("L", (side * fine, side * fine))
         pen = ImageDraw.Draw(mask)
         for radius, value in ((outer * fine, 255), (inner * fine, 0)):
             pen.ellipse((middle - radius, middle - radius, middle + radius, middle + radius), fill=value)
         mask = mask.resize((side, side), Image.Resampling.BOX)
-        sheet.paste(colour, (x - side // 2, y - side // 2), mask)
+        sheet.paste(color, (x - side // 2, y - side // 2), mask)
 
 
 def _draw_legend(legend: Legend, sheet: Image.Image, top: int, width: int, font: Font) -> None:

@@ -1,4 +1,4 @@
-"""`dinov3-client pca`: draw patch features as colours."""
+"""`dinov3-client pca`: draw patch features as colors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     pca = commands.add_parser(
         "pca",
         parents=[server],
-        help="draw patch features as colours",
+        help="draw patch features as colors",
         description="Draws each image beside its patch features: the first three principal components, of all images "
         "together, as red, green and blue. A sheet holds 24 images; more become FILE-1.png, FILE-2.png, ..., of one "
         "basis and one scale. While it runs, a temporary file beside FILE holds the features.",
@@ -82,7 +82,7 @@ class _Entry(NamedTuple):
 
 
 class _Store:
-    """Keeps features and thumbnails in a file: colours need the features of all images."""
+    """Keeps features and thumbnails in a file: colors need the features of all images."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

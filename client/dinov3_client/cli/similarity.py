@@ -21,7 +21,7 @@ from dinov3_client.bulk.sources import ImageRef
 from dinov3_client.cli.common import FailureLog, UsageError, connect, get_model, iter_images, print_line
 from dinov3_client.cli.pictures import PatchExtractor, Photo, PhotoPatches, add_picture_flags, model_label, save
 
-# The least range of the colours: smaller differences of cosines are rounding noise.
+# The least range of the colors: smaller differences of cosines are rounding noise.
 LEAST_RANGE = 1e-3
 
 

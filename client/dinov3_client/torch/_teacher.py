@@ -86,7 +86,7 @@ class RemoteDinoV3Teacher(nn.Module):
         """Return {"cls_token": [B, D], "patch_tokens": [B, N, D]}, or one of them; patches do not include registers.
 
         images: [B, 3, H, W] or [B, H, W, 3], by `layout`; a single image without B is a batch of one. uint8 is RGB
-            pixels. Floating point must be normalised by the model's mean and std (`get_model_info()`): impossible
+            pixels. Floating point must be normalized by the model's mean and std (`get_model_info()`): impossible
             values are refused, and values within 0 to 1 cause a warning. H and W are multiples of the patch size:
             nothing is resized.
         image_ids: a name (or a whole number) for each image, needed only for saving.
@@ -295,13 +295,13 @@ def _pixels(images: torch.Tensor | Array, layout: Layout) -> Array:
     if np.issubdtype(batch.dtype, np.floating):
         return np.ascontiguousarray(batch.transpose(0, 3, 1, 2) if layout == "BHWC" else batch, np.float32)
     raise TypeError(
-        f"images are of {batch.dtype}; they must be uint8 (RGB pixels) or floating point (normalised by the model's "
+        f"images are of {batch.dtype}; they must be uint8 (RGB pixels) or floating point (normalized by the model's "
         "mean and std)"
     )
 
 
 def _check_range(pixels: Array, model: Model) -> None:
-    """Raise ValueError for values that cannot be normalised pixels, which lie within about -2.2 to 2.7, or warn.
+    """Raise ValueError for values that cannot be normalized pixels, which lie within about -2.2 to 2.7, or warn.
 
     Noise may go further; values of 0 to 255 go much further.
     """
@@ -310,7 +310,7 @@ def _check_range(pixels: Array, model: Model) -> None:
     black, white = ([(value - mean) / std for mean, std in zip(model.mean, model.std, strict=True)] for value in (0, 1))
     least, most = float(pixels.min()), float(pixels.max())
     taken = (
-        "floating point is taken as normalised by the model's mean and std, so as values from "
+        "floating point is taken as normalized by the model's mean and std, so as values from "
         f"{min(black):.2f} (black) to {max(white):.2f} (white)"
     )
     if least < 4 * min(black) or most > 4 * max(white):
@@ -318,9 +318,9 @@ def _check_range(pixels: Array, model: Model) -> None:
             f"images have values from {least:.3g} to {most:.3g}; {taken}. Give pixels of 0 to 255 as uint8, or as "
             "(pixels / 255 - mean) / std"
         )
-    if 0 <= least < most <= 1:  # the range of photos before normalisation, hardly ever after it
+    if 0 <= least < most <= 1:  # the range of photos before normalization, hardly ever after it
         # The same text for each batch, so that Python shows it once.
-        warnings.warn(f"all values of images are within 0 to 1; {taken}. Are these normalised?", stacklevel=3)
+        warnings.warn(f"all values of images are within 0 to 1; {taken}. Are these normalized?", stacklevel=3)
 
 
 def _name(image_id: object) -> str:

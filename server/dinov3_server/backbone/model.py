@@ -23,7 +23,7 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of
+        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats, H and W multiples of
         the patch size.
 
         Returns for each output a [B, D] (cls) or [B, tokens, D] fp32 tensor; they may share memory. Raises ValueError

@@ -204,18 +204,18 @@ def _model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, che
 
 
 def _run_once(runner: TorchRunner, shape: PixelShape) -> None:
-    """Run a grey image through the whole path of a batch. Raises CheckpointError if its features are not finite."""
+    """Run a gray image through the whole path of a batch. Raises CheckpointError if its features are not finite."""
     info = runner.info
     if shape.height % info.patch_size or shape.width % info.patch_size:
         raise ConfigError(f"warm-up at {shape.height}x{shape.width}: not multiples of {info.patch_size}")
     kinds: tuple[TokenKind, ...] = ("cls", "registers", "patches") if info.register_tokens else ("cls", "patches")
     spec = FeatureSpec(tuple(map(Output, kinds)), info.dtype)
     if shape.format == "uint8":
-        grey = torch.full((shape.height, shape.width, 3), 128, dtype=torch.uint8)
+        gray = torch.full((shape.height, shape.width, 3), 128, dtype=torch.uint8)
     else:
-        grey = torch.zeros(3, shape.height, shape.width)
-    if not all(bool(features.isfinite().all()) for features in run_image(runner, grey, spec)):
+        gray = torch.zeros(3, shape.height, shape.width)
+    if not all(bool(features.isfinite().all()) for features in run_image(runner, gray, spec)):
         raise CheckpointError(
-            f"{info.name} gives NaN or infinite features for a grey {shape.height}x{shape.width} image with the "
+            f"{info.name} gives NaN or infinite features for a gray {shape.height}x{shape.width} image with the "
             f"weights {info.weights!r}: the file is damaged, or does not belong to this model"
         )

@@ -36,7 +36,7 @@ class ArenaMapping:
 class Arena(ArenaMapping):
     """The owner's side of an arena: its mapping, its descriptor `fd`, and an allocator of page-aligned ranges.
 
-    The allocator is first fit, and merges neighbours at once. Few ranges are allocated at a time (one per request), so
+    The allocator is first fit, and merges neighbors at once. Few ranges are allocated at a time (one per request), so
     the free list is short and a linear scan is fast.
     """
 

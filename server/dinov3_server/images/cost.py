@@ -23,7 +23,7 @@ from dinov3_serving.images import Transform
 # 20 ns a byte.
 PLAIN_PIXELS = 1 << 22
 PLAIN_BYTES = 1 << 24
-# Compressed bytes of text and colour profiles in a plain PNG; zlib inflates at most 1032-fold.
+# Compressed bytes of text and color profiles in a plain PNG; zlib inflates at most 1032-fold.
 _PLAIN_PACKED_BYTES = 1 << 15
 _MAX_INFLATION = 1032
 # Segments, chunks or tags that a reader looks at. A PNG has a chunk for every 8 KiB of pixels.
@@ -192,7 +192,7 @@ def _count_scans(data: bytes | memoryview, at: int) -> int:
 
 def _png(data: bytes | memoryview) -> _Header | None:
     """Read PNG chunks up to IEND (PNG specification, 3rd edition, section 5)."""
-    length, kind, width, height, bits, colour = struct.unpack_from(">I4sIIBB", data, 8)
+    length, kind, width, height, bits, color = struct.unpack_from(">I4sIIBB", data, 8)
     if (length, kind) != (13, b"IHDR"):
         return None
     at, packed, plain = 33, 0, True
@@ -212,7 +212,7 @@ def _png(data: bytes | memoryview) -> _Header | None:
         plain = False
     if packed > _PLAIN_PACKED_BYTES:
         packed, plain = 0, False
-    per_pixel = _SIXTEEN if bits == 16 and colour == 0 else {0: _NARROW, 2: _RGB, 3: _NARROW}.get(colour, _WIDE)
+    per_pixel = _SIXTEEN if bits == 16 and color == 0 else {0: _NARROW, 2: _RGB, 3: _NARROW}.get(color, _WIDE)
     return _Header(height, width, per_pixel, packed * _MAX_INFLATION, plain)
 
 
@@ -273,7 +273,7 @@ def _tiff(data: bytes | memoryview) -> _Header | None:
             tags.setdefault(tag, struct.unpack_from(order + value, data, where)[0])
     width, height = tags.get(256, 0), tags.get(257, 0)
     bits, samples, photometric = tags.get(258, 1), tags.get(277, 1), tags.get(262, 0)
-    # libtiff decodes a tile or strip at once, in four bytes a pixel if it converts colours itself. `decode` refuses
+    # libtiff decodes a tile or strip at once, in four bytes a pixel if it converts colors itself. `decode` refuses
     # tiles that are larger than the image.
     tile = tags[322] * tags[323] if {322, 323} <= tags.keys() else width * min(tags.get(278, height), height)
     buffer = min(tile, max(4 * width * height, PLAIN_PIXELS))

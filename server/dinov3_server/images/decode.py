@@ -106,7 +106,7 @@ _SWAPS_AXES = (5, 6, 7, 8)
 _PHOTOMETRIC_WHITE_IS_ZERO = 0
 _PHOTOMETRIC_YCBCR = 6
 
-# Earlier versions read fewer kinds of TIFF, and one kind in wrong colours. They are allowed because gradio needs them.
+# Earlier versions read fewer kinds of TIFF, and one kind in wrong colors. They are allowed because gradio needs them.
 _READS_ALL_TIFF = int(PIL.__version__.partition(".")[0]) >= 13
 _HAS_PILLOW = f"this server has Pillow {PIL.__version__}"
 
@@ -164,7 +164,7 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
         photometric = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
         if not _READS_ALL_TIFF and photometric == _PHOTOMETRIC_YCBCR and image.info.get("compression") == "raw":
             raise InvalidInput(
-                f"{describe(data)} stores YCbCr uncompressed, which Pillow before 13 decodes to wrong colours "
+                f"{describe(data)} stores YCbCr uncompressed, which Pillow before 13 decodes to wrong colors "
                 f"({_HAS_PILLOW}); send RGB, or YCbCr with compression, or install Pillow >= 13 on the server"
             )
         # libtiff decodes whole tiles, even if larger than the image: a 1 MB file of 16x16 pixels with a tile of
@@ -198,7 +198,7 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
         return _gray_to_rgb(_integers_to_uint8(image), image)
     if image.mode == "F":
         return _gray_to_rgb(_floats_to_uint8(image), image)
-    # The transparent colour of a palette or a tRNS chunk: alpha is dropped, and converting it can fail.
+    # The transparent color of a palette or a tRNS chunk: alpha is dropped, and converting it can fail.
     image.info.pop("transparency", None)
     if image.mode == "La":  # grayscale premultiplied by alpha: Pillow converts it only to LA
         return image.convert("LA").convert("RGB")

@@ -27,10 +27,10 @@ class FileTensor:
 class KeyMap:
     """The tensors of a variant's checkpoint in one format (Meta's, transformers', timm's), by key.
 
-    `normalise_key` maps alternative spellings of a key to the one in `entries`. A canonical tensor that no entry has is
+    `normalize_key` maps alternative spellings of a key to the one in `entries`. A canonical tensor that no entry has is
     a bias of zeros, which the format does not store.
     """
 
     name: str
     entries: Mapping[str, FileTensor]
-    normalise_key: Callable[[str], str] = str
+    normalize_key: Callable[[str], str] = str

@@ -15,7 +15,7 @@ DatasetName = Literal["lvd1689m", "sat493m"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training dataset, and the per-channel RGB mean and std that normalise the input of models trained on it."""
+    """A training dataset, and the per-channel RGB mean and std that normalize the input of models trained on it."""
 
     name: DatasetName
     mean: tuple[float, float, float]
@@ -79,7 +79,7 @@ class Variant(abc.ABC):
         """Return the key map with the most of `keys`, the first of several; None if none has any."""
 
         def matches(key_map: KeyMap) -> int:
-            return len({key_map.normalise_key(key) for key in keys} & key_map.entries.keys())
+            return len({key_map.normalize_key(key) for key in keys} & key_map.entries.keys())
 
         best = max(self.key_maps(), key=matches)
         return best if matches(best) else None

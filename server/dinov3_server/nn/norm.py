@@ -1,4 +1,4 @@
-"""Layer normalisation."""
+"""Layer normalization."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Norm:
-    """Layer normalisation over the last axis, in fp32."""
+    """Layer normalization over the last axis, in fp32."""
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         self.weight = weight

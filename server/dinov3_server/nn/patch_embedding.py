@@ -14,9 +14,9 @@ _BYTE_CENTRE = 128
 
 
 class PatchEmbedding:
-    """Embeds patches of normalised floats or of bytes.
+    """Embeds patches of normalized floats or of bytes.
 
-    `weight` [D, 3, p, p] and `bias` [D] are fp32, for normalised pixels. Bytes have a second dense layer with mean, std
+    `weight` [D, 3, p, p] and `bias` [D] are fp32, for normalized pixels. Bytes have a second dense layer with mean, std
     and the division by 255 folded in. Heights and widths must be multiples of `multiple`: p, or more if the model
     merges patches later. `dtype` is that of the matrix products.
     """
@@ -25,12 +25,12 @@ class PatchEmbedding:
         self._side = weight.shape[-1]
         self._multiple = multiple
         self._dtype = dtype
-        byte_weight, byte_bias = _fold_normalisation(weight, bias, dataset)
+        byte_weight, byte_bias = _fold_normalization(weight, bias, dataset)
         self._floats = linear(weight.flatten(1).to(dtype).contiguous(), bias.to(dtype))
         self._bytes = linear(byte_weight.to(dtype).contiguous(), byte_bias.to(dtype))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Embed [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats: [B, H / p, W / p, D].
+        """Embed [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats: [B, H / p, W / p, D].
 
         Raises ValueError for pixels of another shape or dtype.
         """
@@ -52,7 +52,7 @@ class PatchEmbedding:
         return self._floats(grid.to(self._dtype).reshape(-1, rows, columns, 3 * side * side))
 
 
-def _fold_normalisation(weight: Tensor, bias: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
+def _fold_normalization(weight: Tensor, bias: Tensor, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Convert a [D, 3, p, p] patch embedding of (byte / 255 - mean) / std to a [D, p p 3] one of byte - 128.
 
     (byte / 255 - mean) / std = (byte - 128) / (255 std) + (128 / 255 - mean) / std

@@ -1,6 +1,6 @@
-"""Rotary position embedding of DINOv3: axial, on patch tokens only, from coordinates normalised to [-1, 1].
+"""Rotary position embedding of DINOv3: axial, on patch tokens only, from coordinates normalized to [-1, 1].
 
-With P patches of a grid of h rows and w columns, head dimension d and d/4 periods, a patch centred at
+With P patches of a grid of h rows and w columns, head dimension d and d/4 periods, a patch centered at
 (y, x) in [-1, 1]^2 has d/2 angles, `2 pi y / periods` then `2 pi x / periods`; channel j of a query or
 key head is rotated against channel j + d/2 by angle j (the DINOv3 paper, section 3.2; RoFormer,
 arXiv:2104.09864). `interleave` makes the two channels of each pair adjacent, so that a rotation is one

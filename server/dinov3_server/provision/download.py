@@ -164,7 +164,7 @@ class _Download:
         if body.start == 0 and is_web_page(block, body.content_type):
             raise CheckpointError(
                 f"{self._shown}: is a web page ({body.content_type or 'by its first bytes'}), not a file: a login, a "
-                "licence to accept, or a proxy's. Nothing was kept. Give the URL of the file itself"
+                "license to accept, or a proxy's. Nothing was kept. Give the URL of the file itself"
             )
         if None not in (said, self._expected.size) and said != self._expected.size:
             raise CheckpointError(

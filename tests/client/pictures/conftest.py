@@ -69,7 +69,7 @@ def shown(path: Path, pair: int, shape: tuple[int, int] = (240, 320)) -> tuple[A
 
 
 def cells(picture: Any, grid: tuple[int, int]) -> Any:
-    """[rows, columns, 3]: the colour in the middle of each patch of a map, of which each is one flat cell."""
+    """[rows, columns, 3]: the color in the middle of each patch of a map, of which each is one flat cell."""
     rows, columns = grid
     height, width = picture.shape[0] // rows, picture.shape[1] // columns
     blocks = picture.reshape(rows, height, columns, width, 3)

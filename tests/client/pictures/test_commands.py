@@ -69,7 +69,7 @@ def test_pca_shows_photos_beside_their_maps(
         assert each.std(axis=(0, 1)).min() > 20  # all three components show
 
 
-def test_pca_colours_are_the_principal_components_of_all(run: Run, photos: Path, tmp_path: Path) -> None:
+def test_pca_colors_are_the_principal_components_of_all(run: Run, photos: Path, tmp_path: Path) -> None:
     picture = tmp_path / "pca.png"
     assert run("pca", photos, "-o", picture, "--size", "128") == 0
     every = [expected(pattern(seed), "patches").astype(np.float16).astype(np.float64) for seed in range(5)]
@@ -81,10 +81,10 @@ def test_pca_colours_are_the_principal_components_of_all(run: Run, photos: Path,
     rgb = ((projected - low) / (high - low)).clip(0, 1) * 255
     with Image.open(picture) as opened:  # of two columns
         drawn = np.asarray(opened).astype(int)
-    for index, colours in enumerate(np.split(rgb, 5)):
+    for index, colors in enumerate(np.split(rgb, 5)):
         top, left = 24 + 26 + index // 2 * (240 + 50), 24 + 328 + index % 2 * (648 + 24)
         found = cells(drawn[top : top + 240, left : left + 320], (6, 8))
-        assert np.abs(found - colours.reshape(6, 8, 3)).max() <= 1
+        assert np.abs(found - colors.reshape(6, 8, 3)).max() <= 1
 
 
 def test_pca_of_many_photos_is_several_sheets_of_one_scale(

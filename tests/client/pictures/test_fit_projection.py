@@ -78,7 +78,7 @@ def test_a_server_projects_with_it(run: Run, photos: Path, tmp_path: Path) -> No
         projected = features.patches.astype(np.float64)
     whole = [expected(pattern(seed), "patches").astype(np.float64) for seed in range(5)]
     assert np.allclose(projected, np.stack(whole) @ weight.T.astype(np.float64) + bias, atol=1e-5)
-    # What a projection on principal components is for: centred, without correlation, by falling variance.
+    # What a projection on principal components is for: centered, without correlation, by falling variance.
     flat = projected.reshape(-1, 3)
     assert np.abs(flat.mean(0)).max() < 1e-3 * flat.std()
     correlation = np.corrcoef(flat.T)

@@ -1,4 +1,4 @@
-"""Principal components of tokens in parts, and their colours."""
+"""Principal components of tokens in parts, and their colors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def moments(*parts: np.ndarray[Any, Any]) -> Moments:
     return found
 
 
-def colours(*parts: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+def colors(*parts: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     found = moments(*parts)
     components = found.components(3)
     palette = Palette(components, components.project(np.concatenate(parts)), NOISE * found.root_mean_square)
@@ -66,14 +66,14 @@ def test_the_root_mean_square_is_of_all_values() -> None:
 
 def test_all_images_share_one_basis_and_one_scale() -> None:
     first, second = RNG.normal(size=(100, 24)), RNG.normal(size=(50, 24)) + 1.0
-    [together] = colours(np.concatenate([first, second]))
-    assert np.array_equal(np.concatenate(colours(first, second)), together)
+    [together] = colors(np.concatenate([first, second]))
+    assert np.array_equal(np.concatenate(colors(first, second)), together)
 
 
-def test_colours_span_the_whole_range_but_for_outliers() -> None:
+def test_colors_span_the_whole_range_but_for_outliers() -> None:
     tokens = RNG.normal(size=(10_000, 24))
     tokens[0] *= 1000  # an outlier takes no range from the others
-    [rgb] = colours(tokens)
+    [rgb] = colors(tokens)
     assert rgb.dtype == np.uint8
     assert rgb.shape == (10_000, 3)
     for component in rgb.T:
@@ -84,8 +84,8 @@ def test_colours_span_the_whole_range_but_for_outliers() -> None:
 
 
 def test_nothing_to_tell_apart_is_gray() -> None:
-    """Rounding noise is not stretched to colours."""
+    """Rounding noise is not stretched to colors."""
     flat = np.full((64, 24), 0.1, np.float32) * np.linspace(-3, 3, 24, dtype=np.float32)
-    assert (np.concatenate(colours(flat, flat)) == 128).all()
-    [rgb] = colours(np.repeat([[1.0] * 24, [2.0] * 24], 32, axis=0))  # one dimension: one colour channel
+    assert (np.concatenate(colors(flat, flat)) == 128).all()
+    [rgb] = colors(np.repeat([[1.0] * 24, [2.0] * 24], 32, axis=0))  # one dimension: one color channel
     assert sorted(channel.std() > 0 for channel in rgb.T) == [False, False, True]

@@ -1,4 +1,4 @@
-"""Points, patches, cosines, and the colours and numbers that show them."""
+"""Points, patches, cosines, and the colors and numbers that show them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_cosines() -> None:
     assert cosines(large[0], large) == pytest.approx([1])
 
 
-def test_colours_are_those_of_matplotlib() -> None:
+def test_colors_are_those_of_matplotlib() -> None:
     expected = np.array(matplotlib.colormaps["magma"].colors) * 255  # type: ignore[attr-defined]
     assert np.abs(magma(np.linspace(0, 1, 256)) - expected).max() < 3
     assert magma(np.array([[-1.0, 0.0], [1.0, 2.0]])).tolist() == [[[0, 0, 4]] * 2, [[252, 253, 191]] * 2]

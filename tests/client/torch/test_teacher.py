@@ -21,7 +21,7 @@ from tests.support.waiting import LIMIT
 
 GENERATOR = np.random.default_rng(3)
 PIXELS: NDArray[np.uint8] = GENERATOR.integers(0, 256, (3, 32, 48, 3), np.uint8)
-NORMALISED = GENERATOR.normal(size=(3, 3, 32, 48)).astype(np.float32)
+NORMALIZED = GENERATOR.normal(size=(3, 3, 32, 48)).astype(np.float32)
 
 
 @pytest.fixture
@@ -62,16 +62,16 @@ def test_features_of_pixels_in_either_layout_as_arrays_and_tensors(client: Clien
     check(teacher(PIXELS[1]), PIXELS[1:2])
 
 
-def test_floating_point_is_normalised_already_and_sent_as_float32(client: Client) -> None:
+def test_floating_point_is_normalized_already_and_sent_as_float32(client: Client) -> None:
     teacher = make(client, dtype="float32")
-    check(teacher(NORMALISED), NORMALISED)
-    check(teacher(NORMALISED.astype(np.float64)), NORMALISED)
-    check(teacher(torch.from_numpy(NORMALISED).requires_grad_()), NORMALISED)
-    check(teacher(torch.from_numpy(NORMALISED[0])), NORMALISED[:1])
-    half = torch.from_numpy(NORMALISED).bfloat16()
+    check(teacher(NORMALIZED), NORMALIZED)
+    check(teacher(NORMALIZED.astype(np.float64)), NORMALIZED)
+    check(teacher(torch.from_numpy(NORMALIZED).requires_grad_()), NORMALIZED)
+    check(teacher(torch.from_numpy(NORMALIZED[0])), NORMALIZED[:1])
+    half = torch.from_numpy(NORMALIZED).bfloat16()
     check(teacher(half), half.float().numpy())
     teacher = make(client, dtype="float32", layout="BHWC")
-    check(teacher(torch.from_numpy(NORMALISED).permute(0, 2, 3, 1)), NORMALISED)
+    check(teacher(torch.from_numpy(NORMALIZED).permute(0, 2, 3, 1)), NORMALIZED)
 
 
 def test_patches_have_no_registers_among_them(server: FakeServer, client: Client) -> None:
@@ -95,7 +95,7 @@ def test_features_that_are_not_extracted_are_not_requested(server: FakeServer, c
     ("layout", "images", "problem"),
     [
         ("BCHW", PIXELS, r"shape \[3, 32, 48, 3\]; with layout='BCHW' it must be \[B, 3, H, W\]"),
-        ("BHWC", NORMALISED, r"shape \[3, 3, 32, 48\]; with layout='BHWC' it must be \[B, H, W, 3\]"),
+        ("BHWC", NORMALIZED, r"shape \[3, 3, 32, 48\]; with layout='BHWC' it must be \[B, H, W, 3\]"),
         ("BHWC", PIXELS[0, 0], r"shape \[48, 3\]"),
         ("BHWC", np.zeros((1, 2, 32, 32, 3), np.uint8), "shape"),
     ],
@@ -118,19 +118,19 @@ def test_invalid_images_are_refused(client: Client) -> None:
 
 
 @pytest.mark.parametrize("images", [PIXELS.astype(np.float32), -PIXELS.astype(np.float64), (PIXELS + 1.0) * np.inf])
-def test_floats_that_cannot_be_normalised_are_refused(server: FakeServer, client: Client, images: Any) -> None:
+def test_floats_that_cannot_be_normalized_are_refused(server: FakeServer, client: Client, images: Any) -> None:
     teacher = make(client, layout="BHWC")
-    with pytest.raises(ValueError, match=r"from .* to .*; .* normalised .* -2\.12 \(black\) to 2\.64 \(white\)\. Give"):
+    with pytest.raises(ValueError, match=r"from .* to .*; .* normalized .* -2\.12 \(black\) to 2\.64 \(white\)\. Give"):
         teacher(images)
     assert server.requests == []
 
 
-def test_floats_that_look_as_if_they_were_not_normalised_are_warned_of(client: Client) -> None:
+def test_floats_that_look_as_if_they_were_not_normalized_are_warned_of(client: Client) -> None:
     teacher = make(client, layout="BHWC", dtype="float32")
     images = (PIXELS / 255).astype(np.float32)
     told: set[str] = set()
     for given in (images, images / 2):
-        with pytest.warns(UserWarning, match="values of images are within 0 to 1; .* Are these normalised") as caught:
+        with pytest.warns(UserWarning, match="values of images are within 0 to 1; .* Are these normalized") as caught:
             check(teacher(given), given.transpose(0, 3, 1, 2))
         told.add(str(caught[0].message))
     assert len(told) == 1  # else Python would show it for each batch
@@ -307,7 +307,7 @@ def test_saved_features(client: Client, tmp_path: Path) -> None:
     teacher.extract_features(PIXELS, image_ids=["x", "y", "z"])  # not asked to be saved
     assert len(list(folder.iterdir())) == 3
     narrow = make(client, {"feature_output_dir": tmp_path, "device": "cpu", "extract_patch_tokens": False})
-    features = narrow.half().extract_features(NORMALISED[:1], ["a"], save_features=True)
+    features = narrow.half().extract_features(NORMALIZED[:1], ["a"], save_features=True)
     with np.load(tmp_path / names[0]) as saved:
         assert list(saved) == ["cls_token"]
         assert saved["cls_token"].dtype == np.float32

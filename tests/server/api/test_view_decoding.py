@@ -122,14 +122,14 @@ async def test_a_deadline_that_passes_between_two_views(gate: Any) -> None:
     service.close()
 
 
-def colour(of: int) -> pb.Image:
-    """Return an image of one colour, by which its rows are recognised."""
+def color(of: int) -> pb.Image:
+    """Return an image of one color, by which its rows are recognized."""
     return encoded(np.full((20, 20, 3), of, np.uint8))
 
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Make each time slice end after one row; return the colours of the rows in the order of writing."""
+    """Make each time slice end after one row; return the colors of the rows in the order of writing."""
     monkeypatch.setattr("dinov3_server.api.decode_pool.SLICE_SECONDS", 0.0)
     order: list[int] = []
     write = sources.transform_into
@@ -148,8 +148,8 @@ SIXTEEN = V(size=(16, 16))
 async def test_an_image_with_many_views_does_not_block_others(turns: list[int], decodes: Counter[bytes]) -> None:
     engine = FakeEngine()
     service = extraction(engine, Metrics())
-    large = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 20)])
-    small = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
+    large = pb.ExtractRequest(images=[with_views(color(1), [SIXTEEN] * 20)])
+    small = pb.ExtractRequest(images=[with_views(color(2), [SIXTEEN])])
     answers = await asyncio.gather(
         service.extract(large, None, ANONYMOUS, request_memory()),
         service.extract(small, None, ANONYMOUS, request_memory()),
@@ -174,7 +174,7 @@ async def test_a_picture_has_its_memory_until_its_last_row_is_written(
 ) -> None:
     engine, budget = FakeEngine(), room_for_one_picture()
     service = extraction(engine, Metrics(), threads=2, budget=budget)
-    requests = [pb.ExtractRequest(images=[with_views(colour(of), [SIXTEEN] * 6)]) for of in (1, 2, 3)]
+    requests = [pb.ExtractRequest(images=[with_views(color(of), [SIXTEEN] * 6)]) for of in (1, 2, 3)]
     for times in (1, 2):
         turns.clear()
         await asyncio.gather(*(service.extract(request, None, ANONYMOUS, request_memory()) for request in requests))
@@ -188,8 +188,8 @@ async def test_a_picture_has_its_memory_until_its_last_row_is_written(
 async def test_the_memory_of_a_picture_is_released_when_its_caller_leaves(turns: list[int]) -> None:
     engine, budget = FakeEngine(), room_for_one_picture()
     service = extraction(engine, Metrics(), budget=budget)
-    request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN] * 400)], outputs=pb.Outputs(cls=True))
-    waiting = pb.ExtractRequest(images=[with_views(colour(2), [SIXTEEN])])
+    request = pb.ExtractRequest(images=[with_views(color(1), [SIXTEEN] * 400)], outputs=pb.Outputs(cls=True))
+    waiting = pb.ExtractRequest(images=[with_views(color(2), [SIXTEEN])])
     for _ in range(2):
         task = asyncio.create_task(service.extract(request, None, ANONYMOUS, request_memory()))
         await until_async(lambda: len(turns) >= 3)
@@ -212,7 +212,7 @@ async def test_a_caller_leaves_while_it_waits_for_memory(turns: list[int]) -> No
     service = extraction(engine, Metrics(), budget=budget)
     held = budget.pictures.try_acquire(budget.pictures.limit)
     assert held
-    request = pb.ExtractRequest(images=[with_views(colour(1), [SIXTEEN])])
+    request = pb.ExtractRequest(images=[with_views(color(1), [SIXTEEN])])
     task = asyncio.create_task(service.extract(request, None, ANONYMOUS, request_memory()))
     await until_async(lambda: budget.pictures.has_waiters)
     task.cancel()

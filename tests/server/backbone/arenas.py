@@ -44,7 +44,7 @@ class Arena:
         ]
 
     def features(self, info: ModelInfo, shape: PixelShape, row: Row) -> list[Tensor]:
-        """A copy of a row's outputs, each [tokens, D] fp32 (or [D rows, columns]), dequantised."""
+        """A copy of a row's outputs, each [tokens, D] fp32 (or [D rows, columns]), dequantized."""
         found: list[Tensor] = []
         for buffer, offset in zip(info.output_buffers(row.spec, shape), row.output_offsets, strict=True):
             dtype = TORCH_DTYPES[buffer.dtype]

@@ -45,8 +45,8 @@ def picture(height: int, width: int, count: int = 1, seed: int = 0) -> Tensor:
     return torch.stack(images)
 
 
-def normalised(images: Tensor, dataset: Dataset = LVD) -> Tensor:
-    """Convert [B, H, W, 3] bytes to the [B, 3, H, W] normalised floats that other implementations take."""
+def normalized(images: Tensor, dataset: Dataset = LVD) -> Tensor:
+    """Convert [B, H, W, 3] bytes to the [B, 3, H, W] normalized floats that other implementations take."""
     scaled = (images.float() / 255 - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)
     return scaled.permute(0, 3, 1, 2).contiguous()
 

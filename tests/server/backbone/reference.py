@@ -79,7 +79,7 @@ def photographs(height: int, width: int) -> Tensor:
 
 @torch.inference_mode()
 def transformers_features(model: DINOv3ViTModel, pixels: Tensor) -> dict[Output, Tensor]:
-    """Compute the outputs of `every_output` from normalised floats."""
+    """Compute the outputs of `every_output` from normalized floats."""
     answer = model(pixels, output_hidden_states=True)
     # hidden_states[0] is the embedding; [i + 1] is the output of block i, before the final norm.
     hidden = answer.hidden_states
@@ -106,7 +106,7 @@ def transformers_convnext(variant: ConvNextVariant, tensors: dict[str, Tensor]) 
 
 @torch.inference_mode()
 def transformers_convnext_features(model: DINOv3ConvNextModel, pixels: Tensor) -> dict[Output, Tensor]:
-    """Compute the final outputs and every stage's from normalised floats; only the last stage has the final norm."""
+    """Compute the final outputs and every stage's from normalized floats; only the last stage has the final norm."""
     answer = model(pixels, output_hidden_states=True)
     features = {Output("cls"): answer.last_hidden_state[:, 0], Output("patches"): answer.last_hidden_state[:, 1:]}
     maps = answer.hidden_states[-4:]  # [B, C, h, w] each

@@ -32,7 +32,7 @@ from dinov3_server.models.interface import (
 )
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena, serve
-from tests.server.backbone.features import normalised, ours, picture
+from tests.server.backbone.features import normalized, ours, picture
 from tests.server.backbone.files import official_state
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=3, heads=2, ffn_dim=128)
@@ -77,7 +77,7 @@ def test_mixed_requests_of_two_arenas_in_one_batch(shape: PixelShape) -> None:
     for arena in arenas:
         served.attach(arena.number, memoryview(arena.memory))
     images = picture(32, 48, count=8)
-    pixels = images if shape.format == "uint8" else normalised(images)
+    pixels = images if shape.format == "uint8" else normalized(images)
     rows = []
     for i, spec in enumerate(SPECS):
         rows += arenas[i % 2].request(served.info, shape, pixels[2 * i : 2 * i + 2], spec)
@@ -111,7 +111,7 @@ def test_only_the_requested_ranges_are_written() -> None:
 def test_only_the_row_with_bad_features_is_flagged() -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
-    pixels = normalised(picture(32, 48, count=5))
+    pixels = normalized(picture(32, 48, count=5))
     pixels[1, 0, 3, 4] = torch.nan
     pixels[3, 2, 30, 40] = torch.inf
     rows = arena.request(served.info, FLOATS, pixels[:2], SPECS[0])
@@ -283,7 +283,7 @@ def test_weights_that_give_nan_are_refused(tmp_path: Path) -> None:
     state = official_state(TINY, random_tensors(TINY, 0))
     state["blocks.1.mlp.fc1.weight"][3, 4] = torch.nan
     torch.save(state, tmp_path / "tiny.pth")
-    with pytest.raises(CheckpointError, match=r"NaN or infinite features for a grey 32x48 image .* 'tiny\.pth'"):
+    with pytest.raises(CheckpointError, match=r"NaN or infinite features for a gray 32x48 image .* 'tiny\.pth'"):
         build("tiny", str(tmp_path / "tiny.pth"), warm_up=(BYTES,))
 
 

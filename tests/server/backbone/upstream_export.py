@@ -4,7 +4,7 @@
 
 DEPTH is how many blocks of a ViT are made; a ConvNeXt is always whole. Importing upstream changes torch process-wide,
 which is why it is not imported by a test. Writes OUT/weights.pth (a plain state dict, as the official files are) and
-OUT/features.pth: for each "HxW" the normalised pixels, the normed final tokens by kind, and the tokens of every layer
+OUT/features.pth: for each "HxW" the normalized pixels, the normed final tokens by kind, and the tokens of every layer
 before the final norm.
 """
 

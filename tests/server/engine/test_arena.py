@@ -36,7 +36,7 @@ def test_ranges_never_overlap_and_all_come_back(steps: list[tuple[bool, int]]) -
         for offset in live:
             arena.free(offset)
         assert arena.used_bytes == 0
-        assert arena.allocate(16 * PAGE) == 0  # neighbours were merged into one range
+        assert arena.allocate(16 * PAGE) == 0  # neighbors were merged into one range
     finally:
         arena.close()
 

@@ -183,7 +183,7 @@ def test_goodput_with_batches_of_varying_time() -> None:
 
 
 def noisy(rows: int, now: float, chance: random.Random) -> float:
-    """Return the time of a batch on a device beside neighbours: exponential noise with a mean of 40 %."""
+    """Return the time of a batch on a device beside neighbors: exponential noise with a mean of 40 %."""
     return cpu(rows, now) * (1 + chance.expovariate(2.5)) / 1.4
 
 
@@ -194,7 +194,7 @@ def unsteady(rows: int, now: float, chance: random.Random) -> float:
 
 @pytest.mark.parametrize("device", [noisy, unsteady])
 @pytest.mark.parametrize("load", [1.0, 2.0, 5.0])
-def test_little_device_time_is_late_beside_neighbours(
+def test_little_device_time_is_late_beside_neighbors(
     load: float, device: Callable[[int, float, random.Random], float]
 ) -> None:
     chance = random.Random(6)

@@ -16,7 +16,7 @@ from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS, ConvNextV
 from dinov3_server.models.interface import Output
 from dinov3_server.models.variant import DATASETS, Dataset
 from tests.server.backbone.convnext_files import NARROW
-from tests.server.backbone.features import CPU, LVD, normalised, picture, worst_cosine, worst_error
+from tests.server.backbone.features import CPU, LVD, normalized, picture, worst_cosine, worst_error
 from tests.server.backbone.reference import photographs, transformers_convnext, transformers_convnext_features
 
 TINY = CONVNEXTS["dinov3_convnext_tiny"]
@@ -55,28 +55,28 @@ def run(model: ConvNext, pixels: Tensor, outputs: Iterable[Output]) -> dict[Outp
 @pytest.mark.parametrize("size", [(224, 224), (256, 384), (32, 32), (64, 32)])
 def test_fp32_every_output_of_every_stage(variant: ConvNextVariant, size: tuple[int, int]) -> None:
     tensors, images = varied_tensors(variant), picture(*size, count=2)
-    expected = transformers_convnext_features(transformers_convnext(variant, tensors), normalised(images))
+    expected = transformers_convnext_features(transformers_convnext(variant, tensors), normalized(images))
     assert len(expected) == 2 + 4 * 4
     grids = {output.layer: tensor.shape[1:] for output, tensor in expected.items() if output.kind == "patches"}
     assert grids[0] == (size[0] * size[1] // 16, variant.dims[0])
     assert grids[None] == grids[3] == (size[0] * size[1] // 1024, variant.embed_dim)
     model = ours(variant, tensors)
-    assert worst_error(model, normalised(images), expected) <= FP32_BOUND
-    assert worst_error(model, images, expected) <= FP32_BOUND, "the normalisation folded into the stem"
+    assert worst_error(model, normalized(images), expected) <= FP32_BOUND
+    assert worst_error(model, images, expected) <= FP32_BOUND, "the normalization folded into the stem"
 
 
-def test_sat_normalisation() -> None:
+def test_sat_normalization() -> None:
     sat, tensors, images = DATASETS["sat493m"], varied_tensors(NARROW), picture(96, 96)
-    expected = transformers_convnext_features(transformers_convnext(NARROW, tensors), normalised(images, sat))
+    expected = transformers_convnext_features(transformers_convnext(NARROW, tensors), normalized(images, sat))
     assert worst_error(ours(NARROW, tensors, dataset=sat), images, expected) <= FP32_BOUND
     assert worst_error(ours(NARROW, tensors), images, expected) > 1e-2
 
 
 def test_bf16_cosine_of_every_token() -> None:
     tensors, images = varied_tensors(TINY), photographs(224, 288)
-    expected = transformers_convnext_features(transformers_convnext(TINY, tensors), normalised(images))
+    expected = transformers_convnext_features(transformers_convnext(TINY, tensors), normalized(images))
     model = ours(TINY, tensors, dtype=torch.bfloat16)
-    for pixels in (images, normalised(images)):
+    for pixels in (images, normalized(images)):
         actual = run(model, pixels, expected)
         cosines = {output: worst_cosine(actual[output], expected[output]) for output in expected}
         assert min(cosines.values()) >= BF16_COSINE, cosines

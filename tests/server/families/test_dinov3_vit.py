@@ -17,7 +17,7 @@ from dinov3_server.models.interface import Output
 from dinov3_server.nn import attention
 from dinov3_server.nn.linear import Linear, PackedLinear, linear
 from dinov3_server.nn.rope import Rope, default_periods
-from tests.server.backbone.features import every_output, normalised, ours, picture, worst_error
+from tests.server.backbone.features import every_output, normalized, ours, picture, worst_error
 from tests.server.backbone.reference import transformers_features, transformers_model
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=3, heads=2, ffn_dim=128)
@@ -77,7 +77,7 @@ def test_the_last_layer_by_number_is_the_last_layer() -> None:
 def test_all_sizes_from_one_patch_on(size: tuple[int, int]) -> None:
     tensors, periods = random_tensors(TINY, 3), default_periods(TINY.head_dim, 100.0)
     images = picture(*size, count=2)
-    expected = transformers_features(transformers_model(TINY, tensors, periods), normalised(images))
+    expected = transformers_features(transformers_model(TINY, tensors, periods), normalized(images))
     assert worst_error(tiny(), images, expected) <= 1e-5
 
 
@@ -213,7 +213,7 @@ def test_7b_at_depth_2_agrees_with_transformers() -> None:
     assert variant.head_dim == lookup("vit7b16").head_dim
     assert not any("attn.q.bias" in name for name in tensors)
     images = picture(96, 64)
-    expected = transformers_features(transformers_model(variant, tensors, periods), normalised(images))
+    expected = transformers_features(transformers_model(variant, tensors, periods), normalized(images))
     assert worst_error(ours(variant, tensors, periods), images, expected) <= 1e-5
 
 

@@ -22,7 +22,7 @@ from dinov3_server.families.registry import VARIANTS
 from dinov3_server.models.interface import Output
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.convnext_files import NARROW, convnext_official_state
-from tests.server.backbone.features import CPU, normalised, ours, picture, worst_error
+from tests.server.backbone.features import CPU, normalized, ours, picture, worst_error
 from tests.server.backbone.files import SHALLOW, SHALLOW_SWIGLU, official_state
 
 timm = pytest.importorskip("timm", reason="timm (which needs torchvision) is not installed", exc_type=ImportError)
@@ -97,7 +97,7 @@ def test_a_vit_converted_by_timm_from_the_official_file(
     model.rope.periods.copy_(periods)
     images = picture(64, 80)
     with torch.inference_mode():
-        tokens = model.forward_features(normalised(images))
+        tokens = model.forward_features(normalized(images))
     expected = {
         Output("cls"): tokens[:, 0],
         Output("registers"): tokens[:, 1:5],
@@ -118,7 +118,7 @@ def test_a_convnext_converted_by_timm_from_the_official_file(tmp_path: Path) -> 
 
     images = picture(64, 96)
     with torch.inference_mode():
-        cells = model.forward_features(normalised(images))
+        cells = model.forward_features(normalized(images))
         expected = {
             Output("cls"): model.forward_head(cells, pre_logits=True),
             Output("patches"): model.head.norm(cells).flatten(2).transpose(1, 2),

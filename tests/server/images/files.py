@@ -39,11 +39,11 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, bits: int, colour: int, rows: bytes, *chunks: bytes, after: bytes = b"") -> bytes:
+def png(width: int, height: int, bits: int, color: int, rows: bytes, *chunks: bytes, after: bytes = b"") -> bytes:
     """Write a PNG of packed `rows` without filter bytes; `chunks` precede the pixels, `after` follows them."""
     stride = len(rows) // height
     filtered = b"".join(b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height))
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     return b"".join(
         (
             b"\x89PNG\r\n\x1a\n",
@@ -62,8 +62,8 @@ PNG_GRAY, PNG_RGB, PNG_PALETTE, PNG_LA, PNG_RGBA = 0, 2, 3, 4, 6
 def png16(samples: npt.NDArray[np.uint16]) -> bytes:
     """Write [H, W] or [H, W, 2 to 4] as 16-bit gray, LA, RGB or RGBA."""
     height, width, *channels = samples.shape
-    colour = {0: PNG_GRAY, 2: PNG_LA, 3: PNG_RGB, 4: PNG_RGBA}[channels[0] if channels else 0]
-    return png(width, height, 16, colour, samples.astype(">u2").tobytes())
+    color = {0: PNG_GRAY, 2: PNG_LA, 3: PNG_RGB, 4: PNG_RGBA}[channels[0] if channels else 0]
+    return png(width, height, 16, color, samples.astype(">u2").tobytes())
 
 
 def tiff(

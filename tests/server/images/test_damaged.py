@@ -158,28 +158,28 @@ def test_pillow_logs_nothing_of_a_clients_file(caplog: pytest.LogCaptureFixture)
 
 def seeds() -> dict[str, bytes]:
     """Return one file of every decoder and container."""
-    colour = Image.fromarray(photo(24, 32))
-    turned = colour.rotate(180)
+    color = Image.fromarray(photo(24, 32))
+    turned = color.rotate(180)
     samples = np.random.default_rng(3).integers(0, 1 << 16, (24, 32), dtype=np.uint16)
     return {
-        "jpeg": encode(colour, "JPEG", exif=exif(6)),
-        "jpeg progressive": encode(colour, "JPEG", progressive=True),
-        "jpeg cmyk": encode(colour.convert("CMYK"), "JPEG"),
-        "jpeg mpo": encode(colour, "MPO", save_all=True, append_images=[turned]),
-        "png": encode(colour, "PNG", exif=exif(6)),
-        "png palette": encode(colour.convert("P"), "PNG", transparency=bytes(range(256))),
-        "png animated": encode(colour, "PNG", save_all=True, append_images=[turned]),
+        "jpeg": encode(color, "JPEG", exif=exif(6)),
+        "jpeg progressive": encode(color, "JPEG", progressive=True),
+        "jpeg cmyk": encode(color.convert("CMYK"), "JPEG"),
+        "jpeg mpo": encode(color, "MPO", save_all=True, append_images=[turned]),
+        "png": encode(color, "PNG", exif=exif(6)),
+        "png palette": encode(color.convert("P"), "PNG", transparency=bytes(range(256))),
+        "png animated": encode(color, "PNG", save_all=True, append_images=[turned]),
         "png 16-bit": png16(samples),
-        "webp": encode(colour, "WEBP", exif=exif(6)),
-        "webp lossless": encode(colour, "WEBP", lossless=True),
-        "webp animated": encode(colour, "WEBP", save_all=True, append_images=[turned]),
-        "bmp": encode(colour, "BMP"),
-        "bmp palette": encode(colour.convert("P"), "BMP"),
-        "tiff": encode(colour, "TIFF", exif=exif(6)),
-        "tiff lzw": encode(colour, "TIFF", compression="tiff_lzw"),
-        "tiff deflate": encode(colour, "TIFF", compression="tiff_adobe_deflate"),
-        "tiff jpeg": encode(colour, "TIFF", compression="jpeg"),
-        "tiff group 4": encode(colour.convert("1"), "TIFF", compression="group4"),
+        "webp": encode(color, "WEBP", exif=exif(6)),
+        "webp lossless": encode(color, "WEBP", lossless=True),
+        "webp animated": encode(color, "WEBP", save_all=True, append_images=[turned]),
+        "bmp": encode(color, "BMP"),
+        "bmp palette": encode(color.convert("P"), "BMP"),
+        "tiff": encode(color, "TIFF", exif=exif(6)),
+        "tiff lzw": encode(color, "TIFF", compression="tiff_lzw"),
+        "tiff deflate": encode(color, "TIFF", compression="tiff_adobe_deflate"),
+        "tiff jpeg": encode(color, "TIFF", compression="jpeg"),
+        "tiff group 4": encode(color.convert("1"), "TIFF", compression="group4"),
         "tiff 16-bit": encode(samples, "TIFF"),
         "tiff float": encode((samples / 65535).astype(np.float32), "TIFF"),
     }

@@ -54,7 +54,7 @@ def gray(values: Pixels) -> Pixels:
     return np.repeat(values[..., None], 3, axis=2)
 
 
-COLOUR = photo()
+COLOR = photo()
 WITH_ALPHA = photo(channels=4)
 LUMA = photo(channels=1)
 LUMA_ALPHA = photo(channels=2)
@@ -80,8 +80,8 @@ def tiff_of(samples: Pixels, photometric: int, bits: list[int], **options: Any) 
 
 
 FORMATS: dict[str, Callable[[], tuple[bytes, Any]]] = {
-    "png rgb": lambda: (encode(COLOUR, "PNG"), COLOUR),
-    "png rgba: alpha dropped, colour under it kept": lambda: (encode(WITH_ALPHA, "PNG"), WITH_ALPHA[..., :3]),
+    "png rgb": lambda: (encode(COLOR, "PNG"), COLOR),
+    "png rgba: alpha dropped, color under it kept": lambda: (encode(WITH_ALPHA, "PNG"), WITH_ALPHA[..., :3]),
     "png gray": lambda: (encode(LUMA, "PNG"), gray(LUMA)),
     "png gray and alpha": lambda: (encode(LUMA_ALPHA, "PNG"), gray(LUMA_ALPHA[..., 0])),
     "png 1-bit": lambda: (encode(BILEVEL, "PNG"), gray(BILEVEL * np.uint8(255))),
@@ -100,37 +100,37 @@ FORMATS: dict[str, Callable[[], tuple[bytes, Any]]] = {
         encode(palette_image(LUMA), "PNG", transparency=bytes(range(256))),
         TABLE[LUMA],
     ),
-    "png palette of 2 colours": lambda: (
+    "png palette of 2 colors": lambda: (
         png(8, 1, 1, PNG_PALETTE, b"\x55", png_chunk(b"PLTE", bytes([1, 2, 3, 200, 201, 202]))),
         [[[1, 2, 3], [200, 201, 202]] * 4],
     ),
-    "png rgb, one transparent colour": lambda: (
-        png(7, 5, 8, PNG_RGB, COLOUR.tobytes(), png_chunk(b"tRNS", struct.pack(">3H", *COLOUR[0, 0]))),
-        COLOUR,
+    "png rgb, one transparent color": lambda: (
+        png(7, 5, 8, PNG_RGB, COLOR.tobytes(), png_chunk(b"tRNS", struct.pack(">3H", *COLOR[0, 0]))),
+        COLOR,
     ),
     "png gray, one transparent level": lambda: (
         png(7, 5, 8, PNG_GRAY, LUMA.tobytes(), png_chunk(b"tRNS", struct.pack(">H", LUMA[0, 0]))),
         gray(LUMA),
     ),
     "png animated: first frame": lambda: (
-        encode(COLOUR, "PNG", save_all=True, append_images=[Image.fromarray(255 - COLOUR)]),
-        COLOUR,
+        encode(COLOR, "PNG", save_all=True, append_images=[Image.fromarray(255 - COLOR)]),
+        COLOR,
     ),
-    "bmp rgb": lambda: (encode(COLOUR, "BMP"), COLOUR),
+    "bmp rgb": lambda: (encode(COLOR, "BMP"), COLOR),
     "bmp rgba": lambda: (encode(WITH_ALPHA, "BMP"), WITH_ALPHA[..., :3]),
     "bmp gray": lambda: (encode(LUMA, "BMP"), gray(LUMA)),
     "bmp 1-bit": lambda: (encode(BILEVEL, "BMP"), gray(BILEVEL * np.uint8(255))),
     "bmp palette": lambda: (encode(palette_image(LUMA), "BMP"), TABLE[LUMA]),
-    "webp rgb": lambda: (encode(COLOUR, "WEBP", lossless=True), COLOUR),
+    "webp rgb": lambda: (encode(COLOR, "WEBP", lossless=True), COLOR),
     "webp rgba": lambda: (encode(WITH_ALPHA, "WEBP", lossless=True, exact=True), WITH_ALPHA[..., :3]),
     "webp animated: first frame": lambda: (
-        encode(COLOUR, "WEBP", lossless=True, save_all=True, append_images=[Image.fromarray(255 - COLOUR)]),
-        COLOUR,
+        encode(COLOR, "WEBP", lossless=True, save_all=True, append_images=[Image.fromarray(255 - COLOR)]),
+        COLOR,
     ),
-    "tiff rgb": lambda: (encode(COLOUR, "TIFF"), COLOUR),
-    "tiff rgb, big endian": lambda: (tiff_of(COLOUR, RGB, [8, 8, 8], order=">"), COLOUR),
-    "tiff rgb, lzw": lambda: (encode(COLOUR, "TIFF", compression="tiff_lzw"), COLOUR),
-    "tiff rgb, deflate": lambda: (encode(COLOUR, "TIFF", compression="tiff_adobe_deflate"), COLOUR),
+    "tiff rgb": lambda: (encode(COLOR, "TIFF"), COLOR),
+    "tiff rgb, big endian": lambda: (tiff_of(COLOR, RGB, [8, 8, 8], order=">"), COLOR),
+    "tiff rgb, lzw": lambda: (encode(COLOR, "TIFF", compression="tiff_lzw"), COLOR),
+    "tiff rgb, deflate": lambda: (encode(COLOR, "TIFF", compression="tiff_adobe_deflate"), COLOR),
     "tiff rgba": lambda: (encode(WITH_ALPHA, "TIFF"), WITH_ALPHA[..., :3]),
     "tiff gray": lambda: (encode(LUMA, "TIFF"), gray(LUMA)),
     "tiff gray, white is zero": lambda: (tiff_of(LUMA, WHITE_IS_ZERO, [8]), gray(255 - LUMA)),
@@ -172,14 +172,14 @@ FORMATS: dict[str, Callable[[], tuple[bytes, Any]]] = {
     ),
     "tiff cmyk": lambda: (tiff_of(INKS, CMYK, [8, 8, 8, 8]), INKS_RGB),
     "tiff of several pages: the first": lambda: (
-        encode(COLOUR, "TIFF", save_all=True, append_images=[Image.fromarray(255 - COLOUR)]),
-        COLOUR,
+        encode(COLOR, "TIFF", save_all=True, append_images=[Image.fromarray(255 - COLOR)]),
+        COLOR,
     ),
     "tiff in tiles": lambda: (
         tiff_of(
-            np.pad(COLOUR, ((0, 11), (0, 9), (0, 0))), RGB, [8, 8, 8], tags={256: [7], 257: [5], 322: [16], 323: [16]}
+            np.pad(COLOR, ((0, 11), (0, 9), (0, 0))), RGB, [8, 8, 8], tags={256: [7], 257: [5], 322: [16], 323: [16]}
         ),
-        COLOUR,
+        COLOR,
     ),
 }  # fmt: skip
 
@@ -199,8 +199,8 @@ def test_alpha_is_dropped_without_a_warning(kind: str) -> None:
         pixels(data)
 
 
-def flat(*colour: int, mode: str) -> Image.Image:
-    return Image.new(mode, (16, 16), colour)
+def flat(*color: int, mode: str) -> Image.Image:
+    return Image.new(mode, (16, 16), color)
 
 
 def test_jpeg_rgb_and_gray() -> None:
@@ -284,7 +284,7 @@ def test_icc_profile_is_ignored() -> None:
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for format in ("PNG", "TIFF"):
-        np.testing.assert_array_equal(pixels(encode(COLOUR, format, icc_profile=profile)), COLOUR)
+        np.testing.assert_array_equal(pixels(encode(COLOR, format, icc_profile=profile)), COLOR)
 
 
 UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
@@ -302,9 +302,9 @@ UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 @pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
 def test_exif_orientation_is_applied_when_asked_for(format: str, orientation: int) -> None:
-    data = encode(COLOUR, format, exif=exif(orientation), **({"lossless": True} if format == "WEBP" else {}))
-    np.testing.assert_array_equal(pixels(data), COLOUR)
-    np.testing.assert_array_equal(pixels(data, upright=True), UPRIGHT[orientation](COLOUR))
+    data = encode(COLOR, format, exif=exif(orientation), **({"lossless": True} if format == "WEBP" else {}))
+    np.testing.assert_array_equal(pixels(data), COLOR)
+    np.testing.assert_array_equal(pixels(data, upright=True), UPRIGHT[orientation](COLOR))
 
 
 def test_exif_orientation_of_jpeg() -> None:
@@ -316,14 +316,14 @@ def test_exif_orientation_of_jpeg() -> None:
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_invalid_orientation_is_ignored(orientation: int) -> None:
-    np.testing.assert_array_equal(pixels(encode(COLOUR, "PNG", exif=exif(orientation)), upright=True), COLOUR)
+    np.testing.assert_array_equal(pixels(encode(COLOR, "PNG", exif=exif(orientation)), upright=True), COLOR)
 
 
 def test_exif_after_the_pixels_of_a_png_is_applied() -> None:
     after = png_chunk(b"eXIf", exif(6).tobytes()[6:])
-    data = png(7, 5, 8, PNG_RGB, COLOUR.tobytes(), after=after)
-    np.testing.assert_array_equal(pixels(data), COLOUR)
-    np.testing.assert_array_equal(pixels(data, upright=True), UPRIGHT[6](COLOUR))
+    data = png(7, 5, 8, PNG_RGB, COLOR.tobytes(), after=after)
+    np.testing.assert_array_equal(pixels(data), COLOR)
+    np.testing.assert_array_equal(pixels(data, upright=True), UPRIGHT[6](COLOR))
 
 
 @pytest.mark.parametrize("upright", [False, True])
@@ -332,14 +332,14 @@ def test_exif_after_the_pixels_of_a_png_is_applied() -> None:
 def test_orientation_of_tiff_is_part_of_the_format_and_always_applied(
     orientation: int, upright: bool, compression: str | None
 ) -> None:
-    data = encode(COLOUR, "TIFF", exif=exif(orientation), compression=compression)
-    np.testing.assert_array_equal(pixels(data, upright=upright), UPRIGHT[orientation](COLOUR))
+    data = encode(COLOR, "TIFF", exif=exif(orientation), compression=compression)
+    np.testing.assert_array_equal(pixels(data, upright=upright), UPRIGHT[orientation](COLOR))
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_a_ycbcr_tiff_is_turned_once(orientation: int) -> None:
-    """Libtiff turns it too when it converts the colours."""
-    stored = Image.fromarray(COLOUR).convert("YCbCr")
+    """Libtiff turns it too when it converts the colors."""
+    stored = Image.fromarray(COLOR).convert("YCbCr")
     data = encode(stored, "TIFF", exif=exif(orientation), compression="tiff_lzw")
     expected = UPRIGHT[orientation](np.asarray(stored.convert("RGB")))
     assert np.abs(pixels(data).astype(int) - expected).max() <= 2
@@ -376,7 +376,7 @@ with concurrent.futures.ThreadPoolExecutor(4) as pool:
 def test_pillows_warnings_neither_fail_an_image_nor_reach_stderr() -> None:
     """In a separate process, where only decode.py sets filters after -W error."""
     artist = 315
-    data = tiff_of(COLOUR, RGB, [8, 8, 8], tags={artist: range(9)})
+    data = tiff_of(COLOR, RGB, [8, 8, 8], tags={artist: range(9)})
     where = data.index(struct.pack("<HHI", artist, 3, 9)) + 8
     data = data[:where] + struct.pack("<I", len(data) - 4) + data[where + 4 :]  # beyond the end of the file
     with pytest.warns(UserWarning, match="larger than file|corrupt|Truncated"), Image.open(io.BytesIO(data)):
@@ -390,4 +390,4 @@ def test_pillows_warnings_neither_fail_an_image_nor_reach_stderr() -> None:
         cwd=Path(__file__).parent,
     )
     assert done.stderr == b""
-    assert done.stdout.decode() == repr({tuple(COLOUR[0, 0].tolist())})
+    assert done.stdout.decode() == repr({tuple(COLOR[0, 0].tolist())})

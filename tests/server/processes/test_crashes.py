@@ -207,11 +207,11 @@ def test_the_memory_of_a_cancelled_call_is_not_reused_while_it_is_on_the_device(
             used = server.metric("dinov3_arena_bytes", state="used")
             assert used > 0
             with ThreadPoolExecutor() as pool:
-                neighbours = [pool.submit(ask, client, seed) for seed in range(1, 5)]  # into the rest of a small arena
+                neighbors = [pool.submit(ask, client, seed) for seed in range(1, 5)]  # into the rest of a small arena
                 until(lambda: server.metric("dinov3_arena_bytes", state="used") > used)
                 gate.touch()
-                for neighbour in neighbours:
-                    neighbour.result()
+                for neighbor in neighbors:
+                    neighbor.result()
         until(lambda: server.metric("dinov3_arena_bytes", state="used") == 0)
         ask(client, 1)
 

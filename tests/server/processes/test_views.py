@@ -42,7 +42,7 @@ def view_pixels(pixels: np.ndarray, view: int) -> np.ndarray:
 
 def test_a_view_that_fails_on_the_device_fails_only_its_image() -> None:
     photos = [np.random.default_rng(seed).integers(0, 250, (70, 90, 3), np.uint8) for seed in range(5)]
-    # Only view 2 begins with that pixel: nearest takes the centre of the first 3 rows and 5 columns.
+    # Only view 2 begins with that pixel: nearest takes the center of the first 3 rows and 5 columns.
     photos[1][1, 2] = NAN
     photos[3][1, 2] = DIE
     for bad, order in ((1, NAN), (3, DIE)):

@@ -4,7 +4,7 @@ The features of the reference images (reference_images.py) are computed three ti
 
 1. by Meta's code in float32, and in the serving dtype to measure what rounding does to these weights, in a separate
    process;
-2. by ours in float32, which checks the algebra (folded scales and normalisation, interleaved channels, key maps) to
+2. by ours in float32, which checks the algebra (folded scales and normalization, interleaved channels, key maps) to
    within rounding;
 3. by the runner that will serve, in its own dtype.
 

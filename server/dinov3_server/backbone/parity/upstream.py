@@ -60,7 +60,7 @@ class UpstreamModel:
         self._std = torch.tensor(checkpoint.dataset.std, device=device)
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of
+        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats, H and W multiples of
         the patch size (Meta's code would crop other sizes silently).
 
         Returns for each output a [B, D] (cls) or [B, tokens, D] fp32 tensor.

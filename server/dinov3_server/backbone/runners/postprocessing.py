@@ -1,4 +1,4 @@
-"""Postprocessing of features: pooling, projection, layout and int8 quantisation, in float32 on the device.
+"""Postprocessing of features: pooling, projection, layout and int8 quantization, in float32 on the device.
 
 Each distinct step runs once per batch: requests with the same pooling share its result.
 
@@ -49,7 +49,7 @@ class Postprocessing:
         self._grid = grid
         self._projections = projections
         self._tokens: dict[tuple[Output, Pooling | None, str | None], Tensor] = {}
-        self._quantised: dict[tuple[Output, Pooling | None, str | None], tuple[Tensor, Tensor]] = {}
+        self._quantized: dict[tuple[Output, Pooling | None, str | None], tuple[Tensor, Tensor]] = {}
 
     def buffers(self, spec: OutputSpec) -> list[Tensor]:
         """Return the output buffers of all rows for `spec` (see `ModelInfo.output_buffers`).
@@ -60,9 +60,9 @@ class Postprocessing:
         if spec.dtype != "int8":
             return [self._laid_out(tokens, spec)]
         key = (spec.output, spec.pooling, spec.projection)
-        if key not in self._quantised:
-            self._quantised[key] = quantise(tokens)
-        values, scales = self._quantised[key]
+        if key not in self._quantized:
+            self._quantized[key] = quantize(tokens)
+        values, scales = self._quantized[key]
         return [self._laid_out(values, spec), scales]
 
     def before_pooling(self, spec: OutputSpec) -> list[Tensor]:
@@ -100,7 +100,7 @@ def pool(patches: Tensor, grid: tuple[int, int], pooling: Pooling) -> Tensor:
     return cells.flatten(2).transpose(1, 2)
 
 
-def quantise(tokens: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Convert [..., D] to int8 values [..., D] and float32 scales [...], as OutputSpec defines them.
 
     The scale of a token that is not finite is not finite.

@@ -59,7 +59,7 @@ def load_checkpoint(path: Path, variant: Variant, dataset: str | None = None) ->
         )
     tensors: dict[str, Tensor] = {}
     for key, tensor in stored.items():
-        name = key_map.normalise_key(key)
+        name = key_map.normalize_key(key)
         if name in tensors:
             raise CheckpointError(f"{path}: both spellings of {name!r} are present")
         tensors[name] = tensor
@@ -108,7 +108,7 @@ def _problems(tensors: Mapping[str, Tensor], entries: Mapping[str, FileTensor]) 
 def _looks_like(stored: Mapping[str, Tensor]) -> str:
     for variant in VARIANTS.values():
         for key_map in variant.key_maps():
-            if not _problems({key_map.normalise_key(key): tensor for key, tensor in stored.items()}, key_map.entries):
+            if not _problems({key_map.normalize_key(key): tensor for key, tensor in stored.items()}, key_map.entries):
                 return f" It looks like {variant.name}."
     return ""
 
@@ -124,7 +124,7 @@ def _check_values(path: Path, tensors: Mapping[str, Tensor], entries: Mapping[st
     if wrong:
         raise CheckpointError(
             f"{path}: a bias_mask must be 1 for queries and values and 0 for keys; these are not (a model saved "
-            f"before its weights were initialised has NaN there): {enumerate_some(wrong)}"
+            f"before its weights were initialized has NaN there): {enumerate_some(wrong)}"
         )
     for key, entry in entries.items():
         if entry.same_as and key in tensors and not torch.equal(tensors[key], tensors[entry.same_as]):
@@ -146,7 +146,7 @@ def _given(name: str, variant: Variant) -> Dataset:
 
 
 def _dataset(path: Path, variant: Variant, tensors: Mapping[str, Tensor]) -> Dataset:
-    """The dataset that the weights were trained on, which sets the normalisation of their input.
+    """The dataset that the weights were trained on, which sets the normalization of their input.
 
     Every published file or folder says it in its name. Where neither does, a ViT-L with a `local_cls_norm` is the one
     of SAT-493M (that of LVD-1689M has none), and any other is taken for LVD-1689M's.

@@ -22,7 +22,7 @@ def fingerprint(checkpoint: Checkpoint, *, dtype: str, preprocessing: str, backb
     """32 hex digits: sha256, cut to 16 bytes, over everything that determines the features of an encoded image.
 
     That is the canonical tensors (name, shape, little-endian fp32 values), a ViT's RoPE periods, the variant, the input
-    normalisation, the serving dtype, `backbone` (whose code computes, and its version), and `preprocessing`, the
+    normalization, the serving dtype, `backbone` (whose code computes, and its version), and `preprocessing`, the
     identity of what turns images into pixels.
     """
     tensors = dict(checkpoint.tensors)

@@ -95,7 +95,7 @@ def _what_instead(head: bytes) -> str:
     if is_web_page(head):
         return (
             "is a web page, not weights: the server's answer to a refused request was saved (an expired signed URL, a "
-            "licence that was not accepted)"
+            "license that was not accepted)"
         )
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not weights: fetch the file itself with `git lfs pull`"

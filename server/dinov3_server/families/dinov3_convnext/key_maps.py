@@ -51,7 +51,7 @@ def key_maps(variant: ConvNextVariant) -> tuple[KeyMap, ...]:
     """Return the key map of every format that a file of `variant` may have."""
     return (
         KeyMap("official", _official(variant)),
-        KeyMap("transformers", _transformers(variant), _normalise_transformers_key),
+        KeyMap("transformers", _transformers(variant), _normalize_transformers_key),
         KeyMap("timm", _timm(variant)),
     )
 
@@ -89,7 +89,7 @@ def _transformers(variant: ConvNextVariant) -> dict[str, FileTensor]:
     return entries
 
 
-def _normalise_transformers_key(key: str) -> str:
+def _normalize_transformers_key(key: str) -> str:
     """Return the key as in files on the hub, `stages.0`; newer transformers classes save `model.stages.0`."""
     return key.removeprefix("model.") if key.startswith("model.stages.") else key
 

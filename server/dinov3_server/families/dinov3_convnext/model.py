@@ -69,7 +69,7 @@ class ConvNext:
         self._norm = norm("norm")
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of
+        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats, H and W multiples of
         32.
 
         Returns for each output a [B, C] (cls, the mean of the map) or [B, h w, C] (patches, row-major) fp32 tensor;

@@ -50,7 +50,7 @@ def key_maps(variant: VitVariant) -> tuple[KeyMap, ...]:
     without_biases = {key: entry for key, entry in timm.items() if key not in query_value_biases}
     return (
         KeyMap("official", _official(variant)),
-        KeyMap("transformers", _transformers(variant), _normalise_transformers_key),
+        KeyMap("transformers", _transformers(variant), _normalize_transformers_key),
         # `vit_*_patch16_dinov3` does not store these biases: timm's authors found them to be zeros. It comes before
         # the one with biases, a superset of it, so that a file without biases matches this one.
         KeyMap("timm", without_biases),
@@ -122,7 +122,7 @@ def _transformers(variant: VitVariant) -> dict[str, FileTensor]:
     return entries
 
 
-def _normalise_transformers_key(key: str) -> str:
+def _normalize_transformers_key(key: str) -> str:
     """Return the key as in files on the hub, `layer.0`; newer transformers classes save `model.layer.0`."""
     return key.removeprefix("model.") if key.startswith("model.layer.") else key
 

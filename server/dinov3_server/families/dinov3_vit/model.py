@@ -69,7 +69,7 @@ class VisionTransformer:
         }
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalised floats, H and W multiples of
+        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats, H and W multiples of
         16.
 
         Returns for each output a [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major) fp32 tensor;
@@ -122,7 +122,7 @@ class VisionTransformer:
         """Return the outputs of one layer, from its [B, T, D] tokens (fewer than T if not all were computed)."""
         start = min(self._ranges[output.kind].start for output in group)
         if norm:
-            # Normalise the smallest range of tokens with all requested outputs, in one pass.
+            # Normalize the smallest range of tokens with all requested outputs, in one pass.
             stops = [self._ranges[output.kind].stop for output in group]
             x = self._norm(x[:, start : None if None in stops else max(stops)])
         else:

@@ -46,7 +46,7 @@ def test_every_variant_accepts_every_reference_image() -> None:
 
 
 def test_images_have_smooth_shades_edges_and_texture() -> None:
-    """Every patch has structure: a patch of one colour would not tell one pixel of it from another."""
+    """Every patch has structure: a patch of one color would not tell one pixel of it from another."""
     for image in reference_images():
         cells = image.reshape(image.shape[0] // 16, 16, image.shape[1] // 16, 16, 3)
         assert cells.std(axis=(1, 3)).min() > 5

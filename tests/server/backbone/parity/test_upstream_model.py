@@ -23,7 +23,7 @@ from dinov3_server.families.registry import lookup
 from dinov3_server.models.interface import Output
 from dinov3_server.models.variant import DATASETS
 from dinov3_server.nn.rope import default_periods
-from tests.server.backbone.features import CPU, every_output, normalised, ours, picture, worst_cosine, worst_error
+from tests.server.backbone.features import CPU, every_output, normalized, ours, picture, worst_cosine, worst_error
 from tests.server.backbone.files import SHALLOW, SHALLOW_SWIGLU, official_state, transformers_state
 from tests.support.upstream_code import write_checkout
 
@@ -52,7 +52,7 @@ def test_every_output_equals_the_native_models(tmp_path: Path) -> None:
     theirs = UpstreamModel(write_checkout(tmp_path / "code"), weights, dtype=torch.float32, device=CPU)
     model = ours(TINY, dict(weights.tensors), weights.periods)
     images = picture(64, 96, count=2)
-    for pixels in (images, normalised(images)):
+    for pixels in (images, normalized(images)):
         for wanted in (every_output(TINY.depth), [Output("cls")], [Output("patches", 0, norm=False)], []):
             with torch.inference_mode():
                 expected = theirs(pixels, wanted)
@@ -65,7 +65,7 @@ def test_every_output_equals_the_native_models(tmp_path: Path) -> None:
 def test_bfloat16_equals_autocast(tmp_path: Path) -> None:
     """Weights of matrix products are rounded at load; the features equal those of autocast with float32 weights."""
     weights, code = checkpoint(tmp_path), write_checkout(tmp_path / "code")
-    pixels, wanted = normalised(picture(64, 96)), [Output("cls"), Output("patches")]
+    pixels, wanted = normalized(picture(64, 96)), [Output("cls"), Output("patches")]
     half = UpstreamModel(code, weights, dtype=torch.bfloat16, device=CPU)
     module = load_upstream(code, weights, CPU)
     with torch.inference_mode():

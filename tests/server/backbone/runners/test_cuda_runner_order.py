@@ -1,7 +1,7 @@
 """The CUDA runner's order of work, on a machine without CUDA (fake_cuda.py).
 
 What it shows is which stream does what after which event, that slots come back and that arenas are registered and
-unregistered; not CUDA's own behaviour (tests/gpu does).
+unregistered; not CUDA's own behavior (tests/gpu does).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pooled, projected, laid out and quantised features, against transformers' features and torch's own functions."""
+"""Pooled, projected, laid out and quantized features, against transformers' features and torch's own functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dinov3_server.backbone import runner
 from dinov3_server.backbone.runners import postprocessing
 from dinov3_server.backbone.runners.cpu import CpuRunner
 from dinov3_server.backbone.runners.cuda_graphs import compute
-from dinov3_server.backbone.runners.postprocessing import LinearMap, Postprocessing, pool, quantise
+from dinov3_server.backbone.runners.postprocessing import LinearMap, Postprocessing, pool, quantize
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.dinov3_convnext.model import ConvNext
 from dinov3_server.families.registry import lookup
@@ -36,7 +36,7 @@ from dinov3_server.models.interface import (
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena, serve
 from tests.server.backbone.convnext_files import NARROW
-from tests.server.backbone.features import CPU, LVD, normalised, ours, picture
+from tests.server.backbone.features import CPU, LVD, normalized, ours, picture
 from tests.server.backbone.reference import (
     photographs,
     transformers_convnext,
@@ -88,7 +88,7 @@ def info_of(variant: Any, maps: dict[str, LinearMap]) -> ModelInfo:
 
 @pytest.fixture(scope="module", params=["vit", "convnext"])
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    pixels = normalised(photographs(*SHAPE[:2]))
+    pixels = normalized(photographs(*SHAPE[:2]))
     model: Any
     if request.param == "vit":
         tensors, periods = random_tensors(VIT, 7), default_periods(VIT.head_dim, VIT.rope_base)
@@ -182,7 +182,7 @@ def test_layers_equal_transformers_with_and_without_norm(case: Case, dtype: Feat
 
 
 def test_each_distinct_step_runs_once_per_batch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = {"pool": 0, "quantise": 0, "project": 0}
+    counts = {"pool": 0, "quantize": 0, "project": 0}
 
     def counted(name: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
@@ -192,7 +192,7 @@ def test_each_distinct_step_runs_once_per_batch(case: Case, monkeypatch: pytest.
         return call
 
     monkeypatch.setattr(postprocessing, "pool", counted("pool", pool))
-    monkeypatch.setattr(postprocessing, "quantise", counted("quantise", quantise))
+    monkeypatch.setattr(postprocessing, "quantize", counted("quantize", quantize))
     monkeypatch.setattr(LinearMap, "__call__", counted("project", LinearMap.__call__))
     name, pooling = f"p{case.runner.info.embed_dim}", POOLINGS[1]
     specs = [
@@ -200,7 +200,7 @@ def test_each_distinct_step_runs_once_per_batch(case: Case, monkeypatch: pytest.
         for dtype, projection, channels_first in itertools.product(DTYPES, (None, name), (False, True))
     ]
     check(case, specs * 2)
-    assert counts == {"pool": 1, "quantise": 2, "project": 1}
+    assert counts == {"pool": 1, "quantize": 2, "project": 1}
 
 
 # --- non-finite features --------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_a_projection_beyond_the_range_of_the_dtype_is_an_error() -> None:
 # --- the definitions -----------------------------------------------------------------------------------------------
 
 
-def test_quantisation_rounds_half_to_even_and_maps_zeros_to_scale_0() -> None:
+def test_quantization_rounds_half_to_even_and_maps_zeros_to_scale_0() -> None:
     tokens = torch.tensor(
         [
             [127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -127.0],
@@ -255,7 +255,7 @@ def test_quantisation_rounds_half_to_even_and_maps_zeros_to_scale_0() -> None:
             [3.4e38, -3.4e38, 1.7e38, 0.0, 1.0, 0.0, 0.0],
         ]
     )
-    values, scales = quantise(tokens)
+    values, scales = quantize(tokens)
     assert (values.dtype, scales.dtype) == (torch.int8, torch.float32)
     assert values[0].tolist() == [127, 0, 2, 2, 0, -2, -127]
     assert values[1].tolist() == [0] * 7
@@ -270,7 +270,7 @@ def test_quantisation_rounds_half_to_even_and_maps_zeros_to_scale_0() -> None:
 def test_a_token_that_is_not_finite_has_no_finite_scale(bad: float) -> None:
     tokens = torch.ones(3, 4)
     tokens[1, 2] = bad
-    assert quantise(tokens)[1].isfinite().tolist() == [True, False, True]
+    assert quantize(tokens)[1].isfinite().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("pooling", [p for p in POOLINGS if p] + [Pooling("area", 1, 1), Pooling("bilinear", 12, 20)])

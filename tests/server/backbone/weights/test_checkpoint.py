@@ -25,7 +25,7 @@ from tests.server.backbone.convnext_files import (
     convnext_timm_state,
     convnext_transformers_state,
 )
-from tests.server.backbone.features import normalised, ours, picture, worst_error
+from tests.server.backbone.features import normalized, ours, picture, worst_error
 from tests.server.backbone.files import SHALLOW, SHALLOW_SWIGLU, official_state, timm_state, transformers_state
 from tests.server.backbone.reference import transformers_features, transformers_model
 
@@ -123,7 +123,7 @@ def test_a_saved_transformers_model_gives_its_features(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     checkpoint = load_checkpoint(tmp_path / "model.safetensors", SHALLOW)
     images = picture(64, 80)
-    expected = transformers_features(theirs, normalised(images))
+    expected = transformers_features(theirs, normalized(images))
     assert worst_error(ours(SHALLOW, dict(checkpoint.tensors), periods), images, expected) <= 1e-5
 
 
@@ -223,7 +223,7 @@ def states(variant: Variant) -> Iterator[tuple[str, dict[str, Tensor]]]:
         ("convnext_tiny", "convnext_small"),
     ],
 )
-def test_another_variant_is_recognised(tmp_path: Path, holds: str, wanted: str) -> None:
+def test_another_variant_is_recognized(tmp_path: Path, holds: str, wanted: str) -> None:
     known = {name.removeprefix("dinov3_"): variant for name, variant in VARIANTS.items()}
     for layout, state in states(known[holds]):
         torch.save(state, tmp_path / f"{layout}.pth")
