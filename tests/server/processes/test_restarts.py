@@ -22,7 +22,7 @@ def pauses(server: Server, role: str = "worker") -> list[str]:
 
 @pytest.mark.parametrize("role", ["worker", "frontend"])
 def test_a_process_that_was_ready_is_replaced_at_once_however_often_it_is_killed(role: str) -> None:
-    kills, sign = 8, {"worker": "frontend 0 is attached", "frontend": "frontend-0 serves"}[role]
+    kills, sign = 4, {"worker": "frontend 0 is attached", "frontend": "frontend-0 serves"}[role]
     with Server("--worker-restart-limit", "2", "--log-level", "debug") as server, server.client() as client:
         for killed in range(kills):
             until(lambda: len([line for line in server.log if sign in line]) == 1 + killed)  # noqa: B023
@@ -36,11 +36,11 @@ def test_poisonous_images_never_end_the_server() -> None:
     with Server("--worker-restart-limit", "1") as server, server.client() as client:
         poison = photo(1, 32, 32)
         poison[0, 0] = DIE
-        for _ in range(4):
+        for _ in range(2):
             features = client.extract([poison], preset="none", on_error="return")
             assert "died" in str(features.errors[0])
-        until(lambda: len(pauses(server)) == 8)  # the log comes by a pipe, and may be behind the answer
-        assert pauses(server) == ["0 s"] * 8
+        until(lambda: len(pauses(server)) == 4)  # the log comes by a pipe, and may be behind the answer
+        assert pauses(server) == ["0 s"] * 4
         ask(client, 1)
 
 
@@ -137,12 +137,12 @@ def test_a_small_limit_and_a_flood_of_connections_cost_no_request() -> None:
     with Server(TEST_NOFILE="80") as server, Load(server, threads=2) as load:
         host, port = server.http.rsplit(":", 1)
         slow = []
-        for _ in range(5):
+        for _ in range(3):
             slow += [socket.create_connection((host, int(port))) for _ in range(100)]
             load.more()
             server.children("worker")[0].kill()
             load.more()
             assert server.get("/healthz")[0] == 200
-        assert pauses(server) == ["0 s"] * 5
+        assert pauses(server) == ["0 s"] * 3
         for connection in slow:
             connection.close()
