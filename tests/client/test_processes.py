@@ -228,6 +228,5 @@ def test_a_pickled_client_has_its_arguments(kind: type[Client | AsyncClient]) ->
     client = kind(["localhost:1", "dns:///localhost:2"], **arguments)
     copy = pickle.loads(pickle.dumps(client))
     assert type(copy) is kind
-    assert copy._settings == client._settings
-    assert {"target": client._settings.target, **arguments} == vars(copy._settings)
-    assert copy._session._targets == ("localhost:1", "dns:///localhost:2")
+    make, () = copy.__reduce__()
+    assert make.keywords == {"target": ["localhost:1", "dns:///localhost:2"], **arguments}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +13,9 @@ from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
+import pytest
 
-from dinov3_client import Client
+from dinov3_client import Client, Unavailable
 from dinov3_client.bulk import extraction, sources
 from dinov3_client.bulk.manifest import Totals
 from dinov3_client.bulk.rows import ExtractionOptions
@@ -155,3 +157,16 @@ def run(
 def tree(folder: Path) -> dict[str, bytes]:
     """All files below, hidden ones too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def failed(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "failed.jsonl").read_text().splitlines()]
+
+
+def stopped(source: Path, out: Path, options: ExtractionOptions | None = None) -> None:
+    with pytest.raises(Unavailable):
+        run(source, out, options, client=StubClient(stop=(6, Unavailable("gone"))), batch_images=2)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,30 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from dinov3_client import ModelMismatch, Unavailable
-from dinov3_client.bulk import ExtractionError, durable, reading, shards, sources
-from dinov3_client.bulk.errors import SourceError
+from dinov3_client import Unavailable
+from dinov3_client.bulk import reading, sources
 from dinov3_client.bulk.rows import ExtractionOptions
-from tests.client.bulk.kill_everywhere import SCENARIOS
-from tests.client.bulk.stub import ProgressListener, StubClient, broken, contents, run, tree, values
-from tests.support.paths import ROOT
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    for index in range(12):
-        (folder / f"{index:02}.jpg").write_bytes(broken(index) if index in (0, 6, 11) else contents(index))
-    return folder
-
-
-def manifest(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-
-
-def failed(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "failed.jsonl").read_text().splitlines()]
+from tests.client.bulk.stub import (
+    ProgressListener,
+    StubClient,
+    broken,
+    contents,
+    failed,
+    manifest,
+    run,
+    stopped,
+    tree,
+    values,
+)
 
 
 def test_rows_lie_where_the_manifest_says(source: Path, tmp_path: Path) -> None:
@@ -139,198 +123,6 @@ def test_rows_follow_from_the_images_alone(
     assert [row["index"] for row in rows] == [index for index, each in enumerate([*good, True]) if each]
     assert [(int(row["shard"][9:14]), row["row"]) for row in rows] == [divmod(n, shard_rows) for n in range(len(rows))]
     shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_killed_anywhere_and_gone_on_is_as_if_never_killed(tmp_path: Path, scenario: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.client.bulk.kill_everywhere", str(tmp_path), scenario],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    places = int(done.stdout.split()[1])
-    assert places > 15, done.stdout
-
-
-def test_resuming_requests_only_uncommitted_images(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(Unavailable):
-        run(source, out, client=StubClient(stop=(6, Unavailable("gone"))), batch_images=2)
-    client, progress = StubClient(), ProgressListener()
-    run(source, out, client=client, progress=progress)
-    assert progress.begun == (6, 12)  # five rows and a failure
-    assert b"".join(client.batches[0][:1]) == broken(6)
-    again, progress = StubClient(), ProgressListener()
-    assert run(source, out, client=again, progress=progress).rows == 9
-    assert (again.batches, progress.begun, progress.advanced) == ([], (12, 12), 0)
-
-
-@pytest.mark.parametrize("cut", range(1, 400, 23))
-def test_a_torn_end_of_the_manifest_is_done_again(source: Path, tmp_path: Path, cut: int) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    run(source, whole)
-    shutil.copytree(whole, out)
-    text = (out / "manifest.jsonl").read_bytes()
-    (out / "manifest.jsonl").write_bytes(text[:-cut])
-    with (out / "failed.jsonl").open("ab") as file:
-        file.write(b'{"id": "half of a li')
-    run(source, out)
-    assert tree(whole) == tree(out)
-
-
-def test_zeros_after_the_last_commit_do_not_count(source: Path, tmp_path: Path) -> None:
-    """As a machine without power may leave them."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    run(source, whole)
-    shutil.copytree(whole, out)
-    with (out / "manifest.jsonl").open("ab") as file:
-        file.write(bytes(100) + b"\n" + bytes(10))
-    run(source, out)
-    assert tree(whole) == tree(out)
-
-
-def test_a_shard_that_was_not_committed_does_not_stay(source: Path, tmp_path: Path) -> None:
-    """Even where its images, tried again, have no features."""
-    out = tmp_path / "out"
-    stopped(source, out)
-    for name in ("features-00001.safetensors", durable.DRAFT):
-        (out / name).write_bytes(b"of a run that was killed")
-    for index in range(6, 12):
-        (source / f"{index:02}.jpg").write_bytes(broken(index))
-    assert (run(source, out).rows, sorted(path.name for path in out.glob("*features*"))) == (
-        5,
-        ["features-00000.safetensors"],
-    )
-
-
-def stopped(source: Path, out: Path, options: ExtractionOptions | None = None) -> None:
-    with pytest.raises(Unavailable):
-        run(source, out, options, client=StubClient(stop=(6, Unavailable("gone"))), batch_images=2)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"dtype": "float32"}, 'dtype is "float16" there and "float32" now'),
-        ({"outputs": ("cls",)}, 'outputs is ["cls", "patches"] there and ["cls"] now'),
-        ({"layers": (2,)}, "layers is [] there and [2] now"),
-        ({"preset": "hf"}, 'preset is "dinov3" there and "hf" now'),
-        ({"size": (64, 32)}, "size is null there and [64, 32] now"),
-        ({"interpolation": "nearest"}, 'interpolation is null there and "nearest" now'),
-        ({"exif": True}, "exif is false there and true now"),
-        ({"pool": (7, 7)}, "pool is null there and [7, 7] now"),
-        ({"shard_rows": 6}, "shard_rows is 5 there and 6 now"),
-        ({"format": "npz"}, 'format is "safetensors" there and "npz" now'),
-    ],
-)
-def test_other_options_are_refused(source: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    out = tmp_path / "out"
-    options = ExtractionOptions(shard_rows=5)
-    stopped(source, out, options)
-    before = tree(out)
-    with pytest.raises(ExtractionError) as raised:
-        run(source, out, replace(options, **change))
-    assert words in str(raised.value)
-    assert str(raised.value).count(" there and ") == 1
-    assert "6 images done" in str(raised.value)
-    assert "another --out" in str(raised.value)
-    assert tree(out) == before
-
-
-def test_other_images_are_refused(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    stopped(source, out)
-    before = tree(out)
-    (source / "99.jpg").write_bytes(contents(99))
-    with pytest.raises(ExtractionError, match=r"source\.images is 12 there and 13 now; source\.sha256 is"):
-        run(source, out)
-    (source / "99.jpg").unlink()
-    (source / "11.jpg").rename(source / "12.jpg")
-    with pytest.raises(ExtractionError, match=r": source\.sha256 is"):
-        run(source, out)
-    (source / "12.jpg").rename(source / "11.jpg")
-    # The names are the same, and the pictures are not.
-    (source / "01.jpg").write_bytes(contents(77))
-    progress = ProgressListener()
-    with pytest.raises(ExtractionError, match=r"01\.jpg is not the file that it was"):
-        run(source, out, progress=progress)
-    (source / "01.jpg").unlink()
-    (source / "01.jpg").symlink_to("nowhere")
-    with pytest.raises(
-        ExtractionError, match=r"01\.jpg, whose .* cannot be read any more \(No such file or directory\)"
-    ):
-        run(source, out, progress=progress)
-    assert progress.begun is None  # both runs failed before they began
-    (source / "01.jpg").unlink()
-    assert tree(out) == before
-    (source / "01.jpg").write_bytes(contents(1))
-    assert run(source, out).rows == 9
-
-
-def test_another_model_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    stopped(source, out)
-    before = tree(out)
-    with pytest.raises(ModelMismatch, match="fingerprint is beef, and the extraction began with f00d"):
-        run(source, out, client=StubClient("beef"))
-    from tests.client.bulk import stub
-
-    monkeypatch.setattr(stub, "MODEL", replace(stub.MODEL, fingerprint="beef", weights="other.pth"))
-    with pytest.raises(ExtractionError) as raised:
-        run(source, out, client=StubClient("beef"))
-    assert 'fingerprint is "f00d" there and "beef" now' in str(raised.value)
-    assert "dinov3_vits16 (dinov3_vits16.pth) and is dinov3_vits16 (other.pth)" in str(raised.value)
-    assert tree(out) == before
-    # The same weights under another name are the same model.
-    monkeypatch.setattr(stub, "MODEL", replace(stub.MODEL, fingerprint="f00d", weights="copy.pth"))
-    assert run(source, out).rows == 9
-
-
-def test_an_extraction_without_commits_may_begin_again_with_other_options(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(Unavailable):
-        run(source, out, client=StubClient(stop=(0, Unavailable("gone"))))
-    run(source, out, ExtractionOptions(dtype="float32"))
-    run(source, tmp_path / "whole", ExtractionOptions(dtype="float32"))
-    assert tree(out) == tree(tmp_path / "whole")
-
-
-def test_one_process_at_a_time(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    with (out / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ExtractionError, match="is in use: another process is extracting into it"):
-            run(source, out)
-    assert run(source, out).rows == 9
-
-
-def test_features_without_a_manifest_are_left_alone(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(source, out)
-    (out / "manifest.jsonl").unlink()
-    before = tree(out)
-    with pytest.raises(ExtractionError, match=r"holds features but no manifest\.jsonl"):
-        run(source, out)
-    for text in (b"notes of mine\n", b'{"rows": 3}\n', b'"text"'):
-        (out / "manifest.jsonl").write_bytes(text)
-        with pytest.raises(ExtractionError, match="is no manifest of"):
-            run(source, out)
-        (out / "manifest.jsonl").unlink()
-    (out / "manifest.jsonl").write_text('{"manifest": 2}\n')
-    with pytest.raises(ExtractionError, match="has schema 2, but this dinov3-client knows 1"):
-        run(source, out)
-    (out / "manifest.jsonl").unlink()
-    assert tree(out) == before
-
-
-def test_failures_that_were_removed_are_missed(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(source, out)
-    (out / "failed.jsonl").unlink()
-    with pytest.raises(ExtractionError, match="counts 3 failed images, and it names 0"):
-        run(source, out)
 
 
 def test_unreadable_files_fail_alone(source: Path, tmp_path: Path) -> None:
@@ -433,94 +225,6 @@ def test_batches_end_at_images_and_bytes_of_files_and_of_features(
     assert b"".join(b"".join(batch) for batch in batches) == b"".join(item.read() for item in images)
 
 
-def test_npz_files(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (source / "sub").mkdir()
-    (source / "sub" / "x.png").write_bytes(contents(50))
-    run(source, out, ExtractionOptions(format="npz", layers=(4,)))
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        [".lock", "manifest.jsonl", "failed.jsonl", "sub", *(f"{n:02}.npz" for n in range(12) if n not in (0, 6, 11))]
-    )
-    with np.load(out / "sub" / "x.npz") as file:
-        assert np.array_equal(file["layer4_patches"], values(contents(50), "patches", 4))
-        assert str(file["source"]) == f"{source}/sub/x.png"
-        assert file["grid"].tolist() == [2, 2]
-    last = [line for line in manifest(out) if "id" in line][-1]
-    assert (last["id"], last["shard"], last["row"]) == ("sub/x.png", "sub/x.npz", 0)
-
-
-def test_npz_files_stay_in_their_folder_and_have_one_image_each(source: Path, tmp_path: Path) -> None:
-    (source / "01.png").write_bytes(contents(1))
-    with pytest.raises(SourceError, match=r"01\.jpg and .*01\.png would both become 01\.npz"):
-        run(source, tmp_path / "out", ExtractionOptions(format="npz"))
-    from tests.client.bulk.test_sources import write_tar
-
-    for member in ("../../x.jpg", "/a/x.jpg", "a//x.jpg", "x" * 252 + ".jpg", "d/" * 2000 + "x.jpg", "é\0.jpg"):
-        path = write_tar(tmp_path / "s.tar", [member])
-        with pytest.raises(SourceError, match="cannot have an npz file"):
-            run(path, tmp_path / "out", ExtractionOptions(format="npz"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_npz_files_of_the_longest_names(source: Path, tmp_path: Path) -> None:
-    """A name of 255 bytes, as long as there may be."""
-    name = "é" * 125 + "x"
-    (source / f"{name}.jpg").write_bytes(contents(7))
-    run(source, tmp_path / "out", ExtractionOptions(format="npz"))
-    assert (tmp_path / "out" / f"{name}.npz").exists()
-    (source / ("x" * 255)).write_bytes(contents(8))
-    with pytest.raises(SourceError, match="a name of 259 bytes"):
-        run(source / ("x" * 255), tmp_path / "other", ExtractionOptions(format="npz"))
-
-
-@pytest.mark.parametrize("folder", ["01.npz", "manifest.jsonl"])
-def test_an_npz_that_would_be_a_folder_too(source: Path, tmp_path: Path, folder: str) -> None:
-    (source / folder).mkdir()
-    (source / folder / "x.jpg").write_bytes(contents(1))
-    with pytest.raises(SourceError, match=f"{folder} would be both a folder and a file"):
-        run(source, tmp_path / "out", ExtractionOptions(format="npz"))
-
-
-@pytest.mark.parametrize("dangling", [False, True])
-@pytest.mark.parametrize("name", ["failed.jsonl", ".lock", "manifest.jsonl", durable.DRAFT])
-def test_nothing_is_written_through_a_link(source: Path, tmp_path: Path, name: str, dangling: bool) -> None:
-    out, other = tmp_path / "out", tmp_path / "other"
-    stopped(source, out)
-    content = (out / name).read_bytes() if (out / name).exists() else b"other"
-    if not dangling:
-        other.write_bytes(content)
-    (out / name).unlink(missing_ok=True)
-    (out / name).symlink_to(other)
-    for folder in (out, tmp_path / "new"):
-        if folder != out:
-            folder.mkdir()
-            (folder / name).symlink_to(other)
-        with contextlib.suppress(ExtractionError, OSError):
-            run(source, folder)
-        assert (other.read_bytes() if other.exists() else None) == (None if dangling else content)
-
-
-def test_a_link_as_failed_jsonl_is_refused_before_any_request(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "failed.jsonl").symlink_to(tmp_path / "other")
-    client = StubClient()
-    with pytest.raises(OSError, match=r"a symbolic link, which is not written through; remove it: .*failed\.jsonl"):
-        run(source, tmp_path / "out", client=client)
-    assert not client.options
-
-
-def test_npz_files_do_not_leave_the_folder_by_a_link(source: Path, tmp_path: Path) -> None:
-    out, other = tmp_path / "out", tmp_path / "other"
-    (source / "sub").mkdir()
-    (source / "sub" / "x.png").write_bytes(contents(50))
-    out.mkdir()
-    other.mkdir()
-    (out / "sub").symlink_to(other)
-    with pytest.raises(ExtractionError, match="a link that leads out of"):
-        run(source, out, ExtractionOptions(format="npz"))
-    assert not list(other.iterdir())
-
-
 def test_options_reach_the_calls(source: Path, tmp_path: Path) -> None:
     client = StubClient()
     options = ExtractionOptions(
@@ -532,31 +236,3 @@ def test_options_reach_the_calls(source: Path, tmp_path: Path) -> None:
         "preset": "hf", "size": (32, 64), "interpolation": "lanczos", "exif": True, "dtype": "float16",
         "pooling": (2, 3), "projection": None,
     }  # fmt: skip
-
-
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"older")
-
-    def parts() -> Any:
-        yield b"half"
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        durable.create(path, parts())
-    assert tree(tmp_path) == {"file": b"older"}
-    assert durable.create(path, [b"new", np.arange(3, dtype=np.uint8)]) == 6
-    assert tree(tmp_path) == {"file": b"new\0\1\2"}
-
-
-def test_mapped_shards_are_checked(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    for data in (b"short", (10).to_bytes(8, "little") + b'{"a": {"dt', bytes(range(200, 250))):
-        path.write_bytes(data)
-        with pytest.raises(ExtractionError, match=r"x\.safetensors is damaged"):
-            shards.map_shard(path)
-    good = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
-    for tail in (4, 7):
-        path.write_bytes(len(good).to_bytes(8, "little") + good + bytes(tail))
-        with pytest.raises(ExtractionError, match=r"F32 \[2\] at bytes 0 to 8"):
-            shards.map_shard(path)
