@@ -24,8 +24,8 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m venv --without-pip /opt/dinov3
 
 
-# TORCH is cpu or cuda: which lock file. TORCH_INDEX has the wheel for the CPU, which is not on PyPI. Removed from torch are
-# its own tests, and headers and programs, which are useless without a compiler.
+# TORCH is cpu or cuda: which lock file. TORCH_INDEX has the wheel for the CPU, which is not on PyPI. Removed are
+# torch's own tests, and headers, programs and static libraries, which are useless without a compiler.
 FROM tools AS torch
 ARG TORCH=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -33,9 +33,10 @@ COPY constraints/image/torch-${TORCH}.txt /torch.txt
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     /opt/tools/bin/pip --python /opt/dinov3/bin/python install --root /layer --no-cache-dir --no-deps --require-hashes \
     --extra-index-url "${TORCH_INDEX}" -r /torch.txt && \
-    rm -r /layer/opt/dinov3/lib/python3.*/site-packages/torch/include \
-          /layer/opt/dinov3/lib/python3.*/site-packages/torch/test && \
-    find /layer/opt/dinov3/lib/python3.*/site-packages/torch/bin -mindepth 1 ! -name torch_shm_manager -delete
+    rm -rf /layer/opt/dinov3/lib/python3.*/site-packages/torch/include \
+           /layer/opt/dinov3/lib/python3.*/site-packages/torch/test && \
+    find /layer/opt/dinov3/lib/python3.*/site-packages/torch/bin -mindepth 1 ! -name torch_shm_manager -delete && \
+    find /layer -name "*.a" -delete
 
 
 FROM tools AS dependencies
@@ -111,7 +112,7 @@ ENTRYPOINT ["dinov3-server"]
 CMD ["serve"]
 
 # Last, because a new value of an argument makes every later step run again.
-ARG VERSION=unknown
+ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG CREATED=unknown
 LABEL org.opencontainers.image.title="dinov3-serving" \

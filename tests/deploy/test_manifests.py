@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import dinov3_server
 from dinov3_server.config.load import CONFIG_ENV
 from dinov3_server.config.settings import SETTINGS, Settings
 from dinov3_server.processes import supervisor
@@ -78,6 +79,14 @@ def test_image_copies_the_packages_and_nothing_else() -> None:
     built = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = built["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert {package.split("/")[0] for package in packages} | {built["project"]["readme"]} <= copied
+
+
+def test_image_and_overlays_have_the_version_of_the_server() -> None:
+    (version,) = (rest for name, rest in dockerfile() if name == "ARG" and rest.startswith("VERSION="))
+    assert version == f"VERSION={dinov3_server.__version__}"
+    for overlay in (DEPLOY / "kubernetes/overlays").glob("*/kustomization.yaml"):
+        tags = re.findall(r"newTag: ([\d.]+)", overlay.read_text())
+        assert set(tags) <= {dinov3_server.__version__}
 
 
 def test_healthcheck_uses_an_endpoint_of_the_server() -> None:
