@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -30,6 +30,10 @@ class Model(Protocol):
         for outputs that the model does not have. So that it can be captured as a CUDA graph, it neither waits for the
         device nor depends on the values of the pixels.
         """
+        ...
+
+    def features(self, pixels: Tensor, outputs: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
+        """Yield what a call would return, each output as soon as it is computed, so that not all need be kept."""
         ...
 
     def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:

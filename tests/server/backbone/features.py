@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -60,6 +61,19 @@ def every_output(depth: int) -> list[Output]:
         for norm in (False, True)
         for kind in ("cls", "registers", "patches")
     ]
+
+
+class ModelOf:
+    """A model with the features that `compute` returns."""
+
+    def __init__(self, compute: Callable[[Tensor, list[Output]], dict[Output, Tensor]]) -> None:
+        self._compute = compute
+
+    def __call__(self, pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
+        return self._compute(pixels, outputs)
+
+    def features(self, pixels: Tensor, outputs: list[Output]) -> Iterable[tuple[Output, Tensor]]:
+        return self(pixels, outputs).items()
 
 
 @torch.inference_mode()

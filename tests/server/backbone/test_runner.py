@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ from dinov3_server.models.interface import (
 )
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena, serve
-from tests.server.backbone.features import normalized, ours, picture
+from tests.server.backbone.features import ModelOf, normalized, ours, picture
 from tests.server.backbone.files import official_state
 
 TINY = dataclasses.replace(lookup("vits16"), embed_dim=64, depth=3, heads=2, ffn_dim=128)
@@ -127,7 +129,7 @@ def test_overflow_of_the_requested_dtype_flags_the_row(monkeypatch: pytest.Monke
     def louder(pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
         return {output: features * 1e5 for output, features in model(pixels, outputs).items()}
 
-    monkeypatch.setattr(served, "_model", louder)
+    monkeypatch.setattr(served, "_model", ModelOf(louder))
     rows: list[Row] = []
     dtypes: tuple[FeatureDtype, ...] = ("float32", "float16", "bfloat16")
     for dtype in dtypes:
@@ -147,7 +149,7 @@ def test_one_bad_output_of_several_flags_the_row(monkeypatch: pytest.MonkeyPatch
         features[output][1].view(-1)[5] = -torch.inf
         return features
 
-    monkeypatch.setattr(served, "_model", poisoned)
+    monkeypatch.setattr(served, "_model", ModelOf(poisoned))
     rows = arena.request(served.info, BYTES, picture(32, 48, count=3), SPECS[1])
     assert serve(served, BYTES, rows).finite == (True, False, True)
 
@@ -171,7 +173,7 @@ def test_detach_releases_the_arena_after_a_failed_batch(monkeypatch: pytest.Monk
     served.attach(0, memoryview(arena.memory))
     (row,) = arena.request(served.info, BYTES, picture(32, 48), SPECS[0])
     model = served._model
-    monkeypatch.setattr(served, "_model", lambda pixels, outputs: model(pixels, [Output("cls", 99)]))
+    monkeypatch.setattr(served, "_model", ModelOf(lambda pixels, outputs: model(pixels, [Output("cls", 99)])))
     with pytest.raises(ValueError, match="no layer 99"):
         serve(served, BYTES, [row])
     served.close()
@@ -215,7 +217,7 @@ def test_device_errors_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
         (loses_the_device, DeviceLost),
         (is_wrong, RuntimeError),
     ]:
-        monkeypatch.setattr(served, "_model", broken)
+        monkeypatch.setattr(served, "_model", ModelOf(broken))
         with pytest.raises(error) as caught:
             serve(served, BYTES, rows)
         assert type(caught.value) is error
@@ -233,10 +235,30 @@ def test_memory_of_a_failed_batch_is_freed_before_its_error_is_raised(monkeypatc
         activations.append(weakref.ref(half))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr(served, "_model", runs_out_half_way)
+    monkeypatch.setattr(served, "_model", ModelOf(runs_out_half_way))
     with pytest.raises(DeviceOutOfMemory):
         serve(served, BYTES, arena.request(served.info, BYTES, picture(32, 48), SPECS[0]))
     assert [reference() for reference in activations] == [None]
+
+
+def test_a_layer_is_freed_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, arena = tiny_runner(), Arena(0)
+    served.attach(0, memoryview(arena.memory))
+    model, kept = served._model, []
+
+    def one_by_one(pixels: Tensor, outputs: list[Output]) -> Iterator[tuple[Output, Tensor]]:
+        features: list[weakref.ref[Tensor]] = []
+        for output in outputs:
+            values = model(pixels, [output])[output].clone()
+            features.append(weakref.ref(values))
+            yield output, values
+            del values
+            kept.append(sum(each() is not None for each in features))
+
+    monkeypatch.setattr(served, "_model", SimpleNamespace(features=one_by_one))
+    spec = FeatureSpec(tuple(Output("patches", layer) for layer in range(TINY.depth)), "int8")
+    assert serve(served, BYTES, arena.request(served.info, BYTES, picture(32, 48), spec)).finite == (True,)
+    assert kept == [1] * TINY.depth
 
 
 def test_freed_memory_is_returned_every_64_batches(monkeypatch: pytest.MonkeyPatch) -> None:

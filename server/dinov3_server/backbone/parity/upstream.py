@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from pathlib import Path
@@ -77,6 +77,10 @@ class UpstreamModel:
                 tokens = self._final(pixels) if layer is None else self._layer(pixels, layer, norm)
                 features |= {output: tokens[output.kind].float() for output in group}
         return features
+
+    def features(self, pixels: Tensor, outputs: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
+        """Yield each output of a call. Meta's code computes all of them first."""
+        yield from self(pixels, outputs).items()
 
     def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
         """Return no tensors: Meta's code computes its RoPE table in every forward pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import cast
@@ -11,17 +12,37 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.runners.base import TorchRunner, finite_rows
-from dinov3_server.backbone.runners.plan import batch_outputs, feature_runs, pixel_runs
+from dinov3_server.backbone.runners.plan import FeatureRun, batch_outputs, feature_runs, pixel_runs
 from dinov3_server.malloc import give_back_freed_memory
-from dinov3_server.models.interface import Batch, BatchResult, LaunchedBatch
+from dinov3_server.models.interface import Batch, BatchResult, LaunchedBatch, Output, OutputBuffer, PixelShape
 
 # Batches between two returns of freed memory. A return takes up to 15 ms, and the next batch faults its pages in again.
 RETURN_EVERY = 64
 
 
+# Floats of one output that are pooled, projected and quantised at a time.
+_FLOATS = 1 << 23
+
+
 @dataclass(frozen=True, slots=True)
 class _Launched:
     batch: Batch
+
+
+class _Run:
+    """Rows of a batch, their buffers in the arena by output, and whether what was pooled is finite, [n] bool each."""
+
+    def __init__(self, rows: FeatureRun, buffers: Sequence[OutputBuffer], in_arena: Sequence[Tensor]) -> None:
+        self.rows = rows
+        self.finite: list[Tensor] = []
+        self.buffers: dict[Output, list[Tensor]] = {}
+        for buffer, tensor in zip(buffers, in_arena, strict=True):
+            self.buffers.setdefault(buffer.output, []).append(tensor)
+
+    def finite_rows(self) -> list[bool]:
+        """Return whether all features of each row are finite."""
+        written = finite_rows(list(chain.from_iterable(self.buffers.values())))
+        return torch.stack([written, *self.finite]).all(dim=0).tolist()
 
 
 class CpuRunner(TorchRunner):
@@ -51,26 +72,45 @@ class CpuRunner(TorchRunner):
         started = time.perf_counter()
         pixels = self._gather(batch)
         gathered = time.perf_counter()
-        features = self._model(pixels, batch_outputs(batch))
+        runs = [
+            _Run(run, self.info.output_buffers(run.spec, batch.shape), self._features_in_arena(run, batch.shape))
+            for run in feature_runs(batch, self.info)
+        ]
+        copy_out = 0.0
+        # Each output is written when it is computed: all layers of all rows would take more than the weights.
+        for output, values in self._model.features(pixels, batch_outputs(batch)):
+            computed = time.perf_counter()
+            self._write(output, values, [run for run in runs if output in run.rows.spec.outputs], batch.shape)
+            copy_out += time.perf_counter() - computed
         computed = time.perf_counter()
-        postprocessing = self._postprocessing(features, batch.shape)
-        finite: list[bool] = []
-        for run in feature_runs(batch, self.info):
-            rows = slice(run.first, run.first + run.count)
-            specs = [run.spec.output_spec(output) for output in run.spec.outputs]
-            computed_buffers = chain.from_iterable(map(postprocessing.buffers, specs))
-            in_arena = self._features_in_arena(run, batch.shape)
-            for source, target in zip(computed_buffers, in_arena, strict=True):
-                target.copy_(source[rows])
-            unpooled = (values[rows] for spec in specs for values in postprocessing.before_pooling(spec))
-            finite += finite_rows([*in_arena, *unpooled]).tolist()
+        finite = [finite for run in runs for finite in run.finite_rows()]
         written = time.perf_counter()
+        copy_out += written - computed
         return BatchResult(
             finite=tuple(finite),
             copy_in=gathered - started,
-            forward=computed - gathered,
-            copy_out=written - computed,
+            forward=written - gathered - copy_out,
+            copy_out=copy_out,
         )
+
+    def _write(self, output: Output, values: Tensor, runs: Sequence[_Run], shape: PixelShape) -> None:
+        """Write the buffers of one output. Rows share the steps of postprocessing, unless that takes much memory."""
+        sizes = {run.rows.spec.output_spec(output): run.buffers[output][0][0].numel() for run in runs}
+        shared = self._postprocessing({output: values}, shape)
+        is_small = len(values) * sum(sizes.values()) <= _FLOATS
+        for run in runs:
+            spec, end = run.rows.spec.output_spec(output), run.rows.first + run.rows.count
+            step = run.rows.count if is_small else max(1, _FLOATS // sizes[spec])
+            for first in range(run.rows.first, end, step):
+                rows = slice(first, min(first + step, end))
+                if is_small:
+                    computed = [buffer[rows] for buffer in shared.buffers(spec)]
+                else:
+                    computed = self._postprocessing({output: values[rows]}, shape).buffers(spec)
+                for source, target in zip(computed, run.buffers[output], strict=True):
+                    target[rows.start - run.rows.first : rows.stop - run.rows.first].copy_(source)
+            for unpooled in shared.before_pooling(spec):
+                run.finite.append(finite_rows([unpooled[run.rows.first : end]]))
 
     def _gather(self, batch: Batch) -> Tensor:
         """Return the batch's pixels: a view of the arena if they are contiguous there, else a copy."""

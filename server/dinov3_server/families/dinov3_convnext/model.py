@@ -13,7 +13,7 @@ Shapes: B images, H x W pixels; stage i has a map of h x w = H / s x W / s cells
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -77,12 +77,15 @@ class ConvNext:
         the others' features. Raises ValueError for outputs that the model does not have. Never waits for the device,
         nor depends on the values of the pixels.
         """
+        return dict(self.features(pixels, outputs))
+
+    def features(self, pixels: Tensor, outputs: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
+        """Yield each output of a call as soon as its stage is computed."""
         by_layer: dict[int, list[Output]] = {}
         for output in outputs:
             by_layer.setdefault(self._source(output), []).append(output)
         if not by_layer:
-            return {}
-        features: dict[Output, Tensor] = {}
+            return
         x = self._stem_norm(self._stem(pixels).float())
         for layer in range(max(by_layer) + 1):
             if layer:
@@ -90,8 +93,7 @@ class ConvNext:
             for block in self._stages[layer]:
                 x = block(x)
             if group := by_layer.get(layer):
-                features |= self._pick(x, group)
-        return features
+                yield from self._pick(x, group)
 
     def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
         """Return no tensors: a forward pass reads weights only."""
@@ -106,14 +108,12 @@ class ConvNext:
             raise ValueError(f"no layer {output.layer} in {self.variant.name}: its layers are 0 to {last}")
         return last if output.layer is None else output.layer
 
-    def _pick(self, x: Tensor, group: list[Output]) -> dict[Output, Tensor]:
-        """Return the outputs of one stage, from its map."""
-        picked = {}
+    def _pick(self, x: Tensor, group: list[Output]) -> Iterator[tuple[Output, Tensor]]:
+        """Yield the outputs of one stage, from its map."""
         for output in group:
             tokens = x.mean((1, 2)) if output.kind == "cls" else x.flatten(1, 2)
             is_last = output.layer is None or output.layer == self.variant.depth - 1
-            picked[output] = self._norm(tokens) if is_last and output.norm else tokens
-        return picked
+            yield output, self._norm(tokens) if is_last and output.norm else tokens
 
 
 class _Downsample:

@@ -13,7 +13,7 @@ Shapes: B images, H x W pixels, T = 1 + G + P tokens (CLS, registers, patches), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -76,11 +76,15 @@ class VisionTransformer:
         they may share memory. Raises ValueError for outputs that the model does not have. Never waits for the device,
         nor depends on the values of the pixels.
         """
+        return dict(self.features(pixels, outputs))
+
+    def features(self, pixels: Tensor, outputs: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
+        """Yield each output of a call as soon as its layer is computed."""
         by_layer: dict[tuple[int, bool], list[Output]] = {}
         for output in outputs:
             by_layer.setdefault(self._source(output), []).append(output)
         if not by_layer:
-            return {}
+            return
         last = max(layer for layer, _ in by_layer)
         # The last block computes only the tokens that are requested of it; earlier blocks feed the next one.
         kept = {o.kind for (layer, _), group in by_layer.items() if layer == last for o in group}
@@ -88,13 +92,11 @@ class VisionTransformer:
 
         x, rows, columns = self._embed(pixels)
         rotations = self._rope.rotations(rows, columns)
-        features: dict[Output, Tensor] = {}
         for layer, block in enumerate(self._blocks[: last + 1]):
             x = block(x, rotations, keep if layer == last else None)
             for norm in (False, True):
                 if group := by_layer.get((layer, norm)):
-                    features |= self._pick(x, group, norm)
-        return features
+                    yield from self._pick(x, group, norm)
 
     def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
         """Return the rotations for pixels of this size, which Rope keeps in an LRU cache."""
@@ -118,8 +120,8 @@ class VisionTransformer:
         stream = torch.cat((self._prefix.expand(batch, -1, -1), patches.flatten(1, 2).float()), dim=1)
         return stream, rows, columns
 
-    def _pick(self, x: Tensor, group: list[Output], norm: bool) -> dict[Output, Tensor]:
-        """Return the outputs of one layer, from its [B, T, D] tokens (fewer than T if not all were computed)."""
+    def _pick(self, x: Tensor, group: list[Output], norm: bool) -> Iterator[tuple[Output, Tensor]]:
+        """Yield the outputs of one layer, from its [B, T, D] tokens (fewer than T if not all were computed)."""
         start = min(self._ranges[output.kind].start for output in group)
         if norm:
             # Normalize the smallest range of tokens with all requested outputs, in one pass.
@@ -127,12 +129,10 @@ class VisionTransformer:
             x = self._norm(x[:, start : None if None in stops else max(stops)])
         else:
             start = 0
-        picked = {}
         for output in group:
             tokens = self._ranges[output.kind]
             part = x[:, tokens.start - start : None if tokens.stop is None else tokens.stop - start]
-            picked[output] = part[:, 0] if output.kind == "cls" else part
-        return picked
+            yield output, part[:, 0] if output.kind == "cls" else part
 
 
 class _FeedForward(Protocol):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov3_server.backbone import runner
-from dinov3_server.backbone.runners import postprocessing
+from dinov3_server.backbone.runners import cpu, postprocessing
 from dinov3_server.backbone.runners.cpu import CpuRunner
 from dinov3_server.backbone.runners.cuda_graphs import compute
 from dinov3_server.backbone.runners.postprocessing import LinearMap, Postprocessing, pool, quantize
@@ -36,7 +36,7 @@ from dinov3_server.models.interface import (
 from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena, serve
 from tests.server.backbone.convnext_files import NARROW
-from tests.server.backbone.features import CPU, LVD, normalized, ours, picture
+from tests.server.backbone.features import CPU, LVD, ModelOf, normalized, ours, picture
 from tests.server.backbone.reference import (
     photographs,
     transformers_convnext,
@@ -181,6 +181,24 @@ def test_layers_equal_transformers_with_and_without_norm(case: Case, dtype: Feat
     check(case, specs)
 
 
+def test_large_results_are_computed_a_few_rows_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch with another pooling for each row would take the memory of rows x rows poolings."""
+    pooled: list[int] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        result = pool(*arguments)
+        pooled.append(result.numel())
+        return result
+
+    monkeypatch.setattr(postprocessing, "pool", counted)
+    row = 8 * 16 * case.runner.info.embed_dim
+    monkeypatch.setattr(cpu, "_FLOATS", 2 * row)
+    poolings = [Pooling("bilinear", 16, 8), *[Pooling("bilinear", 8, 16)] * 3, Pooling("area", 8, 16)]
+    check(case, [FeatureSpec((PATCHES,), "int8", pooling) for pooling in poolings])
+    assert max(pooled) <= 2 * row
+    assert sum(pooled) == len(poolings) * row
+
+
 def test_each_distinct_step_runs_once_per_batch(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"pool": 0, "quantize": 0, "project": 0}
 
@@ -217,7 +235,7 @@ def test_non_finite_features_are_flagged_after_every_step(
     info = dataclasses.replace(info_of(VIT, maps), layer_dims=(8,), layer_strides=(16,))
     features = torch.randn(3, math.prod(info.grid(SHAPE)), 8)
     features[1, 0, 5] = bad
-    model: Any = lambda pixels, outputs: {PATCHES: features}  # noqa: E731
+    model: Any = ModelOf(lambda pixels, outputs: {PATCHES: features})
     for projection in (None, "p"):
         served, arena = CpuRunner(model, info, maps), Arena(0)
         served.attach(0, memoryview(arena.memory))
@@ -233,7 +251,7 @@ def test_non_finite_features_are_flagged_after_every_step(
 def test_a_projection_beyond_the_range_of_the_dtype_is_an_error() -> None:
     maps = {"p": LinearMap(torch.full((1, 8), 1e4), torch.zeros(1))}
     info = dataclasses.replace(info_of(VIT, maps), layer_dims=(8,), layer_strides=(16,))
-    model: Any = lambda pixels, outputs: {PATCHES: torch.ones(1, 60, 8)}  # noqa: E731
+    model: Any = ModelOf(lambda pixels, outputs: {PATCHES: torch.ones(1, 60, 8)})
     for dtype, finite in (("float16", False), ("bfloat16", True), ("int8", True)):
         served, arena = CpuRunner(model, info, maps), Arena(0)
         served.attach(0, memoryview(arena.memory))
