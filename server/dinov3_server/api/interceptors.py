@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
+from dinov3_server.api.connections import OpenCalls
 from dinov3_server.api.credentials import Tokens
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.status import abort, serving_error, status_of
@@ -77,9 +78,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     message before it calls the handler, so before the call is authenticated.
     """
 
-    def __init__(self, metrics: Metrics, receiver: Receiver) -> None:
+    def __init__(self, metrics: Metrics, receiver: Receiver, open_calls: OpenCalls) -> None:
         self._metrics = metrics
         self._receiver = receiver
+        self._open_calls = open_calls
         self._active: set[asyncio.Task[Any]] = set()
         self._handlers: dict[str, Handler] = {}  # by method
         metrics.requests.inc(_OTHER, "UNIMPLEMENTED", value=0)
@@ -115,7 +117,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call: Any = handler.unary_unary  # the type stubs describe the synchronous server only
 
         async def unary(_: object, context: Context) -> bytes:
-            task = self._begin()
+            task = self._begin(context)
             try:
                 try:
                     with RequestMetrics(self._metrics, label, expired=lambda: context.time_remaining() == 0) as timed:
@@ -151,6 +153,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 yield data
 
         async def serve(_: object, context: Context) -> Any:
+            self._open_calls.add(context)
             try:
                 if handler.request_streaming:
                     async for answer in methods.stream_stream(requests(context), context):
@@ -173,7 +176,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call: Any = handler.stream_stream
 
         async def stream(requests: Any, context: Context) -> None:
-            task = self._begin()
+            task = self._begin(context)
             try:
                 try:
                     await call(requests, context)
@@ -189,8 +192,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return stream
 
-    def _begin(self) -> asyncio.Task[Any]:
+    def _begin(self, context: Context) -> asyncio.Task[Any]:
         """Add the current call to the active ones and return its task, which the caller removes."""
+        self._open_calls.add(context)
         task = asyncio.current_task()
         assert task is not None
         self._active.add(task)
@@ -200,9 +204,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without one of `tokens`, except health checks. The outermost interceptor."""
 
-    def __init__(self, tokens: Tokens, metrics: Metrics) -> None:
+    def __init__(self, tokens: Tokens, metrics: Metrics, open_calls: OpenCalls) -> None:
         self._tokens = tokens
         self._metrics = metrics
+        self._open_calls = open_calls
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -222,6 +227,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
     def _refuse(self, reason: str, method: str) -> Any:
         async def refuse(request: Any, context: Context) -> NoReturn:
+            self._open_calls.add(context)
             if method in _LABELS:
                 self._metrics.requests.inc(_LABELS[method], Unauthenticated.status)
             await abort(context, status_of(Unauthenticated(f"{reason}: {SEND_A_TOKEN}")))

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from dinov3_server.api.budget import ByteBudget
-from dinov3_server.api.connections import close_connection
+from dinov3_server.api.connections import OpenCalls, close_connections
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.malloc import Trimmer, anonymous_bytes
 from dinov3_server.metrics import Metrics
@@ -18,16 +18,23 @@ OWN_BYTES = 64 << 20
 
 
 class FrontendMonitor:
-    """Measures event-loop lag, ends reads when gRPC holds too much, and returns freed memory after a peak.
+    """Measures event-loop lag, ends reads when gRPC holds too much, closes connections with too many calls, and returns
+    freed memory after a peak.
 
     `allocated` returns the bytes that malloc has given to this process. None if the process does more than serve, as
     in tests: then memory is not checked.
     """
 
     def __init__(
-        self, receiver: Receiver, budget: ByteBudget, metrics: Metrics, allocated: Callable[[], int] | None
+        self,
+        receiver: Receiver,
+        calls: OpenCalls,
+        budget: ByteBudget,
+        metrics: Metrics,
+        allocated: Callable[[], int] | None,
     ) -> None:
         self._receiver = receiver
+        self._calls = calls
         self._budget = budget
         self._metrics = metrics
         self._allocated = allocated
@@ -50,7 +57,9 @@ class FrontendMonitor:
             if each_second:
                 peer = self._budget.slow_reader()
                 if peer is not None:
-                    close_connection(peer)
+                    close_connections([peer], "it did not read its answer while others waited for memory")
+            if peers := self._calls.connections_to_close():
+                close_connections(peers, "too many calls were open")
 
     def _check_memory(self, allocated: Callable[[], int], each_second: bool) -> None:
         # `allocated` costs 40 us, and is never more than the anonymous memory of the process.

@@ -12,6 +12,7 @@ import grpc
 
 from dinov3_server import __version__
 from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.connections import OpenCalls
 from dinov3_server.api.credentials import Credentials
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.health import HEALTH, Health
@@ -38,6 +39,9 @@ _OWN_DESCRIPTORS = 256
 # are not counted, and the caller does not learn why. Below this limit admission answers. Calls that are reset at once
 # are queued too, with up to 60 KB each.
 _MOST_PENDING_CALLS = 4096
+# Open calls of a frontend, which take some 20 KB each. Twice max_queue_images if that is more: requests that wait for
+# the device are only a part of all calls.
+_MOST_CALLS = 8192
 # The bit of "identity". gRPC unpacks a message before it calls an interceptor: 130 KB become 128 MiB.
 _NO_COMPRESSION = 1
 # Interval of checks whether the token and TLS files have changed.
@@ -74,12 +78,13 @@ class FrontendServer:
         self._service = FeatureService(
             engine, self._extraction, receiver, settings, metrics, index, frontends, __version__, tokens
         )
-        self._monitor = FrontendMonitor(receiver, self.budget, metrics, allocated)
+        open_calls = OpenCalls(max(_MOST_CALLS, 2 * settings.max_queue_images))
+        self._monitor = FrontendMonitor(receiver, open_calls, self.budget, metrics, allocated)
         self._health = Health()
-        self._calls = CallInterceptor(metrics, receiver)
+        self._calls = CallInterceptor(metrics, receiver, open_calls)
         interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]
         if tokens is not None:
-            interceptors.insert(0, AuthInterceptor(tokens, metrics))
+            interceptors.insert(0, AuthInterceptor(tokens, metrics, open_calls))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
         self._server.add_generic_rpc_handlers(
             (self._service.handlers(), self._health.handlers(), *Reflection((SERVICE, HEALTH)).handlers())

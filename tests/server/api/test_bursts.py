@@ -6,10 +6,14 @@ import asyncio
 import os
 import struct
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
 
+from dinov3_server.api import server
+from dinov3_server.api.connections import OpenCalls
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.server.api.rig import REQUEST, Rig, serving
 from tests.support.waiting import until_async
@@ -91,3 +95,48 @@ def headers(method: str) -> bytes:
         b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
         for name, value in fields.items()
     )
+
+
+class Context:
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+        self.ended: list[Callable[[object], None]] = []
+
+    def peer(self) -> str:
+        return self._peer
+
+    def add_done_callback(self, callback: Callable[[object], None]) -> None:
+        self.ended.append(callback)
+
+
+def test_connections_of_the_address_with_the_most_calls_are_closed_first() -> None:
+    calls = OpenCalls(most=5)
+    contexts = [Context(f"ipv4:10.0.0.{address}") for address in ("1:1", "1:1", "1:1", "2:1", "2:2", "2:2", "2:3")]
+    for context in contexts[:5]:
+        calls.add(context)
+        assert calls.connections_to_close() == []
+    for context in contexts[5:]:
+        calls.add(context)
+    assert calls.connections_to_close() == ["ipv4:10.0.0.2:2"]
+    calls.add(contexts[3])
+    assert set(calls.connections_to_close()) == {"ipv4:10.0.0.2:1", "ipv4:10.0.0.2:2"}
+    for context in contexts:
+        for ended in context.ended:
+            ended(None)
+    assert calls.connections_to_close() == []
+
+
+@pytest.mark.parametrize("method", ["Watch", "ExtractStream"])
+async def test_a_connection_with_too_many_silent_calls_is_closed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_MOST_CALLS", 20)
+    async with serving(max_queue_images=10, max_images_per_request=4) as rig:
+        target = f"127.0.0.1:{rig.port}"
+        async with grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            if method == "Watch":
+                watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
+                calls = [watch(b"") for _ in range(21)]
+            else:
+                stream: Any = channel.stream_stream("/dinov3_serving.v1.FeatureService/ExtractStream")
+                calls = [stream() for _ in range(21)]
+            assert {await call.code() for call in calls} == {grpc.StatusCode.UNAVAILABLE}
+        await rig.stub.Extract(REQUEST)

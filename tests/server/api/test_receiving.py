@@ -10,6 +10,7 @@ import pytest
 
 from dinov3_server.api import receiving
 from dinov3_server.api.budget import ByteBudget
+from dinov3_server.api.connections import OpenCalls
 from dinov3_server.api.monitor import OWN_BYTES, FrontendMonitor
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.errors import Overloaded
@@ -108,7 +109,7 @@ async def test_grpc_holds_what_is_allocated_and_not_counted(monkeypatch: pytest.
     budget = ByteBudget(64 << 20, 16 << 20)
     receiver, held = Receiver(budget, limit=1000), list[int]()
     monkeypatch.setattr(receiver, "end_slow_reads", held.append)
-    monitor = FrontendMonitor(receiver, budget, Metrics(), lambda: allocated)
+    monitor = FrontendMonitor(receiver, OpenCalls(1), budget, Metrics(), lambda: allocated)
     message, answer = budget.messages.try_acquire(100), budget.answers.try_acquire(10)
     assert message is not None
     assert answer is not None
