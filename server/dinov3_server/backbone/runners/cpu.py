@@ -20,7 +20,7 @@ from dinov3_server.models.interface import Batch, BatchResult, LaunchedBatch, Ou
 RETURN_EVERY = 64
 
 
-# Floats of one output that are pooled, projected and quantised at a time.
+# Floats of one output that are pooled, projected and quantized at a time.
 _FLOATS = 1 << 23
 
 
