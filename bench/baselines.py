@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from transformers import DINOv3ViTModel
 
 from bench.baseline_servers.call import images
-from bench.baseline_servers.environment import PyTritonMissing, pytriton_python
+from bench.environment import EnvironmentMissing, python_of
 from bench.record import ROOT, table
 from bench.reference import transformers_model
 from bench.server import serving
@@ -51,6 +51,8 @@ from dinov3_server.host import has_native_bf16
 SECONDS = {1: 8.0, 8: 12.0, 32: 14.0}
 """Duration of a measurement, by requests in flight."""
 ROUNDS = 2
+PYTRITON_INTERPRETER = "/usr/bin/python3"
+"""The distribution's: PyTriton's workers load its shared library, and most other builds of Python have none."""
 MINIMUM_COSINE = 0.999
 """Between a token computed in bfloat16 and its reference. Tokens of different images stay below 0.4."""
 
@@ -95,11 +97,11 @@ def measure() -> dict[str, Any]:
             stack.enter_context(baseline("naive", sys.executable, folder, dtype)),
         ]
         try:
-            python = pytriton_python()
+            python = python_of("pytriton", interpreter=PYTRITON_INTERPRETER)
             pytriton = stack.enter_context(baseline("pytriton", python, folder, dtype))
             contestants += [pytriton, replace(pytriton, name="pytriton_float32")]
             result["pytriton_versions"] = versions(python)
-        except PyTritonMissing as error:
+        except EnvironmentMissing as error:
             print("without PyTriton:", error, flush=True)
             result["without_pytriton"] = str(error)
         result["min_cosine"] = check(contestants, dtype, expected(reference), folder / "tokens.npy")
@@ -119,7 +121,7 @@ def show(result: dict[str, Any]) -> str:
 
 @contextmanager
 def baseline(name: str, python: str | Path, folder: Path, dtype: str) -> Iterator[Contestant]:
-    """Start a baseline server and end it after the block. Raises PyTritonMissing if PyTriton does not start here."""
+    """Start a baseline server and end it after the block. Raises EnvironmentMissing if PyTriton does not start here."""
     log = folder / f"{name}.log"
     command = [python, "-m", f"bench.baseline_servers.{name}", folder, dtype]
     with log.open("w") as file:
@@ -129,7 +131,8 @@ def baseline(name: str, python: str | Path, folder: Path, dtype: str) -> Iterato
         ready = re.fullmatch(r"ready (\S+)\n", started.stdout.readline())
         if ready is None:
             tail = " ".join(log.read_text().splitlines()[-3:])
-            raise (PyTritonMissing if name == "pytriton" else RuntimeError)(f"the server {name} did not start: {tail}")
+            error = EnvironmentMissing if name == "pytriton" else RuntimeError
+            raise error(f"the server {name} did not start: {tail}")
         yield Contestant(name, ready[1], psutil.Process(started.pid), python)
     finally:
         started.send_signal(signal.SIGTERM)
