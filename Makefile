@@ -1,6 +1,6 @@
-# Everything runs in .venv, made here from constraints/dev.txt; `bench` also makes .venv-pytriton, for a baseline. Only
-# `gpu-check` and `gpu-bench` use the python that is there (GPU_PYTHON): a machine with a GPU has its own torch, and may
-# have no network.
+# Everything runs in .venv, made here from constraints/dev.txt; `bench` and `integrations` also make .venv-NAME from
+# constraints/NAME.txt, for programs whose packages cannot share it. Only `gpu-check` and `gpu-bench` use the python
+# that is there (GPU_PYTHON): a machine with a GPU has its own torch, and may have no network.
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ PROTO := protos/dinov3_serving/v1/feature_service.proto
 # What the documentation shows or links to.
 PAGES := README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md LICENSE docs deploy bench constraints examples protos
 
-.PHONY: install demo test test-fast lint format docs lock bench fuzz fuzz-coverage chaos gpu-check gpu-bench protos clean
+.PHONY: install demo test test-fast lint format docs lock bench integrations fuzz fuzz-coverage chaos gpu-check gpu-bench protos clean
 
 install: .venv/installed
 
@@ -91,6 +91,11 @@ docs: .venv-docs/installed
 bench: install
 	$(BIN)/python -m bench
 
+# Runs each of examples/ in an environment of its own, against one server; says what failed and what was skipped.
+# EXAMPLES="ray-data daft" runs these alone.
+integrations: install
+	$(BIN)/python -m tests.integrations $(EXAMPLES)
+
 fuzz: install
 	$(BIN)/python -m attack fuzz
 
@@ -116,4 +121,4 @@ gpu-bench:
 	PYTHONPATH=server:client:protos:.:$$PYTHONPATH $(GPU_PYTHON) -m bench.gpu
 
 clean:
-	rm -rf .venv .venv-protoc .venv-docs .venv-lock .venv-pytriton .venv-atheris demo-out build dist
+	rm -rf .venv .venv-* examples/node/node_modules demo-out build dist

@@ -70,6 +70,8 @@ def check(command: list[str]) -> None:
     elif program == "make":
         targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         assert {word for word in arguments if "=" not in word} <= targets
+    elif arguments[:2] == ["-m", "grpc_tools.protoc"]:
+        assert (ROOT / arguments[-1]).exists()
     elif arguments[:1] == ["-m"]:
         package = ROOT / arguments[1].replace(".", "/")
         assert package.exists() or package.with_suffix(".py").exists()
