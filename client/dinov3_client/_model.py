@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from dinov3_client._dtypes import name_of
 from dinov3_client._errors import InvalidResponse
 from dinov3_client._text import printable
-from dinov3_serving.model import Limits, OutputParity, ParityCheck, Projection
+from dinov3_serving.model import Limits, ModelDescription, OutputParity, ParityCheck, Projection
 from dinov3_serving.presets import PRESETS, Preset
 from dinov3_serving.v1 import enums
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -19,44 +19,17 @@ _SHOWN = 5  # faults in an error message
 _INTERPOLATIONS = {number: name for name, number in enums.INTERPOLATIONS.items()}
 
 
-@dataclass(frozen=True)
-class Model:
+@dataclass(frozen=True, kw_only=True)
+class Model(ModelDescription):
     """The model that a server serves."""
 
-    name: str
-    """For example dinov3_vits16."""
-    weights: str
-    """Their source: a file name or random:SEED."""
-    random_weights: bool
-    """Features have the right shapes and no meaning."""
-    fingerprint: str
-    """Identifies all that determines the features: tensors, dtype, RoPE periods, backbone, preprocessing."""
-    dtype: str
-    """The dtype that the model computes in."""
     devices: tuple[str, ...]
-    embed_dim: int
-    """D, the channels of the last layer's tokens."""
-    depth: int
-    """Layers (a ViT's blocks, a ConvNeXt's stages); `layers` of `extract` are 0 .. depth - 1."""
-    layer_dims: tuple[int, ...]
-    """D of each layer."""
-    layer_strides: tuple[int, ...]
-    """Height and width in pixels of one patch of each layer."""
-    patch_size: int
-    """Height and width of a patch in pixels; those of every model input are multiples of it."""
-    register_tokens: int
-    mean: tuple[float, ...]
-    """Per RGB channel, of pixels in 0..1; float32 images must be normalized by it and `std`."""
-    std: tuple[float, ...]
-    parameters: int
     limits: Limits
     frontends: int
     """Server processes that share the port."""
     frontend: int
     """The index of the one that answered."""
     server_version: str
-    parity_check: ParityCheck
-    projections: tuple[Projection, ...]
     presets: tuple[Preset, ...]
     """The size (None: pixels as they are) and interpolation of each `preset` of `extract`."""
 
@@ -79,11 +52,8 @@ def read_model(data: bytes) -> Model:
         fingerprint=printable(response.fingerprint),
         dtype=name_of(response.dtype),
         devices=tuple(map(printable, response.devices)),
-        embed_dim=response.embed_dim,
-        depth=response.depth,
         layer_dims=tuple(response.layer_dims),
         layer_strides=tuple(response.layer_strides),
-        patch_size=response.patch_size,
         register_tokens=response.register_tokens,
         mean=tuple(response.mean),
         std=tuple(response.std),
@@ -99,16 +69,14 @@ def read_model(data: bytes) -> Model:
         ),
         presets=_presets(response),
     )
-    _check(model)
+    _check(model, response)
     return model
 
 
-def _check(model: Model) -> None:
+def _check(model: Model, response: pb.GetModelResponse) -> None:
     """Raise InvalidResponse for a model with which no request could be made or response read."""
     least = {
-        "embed_dim": model.embed_dim,
-        "depth": model.depth,
-        "patch_size": model.patch_size,
+        "depth": response.depth,
         "frontends": model.frontends,
         **{f"limits.{name}": limit for name, limit in vars(model.limits).items()},
         **{f"layer_dims[{index}]": dim for index, dim in enumerate(model.layer_dims)},
@@ -121,13 +89,19 @@ def _check(model: Model) -> None:
     }
     wrong = [f"{name} is 0" for name, number in least.items() if number < 1]
     for name, values, count in (
-        ("layer_dims", model.layer_dims, model.depth),
-        ("layer_strides", model.layer_strides, model.depth),
+        ("layer_dims", model.layer_dims, response.depth),
+        ("layer_strides", model.layer_strides, response.depth),
         ("mean", model.mean, 3),
         ("std", model.std, 3),
     ):
         if len(values) != count:
             wrong.append(f"{name} has {len(values)} numbers, not {count}")
+    for name, total, each in (
+        ("embed_dim", response.embed_dim, model.layer_dims),
+        ("patch_size", response.patch_size, model.layer_strides),
+    ):
+        if each and total != each[-1]:
+            wrong.append(f"{name} is {total}, and the last layer has {each[-1]}")
     if not all(map(math.isfinite, (*model.mean, *model.std))) or not all(each > 0 for each in model.std):
         wrong.append(f"images cannot be normalized by the mean {model.mean} and the std {model.std}")
     if not model.fingerprint:

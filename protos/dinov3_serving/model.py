@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+
+from dinov3_serving.features import Pooling
+from dinov3_serving.images import PixelShape
+
+Size = tuple[int, int] | PixelShape
+"""(height, width) of a model input in pixels; the format of the pixels is ignored."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +79,62 @@ class Limits:
     """Unanswered requests of one ExtractStream."""
 
 
-class ModelShape(Protocol):
-    """The properties of a model that checks of requests need, of the server's ModelInfo and the client's Model."""
+NOT_CHECKED = ParityCheck(False, "no comparison was run", upstream_revision="", outputs=(), time="", not_covered="")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """The properties of a model."""
+
+    name: str
+    """For example dinov3_vits16."""
+    weights: str
+    """Their source: a file name or random:SEED."""
+    random_weights: bool
+    """Features have the right shapes and no meaning."""
+    fingerprint: str
+    """Identifies all that determines the features: tensors, dtype, RoPE periods, backbone, preprocessing."""
+    dtype: str
+    """The dtype that the model computes in."""
+    layer_dims: tuple[int, ...]
+    """D, the channels of the tokens, of each layer."""
+    layer_strides: tuple[int, ...]
+    """Height and width in pixels of one patch of each layer; the last is a multiple of the others."""
+    register_tokens: int
+    mean: tuple[float, ...]
+    """Per RGB channel, of pixels in 0..1; float32 images must be normalized by it and `std`."""
+    std: tuple[float, ...]
+    parameters: int
+    parity_check: ParityCheck = NOT_CHECKED
+    projections: tuple[Projection, ...] = ()
 
     @property
-    def name(self) -> str: ...
+    def embed_dim(self) -> int:
+        """D of the last layer, and so of the final features."""
+        return self.layer_dims[-1]
+
     @property
-    def fingerprint(self) -> str: ...
+    def depth(self) -> int:
+        """The number of layers (a ViT's blocks, a ConvNeXt's stages); they are numbered 0 .. depth - 1."""
+        return len(self.layer_dims)
+
     @property
-    def depth(self) -> int: ...
-    @property
-    def patch_size(self) -> int: ...
-    @property
-    def layer_dims(self) -> tuple[int, ...]: ...
-    @property
-    def register_tokens(self) -> int: ...
-    @property
-    def projections(self) -> tuple[Projection, ...]: ...
+    def patch_size(self) -> int:
+        """Height and width of a patch in pixels; those of every model input are multiples of it."""
+        return self.layer_strides[-1]
+
+    def width(self, layer: int | None) -> int:
+        """Return the channels of a layer; None is the last."""
+        return self.layer_dims[-1 if layer is None else layer]
+
+    def grid(self, size: Size, layer: int | None = None, pooling: Pooling | None = None) -> tuple[int, int]:
+        """Return rows and columns of the patches of a layer, for a model input of (height, width), after pooling."""
+        if pooling is not None:
+            return pooling.rows, pooling.columns
+        stride = self.layer_strides[-1 if layer is None else layer]
+        return size[0] // stride, size[1] // stride
+
+    def tokens(self, size: Size) -> int:
+        """Return the CLS, register and patch tokens of one image in the last layer: the unit of the batch budget."""
+        rows, columns = self.grid(size)
+        return 1 + self.register_tokens + rows * columns

@@ -197,7 +197,7 @@ def test_a_server_that_comes_is_found(tmp_path: Path) -> None:
 
 
 def test_messages_over_grpcs_default_pass(client: Client, server: FakeServer) -> None:
-    server.model = replace(MODEL, embed_dim=256, layer_dims=(256,) * 12)
+    server.model = replace(MODEL, layer_dims=(256,) * 12)
     features = client.extract(np.zeros((2, 1024, 1024, 3), np.uint8), "patches", preset="none", dtype="float32")
     assert server.requests[0].ByteSize() > 6_000_000
     assert features.nbytes > 8_000_000

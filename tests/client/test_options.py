@@ -165,4 +165,4 @@ def test_numbers_and_pairs_of_any_kind() -> None:
 def test_layers_are_counted_from_the_end_of_the_model() -> None:
     wanted = check_options(layers=(-1, 0))
     assert wanted.layer_indices(MODEL) == (11, 0)
-    assert wanted.layer_indices(replace(MODEL, depth=4)) == (3, 0)
+    assert wanted.layer_indices(replace(MODEL, layer_dims=(24,) * 4)) == (3, 0)

@@ -89,7 +89,7 @@ def test_smaller_limits_are_learnt(adapter: type[Adapter], server: FakeServer) -
 def test_a_deeper_model_is_learnt(adapter: type[Adapter], server: FakeServer) -> None:
     with adapter(server.target) as one:
         one.extract(photos(1))
-        server.model = replace(MODEL, depth=24, layer_dims=(24,) * 24, layer_strides=(16,) * 24, fingerprint="beef")
+        server.model = replace(MODEL, layer_dims=(24,) * 24, layer_strides=(16,) * 24, fingerprint="beef")
         assert one.extract(photos(1), layers=20).fingerprint == "beef"
         with pytest.raises(ValueError, match=r"layers has 24; the model has 24 layers"):
             one.extract(photos(1), layers=24)

@@ -125,7 +125,6 @@ def test_presets_that_the_server_does_not_list_are_those_of_the_contract() -> No
 # Whatever is asked for, the arithmetic is an upper bound, and near the truth.
 WIDE = replace(
     MODEL,
-    embed_dim=768,
     layer_dims=(384, 384, *(768,) * 10),
     layer_strides=(8, 8, *(16,) * 10),
     limits=replace(MODEL.limits, max_images_per_request=1000),

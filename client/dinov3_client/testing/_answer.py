@@ -69,13 +69,13 @@ def _block(
         image_indices=[row.image for row in rows],
         view_indices=[row.view for row in rows] if has_views else [],
     )
-    block.grid_height, block.grid_width = _grid(size, None, spec, model)
+    block.grid_height, block.grid_width = model.grid(size, None, spec.pooling)
     layers: dict[tuple[int | None, bool], Any] = {(None, True): block}
     for output in spec.outputs:
         kind, layer, norm = output
         if (layer, norm) not in layers:
             layers[layer, norm] = block.layers.add(layer=layer)
-            layers[layer, norm].grid_height, layers[layer, norm].grid_width = _grid(size, layer, spec, model)
+            layers[layer, norm].grid_height, layers[layer, norm].grid_width = model.grid(size, layer, spec.pooling)
         getattr(layers[layer, norm], kind).CopyFrom(_tensor(output, size, rows, spec, projection, model))
     return block
 
@@ -111,13 +111,6 @@ def _tensor(
         packed, scale = quantized(packed)
         scales = scale.tobytes()
     if kind == "patches" and spec.channels_first:
-        packed = packed.reshape(len(rows), *_grid(size, layer, spec, model), -1).transpose(0, 3, 1, 2)
+        packed = packed.reshape(len(rows), *model.grid(size, layer, spec.pooling), -1).transpose(0, 3, 1, 2)
     data = packed.astype(numpy_of(spec.dtype)).tobytes()
     return pb.Tensor(dtype=wire_of(spec.dtype), shape=packed.shape, data=data, scales=scales)
-
-
-def _grid(size: tuple[int, int], layer: int | None, spec: FeatureSpec, model: Model) -> tuple[int, int]:
-    if spec.pooling:
-        return spec.pooling.rows, spec.pooling.columns
-    stride = model.layer_strides[-1 if layer is None else layer]
-    return size[0] // stride, size[1] // stride

@@ -15,11 +15,8 @@ MODEL = Model(
     fingerprint="f00d",
     dtype="bfloat16",
     devices=("cpu",),
-    embed_dim=24,
-    depth=12,
     layer_dims=(24,) * 12,
     layer_strides=(16,) * 12,
-    patch_size=16,
     register_tokens=4,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
@@ -39,7 +36,7 @@ MODEL = Model(
     presets=PRESETS,
 )
 """The default model of a `FakeServer`: a ViT with 24 channels, so that features are small. Derive others with
-`dataclasses.replace`; `embed_dim` and `patch_size` are the last of `layer_dims` and `layer_strides`."""
+`dataclasses.replace`."""
 
 
 def message_of(model: Model, frontend: int) -> pb.GetModelResponse:

@@ -11,7 +11,7 @@ import numpy as np
 from dinov3_serving.errors import InvalidInput, ServingError, without_traceback
 from dinov3_serving.framing import BytesResolver
 from dinov3_serving.images import Box, PixelFormat, PixelShape, RowSpec, Transform, check_box, check_size
-from dinov3_serving.model import ModelShape
+from dinov3_serving.model import ModelDescription
 from dinov3_serving.presets import PRESETS, Interpolation, Preset
 from dinov3_serving.v1 import enums
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -58,7 +58,7 @@ class ImageReader:
     def __init__(
         self,
         request: pb.ExtractRequest,
-        model: ModelShape,
+        model: ModelDescription,
         *,
         max_images: int,
         max_tokens: int,
@@ -199,9 +199,8 @@ class ImageReader:
 
     def _input_shape(self, height: int, width: int, format: PixelFormat, field: str) -> PixelShape:
         """Return the shape of an input. Raises InvalidInput if the model or a batch cannot take it."""
-        patch = self._model.patch_size
-        check_size(height, width, patch, field)
-        tokens = 1 + self._model.register_tokens + height // patch * (width // patch)
+        check_size(height, width, self._model.patch_size, field)
+        tokens = self._model.tokens((height, width))
         if tokens > self._max_tokens:
             raise InvalidInput(
                 f"an image of {height}x{width} is {tokens} tokens (CLS, registers and patches); allowed are "

@@ -4,35 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
-from dinov3_serving.model import Limits, ModelShape, ParityCheck
+from dinov3_serving.model import Limits, ModelDescription, ParityCheck
 from dinov3_serving.presets import Preset
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import FEATURE_DTYPES, INTERPOLATIONS, PRESETS
-
-
-class ModelDescription(ModelShape, Protocol):
-    """All properties of a model that the server describes to clients."""
-
-    @property
-    def weights(self) -> str: ...
-    @property
-    def random_weights(self) -> bool: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def embed_dim(self) -> int: ...
-    @property
-    def layer_strides(self) -> tuple[int, ...]: ...
-    @property
-    def mean(self) -> tuple[float, ...]: ...
-    @property
-    def std(self) -> tuple[float, ...]: ...
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def parity_check(self) -> ParityCheck: ...
 
 
 def model_message(

@@ -9,7 +9,7 @@ from typing import get_args
 
 from dinov3_serving.errors import InvalidInput, ModelMismatch
 from dinov3_serving.features import FeatureSpec, Output, Pooling, TokenKind
-from dinov3_serving.model import ModelShape
+from dinov3_serving.model import ModelDescription
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import FEATURE_DTYPES, POOLING_METHODS, enum_of
 
@@ -22,7 +22,7 @@ _IS_CHANNELS_FIRST = {pb.PATCH_LAYOUT_TOKENS: False, pb.PATCH_LAYOUT_CHANNELS_FI
 _IS_BULK = {pb.PRIORITY_INTERACTIVE: False, pb.PRIORITY_BULK: True}
 
 
-def read_outputs(outputs: pb.Outputs, model: ModelShape, max_tokens: int) -> FeatureSpec:
+def read_outputs(outputs: pb.Outputs, model: ModelDescription, max_tokens: int) -> FeatureSpec:
     """Return the features that a request asks for. A pooled grid may have `max_tokens` patches.
 
     Raises InvalidInput, naming the field at fault.
@@ -38,7 +38,7 @@ def is_bulk(request: pb.ExtractRequest) -> bool:
     return enum_of(pb.Priority, _IS_BULK, request.priority or pb.PRIORITY_INTERACTIVE, "priority")
 
 
-def answer_fingerprint(model: ModelShape, projection: str | None) -> str:
+def answer_fingerprint(model: ModelDescription, projection: str | None) -> str:
     """Return the fingerprint of features: the model's, and the projection's if one was applied."""
     for each in model.projections:
         if each.name == projection:
@@ -46,7 +46,7 @@ def answer_fingerprint(model: ModelShape, projection: str | None) -> str:
     return model.fingerprint
 
 
-def check_pins(request: pb.ExtractRequest, model: ModelShape, full_name: Callable[[str], str] = str) -> None:
+def check_pins(request: pb.ExtractRequest, model: ModelDescription, full_name: Callable[[str], str] = str) -> None:
     """Raise ModelMismatch if a request asks for another model. `full_name` returns the name of a model for an alias."""
     if request.model and full_name(request.model) != model.name:
         raise ModelMismatch(f"this server serves the model {model.name!r}; the request asks for {request.model!r}")
@@ -82,11 +82,11 @@ def too_large(answer: str, limit: int) -> InvalidInput:
 
 
 @lru_cache(maxsize=256)  # the requests of a caller mostly have the same Outputs
-def _cached_outputs(serialized: bytes, model: ModelShape, max_tokens: int) -> FeatureSpec:
+def _cached_outputs(serialized: bytes, model: ModelDescription, max_tokens: int) -> FeatureSpec:
     return _read_outputs(pb.Outputs.FromString(serialized), model, max_tokens)
 
 
-def _read_outputs(outputs: pb.Outputs, model: ModelShape, max_tokens: int) -> FeatureSpec:
+def _read_outputs(outputs: pb.Outputs, model: ModelDescription, max_tokens: int) -> FeatureSpec:
     requested = [Output(kind) for kind in _KINDS if getattr(outputs, kind)]
     first_use: dict[tuple[int, bool], int] = {}
     for index, entry in enumerate(outputs.layers):
@@ -137,7 +137,7 @@ def _pooling(pooling: pb.Pooling, max_tokens: int) -> Pooling:
     return Pooling(enum_of(pb.PoolingMethod, _METHODS, method, "outputs.pooling.method"), rows, columns)
 
 
-def _check_projection(spec: FeatureSpec, model: ModelShape) -> None:
+def _check_projection(spec: FeatureSpec, model: ModelDescription) -> None:
     """Check that the projection exists and fits the channels of all requested patches. Raises InvalidInput."""
     if spec.projection is None:
         return
@@ -148,7 +148,7 @@ def _check_projection(spec: FeatureSpec, model: ModelShape) -> None:
         raise InvalidInput(f"there is no projection {spec.projection!r}: {known}", field)
     takes = named[spec.projection].input_channels
     for output in spec.outputs:
-        width = model.layer_dims[-1 if output.layer is None else output.layer]
+        width = model.width(output.layer)
         if output.kind == "patches" and width != takes:
             of = "the patches" if output.layer is None else f"the patches of layer {output.layer}"
             fitting = ", ".join(name for name, each in named.items() if each.input_channels == width)

@@ -20,6 +20,8 @@ from dinov3_serving.features import Pooling as Pooling
 from dinov3_serving.features import TokenKind as TokenKind
 from dinov3_serving.images import PixelFormat as PixelFormat
 from dinov3_serving.images import PixelShape as PixelShape
+from dinov3_serving.model import NOT_CHECKED as NOT_CHECKED
+from dinov3_serving.model import ModelDescription
 from dinov3_serving.model import OutputParity as OutputParity
 from dinov3_serving.model import ParityCheck as ParityCheck
 from dinov3_serving.model import Projection as Projection
@@ -50,61 +52,16 @@ class Provisioned:
     unavailable_reason: str = ""  # why `checkout` is None
 
 
-NOT_CHECKED = ParityCheck(False, "no comparison was run", upstream_revision="", outputs=(), time="", not_covered="")
-
-
-@dataclass(frozen=True)
-class ModelInfo:
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo(ModelDescription):
     """Description of the loaded model for the rest of the service. Pickled from worker to frontends."""
 
-    name: str
-    weights: str
-    random_weights: bool
-    fingerprint: str
     dtype: FeatureDtype
     device: str
-    layer_dims: tuple[int, ...]  # channels of each layer's tokens
-    layer_strides: tuple[int, ...]  # input pixels per patch of each layer; the last is a multiple of the others
-    register_tokens: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    parameters: int
-    parity_check: ParityCheck = NOT_CHECKED
-    projections: tuple[Projection, ...] = ()
 
     def __hash__(self) -> int:
         """Hash the fingerprint alone: models are keys of caches that every request looks into."""
         return hash(self.fingerprint)
-
-    @property
-    def embed_dim(self) -> int:
-        """Channels of the last layer, and so of the final features."""
-        return self.layer_dims[-1]
-
-    @property
-    def depth(self) -> int:
-        return len(self.layer_dims)
-
-    @property
-    def patch_size(self) -> int:
-        """Input pixels per patch of the last layer. Heights and widths of inputs must be multiples of it."""
-        return self.layer_strides[-1]
-
-    def width(self, layer: int | None) -> int:
-        """Return the channels of a layer; `layer` is as in Output."""
-        return self.layer_dims[-1 if layer is None else layer]
-
-    def grid(self, shape: PixelShape, layer: int | None = None, pooling: Pooling | None = None) -> tuple[int, int]:
-        """Return rows and columns of a layer's patches, after pooling if any."""
-        if pooling is not None:
-            return pooling.rows, pooling.columns
-        stride = self.layer_strides[-1 if layer is None else layer]
-        return shape.height // stride, shape.width // stride
-
-    def tokens(self, shape: PixelShape) -> int:
-        """Return the CLS, register and patch tokens of one image in the last layer: the unit of the batch budget."""
-        rows, columns = self.grid(shape)
-        return 1 + self.register_tokens + rows * columns
 
     def projection(self, name: str) -> Projection:
         """Return the projection of that name. Raises KeyError."""

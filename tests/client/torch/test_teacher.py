@@ -157,11 +157,8 @@ def test_its_description_of_a_convnext(server: FakeServer, client: Client) -> No
     server.model = replace(
         MODEL,
         name="dinov3_convnext_tiny",
-        embed_dim=40,
-        depth=2,
         layer_dims=(20, 40),
         layer_strides=(4, 32),
-        patch_size=32,
         register_tokens=0,
     )
     teacher = make(client, {"model_type": "convnext_tiny", "device": "cpu"})

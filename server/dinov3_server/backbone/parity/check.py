@@ -49,7 +49,7 @@ from dinov3_server.models.interface import (
     ParityCheck,
     Provisioned,
 )
-from dinov3_serving import features
+from dinov3_serving import features, model
 
 log = logging.getLogger(__name__)
 
@@ -323,8 +323,9 @@ def _valid(stored: StoredResult | None, inputs: ParityInputs) -> ParityCheck | N
 
 
 def _code_digest() -> str:
-    """Return 16 hex digits of a hash of every module in CODE, subfolders included, and of the spec of outputs."""
-    digest = hashlib.sha256(Path(features.__file__).read_bytes())
+    """Return 16 hex digits of a hash of every module in CODE, subfolders included, and of the modules shared
+    with clients."""
+    digest = hashlib.sha256(b"".join(Path(path).read_bytes() for path in (features.__file__, model.__file__)))
     for path in sorted(path for name in CODE for path in [PACKAGE / name, *(PACKAGE / name).rglob("*.py")]):
         if path.is_file():
             name = path.relative_to(PACKAGE).as_posix()
