@@ -10,10 +10,11 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from dinov3_client import _many, _request
+from dinov3_client import _request
+from dinov3_client._checks import check_count
 from dinov3_client._errors import ServerError
 from dinov3_client._features import Features
-from dinov3_client._images import ImageLike
+from dinov3_client._images import ImageLike, as_list
 from dinov3_client._model import Model
 from dinov3_client._request import ExtractOptions, RequestOptions
 from dinov3_client._session import BaseClient
@@ -79,7 +80,9 @@ class AsyncClient(BaseClient):
         Close the generator when leaving it early (`contextlib.aclosing`), which cancels the calls in flight.
         """
         source = _aiter(batches)
-        return self._many(source, _many.check_in_flight(in_flight), _request.check_options(outputs, **options))
+        return self._many(
+            source, check_count("in_flight", in_flight, 1, "batches"), _request.check_options(outputs, **options)
+        )
 
     async def _many(
         self, batches: AsyncGenerator[ImageLike | Iterable[ImageLike], None], in_flight: int, options: RequestOptions
@@ -90,7 +93,7 @@ class AsyncClient(BaseClient):
             while True:
                 while more and len(pending) < in_flight:
                     try:
-                        images = _many.as_list(await anext(batches))
+                        images = as_list(await anext(batches))
                     except StopAsyncIteration:
                         more = False
                     except Exception as error:

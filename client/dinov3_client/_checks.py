@@ -44,6 +44,17 @@ def check_deadline(deadline: float, name: str = "deadline") -> float:
     return float(deadline)  # added to the clock, numpy's float32 would lose seconds, even minutes
 
 
+def check_count(name: str, given: object, least: int, what: str) -> int:
+    """Return a whole number. Raises TypeError, or ValueError if it is less than `least`; `what` says what it counts."""
+    try:
+        number = operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {given!r}; it must be a number of {what}, at least {least}") from None
+    if isinstance(given, bool) or number < least:
+        raise ValueError(f"{name} is {given!r}; it must be a number of {what}, at least {least}")
+    return number
+
+
 def pixel_size(name: str, size: int | Iterable[int]) -> tuple[int, int]:
     """Return (height, width) for a number or a pair. Raises ValueError."""
     try:

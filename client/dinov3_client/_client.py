@@ -12,9 +12,10 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from dinov3_client import _many, _request
+from dinov3_client import _request
+from dinov3_client._checks import check_count
 from dinov3_client._features import Features
-from dinov3_client._images import ImageLike
+from dinov3_client._images import ImageLike, as_list
 from dinov3_client._model import Model
 from dinov3_client._request import ExtractOptions, RequestOptions
 from dinov3_client._session import BaseClient
@@ -116,7 +117,9 @@ class Client(BaseClient):
         An error, of a batch or of `batches` itself, is raised in place of the batch's features and ends the iteration.
         Closing the generator cancels the calls in flight.
         """
-        return self._many(iter(batches), _many.check_in_flight(in_flight), _request.check_options(outputs, **options))
+        return self._many(
+            iter(batches), check_count("in_flight", in_flight, 1, "batches"), _request.check_options(outputs, **options)
+        )
 
     def _many(
         self, batches: Iterator[ImageLike | Iterable[ImageLike]], in_flight: int, options: RequestOptions
@@ -127,7 +130,7 @@ class Client(BaseClient):
             while True:
                 while more and len(pending) < in_flight:
                     try:
-                        images = _many.as_list(next(batches))
+                        images = as_list(next(batches))
                     except StopIteration:
                         more = False
                     except Exception as error:

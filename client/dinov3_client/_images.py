@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +71,14 @@ class LoadedImage(NamedTuple):
                 return None
         height, width = self.data.shape[:2] if self.data.dtype == np.uint8 else self.data.shape[1:]
         return height, width
+
+
+def as_list(batch: ImageLike | Iterable[ImageLike]) -> ImageLike | Iterable[ImageLike]:
+    """Return `batch`, as a list if it is an iterator.
+
+    Some iterators, such as itertools.groupby's groups, are empty once the next batch was read.
+    """
+    return list(batch) if isinstance(batch, Iterator) else batch
 
 
 def load(images: ImageLike | Iterable[ImageLike], exif: bool) -> list[LoadedImage]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 
 import numpy as np
 
@@ -38,17 +39,10 @@ def read(data: bytes, prepared: PreparedRequest) -> Answer:
             f"asked for the projection {prepared.options.projection!r}, the answer's fingerprint, "
             f"{fingerprint!r}, has none"
         )
-    timings = message.timings
     return Answer(
         blocks=blocks,
         errors={index + prepared.first: prepared.of_the_call(error) for index, error in errors.items()},
-        timings=Timings(
-            decode_seconds=timings.decode_seconds,
-            queue_seconds=timings.queue_seconds,
-            inference_seconds=timings.inference_seconds,
-            batch_images=timings.batch_images,
-            batches=timings.batches,
-        ),
+        timings=Timings(**{field.name: getattr(message.timings, field.name) for field in fields(Timings)}),
         frontend=message.frontend,
         fingerprint=fingerprint,
         nbytes=len(data),

@@ -19,7 +19,7 @@ import grpc
 
 from dinov3_client import _features, _images, _response, _split
 from dinov3_client._answer import Answer
-from dinov3_client._checks import check_deadline
+from dinov3_client._checks import check_count, check_deadline
 from dinov3_client._errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -75,7 +75,9 @@ class Session:
     def __init__(self, settings: Settings, dial: Callable[..., Any]) -> None:
         self._targets = channels.check_targets(settings.target)
         self._deadline = check_deadline(settings.deadline)
-        self._connections = _check_connections(settings.connections)
+        self._connections = settings.connections
+        if self._connections is not None:
+            self._connections = check_count("connections", self._connections, 1, "connections to each target")
         self._keepalive = channels.check_keepalive(settings.keepalive)
         self._metadata = channels.metadata(settings.token)
         self._tls = channels.read_tls(settings.tls_ca, settings.tls_cert, settings.tls_key)
@@ -254,16 +256,6 @@ class BaseClient:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._settings.target}>"
-
-
-def _check_connections(connections: int | None) -> int | None:
-    if connections is None:
-        return None
-    if isinstance(connections, bool) or not isinstance(connections, int):
-        raise TypeError(f"connections is {connections!r}; it must be a number of connections to each target, or None")
-    if connections < 1:
-        raise ValueError(f"connections is {connections}; it must be at least 1, or None")
-    return connections
 
 
 def _check_fingerprint(fingerprint: str | None) -> str | None:

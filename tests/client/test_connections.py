@@ -285,7 +285,7 @@ def test_tls_files_that_are_not_there(adapter: type[Adapter], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"connections": 0}, "connections is 0; it must be at least 1"),
+        ({"connections": 0}, "connections is 0; it must be a number of connections to each target, at least 1"),
         ({"connections": 1.5}, r"connections is 1\.5; it must be a number"),
         ({"keepalive": 1}, "keepalive is 1; it must be at least 5 seconds"),
         ({"keepalive": float("inf")}, "keepalive is inf"),

@@ -17,7 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import overload
 
@@ -175,7 +175,7 @@ def find_images(given: Iterable[str], lists: Iterable[Path] = ()) -> Images:
 
 
 def _expanded(source: str) -> list[str]:
-    """The paths that a source stands for: itself, where it is there."""
+    """Return the paths that a source stands for: itself, if it exists."""
     if os.path.lexists(source):
         return [source]
     paths = []
@@ -192,7 +192,7 @@ def _expanded(source: str) -> list[str]:
 
 
 def _ranges(pattern: str) -> Iterator[str]:
-    """`a-{08..10}.tar` as a-08.tar, a-09.tar, a-10.tar: as bash has it, zeros in front and all."""
+    """Yield the names of a brace range like bash: of `a-{08..10}.tar` a-08.tar, a-09.tar and a-10.tar."""
     found = _RANGE.search(pattern)
     if found is None:
         yield pattern
@@ -205,38 +205,26 @@ def _ranges(pattern: str) -> Iterator[str]:
 
 
 def _of_files(paths: list[str]) -> Iterator[_FileGroup | _TarGroup]:
-    """Yield groups of files under the names given; consecutive plain files share a group."""
-    run: list[str] = []
     for path in paths:
-        lower = path.lower()
-        if lower.endswith(_PACKED_TARS):
+        if path.lower().endswith(_PACKED_TARS):
             raise SourceError(f"{path} is a compressed tar file, which has no random access; decompress it first")
-        if lower.endswith(_TAR):
-            if run:
-                yield _FileGroup("", run)
-                run = []
-            yield _shard(path, path)
-        else:
-            run.append(path)
-    if run:
-        yield _FileGroup("", run)
+    return _groups("", paths)
 
 
 def _of_folder(folder: str) -> Iterator[_FileGroup | _TarGroup]:
     names = sorted(_below(folder))
     if not names:
         raise SourceError(f"{folder} holds no image ({', '.join(EXTENSIONS)}) and no uncompressed tar shard")
-    run: list[str] = []
-    for name in names:
-        if name.lower().endswith(_TAR):
-            if run:
-                yield _FileGroup(folder, run)
-                run = []
-            yield _shard(os.path.join(folder, name), name)  # noqa: PTH118
+    return _groups(folder, names)
+
+
+def _groups(folder: str, names: list[str]) -> Iterator[_FileGroup | _TarGroup]:
+    """Yield groups of files below `folder` ("" for the current one); consecutive plain files share a group."""
+    for is_tar, run in groupby(names, key=lambda name: name.lower().endswith(_TAR)):
+        if is_tar:
+            yield from (_shard(os.path.join(folder, name), name) for name in run)  # noqa: PTH118
         else:
-            run.append(name)
-    if run:
-        yield _FileGroup(folder, run)
+            yield _FileGroup(folder, list(run))
 
 
 def _below(folder: str) -> Iterator[str]:

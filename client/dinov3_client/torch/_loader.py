@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Generic, TypeVar, Unpack
 import grpc
 
 from dinov3_client import Client, ExtractOptions, Features, ModelMismatch, _request
+from dinov3_client._checks import check_count
 from dinov3_client._images import ImageLike
 from dinov3_serving.features import TokenKind
 
@@ -184,11 +184,6 @@ def with_features(
     A DataLoader forks its workers when an epoch begins: before the first call of the epoch and after the last call of
     the previous one, even if that was left early. Processes must not be forked while calls are in flight.
     """
-    try:
-        prefetch = operator.index(prefetch)
-    except TypeError:
-        raise TypeError(f"prefetch is {prefetch!r}; it must be a number of batches, 0 or more") from None
-    if prefetch < 0:
-        raise ValueError(f"prefetch is {prefetch}; it must be a number of batches, 0 or more")
+    prefetch = check_count("prefetch", prefetch, 0, "batches")
     _request.check_options(outputs, **options)  # raise errors here, not when the first epoch begins
     return FeatureLoader(loader, client, to_request, outputs, prefetch, options)
