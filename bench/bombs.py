@@ -1,71 +1,98 @@
-"""What callers can make the server's memory, beside the formula of docs/deployment.md.
+"""Memory of a server that is attacked, under a limit of the size that the formula of docs/deployment.md gives.
 
-The whole server (default limits, one frontend, a token file, the instant runner of bench/instant.py) meets one bomb
-after the other: compressed messages and messages that are held open without a token, the same with one, answers that
-are not read, small files that are large pictures, poolings that are large answers, 90 MB of empty images or unknown
-fields. The PSS of all its processes is read 20 times a second, from the start of a bomb until 12 s after its end;
-`peak_mb` is the most, `after_mb` the last. `lag_ms` is the longest delay of the frontend's event loop, as the upper
-bound of its bucket (dinov3_event_loop_lag_seconds). `answers` are by status. The formula leaves the worker out, whose
-idle PSS (`worker_mb`) is added to it.
+The whole server (default limits, two frontends, a token file) meets one bomb after the other (bench/attackers.py),
+while a client with another token sends an image 20 times a second. It is run twice: with the instant runner of
+bench/instant.py, which makes the frontends answer as fast as they can, and with ViT-S/16 (seeded random weights).
+
+Where this process may make a control group with a memory limit, the server runs in one whose limit is the formula
+(`limit_mb`): if it needed more, the kernel would end a process of it (`kills`). `peak_mb` is the most memory that the
+kernel cannot reclaim, read 20 times a second from the start of a bomb until 6 s after its end: anonymous memory,
+arenas, the kernel's own memory for the processes, buffers of sockets. Elsewhere it is the PSS of all processes.
+`after_mb` is the last.
+
+`answers` are the bomb's calls by status; of calls that are held open, `ended` were ended by the server. `asked` and
+`lost` are the calls of the other client, after its retries; `longest_s` is its longest wait. `lag_ms` is the longest
+delay of the frontends' event loops, as the upper bound of its bucket (dinov3_event_loop_lag_seconds).
 """
 
 from __future__ import annotations
 
 import asyncio
-import gzip
+import sys
 import tempfile
 import threading
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import grpc
-import psutil
-from PIL import Image
-
-from bench.echo import METHOD
-from bench.http2 import Caller
+from bench.attackers import BOMBS, MB, Bomb, Target
+from bench.memory_limit import MemoryLimit, memory_limit
 from bench.record import table
-from bench.requests import encoded, pixels_request, random_pixels
-from bench.server import Server, pss, quantile_ms, serving, total_pss
-from dinov3_serving.v1 import feature_service_pb2 as pb
+from bench.requests import random_pixels
+from bench.server import Server, quantile_ms, serving, total_pss
+from dinov3_client import Client, Dinov3Error
 
-MB = 1 << 20
-TOKEN = {"authorization": "Bearer secret"}
 # The defaults of arena_bytes, frontend_bytes, max_message_bytes; docs/deployment.md has the rest.
 ARENA, FRONTEND, MESSAGE, OWN, SUPERVISOR = 512, 1024, 128, 192, 64
-FORMULA = ARENA + FRONTEND + 2 * MESSAGE + OWN + SUPERVISOR
-CALLERS = 40
-# After a bomb: what is held open is held so for this long, and then all is left alone for as long.
-HOLD_SECONDS = 6.0
-_Bomb = Callable[[str], Awaitable[Counter[str]]]
+FRONTENDS = 2
+RUNS = (("instant", "bench.instant", 64), ("vits16", "dinov3_server", 940))  # runner, module, MB of its worker
+DEPTH = 12
+REST_SECONDS = 6.0  # after a bomb
+INTERVAL_SECONDS = 0.05
 
 
-def measure() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = Path(folder) / "tokens"
-        tokens.write_text("secret\n")
-        flags = ("--model", "vitb16", "--weights", "random:0", "--frontends", "1", "--token-file", str(tokens))
-        with serving(*flags, module="bench.instant") as server:
-            worker = sum(pss(process.pid) for process in server.processes()["worker"])
-            rows = [_throw(server, name, bomb) for name, bomb in BOMBS.items()]
-    formula = FORMULA + worker // MB
-    return {"formula_mb": formula, "worker_mb": worker // MB, "peak_mb": max(r["peak_mb"] for r in rows), "rows": rows}
+def measure(runs: tuple[tuple[str, str, int], ...] = RUNS, bombs: dict[str, Bomb] = BOMBS) -> dict[str, Any]:
+    return {"runs": [_run(*run, bombs) for run in runs]}
 
 
 def show(result: dict[str, Any]) -> str:
-    head = f"formula {result['formula_mb']} MB, peak {result['peak_mb']} MB"
-    return f"{head}\n{table(result['rows'], 'bomb', 'before_mb', 'peak_mb', 'after_mb', 'lag_ms', 'answers')}"
+    rows = [{"runner": run["runner"], **row} for run in result["runs"] for row in run["rows"]]
+    columns = ("bomb", "peak_mb", "after_mb", "lag_ms", "kills", "asked", "lost", "longest_s", "answers")
+    heads = [
+        f"{run['runner']}: limit {run['limit_mb']} MB ({run['measured']}), peak {run['peak_mb']} MB"
+        for run in result["runs"]
+    ]
+    return "\n".join([*heads, table(rows, "runner", *columns)])
+
+
+def _run(runner: str, module: str, worker: int, bombs: dict[str, Bomb]) -> dict[str, Any]:
+    limit_mb = FRONTENDS * (ARENA + FRONTEND + 2 * MESSAGE + OWN) + worker + SUPERVISOR
+    with tempfile.TemporaryDirectory() as folder, memory_limit(limit_mb * MB) as limit:
+        tokens = Path(folder) / "tokens"
+        tokens.write_text("bomb\npolite\n")
+        flags = (
+            "--model",
+            "vits16",
+            "--weights",
+            "random:0",
+            "--frontends",
+            str(FRONTENDS),
+            "--token-file",
+            str(tokens),
+        )
+        with serving(*flags, module=module, limit=limit) as server:
+            rows = [_throw(server, limit, name, bomb) for name, bomb in bombs.items()]
+    return {
+        "runner": runner,
+        "measured": f"control group v{limit.version}" if limit else "PSS",
+        "limit_mb": limit_mb,
+        "peak_mb": max(row["peak_mb"] for row in rows),
+        "rows": rows,
+    }
 
 
 class _Sampler:
-    """Measures the PSS of a server's processes 20 times a second."""
+    """Measures the memory of a server 20 times a second."""
 
-    def __init__(self, process: psutil.Process) -> None:
-        self._process = process
+    def __init__(self, read: Callable[[], int]) -> None:
+        self._read = read
         self._end = threading.Event()
-        self.first = self.last = self.peak = self._read()
+        self.first = self.last = self.peak = read()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -73,23 +100,22 @@ class _Sampler:
         self._end.set()
         self._thread.join()
 
-    def _read(self) -> int:
-        return total_pss(self._process)
-
     def _run(self) -> None:
-        while not self._end.wait(0.05):
+        while not self._end.wait(INTERVAL_SECONDS):
             self.last = self._read()
             self.peak = max(self.peak, self.last)
 
 
-def _throw(server: Server, name: str, bomb: _Bomb) -> dict[str, Any]:
+def _throw(server: Server, limit: MemoryLimit | None, name: str, bomb: Bomb) -> dict[str, Any]:
     async def throw() -> Counter[str]:
-        answers = await bomb(server.grpc)
-        await asyncio.sleep(2 * HOLD_SECONDS)
+        answers = await bomb(Target(server.grpc, server.http, DEPTH))
+        await asyncio.sleep(REST_SECONDS)
         return answers
 
-    sampler, before = _Sampler(server.process), server.metrics()
-    answers = asyncio.run(throw())
+    sampler = _Sampler(limit.used if limit else lambda: total_pss(server.process))
+    kills, before = limit.kills() if limit else 0, server.metrics()
+    with _polite_client(server.grpc) as polite:
+        answers = asyncio.run(throw())
     sampler.end()
     grown = {key: value - before.get(key, 0.0) for key, value in server.metrics().items()}
     row = {
@@ -98,78 +124,46 @@ def _throw(server: Server, name: str, bomb: _Bomb) -> dict[str, Any]:
         "peak_mb": sampler.peak // MB,
         "after_mb": sampler.last // MB,
         "lag_ms": quantile_ms(grown, "dinov3_event_loop_lag_seconds", 1.0),
+        "kills": limit.kills() - kills if limit else None,
+        **polite,
         "answers": " ".join(f"{code}:{count}" for code, count in sorted(answers.items())),
     }
     print(row, flush=True)
     return row
 
 
-async def _calls(address: str, request: bytes) -> Counter[str]:
-    """Make CALLERS calls at once over one connection, with gRPC's own client."""
-    async with grpc.aio.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)]) as channel:
-        extract: Any = channel.unary_unary(METHOD)
-
-        async def one() -> str:
-            call = extract(request, metadata=tuple(TOKEN.items()), timeout=60)
-            code: grpc.StatusCode = await call.code()
-            return code.name
-
-        return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
-
-
-async def _hold(address: str, metadata: dict[str, str], seconds: float, *message: Any, **options: Any) -> Counter[str]:
-    """Send a message over each of CALLERS connections, hold them open for `seconds`, and count those that were
-    ended."""
-
-    async def one() -> str:
-        caller = await Caller.call(address, METHOD, metadata)
-        await caller.send(*message, **options)
-        await asyncio.sleep(seconds)
-        ended = caller.status.is_set()
-        await caller.leave()
-        return "ended" if ended else "held"
-
-    return Counter(await asyncio.gather(*(one() for _ in range(CALLERS))))
+@contextmanager
+def _polite_client(address: str) -> Iterator[dict[str, float]]:
+    """Run another client in a process of its own until the end of the block, and then yield its figures."""
+    context = get_context("spawn")
+    figures: dict[str, float] = {}
+    with context.Manager() as manager, ProcessPoolExecutor(1, context) as pool:
+        over = manager.Event()
+        running = pool.submit(_ask, address, over)
+        try:
+            yield figures
+        finally:
+            over.set()
+            figures.update(running.result())
 
 
-async def _compressed(address: str, metadata: dict[str, str]) -> Counter[str]:
-    """Send messages of 130 KB that unpack to 127 MiB."""
-    bomb = gzip.compress(bytes(127 * MB))
-    return await _hold(address, {"grpc-encoding": "gzip", **metadata}, HOLD_SECONDS, bomb, compressed=True)
+def _ask(address: str, over: threading.Event) -> dict[str, float]:
+    asked = lost = 0
+    longest = 0.0
+    image = random_pixels(1, 64)
 
+    def one() -> None:
+        nonlocal lost, longest
+        began = time.monotonic()
+        try:
+            client.extract(image, preset="none")
+        except Dinov3Error as error:
+            lost += 1
+            print(f"lost: {error}", file=sys.stderr)
+        longest = max(longest, time.monotonic() - began)
 
-async def _held_open(address: str, metadata: dict[str, str]) -> Counter[str]:
-    """Send messages without their last bytes."""
-    return await _hold(address, metadata, HOLD_SECONDS, bytes(100 * MB), announced=MESSAGE * MB)
-
-
-async def _unread(address: str) -> Counter[str]:
-    """Send requests with answers of some 60 MB, and read nothing."""
-    outputs = pb.Outputs(cls=True, patches=True, dtype=pb.DATA_TYPE_FLOAT32)
-    outputs.layers.extend(pb.LayerOutputs(layer=layer, patches=True) for layer in range(12))
-    return await _hold(address, TOKEN, 2 * HOLD_SECONDS, pixels_request(random_pixels(8, 224), outputs))
-
-
-async def _pictures(address: str, file: bytes) -> Counter[str]:
-    request = pb.ExtractRequest(images=[pb.Image(encoded=file)] * 4).SerializeToString()
-    return await _calls(address, request)
-
-
-async def _poolings(address: str) -> Counter[str]:
-    outputs = pb.Outputs(patches=True, dtype=pb.DATA_TYPE_FLOAT32)
-    outputs.pooling.CopyFrom(pb.Pooling(grid_height=128, grid_width=128))
-    return await _calls(address, pixels_request(random_pixels(2, 16), outputs))
-
-
-BOMBS: dict[str, _Bomb] = {
-    "gzip, no token": lambda address: _compressed(address, {}),
-    "held open, no token": lambda address: _held_open(address, {}),
-    "gzip": lambda address: _compressed(address, TOKEN),
-    "held open": lambda address: _held_open(address, TOKEN),
-    "answers not read": _unread,
-    "1-bit PNG, 9,900 x 9,900": lambda address: _pictures(address, encoded(Image.new("1", (9900, 9900)), "PNG")),
-    "WebP, 9,900 x 9,900": lambda address: _pictures(address, encoded(Image.new("RGB", (9900, 9900)), "WEBP")),
-    "poolings to 128 x 128": _poolings,
-    "90 MB of empty images": lambda address: _calls(address, b"\n\x00" * (45 * MB)),
-    "90 MB of unknown fields": lambda address: _calls(address, b"\xf8\x7f\x00" * (30 * MB)),
-}
+    with Client(address, token="polite") as client, ThreadPoolExecutor(32) as pool:
+        while not over.wait(INTERVAL_SECONDS):
+            asked += 1
+            pool.submit(one)
+    return {"asked": asked, "lost": lost, "longest_s": round(longest, 2)}

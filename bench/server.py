@@ -17,6 +17,7 @@ from typing import IO
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.memory_limit import MemoryLimit
 from bench.record import ROOT
 
 
@@ -116,12 +117,18 @@ def ready_process(
 
 @contextmanager
 def serving(
-    *flags: str, module: str = "dinov3_server", environ: Mapping[str, str] = {}, log: IO[bytes] | None = None
+    *flags: str,
+    module: str = "dinov3_server",
+    environ: Mapping[str, str] = {},
+    log: IO[bytes] | None = None,
+    limit: MemoryLimit | None = None,
 ) -> Iterator[Server]:
     """Run `python -m MODULE serve FLAGS` on free ports until the end of the block.
 
     `environ` is added to the environment; log lines go to `log`, by default to this process's stderr.
     """
     command = [sys.executable, "-m", module, "serve", "--port", "0", "--http-port", "0", *flags]
+    if limit:
+        command = limit.command(command)
     with ready_process(command, r"ready grpc=(\S+) http=(\S+)", environ, log) as (process, ready):
         yield Server(ready[1], ready[2], process)
