@@ -92,14 +92,14 @@ def request_target() -> Target:
 def file_target() -> Target:
     from dinov3_server.errors import InvalidInput
     from dinov3_server.images.cost import cost_of
-    from dinov3_server.images.decode import decode
+    from dinov3_server.images.decode import File
 
     def decode_file(data: bytes) -> None:
         with suppress(InvalidInput):
-            cost = cost_of(data, max_pixels=1_000_000)
+            cost = cost_of(File(data, 1_000_000))
             assert cost.nbytes >= 0
             if cost.plain:
-                picture = decode(data, max_pixels=1_000_000, apply_exif_orientation=True)
+                picture = File(data, 1_000_000, True).decode()
                 assert {picture.width, picture.height} == {cost.width, cost.height}, "another size than was predicted"
 
     return decode_file

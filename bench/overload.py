@@ -47,7 +47,7 @@ from bench.requests import encoded, random_pixels
 from bench.server import Server, quantile_ms, serving
 from dinov3_client import Client, Overloaded
 from dinov3_client import DeadlineExceeded as ClientDeadline
-from dinov3_server.images.decode import decode
+from dinov3_server.images.decode import File
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 MODELS = {"vitb16": "float32", "vits16": "bfloat16"}
@@ -96,7 +96,7 @@ def _flags(model: str, frontends: int = 1) -> list[str]:
 
 def _requests(sizes: Sequence[int]) -> list[bytes]:
     """Return a request for the CLS token of one JPEG, a crop of a photo, for each size."""
-    photo = decode(photos()["motorcycle_left.png"], max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    photo = File(photos()["motorcycle_left.png"], MAX_PIXELS).decode()
     crop = photo.crop((0, 0, 512, 512))
     return [
         pb.ExtractRequest(

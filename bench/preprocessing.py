@@ -26,7 +26,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from bench.record import table
 from bench.requests import encoded
-from dinov3_server.images.decode import decode
+from dinov3_server.images.decode import File
 from dinov3_server.images.preprocess import PREPROCESSING_ID, PRESETS, transform_into
 from dinov3_serving.images import Transform
 
@@ -79,14 +79,14 @@ def ours(data: bytes, transform: Transform) -> torch.Tensor:
     """Decode and transform a file as for a request. Return [3, h, w] uint8."""
     assert transform.size is not None
     out = bytearray(transform.size[0] * transform.size[1] * 3)
-    image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    image = File(data, MAX_PIXELS).decode()
     transform_into(image, transform, memoryview(out))
     return torch.frombuffer(out, dtype=torch.uint8).view(*transform.size, 3).permute(2, 0, 1)
 
 
 def full_size(data: bytes) -> torch.Tensor:
     """Decode a file. Return [3, H, W] uint8, channels last in memory, as torchvision converts a PIL image."""
-    image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    image = File(data, MAX_PIXELS).decode()
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -152,7 +152,7 @@ def fidelity(model: DINOv3ViTModel, files: dict[str, bytes]) -> list[dict[str, A
 
 
 def jpeg_640x480(files: dict[str, bytes]) -> bytes:
-    image = decode(files["motorcycle_left.png"], max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    image = File(files["motorcycle_left.png"], MAX_PIXELS).decode()
     return encoded(image.crop((0, 0, 640, 480)), "JPEG", quality=90)
 
 
@@ -168,11 +168,11 @@ def milliseconds(work: Callable[[], object], repeats: int = 300) -> dict[str, fl
 def cost(files: dict[str, bytes]) -> dict[str, Any]:
     """Measure decoding and transforming with one thread, in milliseconds."""
     data = jpeg_640x480(files)
-    image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+    image = File(data, MAX_PIXELS).decode()
     out = memoryview(bytearray(256 * 256 * 3))
     return {
         "file": f"640x480 JPEG, quality 90, 4:2:0, {len(data)} bytes (motorcycle_left.png, cropped)",
-        "decode": milliseconds(lambda: decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)),
+        "decode": milliseconds(lambda: File(data, MAX_PIXELS).decode()),
         "transform_into, preset dinov3": milliseconds(lambda: transform_into(image, PRESETS["dinov3"], out)),
     }
 

@@ -19,7 +19,7 @@ from dinov3_server.families.dinov3_vit.model import VisionTransformer
 from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.models.variant import DATASETS
 from dinov3_server.nn import attention, linear, rope
-from dinov3_server.nn.rope import Rope, default_periods
+from dinov3_server.nn.rope import Rope
 
 Forward = Callable[[Tensor], ForwardResult]
 
@@ -31,9 +31,8 @@ def native_model(plan: Plan, variant: VitVariant) -> VisionTransformer:
     for name, shape in variant.canonical_shapes().items():
         drawn = torch.randn(shape, generator=generator, device=plan.device).mul_(0.02)
         tensors[name] = drawn.add_(1.0) if "norm" in name and name.endswith("weight") else drawn
-    periods = default_periods(variant.head_dim, variant.rope_base)
     with mock.patch.object(linear, "packs", return_value=False):  # as on CUDA, also in a dry run on a CPU
-        return VisionTransformer(variant, tensors, periods, DATASETS["lvd1689m"], dtype=plan.dtype, device=plan.device)
+        return variant.build(tensors | variant.constants(), DATASETS["lvd1689m"], dtype=plan.dtype, device=plan.device)
 
 
 def bytes_for(plan: Plan, config: Config) -> Tensor:

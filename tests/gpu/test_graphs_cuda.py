@@ -138,7 +138,7 @@ def test_two_batches_in_flight_stay_separate_while_graphs_are_captured(
         thread.join()
     assert len(finite) == sum(len(request.rows) for request in requests)
     assert all(finite)
-    assert len(runner._graphs) == 3
+    assert len(runner.graphs) == 3
     assert len(replays) == len(requests) - 3 * CAPTURE_AT
     for request in requests:
         request.check()
@@ -167,7 +167,7 @@ def test_a_capture_does_not_wait_for_the_batch_before_it(runner: CudaRunner, are
     with torch.cuda.stream(runner._compute):
         torch.cuda._sleep(6_000_000_000)  # some seconds; a capture takes some hundredths
     launched = runner.launch(request.batch)
-    assert len(runner._graphs) == 1
+    assert len(runner.graphs) == 1
     assert not runner._compute.query(), "the capture has waited for the device"
     assert runner.finish(launched).finite == (True,) * 4
     request.check()
@@ -209,7 +209,7 @@ def test_graphs_are_freed_for_a_batch_that_does_not_fit(runner: CudaRunner, aren
             serve(runner, large.shape, large.rows)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert len(runner._graphs) == 0
+    assert len(runner.graphs) == 0
     for _ in range(CAPTURE_AT + 1):
         serve(runner, small.shape, small.rows)
     assert replays == [8, 8]

@@ -30,7 +30,6 @@ from dinov3_server.models.interface import (  # noqa: E402
     Output,
     PixelShape,
 )
-from dinov3_server.nn.rope import default_periods  # noqa: E402
 from tests.server.backbone.arenas import Arena, serve  # noqa: E402
 from tests.server.backbone.features import (  # noqa: E402
     CPU,
@@ -70,7 +69,7 @@ def arena(runner: CudaRunner) -> Iterator[Arena]:
 
 
 def on_cpu(variant: VitVariant, pixels: torch.Tensor, outputs: list[Output]) -> dict[Output, torch.Tensor]:
-    model = ours(variant, random_tensors(variant, 7), default_periods(variant.head_dim, variant.rope_base))
+    model = ours(variant, random_tensors(variant, 7))
     with torch.inference_mode():
         return model(pixels, outputs)
 
@@ -78,8 +77,7 @@ def on_cpu(variant: VitVariant, pixels: torch.Tensor, outputs: list[Output]) -> 
 @pytest.mark.parametrize("variant", [lookup("vits16"), SWIGLU], ids=["mlp", "swiglu"])
 @pytest.mark.parametrize("size", [(224, 224), (384, 512)])
 def test_fp32_equals_the_cpu(variant: VitVariant, size: tuple[int, int]) -> None:
-    periods = default_periods(variant.head_dim, variant.rope_base)
-    model = ours(variant, random_tensors(variant, 7), periods, device=DEVICE)
+    model = ours(variant, random_tensors(variant, 7), device=DEVICE)
     images = picture(*size, count=2)
     expected = {output: t.to(DEVICE) for output, t in on_cpu(variant, images, every_output(variant.depth)).items()}
     assert worst_error(model, images.to(DEVICE), expected) <= 1e-5
@@ -89,8 +87,7 @@ def test_fp32_equals_the_cpu(variant: VitVariant, size: tuple[int, int]) -> None
 @pytest.mark.parametrize("variant", [lookup("vits16"), SWIGLU], ids=["mlp", "swiglu"])
 @pytest.mark.parametrize("size", [(224, 224), (384, 512)])
 def test_bf16_is_near_the_cpus_fp32(variant: VitVariant, size: tuple[int, int]) -> None:
-    periods = default_periods(variant.head_dim, variant.rope_base)
-    model = ours(variant, random_tensors(variant, 7), periods, dtype=torch.bfloat16, device=DEVICE)
+    model = ours(variant, random_tensors(variant, 7), dtype=torch.bfloat16, device=DEVICE)
     images = picture(*size, count=2)
     expected = on_cpu(variant, images, list(FINAL))
     with torch.inference_mode():

@@ -13,6 +13,7 @@ import asyncio
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from dinov3_server.errors import InvalidInput, Overloaded
@@ -36,7 +37,7 @@ class ByteBudget:
         floors = {"messages": max_message_bytes, "pictures": pictures, "answers": max_message_bytes}
         assert all(floor > 0 for floor in floors.values()), floors
         self._loop = asyncio.get_running_loop()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.unread: dict[RequestMemory, None] = {}  # answers, the oldest first
         self._free = nbytes - sum(floors.values())  # of what is above the floors
         self.messages, self.pictures, self.answers = (
@@ -49,7 +50,7 @@ class ByteBudget:
 
     def slow_reader(self) -> str | None:
         """Return the peer whose answer has been unread for longest, if over SLOW_READER_SECONDS and others wait."""
-        if self.answers.has_waiters:
+        if self.answers.waiters:
             for request_memory in self.unread:
                 return request_memory.peer if time.monotonic() - request_memory.since > SLOW_READER_SECONDS else None
         return None
@@ -59,20 +60,20 @@ class ByteBudget:
         for quota in (self.messages, self.pictures, self.answers):
             metrics.frontend_bytes.set(quota.used, quota.use)
 
-    def _fits(self, quota: Quota, nbytes: int) -> bool:
+    def fits(self, quota: Quota, nbytes: int) -> bool:
         after = quota.used + nbytes
         return after <= quota.floor or after - max(quota.used, quota.floor) <= self._free
 
-    def _add(self, quota: Quota, nbytes: int) -> None:
+    def add(self, quota: Quota, nbytes: int) -> None:
         """Add `nbytes`, which are negative for a release, to what is in use."""
         before, floor = quota.used, quota.floor
         quota.used = after = before + nbytes
         if before > floor or after > floor:
             self._free -= max(after, floor) - max(before, floor)
 
-    def _schedule_wake(self) -> None:
+    def schedule_wake(self) -> None:
         """Have the event loop serve the queues. May be called from any thread."""
-        if self.messages.has_waiters or self.pictures.has_waiters or self.answers.has_waiters:
+        if self.messages.waiters or self.pictures.waiters or self.answers.waiters:
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
@@ -85,30 +86,26 @@ class _Waiter(NamedTuple):
     grant: asyncio.Future[MemoryGrant]
 
 
+@dataclass(eq=False)
 class Quota:
     """The part of the budget for one use: `used` bytes now, at most `limit`, with a queue of waiters."""
 
-    def __init__(self, budget: ByteBudget, use: str, floor: int, limit: int) -> None:
-        self.use = use
-        self.used = 0
-        self.floor = floor
-        self.limit = limit
-        self._budget = budget
-        self._waiters: deque[_Waiter] = deque()
-
-    @property
-    def has_waiters(self) -> bool:
-        return bool(self._waiters)
+    budget: ByteBudget
+    use: str
+    floor: int
+    limit: int
+    used: int = 0
+    waiters: deque[_Waiter] = field(default_factory=deque)
 
     def try_acquire(self, nbytes: int, overtake: bool = False) -> MemoryGrant | None:
         """Return a grant, or None if it does not fit now or others wait. May be called from any thread.
 
         With `overtake`, others that wait are ignored.
         """
-        with self._budget._lock:
-            if (self._waiters and not overtake) or not self._budget._fits(self, nbytes):
+        with self.budget.lock:
+            if (self.waiters and not overtake) or not self.budget.fits(self, nbytes):
                 return None
-            self._budget._add(self, nbytes)
+            self.budget.add(self, nbytes)
         return MemoryGrant(self, nbytes)
 
     async def acquire(self, nbytes: int, deadline: float | None) -> MemoryGrant:
@@ -134,7 +131,7 @@ class Quota:
         if wait <= 0:
             self._refuse(nbytes, 0.0)
         waiter = _Waiter(nbytes, asyncio.get_running_loop().create_future())
-        self._waiters.append(waiter)
+        self.waiters.append(waiter)
         self.grant_waiters()  # memory may have been released since try_acquire
         try:
             async with asyncio.timeout(wait):
@@ -147,23 +144,23 @@ class Quota:
             raise
 
     def _withdraw(self, waiter: _Waiter) -> None:
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+        if waiter in self.waiters:
+            self.waiters.remove(waiter)
             self.grant_waiters()  # the next in the queue may fit
         else:  # the grant came at the moment of the timeout or cancellation
             waiter.grant.result().release()
 
     def grant_waiters(self) -> None:
         """Serve the queue from its head while grants fit. Call it in the event loop."""
-        while self._waiters:
-            waiter = self._waiters[0]
+        while self.waiters:
+            waiter = self.waiters[0]
             if waiter.grant.done():  # cancelled, and about to leave the queue
                 return
-            with self._budget._lock:
-                if not self._budget._fits(self, waiter.nbytes):
+            with self.budget.lock:
+                if not self.budget.fits(self, waiter.nbytes):
                     return
-                self._budget._add(self, waiter.nbytes)
-            self._waiters.popleft()
+                self.budget.add(self, waiter.nbytes)
+            self.waiters.popleft()
             waiter.grant.set_result(MemoryGrant(self, waiter.nbytes))
 
     def _refuse(self, nbytes: int, waited: float) -> NoReturn:
@@ -174,68 +171,64 @@ class Quota:
             retry_after=1.0,
         )
 
-    def _take_back(self, grant: MemoryGrant) -> None:
-        with self._budget._lock:
-            self._budget._add(self, -grant.nbytes)
+    def take_back(self, grant: MemoryGrant) -> None:
+        with self.budget.lock:
+            self.budget.add(self, -grant.nbytes)
             grant.nbytes = 0
-        self._budget._schedule_wake()
+        self.budget.schedule_wake()
 
 
+@dataclass(slots=True, eq=False)
 class RequestMemory:
     """The memory grants of one request: its message, and later its answer until the caller has read it."""
 
-    __slots__ = ("_answer", "_budget", "_context", "_message", "since")
-
-    def __init__(self, budget: ByteBudget, message: MemoryGrant) -> None:
-        self._budget = budget
-        self._message = message
-        self._answer: MemoryGrant | None = None
-        self.since = 0.0  # when the answer was sent
-        self._context: Any = None
+    budget: ByteBudget
+    message: MemoryGrant
+    answer: MemoryGrant | None = None
+    since: float = 0.0  # when the answer was sent
+    context: Any = None
 
     def release_message(self) -> None:
         """Release the memory of the message, which is not needed any more."""
-        self._message.release()
+        self.message.release()
 
     async def acquire_answer(self, nbytes: int, deadline: float | None) -> None:
         """Wait for 2 x `nbytes` of memory for an answer, because gRPC copies it. Raises as `Quota.acquire`."""
-        answers = self._budget.answers
-        self._answer = answers.try_acquire(2 * nbytes) or await answers.acquire(2 * nbytes, deadline)
+        answers = self.budget.answers
+        self.answer = answers.try_acquire(2 * nbytes) or await answers.acquire(2 * nbytes, deadline)
 
     @property
     def peer(self) -> str:
         """The caller that the answer is sent to, as gRPC names it."""
-        peer: str = self._context.peer()
+        peer: str = self.context.peer()
         return peer
 
     def start_sending(self, context: Any) -> None:
         """Record that the answer is sent to the caller of `context` from now on."""
         self.since = time.monotonic()
-        self._context = context
-        self._budget.unread[self] = None
+        self.context = context
+        self.budget.unread[self] = None
 
     def release(self, _: object = None) -> None:
         """Release everything: the answer is read, or will not be. May be called again, and as a done callback."""
-        self._budget.unread.pop(self, None)
-        self._context = None
-        self._message.release()
-        if self._answer is not None:
-            self._answer.release()
+        self.budget.unread.pop(self, None)
+        self.context = None
+        self.message.release()
+        if self.answer is not None:
+            self.answer.release()
 
 
+@dataclass(slots=True, eq=False)
 class MemoryGrant:
     """`nbytes` of a quota, until `release` or the end of a `with` block. Methods may be called from any thread."""
 
-    __slots__ = ("_quota", "nbytes")
-
-    def __init__(self, quota: Quota, nbytes: int) -> None:
-        self._quota = quota
-        self.nbytes = nbytes
+    quota: Quota
+    nbytes: int
 
     def release(self) -> None:
         """Hold nothing any more. May be called again."""
         if self.nbytes:
-            self._quota._take_back(self)
+            self.quota.take_back(self)
 
     def __enter__(self) -> MemoryGrant:
         return self

@@ -20,7 +20,7 @@ import grpc
 
 from dinov3_server.api.tls import Lifetime, check_files, lifetime
 from dinov3_server.config.settings import Settings
-from dinov3_server.errors import ConfigError
+from dinov3_server.errors import ConfigError, Unauthenticated
 from dinov3_server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -84,16 +84,12 @@ class Credentials:
         self._lock = threading.Lock()
         self._last_warning = ""
         self._pending: deque[Any] = deque(maxlen=1)  # a new configuration that gRPC has not fetched yet
-        self.tokens: Tokens | None = None
+        self.tokens: BearerTokens | None = None
         self._tls: ReloadableFiles[Tls] | None = None
         self._certificate = settings.tls_cert_file
         self._mutual = settings.tls_client_ca_file is not None
         if settings.token_file is not None:
-            self.tokens = Tokens(
-                ReloadableFiles(
-                    "tokens", {"token_file": settings.token_file}, partial(_parse_tokens, settings.token_file), metrics
-                )
-            )
+            self.tokens = BearerTokens(settings.token_file, metrics)
         if settings.tls_cert_file is not None:
             names = ("tls_cert_file", "tls_key_file", "tls_client_ca_file")
             self._paths = {name: path for name in names if (path := getattr(settings, name)) is not None}
@@ -112,7 +108,7 @@ class Credentials:
         """Read files again if they have changed, or all of them if `forced`."""
         with self._lock:
             if self.tokens is not None:
-                self.tokens.file.reload(forced)
+                self.tokens.reload(forced)
             if self._tls is not None and self._tls.reload(forced):
                 self._pending.append(self._tls.value.configuration)
 
@@ -150,23 +146,23 @@ class Credentials:
         return Tls(grpc.ssl_server_certificate_configuration([(key, certificate)], authorities), dates)
 
 
-class Tokens:
+class BearerTokens(ReloadableFiles[list[bytes]]):
     """Checks the tokens of calls. The file may change between two checks."""
 
-    def __init__(self, file: ReloadableFiles[list[bytes]]) -> None:
-        self.file = file
+    def __init__(self, path: str, metrics: Metrics) -> None:
+        super().__init__("tokens", {"token_file": path}, partial(_parse_tokens, path), metrics)
 
-    def reject_reason(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        """Return why a call with this metadata is refused; an empty string if it has a valid token."""
+    def check(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+        """Raise Unauthenticated unless a call with this metadata has a valid token."""
         values = [value for key, value in metadata if key == "authorization"]
-        if len(values) == 1 and self._is_valid(values[0]):
-            return ""
-        return "the token is not valid" if values else "this server requires a token"
+        if len(values) != 1 or not self._is_valid(values[0]):
+            reason = "the token is not valid" if values else "this server requires a token"
+            raise Unauthenticated(f"{reason}: send the metadata `authorization: Bearer TOKEN`")
 
     def _is_valid(self, value: str | bytes) -> bool:
         scheme, _, token = (value.encode() if isinstance(value, str) else value).partition(b" ")
         # Compare with every token, in constant time, so that the duration reveals nothing about any of them.
-        tokens = self.file.value
+        tokens = self.value
         return scheme.lower() == b"bearer" and sum(hmac.compare_digest(token, known) for known in tokens) > 0
 
 

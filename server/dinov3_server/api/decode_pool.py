@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +33,6 @@ from dinov3_server.errors import DeadlineExceeded, InvalidInput, ServingError
 from dinov3_server.images.cost import Cost
 from dinov3_server.images.decoders import Decoders
 from dinov3_server.metrics import Metrics
-from dinov3_serving.errors import without_traceback
 
 # Time slice of a thread for one request: a large request does not block a small one behind it.
 SLICE_SECONDS = 0.01
@@ -45,22 +44,17 @@ _EXPIRED = "the deadline passed while the images of the request were being decod
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class DecodeTask:
     """One image to decode, and the ranges of the arena for the pixels of its rows."""
 
-    def __init__(self, source: Source, outs: Sequence[memoryview]) -> None:
-        assert source.write is not None, "a failed image is not decoded"
-        self.source = source
-        self.outs = outs
-        self.rows_left = len(outs)
-        self.writer = source.write(outs)  # writes one row per step
-        self.cost: Cost | None = None  # set when a thread has read the file's header
-        self.grant: MemoryGrant | None = None
-        self.seconds = 0.0  # spent so far
-
-    @property
-    def image(self) -> int:
-        return self.source.image
+    source: Source
+    outs: Sequence[memoryview]
+    writer: Generator[None, None, None]  # writes one row per step
+    rows_left: int
+    cost: Cost | None = None  # set when a thread has read the file's header
+    grant: MemoryGrant | None = None
+    seconds: float = 0.0  # spent so far
 
     def release(self) -> None:
         """Drop the decoded picture and its memory grant."""
@@ -85,7 +79,8 @@ def decode_tasks(
                 start = next(starts[row.shape])
                 outs.append(arena[start : start + row.shape.nbytes])
         if source.image not in failures:
-            tasks.append(DecodeTask(source, outs))
+            assert source.write is not None, "only a failed image has none"
+            tasks.append(DecodeTask(source, outs, source.write(outs), len(outs)))
     return tasks
 
 
@@ -157,13 +152,13 @@ class DecodePool:
         """
         loop = asyncio.get_running_loop()
         for index, cost in await loop.run_in_executor(self._executor, self._read_plain_sizes, sources, failures):
-            file, image = sources[index].file, sources[index].image
+            file = sources[index].file
             assert file is not None
             try:
                 read_size = partial(self._decoders.read_size, file, cost)
                 _set_size(sources, index, await self._in_process(read_size, cost, deadline))
             except InvalidInput as error:
-                failures[image] = without_traceback(file.with_field(error))
+                _fail(failures, sources[index], error)
             except DeadlineExceeded:
                 self._metrics.images.inc("expired", value=sum(len(source.rows) for source in sources))
                 raise
@@ -182,7 +177,7 @@ class DecodePool:
                     with grant:
                         _set_size(sources, index, source.file.read_size())
                 except InvalidInput as error:
-                    failures[source.image] = without_traceback(error)
+                    _fail(failures, source, error)
         return others
 
     async def decode(
@@ -242,11 +237,10 @@ class DecodePool:
                 task.grant = await self._pictures.acquire(cost.nbytes, request.deadline)
                 request.tasks.appendleft(task)
                 return
-            rows = [(row.field, row.transform) for row in task.source.rows]
-            write = partial(self._decoders.write, file, cost, rows, task.outs)
+            write = partial(self._decoders.write, file, cost, task.source.rows, task.outs)
             await self._in_process(write, cost, request.deadline)
         except InvalidInput as error:
-            request.failures[task.image] = without_traceback(file.with_field(error) if file else error)
+            _fail(request.failures, task.source, error)
         self._metrics.stage_seconds.observe(task.seconds + time.monotonic() - started, "decode")
 
     async def _in_process(self, use_decoder: Callable[[], Awaitable[T]], cost: Cost, deadline: float | None) -> T:
@@ -292,7 +286,7 @@ class DecodePool:
                     request.tasks.appendleft(task)
                     return True
         except Exception as error:
-            request.failures[task.image] = failure_of(error)
+            _fail(request.failures, task.source, error)
             now = time.monotonic()
         task.release()
         self._metrics.stage_seconds.observe(task.seconds + now - started, "decode")
@@ -311,6 +305,13 @@ def _set_size(sources: list[Source], index: int, size: tuple[int, int]) -> None:
     source = sources[index]
     assert source.rows_with_size is not None
     sources[index] = source._replace(rows=source.rows_with_size(size), rows_with_size=None)
+
+
+def _fail(failures: dict[int, ServingError], source: Source, error: Exception) -> None:
+    """Store why an image failed; an error of its file names that field."""
+    if isinstance(error, InvalidInput) and source.file and not error.field:
+        error.field = f"images[{source.image}].encoded"
+    failures[source.image] = failure_of(error)
 
 
 async def _join(loops: Sequence[asyncio.Task[None]], request: _RequestTasks) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-from dinov3_server.api.budget import ByteBudget, RequestMemory
+from dinov3_server.api.budget import RequestMemory
 from dinov3_server.api.convert import Query, count_images, read_request
 from dinov3_server.api.decode_pool import DecodePool, decode_tasks
 from dinov3_server.api.outputs import check_answer_size
@@ -42,29 +42,34 @@ _OUTCOMES = {
 }
 
 
+@dataclass
+class _Call:
+    """A checked request, its blocks in the arena (none if no image has a known size), and its call."""
+
+    query: Query
+    model: ModelInfo
+    placed: list[PlacedBlock]
+    deadline: float | None
+    request_memory: RequestMemory
+    message_id: int | None
+
+
+@dataclass(eq=False)
 class Extraction:
     """Processes the requests of a frontend, those of unary calls and of streams alike."""
 
-    def __init__(
-        self, engine: Engine, settings: Settings, metrics: Metrics, index: int, threads: int, budget: ByteBudget
-    ) -> None:
-        """Create it in the event loop."""
-        self._engine = engine
-        self._settings = settings
-        self._metrics = metrics
-        self._index = index
-        self._decode_pool = DecodePool(threads, budget.pictures, metrics)
-
-    def close(self) -> None:
-        """Stop the decode pool. Call it when no request is left."""
-        self._decode_pool.close()
+    engine: Engine
+    settings: Settings
+    metrics: Metrics
+    decode_pool: DecodePool
+    index: int  # of this frontend
 
     @property
     def model(self) -> ModelInfo:
         """The served model. Raises Unavailable until a worker has been ready."""
-        if self._engine.model is None:
+        if self.engine.model is None:
             raise Unavailable("the server is starting: its model is still being loaded", reason="starting")
-        return self._engine.model
+        return self.engine.model
 
     async def extract(
         self,
@@ -85,65 +90,55 @@ class Extraction:
 
         Raises ServingError if the request fails as a whole.
         """
-        images = min(count_images(request), self._settings.max_images_per_request)
+        images = min(count_images(request), self.settings.max_images_per_request)
         try:
             model = self.model
             bulk = request.priority == pb.PRIORITY_BULK
             least = Demand(images=max(1, images), nbytes=0, tokens=images, caller=caller, bulk=bulk)
-            self._engine.refuse_early(least, deadline)
-            query = read_request(request, resolve_bytes, model, self._settings)
+            self.engine.refuse_early(least, deadline)
+            query = read_request(request, resolve_bytes, model, self.settings)
             # Here, and `query.sources` later: so that the message is freed while the request waits for the device.
             del request, resolve_bytes
             if query.needs_sizes:
-                await self._decode_pool.read_sizes(query.sources, query.failures, deadline)
-            placed = _plan(query, model)
-            if not placed:
-                answering = self._respond(
-                    memoryview(b""), model, query, placed, pb.Timings(), message_id, deadline, request_memory
-                )
-                return await answering
-            check_answer_size([one.block for one in placed], model, query.fingerprint, self._settings.max_message_bytes)
+                await self.decode_pool.read_sizes(query.sources, query.failures, deadline)
+            call = _Call(query, model, plan_blocks(query, model), deadline, request_memory, message_id)
+            if not call.placed:
+                return await self._respond(call, memoryview(b""), pb.Timings())
+            blocks = [one.block for one in call.placed]
+            check_answer_size(blocks, model, query.fingerprint, self.settings.max_message_bytes)
             demand = Demand(
-                images=sum(one.block.count for one in placed),
-                nbytes=placed[-1].block.end,
-                tokens=sum(one.block.count * model.tokens(one.block.shape) for one in placed),
+                images=sum(block.count for block in blocks),
+                nbytes=blocks[-1].end,
+                tokens=sum(block.count * model.tokens(block.shape) for block in blocks),
                 caller=caller,
                 bulk=query.bulk,
             )
-            reservation = self._engine.reserve(demand, deadline)
+            reservation = self.engine.reserve(demand, deadline)
             try:
-                placed = [one._replace(block=one.block.moved(reservation.offset)) for one in placed]
-                return await self._extract(query, placed, model, reservation, deadline, message_id, request_memory)
+                call.placed = [one._replace(block=one.block.moved(reservation.offset)) for one in call.placed]
+                return await self._extract(call, reservation)
             finally:
                 reservation.release()
         except ServingError as error:
             if not isinstance(error, DeadlineExceeded):
-                self._metrics.images.inc(_OUTCOMES[error.status], value=images)
+                self.metrics.images.inc(_OUTCOMES[error.status], value=images)
             if isinstance(error, Overloaded):
-                self._metrics.refused_images.inc(error.reason, value=images)
+                self.metrics.refused_images.inc(error.reason, value=images)
             raise
 
-    async def _extract(
-        self,
-        query: Query,
-        placed: Sequence[PlacedBlock],
-        model: ModelInfo,
-        reservation: Reservation,
-        deadline: float | None,
-        message_id: int | None,
-        request_memory: RequestMemory,
-    ) -> bytes:
-        failures = query.failures
+    async def _extract(self, call: _Call, reservation: Reservation) -> bytes:
+        query, failures = call.query, call.query.failures
         started = time.perf_counter()
-        await self._decode_pool.decode(
-            decode_tasks(query.sources, failures, placed, reservation.memory), failures, deadline
-        )
+        tasks = decode_tasks(query.sources, failures, call.placed, reservation.memory)
+        decoding = self.decode_pool.decode(tasks, failures, call.deadline)
+        del tasks
+        await decoding
         decode_seconds = time.perf_counter() - started
         query.sources.clear()
-        request_memory.release_message()
+        call.request_memory.release_message()
 
-        results = await self._run(reservation, placed, failures, deadline, query.bulk)
-        for one, result in zip(placed, results, strict=True):
+        results = await self._run(call, reservation)
+        for one, result in zip(call.placed, results, strict=True):
             for row, error in result.failed.items():
                 failures.setdefault(one.images[row], error)
         timings = pb.Timings(
@@ -153,22 +148,13 @@ class Extraction:
             batch_images=max(result.batch_images for result in results),
             batches=sum(result.batches for result in results),
         )
-        return await self._respond(
-            reservation.memory, model, query, placed, timings, message_id, deadline, request_memory
-        )
+        return await self._respond(call, reservation.memory, timings)
 
-    async def _run(
-        self,
-        reservation: Reservation,
-        placed: Sequence[PlacedBlock],
-        failures: dict[int, ServingError],
-        deadline: float | None,
-        bulk: bool,
-    ) -> list[BlockResult]:
+    async def _run(self, call: _Call, reservation: Reservation) -> list[BlockResult]:
         runs = []
-        for one in placed:
-            rows = [row for row, image in enumerate(one.images) if image not in failures]
-            runs.append(self._engine.run(reservation, one.block, rows, deadline, bulk))
+        for one in call.placed:
+            rows = [row for row, image in enumerate(one.images) if image not in call.query.failures]
+            runs.append(self.engine.run(reservation, one.block, rows, call.deadline, call.query.bulk))
         if len(runs) == 1:
             return [await runs[0]]
         try:
@@ -178,50 +164,33 @@ class Extraction:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def _respond(
-        self,
-        memory: memoryview,
-        model: ModelInfo,
-        query: Query,
-        placed: Sequence[PlacedBlock],
-        timings: pb.Timings,
-        message_id: int | None,
-        deadline: float | None,
-        request_memory: RequestMemory,
-    ) -> bytes:
+    async def _respond(self, call: _Call, memory: memoryview, timings: pb.Timings) -> bytes:
         started = time.perf_counter()
-        failures = query.failures
-        for one in placed:
+        query, failures = call.query, call.query.failures
+        for one in call.placed:
             for row, image in enumerate(one.images):
                 if image in failures:
                     one.block.zero_features(memory, row)
-        pieces = response_pieces(memory, model, placed, failures, timings, self._index, query.fingerprint)
-        if message_id is not None:
-            pieces = stream_answer(message_id, pieces)
+        pieces = response_pieces(memory, call.model, call.placed, failures, timings, self.index, query.fingerprint)
+        if call.message_id is not None:
+            pieces = stream_answer(call.message_id, pieces)
         nbytes = sum(map(len, pieces))
-        limit = self._settings.max_message_bytes
+        limit = self.settings.max_message_bytes
         if nbytes > limit:  # possible with the errors of many images
             raise too_large(f"{nbytes} bytes, with the errors of {len(failures)} images", limit)
-        await request_memory.acquire_answer(nbytes, deadline)
+        await call.request_memory.acquire_answer(nbytes, call.deadline)
         answer = b"".join(pieces)
-        self._metrics.stage_seconds.observe(time.perf_counter() - started, "respond")
-        self._count(query)
-        return answer
-
-    def _count(self, query: Query) -> None:
-        if not query.failures:
-            self._metrics.images.inc("ok", value=sum(query.row_counts))
-            return
+        self.metrics.stage_seconds.observe(time.perf_counter() - started, "respond")
         outcomes = Counter[str]()
         for image, rows in enumerate(query.row_counts):
-            error = query.failures.get(image)
-            outcome = "ok" if error is None else "invalid" if isinstance(error, InvalidInput) else "failed"
-            outcomes[outcome] += rows
+            error = failures.get(image)
+            outcomes["ok" if error is None else "invalid" if isinstance(error, InvalidInput) else "failed"] += rows
         for outcome, rows in outcomes.items():
-            self._metrics.images.inc(outcome, value=rows)
+            self.metrics.images.inc(outcome, value=rows)
+        return answer
 
 
-def _plan(query: Query, model: ModelInfo) -> list[PlacedBlock]:
+def plan_blocks(query: Query, model: ModelInfo) -> list[PlacedBlock]:
     """Return a block for each shape, one after the other from offset 0."""
     placed, base = [], 0
     for shape, rows in query.by_shape().items():

@@ -1,7 +1,7 @@
 """Serve grpc.health.v1, for the whole server ("") and for FeatureService, which always have the same status.
 
-The servicer of grpcio-health-checking is not used: its Watch never ends, so one watching client would delay every drain
-until the grace period is over.
+The servicer of grpcio-health-checking is not used: its Watch never ends, so one watching client would delay every
+shutdown until the grace period is over.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from dinov3_server.api.interceptors import SERVICE
-from dinov3_server.api.wire import parse_or_abort
+from dinov3_server.api.wire import parse
 
 HEALTH = "grpc.health.v1.Health"
 _SERVICES = ("", SERVICE)
@@ -29,15 +29,12 @@ class Health:
         self._changed = asyncio.Event()  # a new one after each change
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        def serialize(message: Any) -> bytes:
-            return message.SerializeToString()  # type: ignore[no-any-return]
-
         methods: dict[str, Any] = {
-            "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=serialize),
-            "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=serialize),
+            "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=_serialize),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=_serialize),
         }
         if hasattr(health_pb2, "HealthListRequest"):  # older packages do not have List
-            methods["List"] = grpc.unary_unary_rpc_method_handler(self._list, response_serializer=serialize)
+            methods["List"] = grpc.unary_unary_rpc_method_handler(self._list, response_serializer=_serialize)
         return grpc.method_handlers_generic_handler(HEALTH, methods)
 
     def set_serving(self, serving: bool) -> None:
@@ -52,7 +49,7 @@ class Health:
         self._notify()
 
     async def _check(self, data: bytes, context: Any) -> Any:
-        request: Any = await parse_or_abort(health_pb2.HealthCheckRequest, data, context)
+        request: Any = parse(health_pb2.HealthCheckRequest, data, 0).message
         status = self._status(request.service)
         if status == _Response.SERVICE_UNKNOWN:
             await context.abort(
@@ -62,13 +59,13 @@ class Health:
         return _Response(status=status)
 
     async def _list(self, data: bytes, context: Any) -> Any:
-        await parse_or_abort(health_pb2.HealthListRequest, data, context)
+        parse(health_pb2.HealthListRequest, data, 0)
         return health_pb2.HealthListResponse(
             statuses={service: _Response(status=self._status(service)) for service in _SERVICES}
         )
 
     async def _watch(self, data: bytes, context: Any) -> None:
-        request: Any = await parse_or_abort(health_pb2.HealthCheckRequest, data, context)
+        request: Any = parse(health_pb2.HealthCheckRequest, data, 0).message
         sent = None
         while True:
             changed, status, closed = self._changed, self._status(request.service), self._closed
@@ -87,3 +84,7 @@ class Health:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _serialize(message: Any) -> bytes:
+    return message.SerializeToString()  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from dinov3_server.api.budget import ByteBudget
-from dinov3_server.api.connections import OpenCalls, close_connections
+from dinov3_server.api.peers import OpenCalls, close_connections
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.malloc import Trimmer, anonymous_bytes
 from dinov3_server.metrics import Metrics

@@ -12,36 +12,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 
 from dinov3_server.api.budget import ByteBudget, RequestMemory
-from dinov3_server.api.connections import address_of
+from dinov3_server.api.peers import peer_group
 from dinov3_server.errors import InvalidInput, Overloaded
 
 EOF: object = grpc.aio.EOF
 # The message of a unary call follows its headers at once. If a read is pending for longer, the sender is slow.
-_SLOW_SENDER_SECONDS = 1.0
+SLOW_SENDER_SECONDS = 1.0
 # Reads that are ended in one check. Ending one takes a third of a millisecond of the event loop.
 _MOST_AT_ONCE = 64
 
 
+@dataclass(slots=True, eq=False)
 class _PendingRead:
-    """A pending read."""
-
-    __slots__ = ("_context", "ended", "rank", "since", "task")
-
-    def __init__(self, context: Any, rank: int) -> None:
-        self._context = context
-        self.rank = rank
-        self.since = time.monotonic()
-        self.task = asyncio.current_task()
-        self.ended = False
-
-    def caller(self) -> str:
-        """Return the address that the call comes from."""
-        return address_of(self._context.peer())
+    context: Any
+    rank: int
+    since: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    ended: bool = False
 
 
 class Receiver:
@@ -50,7 +43,7 @@ class Receiver:
     def __init__(self, budget: ByteBudget, limit: int) -> None:
         self._budget = budget
         self.limit = limit
-        self._reads: set[_PendingRead] = set()
+        self.pending: set[_PendingRead] = set()
         self._reads_to_end = 1  # at the next check that is over the limit
 
     async def read(self, context: Any, deadline: float | None, rank: int = 0) -> tuple[bytes, RequestMemory] | None:
@@ -63,14 +56,13 @@ class Receiver:
         Raises Overloaded if there was no memory in time, or the message came slowly while memory ran out.
         """
         read = _PendingRead(context, rank)
-        self._reads.add(read)
+        self.pending.add(read)
         try:
             data = await context.read()
             if data is EOF:
                 return None
             if deadline is None and rank == 0:
-                remaining = context.time_remaining()
-                deadline = None if remaining is None else time.monotonic() + remaining
+                deadline = deadline_of(context)
             return data, await self._budget.acquire_message(len(data), deadline)
         except asyncio.CancelledError:
             if not read.ended or (read.task is not None and read.task.uncancel()):
@@ -82,7 +74,7 @@ class Receiver:
                 retry_after=1.0,
             ) from None
         finally:
-            self._reads.discard(read)
+            self.pending.discard(read)
 
     async def message(self, context: Any, rank: int = 0) -> tuple[bytes, RequestMemory]:
         """Return the message of a unary call and its memory. Raises as `read`, and InvalidInput without a message."""
@@ -96,16 +88,22 @@ class Receiver:
         if held <= self.limit:
             self._reads_to_end = 1
             return
-        for read in self._by_priority()[: self._reads_to_end]:
+        for read in self.by_priority()[: self._reads_to_end]:
             assert read.task is not None
             read.ended = True
             read.task.cancel()
         self._reads_to_end = min(2 * self._reads_to_end, _MOST_AT_ONCE)
 
-    def _by_priority(self) -> list[_PendingRead]:
+    def by_priority(self) -> list[_PendingRead]:
         """Return pending reads: slow senders first, then by rank, then callers with the most reads, then the oldest."""
-        reads = [read for read in self._reads if not read.ended]
-        callers = {read: read.caller() for read in reads}
+        reads = [read for read in self.pending if not read.ended]
+        callers = {read: peer_group(read.context.peer()) for read in reads}
         counts = Counter(callers.values())
-        slow = time.monotonic() - _SLOW_SENDER_SECONDS
+        slow = time.monotonic() - SLOW_SENDER_SECONDS
         return sorted(reads, key=lambda read: (read.since > slow, -read.rank, -counts[callers[read]], read.since))
+
+
+def deadline_of(context: Any) -> float | None:
+    """Return the deadline of a call in seconds of time.monotonic(); None without one."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining

@@ -10,36 +10,29 @@ from google.protobuf import descriptor_pool, text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from dinov3_server.api.wire import parse_or_abort
+from dinov3_server.api.wire import parse
 
 # grpcio-reflection has v1alpha only. v1 is the same file in another package.
 _V1ALPHA = reflection.SERVICE_NAME
 _V1 = _V1ALPHA.replace("v1alpha", "v1")
 
 
-class Reflection:
-    """The reflection service, which describes `services` and itself."""
+def reflection_handlers(services: Sequence[str]) -> list[grpc.GenericRpcHandler]:
+    """Return the handlers of the reflection service, which describes `services` and itself."""
+    _add_v1_to_pool()
+    servicer = reflection.aio.ReflectionServicer((*services, _V1, _V1ALPHA))
 
-    def __init__(self, services: Sequence[str]) -> None:
-        _add_v1_to_pool()
-        self._servicer = reflection.aio.ReflectionServicer((*services, _V1, _V1ALPHA))
-
-    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        method: Any = grpc.stream_stream_rpc_method_handler(
-            self._info, response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString
-        )
-        return tuple(
-            grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": method})
-            for service in (_V1, _V1ALPHA)
-        )
-
-    async def _info(self, messages: AsyncIterable[bytes], context: Any) -> AsyncIterator[Any]:
-        async def requests() -> AsyncIterator[Any]:
-            async for data in messages:
-                yield await parse_or_abort(reflection_pb2.ServerReflectionRequest, data, context)
-
-        async for answer in self._servicer.ServerReflectionInfo(requests(), context):
+    async def info(messages: AsyncIterable[bytes], context: Any) -> AsyncIterator[Any]:
+        requests = (parse(reflection_pb2.ServerReflectionRequest, data, 0).message async for data in messages)
+        async for answer in servicer.ServerReflectionInfo(requests, context):
             yield answer
+
+    method: Any = grpc.stream_stream_rpc_method_handler(
+        info, response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString
+    )
+    return [
+        grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": method}) for service in (_V1, _V1ALPHA)
+    ]
 
 
 def _add_v1_to_pool() -> None:

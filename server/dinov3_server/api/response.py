@@ -101,9 +101,9 @@ def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[Placed
     images, views, runs = _in_order(blocks)
     pieces: Pieces = []
     *heads, end = _frames(model, shape, spec, tuple(images), tuple(views))
-    for section, head in enumerate(heads):
+    for buffer, head in enumerate(heads):
         pieces.append(head)
-        pieces += [_section(memory, run, section) for run in runs]
+        pieces += [_rows(memory, run, buffer) for run in runs]
     return [*pieces, end]
 
 
@@ -172,9 +172,9 @@ def _in_order(blocks: Sequence[PlacedBlock]) -> tuple[Sequence[int], Sequence[in
     return [row[0] for row in rows], [row[1] for row in rows] if has_views else (), runs
 
 
-def _section(memory: memoryview, run: _Run, section: int) -> memoryview:
-    stride = run.block.strides[section]
-    base = run.block.output_offsets[section]
+def _rows(memory: memoryview, run: _Run, buffer: int) -> memoryview:
+    """Return the rows of a run in one output buffer."""
+    stride, base = run.block.strides[buffer], run.block.output_offsets[buffer]
     return memory[base + run.start * stride : base + run.end * stride]
 
 

@@ -10,16 +10,16 @@ from contextlib import suppress
 
 import grpc
 
-from dinov3_server import __version__
 from dinov3_server.api.budget import ByteBudget
-from dinov3_server.api.connections import OpenCalls
 from dinov3_server.api.credentials import Credentials
+from dinov3_server.api.decode_pool import DecodePool
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.health import HEALTH, Health
-from dinov3_server.api.interceptors import SERVICE, AuthInterceptor, CallInterceptor
+from dinov3_server.api.interceptors import SERVICE, CallInterceptor
 from dinov3_server.api.monitor import FrontendMonitor
+from dinov3_server.api.peers import OpenCalls
 from dinov3_server.api.receiving import Receiver
-from dinov3_server.api.reflection import Reflection
+from dinov3_server.api.reflection import reflection_handlers
 from dinov3_server.api.servicer import FeatureService
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.engine import Engine
@@ -33,7 +33,7 @@ _KEEPALIVE_TIMEOUT_SECONDS = 20
 # Clients may ping this often, even without a call; gRPC's default of 5 minutes disconnects most clients that ping.
 _CLIENT_PING_SECONDS = 5
 # Connections of a frontend, and the descriptors that they leave to it: channels to workers, decode processes, files.
-_MOST_CONNECTIONS = 4096
+MOST_CONNECTIONS = 4096
 _OWN_DESCRIPTORS = 256
 # Calls that gRPC queues for the handlers. By default it ends some above 1,000 and all above 3,000, as CANCELLED: they
 # are not counted, and the caller does not learn why. Below this limit admission answers. Calls that are reset at once
@@ -67,27 +67,23 @@ class FrontendServer:
         Raises ConfigError for a token or TLS file that cannot be read or is invalid.
         """
         threads = settings.decode_threads or max(1, available_threads() // frontends)
-        self._credentials = Credentials(settings, metrics)
+        self.credentials = Credentials(settings, metrics)
         self._reload = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._metrics = metrics
         self.budget = ByteBudget(settings.frontend_bytes, settings.max_message_bytes)
         receiver = self.receiver = Receiver(self.budget, 2 * settings.max_message_bytes)
-        self._extraction = Extraction(engine, settings, metrics, index, threads, self.budget)
-        tokens = self._credentials.tokens
-        self._service = FeatureService(
-            engine, self._extraction, receiver, settings, metrics, index, frontends, __version__, tokens
-        )
+        self._decode_pool = DecodePool(threads, self.budget.pictures, metrics)
+        extraction = Extraction(engine, settings, metrics, self._decode_pool, index)
+        tokens = self.credentials.tokens
+        self.service = FeatureService(engine, extraction, receiver, settings, metrics, tokens, index, frontends)
         open_calls = OpenCalls(max(_MOST_CALLS, 2 * settings.max_queue_images))
         self._monitor = FrontendMonitor(receiver, open_calls, self.budget, metrics, allocated)
         self._health = Health()
-        self._calls = CallInterceptor(metrics, receiver, open_calls)
-        interceptors: list[grpc.aio.ServerInterceptor] = [self._calls]
-        if tokens is not None:
-            interceptors.insert(0, AuthInterceptor(tokens, metrics, open_calls))
-        self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings))
+        self.calls = CallInterceptor(metrics, receiver, tokens, open_calls)
+        self._server = grpc.aio.server(interceptors=[self.calls], options=_options(settings))
         self._server.add_generic_rpc_handlers(
-            (self._service.handlers(), self._health.handlers(), *Reflection((SERVICE, HEALTH)).handlers())
+            (self.service.handlers(), self._health.handlers(), *reflection_handlers((SERVICE, HEALTH)))
         )
 
     async def start(self, host: str, port: int) -> int:
@@ -97,7 +93,7 @@ class FrontendServer:
         """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            credentials = self._credentials.server_credentials()
+            credentials = self.credentials.server_credentials()
             if credentials is None:
                 bound = self._server.add_insecure_port(address)
             else:
@@ -115,7 +111,7 @@ class FrontendServer:
     def update_gauges(self) -> None:
         """Set the gauges of memory and of the certificate."""
         self.budget.update_gauges(self._metrics)
-        self._credentials.update_gauges()
+        self.credentials.update_gauges()
 
     def reload(self) -> None:
         """Read the token and TLS files again soon, even if they have not changed."""
@@ -127,12 +123,12 @@ class FrontendServer:
         Returns when no call and no decode thread is left.
         """
         self._health.close()
-        self._service.drain()
+        self.service.refuse_calls()
         await self._server.stop(grace)
-        await self._calls.wait_idle()
+        await self.calls.wait_idle()
         for task in self._tasks:
             task.cancel()
-        self._extraction.close()
+        self._decode_pool.close()
 
     async def _keep_reloading(self) -> None:
         while True:
@@ -142,23 +138,23 @@ class FrontendServer:
             self._reload.clear()
             try:
                 # In a thread: the files may be on a network disk.
-                await asyncio.to_thread(self._credentials.reload, forced)
+                await asyncio.to_thread(self.credentials.reload, forced)
             except Exception:
                 log.exception("cannot reload the token and TLS files")
 
 
-def _most_connections() -> int:
+def most_connections() -> int:
     """Return how many connections are accepted at a time; more are closed at once."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
-        return _MOST_CONNECTIONS
-    return max(1, min(_MOST_CONNECTIONS, descriptors - _OWN_DESCRIPTORS))
+        return MOST_CONNECTIONS
+    return max(1, min(MOST_CONNECTIONS, descriptors - _OWN_DESCRIPTORS))
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
     options = [
         ("grpc.so_reuseport", 1),
-        ("grpc.max_allowed_incoming_connections", _most_connections()),
+        ("grpc.max_allowed_incoming_connections", most_connections()),
         ("grpc.server.max_pending_requests", _MOST_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING_CALLS),
         ("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION),

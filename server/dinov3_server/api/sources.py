@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov3_server.images.cost import Cost, transform_cost
-from dinov3_server.images.file import File
+from dinov3_server.images.cost import Cost, cost_of, transform_cost
+from dinov3_server.images.decode import File
 from dinov3_server.images.preprocess import transform_into, transform_pixels_into
 from dinov3_serving.images import RowSpec, check_crops
 from dinov3_serving.v1.images import ImageReader, Pixels, RequestedImage, check_floats
@@ -42,10 +42,10 @@ def source_of(image: RequestedImage, reader: ImageReader, max_pixels: int, exif:
         return Source(image.index, image.rows, write=None)
     if isinstance(image.content, Pixels):
         return _pixel_source(image, image.content)
-    file, rows = File(image.content, max_pixels, exif, image.field), image.rows
+    file, rows = File(image.content, max_pixels, exif), image.rows
 
     def cost() -> Cost:
-        return file.cost().with_transforms([row.transform for row in rows])
+        return cost_of(file).with_transforms([row.transform for row in rows])
 
     def write(outs: Sequence[memoryview]) -> Generator[None, None, None]:
         picture = file.decode()

@@ -20,11 +20,7 @@ def status_of(error: ServingError) -> pb.Status:
     """Return the status of a call, of a message of a stream, or of one image that failed with `error`."""
     field = error.field if isinstance(error, InvalidInput) else ""
     retry_after = error.retry_after if isinstance(error, Overloaded | Unavailable) else None
-    return make_status(code_of(error).value[0], str(error), field=field, retry_after=retry_after)
-
-
-def code_of(error: ServingError) -> grpc.StatusCode:
-    return grpc.StatusCode[error.status]
+    return make_status(grpc.StatusCode[error.status].value[0], str(error), field=field, retry_after=retry_after)
 
 
 def serving_error(error: Exception) -> ServingError:

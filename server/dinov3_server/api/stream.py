@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import grpc
 
 from dinov3_server.api.budget import RequestMemory
-from dinov3_server.api.credentials import Tokens
+from dinov3_server.api.credentials import BearerTokens
 from dinov3_server.api.extraction import Extraction
-from dinov3_server.api.interceptors import SEND_A_TOKEN, Context, RequestMetrics
-from dinov3_server.api.receiving import Receiver
+from dinov3_server.api.interceptors import Context, RequestMetrics
+from dinov3_server.api.receiving import Receiver, deadline_of
 from dinov3_server.api.status import serving_error, status_of
 from dinov3_server.api.wire import ParsedMessage, TooManyElements, message_id, parse
 from dinov3_server.config.settings import Settings
@@ -36,6 +37,7 @@ class _Received(NamedTuple):
     error: ServingError | None
 
 
+@dataclass(eq=False)
 class Stream:
     """A stream, which is read only while fewer than `stream_window` messages are unanswered.
 
@@ -43,30 +45,21 @@ class Stream:
     messages are soon not read either.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        extraction: Extraction,
-        receiver: Receiver,
-        metrics: Metrics,
-        settings: Settings,
-        caller: Caller,
-        tokens: Tokens | None = None,
-    ) -> None:
-        self._context = context
-        self._tokens = tokens
-        self._caller = caller
-        self._extraction = extraction
-        self._receiver = receiver
-        self._metrics = metrics
-        self._window = asyncio.Semaphore(settings.stream_window)
-        self._max_images = settings.max_images_per_request
+    context: Context
+    extraction: Extraction
+    receiver: Receiver
+    metrics: Metrics
+    settings: Settings
+    caller: Caller
+    tokens: BearerTokens | None = None
+
+    def __post_init__(self) -> None:
+        self._deadline = deadline_of(self.context)
+        self._window = asyncio.Semaphore(self.settings.stream_window)
         self._unanswered: set[int] = set()
         self._writing = asyncio.Lock()
         self._reader: asyncio.Task[ServingError | None] | None = None
         self._caller_left = False
-        remaining = context.time_remaining()
-        self._deadline = None if remaining is None else time.monotonic() + remaining
 
     async def serve(self) -> None:
         """Return when the caller has closed its side and every message is answered.
@@ -90,6 +83,11 @@ class Stream:
         if error is not None:
             raise error
 
+    @property
+    def is_read(self) -> bool:
+        """Whether messages are still read."""
+        return self._reader is None or not self._reader.done()
+
     def stop_reading(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
@@ -98,18 +96,17 @@ class Stream:
         while True:
             await self._window.acquire()
             try:
-                received = await self._receiver.read(self._context, self._deadline, rank=1)
+                received = await self.receiver.read(self.context, self._deadline, rank=1)
             except Overloaded as error:
                 return error
             if received is None:
                 return None
-            self._metrics.request_bytes.inc("ExtractStream", value=len(received[0]))
-            if self._tokens and (reason := self._tokens.reject_reason(self._context.invocation_metadata() or ())):
-                received[1].release()
-                return Unauthenticated(f"{reason} any more: {SEND_A_TOKEN}")
+            self.metrics.request_bytes.inc("ExtractStream", value=len(received[0]))
             try:
+                if self.tokens:
+                    self.tokens.check(self.context.invocation_metadata() or ())
                 message = self._parse(*received)
-            except InvalidInput as error:
+            except (Unauthenticated, InvalidInput) as error:
                 received[1].release()
                 return error
             # As a callback, because a task that is cancelled before its first step runs none of `_answer`.
@@ -120,7 +117,7 @@ class Stream:
         """Parse a message. Raises InvalidInput if it has no readable id to answer under."""
         error: ServingError | None = None
         try:
-            parsed = parse(pb.ExtractStreamRequest, data, self._max_images)
+            parsed = parse(pb.ExtractStreamRequest, data, self.settings.max_images_per_request)
         except TooManyElements as too_many:
             error = without_traceback(too_many)
             parsed = ParsedMessage(pb.ExtractStreamRequest(id=message_id(data)), bytes)
@@ -137,9 +134,9 @@ class Stream:
             async with self._writing:
                 if has_new_id:
                     self._unanswered.discard(message_id)
-                request_memory.start_sending(self._context)
-                await self._context.write(answer)
-                self._metrics.response_bytes.inc("ExtractStream", value=len(answer))
+                request_memory.start_sending(self.context)
+                await self.context.write(answer)
+                self.metrics.response_bytes.inc("ExtractStream", value=len(answer))
         except grpc.aio.BaseError:
             # The connection is gone; gRPC is about to cancel the call.
             self._caller_left = True
@@ -152,7 +149,7 @@ class Stream:
         message = received.message
         message_id = message.id
         try:
-            with RequestMetrics(self._metrics, "ExtractStream", expired=self._expired):
+            with RequestMetrics(self.metrics, "ExtractStream", expired=self._expired):
                 if not received.has_new_id:
                     raise InvalidInput(
                         f"a message with id {message_id} is still unanswered: give each message of a stream its own id",
@@ -162,8 +159,8 @@ class Stream:
                     raise received.error
                 check_stream_request(message)
                 deadline = self._deadline_of(message.timeout_seconds, received.arrived)
-                extract = self._extraction.extract(
-                    message.request, deadline, self._caller, received.request_memory, message_id, received.resolve_bytes
+                extract = self.extraction.extract(
+                    message.request, deadline, self.caller, received.request_memory, message_id, received.resolve_bytes
                 )
                 del received, message
                 return await extract

@@ -12,11 +12,10 @@ of the received data.
 
 from __future__ import annotations
 
-from typing import Any, Generic, NamedTuple, NoReturn
+from typing import Generic, NamedTuple, NoReturn
 
 from google.protobuf.message import DecodeError
 
-from dinov3_server.api.status import abort, status_of
 from dinov3_server.errors import InvalidInput
 from dinov3_serving import framing
 from dinov3_serving.framing import AnyMessage, BytesResolver, Field, schema
@@ -59,15 +58,6 @@ def parse(message: type[AnyMessage], data: bytes, max_images: int) -> ParsedMess
         return ParsedMessage(scan.parse(message, schema(message.DESCRIPTOR)), scan.resolve)
     except DecodeError:
         raise _not_a_message(data, message.DESCRIPTOR.full_name) from None
-
-
-async def parse_or_abort(message: type[AnyMessage], data: bytes, context: Any) -> AnyMessage:
-    """Parse a message of health or reflection, whose errors `interceptors.CallInterceptor` does not handle."""
-    try:
-        return parse(message, data, 0).message
-    except InvalidInput as error:
-        status = status_of(error)
-    return await abort(context, status)
 
 
 def message_id(data: bytes) -> int:

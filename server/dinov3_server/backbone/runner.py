@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from dinov3_server import host, malloc
-from dinov3_server.backbone.model import Model, native_model
 from dinov3_server.backbone.parity.check import ParityInputs, checked_runner
 from dinov3_server.backbone.parity.upstream import UpstreamModel
 from dinov3_server.backbone.runners.base import TORCH_DTYPES, TorchRunner
@@ -26,7 +25,6 @@ from dinov3_server.backbone.weights.fingerprint import BACKBONE, fingerprint
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError, UpstreamCodeError
-from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.families.registry import lookup
 from dinov3_server.models.interface import (
     FeatureDtype,
@@ -38,7 +36,7 @@ from dinov3_server.models.interface import (
     TokenKind,
 )
 from dinov3_server.models.variant import DATASETS, Variant
-from dinov3_server.nn.rope import default_periods
+from dinov3_server.nn.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +108,10 @@ def build(
             parameters=variant.parameters,
             projections=tuple(maps),
         )
-        network = _model(checkpoint, TORCH_DTYPES[dtype], torch_device, checkout)
+        if checkout is not None:
+            network: Model = UpstreamModel(checkout, checkpoint, dtype=TORCH_DTYPES[dtype], device=torch_device)
+        else:
+            network = checkpoint.build(dtype=TORCH_DTYPES[dtype], device=torch_device)
         on_device = {projection.name: linear_map.to(torch_device) for projection, linear_map in maps.items()}
         return (CudaRunner if torch_device.type == "cuda" else CpuRunner)(network, info, on_device)
 
@@ -177,11 +178,8 @@ def _weights(variant: Variant, weights: str, dataset: str | None) -> tuple[Check
         if not (seed.isdecimal() and int(seed) < 1 << 63):
             raise ConfigError(f"weights {weights!r}: the seed must be a whole number below 2^63, as in 'random:0'")
         logger.warning("RANDOM WEIGHTS (%s): the features of %s mean nothing", weights, variant.name)
-        tensors = random_tensors(variant, int(seed))
-        periods = None
-        if isinstance(variant, VitVariant):
-            periods = default_periods(variant.head_dim, variant.rope_base)
-        return Checkpoint(variant, DATASETS["lvd1689m"], tensors, periods), True
+        tensors = random_tensors(variant, int(seed)) | variant.constants()
+        return Checkpoint(variant, DATASETS["lvd1689m"], tensors), True
     return load_checkpoint(Path(weights), variant, dataset), False
 
 
@@ -194,13 +192,6 @@ def _checkout(provisioned: Provisioned | None) -> Path:
             "fetches it; --backbone native does not need it"
         )
     return Path(provisioned.checkout)
-
-
-def _model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, checkout: Path | None) -> Model:
-    """Build Meta's modules if `checkout` is given, else ours."""
-    if checkout is not None:
-        return UpstreamModel(checkout, checkpoint, dtype=dtype, device=device)
-    return native_model(checkpoint, dtype=dtype, device=device)
 
 
 def _run_once(runner: TorchRunner, shape: PixelShape) -> None:

@@ -11,7 +11,7 @@ from dinov3_server.families.dinov3_convnext.variants import CONVNEXTS
 from dinov3_server.families.dinov3_vit.variants import VITS
 from dinov3_server.models.variant import Variant
 
-# A new family adds its variants here, and its network in backbone/model.py.
+# A new family adds its variants here; they know its network, key maps and repositories.
 VARIANTS: Mapping[str, Variant] = MappingProxyType({**VITS, **CONVNEXTS})
 
 ALIASES: Mapping[str, str] = MappingProxyType(

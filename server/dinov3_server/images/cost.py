@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images.decode import ALLOWED_NAMES, check_pixels, describe, format_name, unidentified
+from dinov3_server.images.decode import ALLOWED_NAMES, File, check_pixels, describe, format_name, unidentified
 from dinov3_serving.images import Transform
 
 # Limits of a plain file. Decoding takes 2 to 55 ns a pixel (most for WebP and progressive JPEG of noise) and less than
@@ -79,12 +79,13 @@ class _Header(NamedTuple):
     plain: bool = True
 
 
-def cost_of(data: bytes | memoryview, *, max_pixels: int, apply_exif_orientation: bool = False) -> Cost:
+def cost_of(file: File) -> Cost:
     """Return the cost of decoding a file.
 
-    Raises InvalidInput for empty data, another format, more than `max_pixels` (height * width), and a JPEG with more
-    than MAX_SCANS scans.
+    Raises InvalidInput for empty data, another format, more than `file.max_pixels`, and a JPEG with more than MAX_SCANS
+    scans.
     """
+    data = file.data
     # Pillow knows more TIFF signatures than `format_name`.
     reader = _READERS.get(bytes(data[:2]))
     if reader is None or (format_name(data) not in ALLOWED_NAMES and reader is not _tiff):
@@ -95,10 +96,10 @@ def cost_of(data: bytes | memoryview, *, max_pixels: int, apply_exif_orientation
         header = None
     if header is None or not (header.height and header.width):
         return Cost(0, 0, len(data) + _EXTRA_BYTES, False)
-    check_pixels(data, "the image", header.width, header.height, max_pixels)
+    check_pixels(data, "the image", header.width, header.height, file.max_pixels)
     pixels = header.height * header.width
     plain = header.plain and pixels <= PLAIN_PIXELS and len(data) <= PLAIN_BYTES
-    nbytes = pixels * (header.bytes_per_pixel + _RGB * apply_exif_orientation) + header.extra + 2 * len(data)
+    nbytes = pixels * (header.bytes_per_pixel + _RGB * file.apply_exif_orientation) + header.extra + 2 * len(data)
     return Cost(header.height, header.width, nbytes + (_PLAIN_EXTRA_BYTES if plain else _EXTRA_BYTES), plain)
 
 

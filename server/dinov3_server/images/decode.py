@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,40 +54,31 @@ with suppress(OSError, AttributeError):
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _ALLOWED = "allowed are JPEG, PNG, WebP, BMP and TIFF files"
 
-# (offset, bytes at it, name) of the allowed formats, and of others that are often sent by mistake.
+# (name, offset, bytes at it) of the allowed formats, and of others that are often sent by mistake.
 _SIGNATURES = (
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
-    (8, b"WEBP", "WebP"),
-    (0, b"BM", "BMP"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (0, b"II+\0", "TIFF"),
-    (0, b"MM\0+", "TIFF"),
-    (0, b"GIF8", "GIF"),
-    (4, b"ftypavi", "AVIF"),
-    (4, b"ftypheic", "HEIC"),
-    (4, b"ftypheix", "HEIC"),
-    (4, b"ftypmif1", "HEIF"),
-    (4, b"ftypmsf1", "HEIF"),
-    (4, b"ftyp", "MP4-like"),
-    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"8BPS", "Photoshop"),
-    (0, b"%PDF", "PDF"),
-    (0, b"<svg", "SVG"),
-    (0, b"<?xml", "XML"),
-    (0, b"<!DOCTYPE", "HTML"),
-    (0, b"<!doctype", "HTML"),
-    (0, b"<html", "HTML"),
-    (0, b"\x93NUMPY", "npy"),
-    (0, b"PK\x03\x04", "zip (or npz)"),
-    (0, b"\x1f\x8b", "gzip"),
-    (0, b"\0\0\x01\0", "ICO"),
-    (0, b"P6", "PPM"),
-    (0, b"P5", "PGM"),
+    ("JPEG", 0, b"\xff\xd8\xff"),
+    ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
+    ("WebP", 8, b"WEBP"),
+    ("BMP", 0, b"BM"),
+    ("TIFF", 0, b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    ("GIF", 0, b"GIF8"),
+    ("AVIF", 4, b"ftypavi"),
+    ("HEIC", 4, b"ftypheic", b"ftypheix"),
+    ("HEIF", 4, b"ftypmif1", b"ftypmsf1"),
+    ("MP4-like", 4, b"ftyp"),
+    ("JPEG 2000", 0, b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+    ("JPEG XL", 0, b"\0\0\0\x0cJXL ", b"\xff\x0a"),
+    ("Photoshop", 0, b"8BPS"),
+    ("PDF", 0, b"%PDF"),
+    ("SVG", 0, b"<svg"),
+    ("XML", 0, b"<?xml"),
+    ("HTML", 0, b"<!DOCTYPE", b"<!doctype", b"<html"),
+    ("npy", 0, b"\x93NUMPY"),
+    ("zip (or npz)", 0, b"PK\x03\x04"),
+    ("gzip", 0, b"\x1f\x8b"),
+    ("ICO", 0, b"\0\0\x01\0"),
+    ("PPM", 0, b"P6"),
+    ("PGM", 0, b"P5"),
 )
 ALLOWED_NAMES = {"JPEG", "PNG", "WebP", "BMP", "TIFF"}
 
@@ -111,49 +103,54 @@ _READS_ALL_TIFF = int(PIL.__version__.partition(".")[0]) >= 13
 _HAS_PILLOW = f"this server has Pillow {PIL.__version__}"
 
 
-def read_size(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> tuple[int, int]:
-    """Return (height, width) of the image that `decode` would return, from the header alone.
+class File(NamedTuple):
+    """An encoded image, with the options for decoding it."""
 
-    Raises InvalidInput like `decode`, except for errors in the body. With `apply_exif_orientation` a PNG is decoded, as
-    its EXIF chunk may follow the pixels.
-    """
-    with _errors_of(data):
-        image = _open(data, max_pixels)
-        width, height = image.size
-        orientation = _orientation(image) if apply_exif_orientation else None
-    return (width, height) if orientation in _SWAPS_AXES else (height, width)
+    data: bytes | memoryview
+    max_pixels: int  # height * width
+    apply_exif_orientation: bool = False
 
+    def decode(self) -> Image.Image:
+        """Decode the first (or only) image of the file, in mode RGB.
 
-def decode(data: bytes, *, max_pixels: int, apply_exif_orientation: bool) -> Image.Image:
-    """Decode the first (or only) image of a file, in mode RGB.
+        Raises InvalidInput for any fault of the file: empty, truncated, corrupt, of another format, more than
+        `max_pixels`, or samples without a documented meaning.
+        """
+        with self._errors():
+            image = _open(bytes(self.data), self.max_pixels)
+            image.load()
+            orientation = _orientation(image) if self.apply_exif_orientation else None
+            rgb = _to_rgb(image)
+            return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
-    Raises InvalidInput for any fault of the file: empty, truncated, corrupt, of another format, more than `max_pixels`
-    (height * width), or samples without a documented meaning.
-    """
-    with _errors_of(data):
-        image = _open(data, max_pixels)
-        image.load()
-        orientation = _orientation(image) if apply_exif_orientation else None
-        rgb = _to_rgb(image)
-        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    def read_size(self) -> tuple[int, int]:
+        """Return (height, width) of the image that `decode` would return, from the header alone.
 
+        Raises InvalidInput like `decode`, except for errors in the body. With `apply_exif_orientation` a PNG is
+        decoded, as its EXIF chunk may follow the pixels.
+        """
+        with self._errors():
+            image = _open(bytes(self.data), self.max_pixels)
+            width, height = image.size
+            orientation = _orientation(image) if self.apply_exif_orientation else None
+            return (width, height) if orientation in _SWAPS_AXES else (height, width)
 
-@contextmanager
-def _errors_of(data: bytes) -> Iterator[None]:
-    """Turn any exception of Pillow into InvalidInput.
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn any exception of Pillow into InvalidInput.
 
-    Its plugins raise struct.error, ValueError, EOFError, SyntaxError, ZeroDivisionError, MemoryError and more for bad
-    files.
-    """
-    try:
-        yield
-    except InvalidInput:
-        raise
-    except UnidentifiedImageError as error:
-        raise InvalidInput(unidentified(data)) from error
-    except Exception as error:
-        reason = str(error) if isinstance(error, OSError | ValueError | SyntaxError) else repr(error)
-        raise InvalidInput(f"{describe(data)} cannot be decoded: {reason}") from error
+        Its plugins raise struct.error, ValueError, EOFError, SyntaxError, ZeroDivisionError, MemoryError and more for
+        bad files.
+        """
+        try:
+            yield
+        except InvalidInput:
+            raise
+        except UnidentifiedImageError as error:
+            raise InvalidInput(unidentified(self.data)) from error
+        except Exception as error:
+            reason = str(error) if isinstance(error, OSError | ValueError | SyntaxError) else repr(error)
+            raise InvalidInput(f"{describe(self.data)} cannot be decoded: {reason}") from error
 
 
 def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
@@ -241,7 +238,8 @@ def _gray_to_rgb(gray: npt.NDArray[np.uint8], source: ImageFile.ImageFile) -> Im
 
 def format_name(data: bytes | memoryview) -> str | None:
     """Return the name of a file's format by its signature, None if unknown."""
-    return next((name for at, magic, name in _SIGNATURES if data[at : at + len(magic)] == magic), None)
+    head = bytes(data[:16])
+    return next((name for name, at, *signatures in _SIGNATURES if head.startswith(tuple(signatures), at)), None)
 
 
 def describe(data: bytes | memoryview) -> str:

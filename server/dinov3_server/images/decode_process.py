@@ -4,44 +4,52 @@ It holds one image at a time, within the memory and processor time that each job
 Its answers are not trusted: a file that exploits a decoder controls only this process, which holds no other image, no
 arena and no connection.
 
-A message is its length (4 bytes, little-endian) and JSON. A job is a message, followed by the file. The answer to a
-size request is one message; the answer to a transform is, for each row, a message and its pixels. A message with an
-error may take the place of any answer, and ends the job.
+A message is its length (4 bytes, little-endian) and its content: a pickled `Job`, followed by the file, or an answer in
+JSON. The answer to a job without rows is one message with the size; else it is, for each row, a message and its pixels.
+A message with an error may take the place of any answer, and ends the job.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import resource
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import astuple
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images.decode import decode, describe, read_size
+from dinov3_server.images.decode import File, describe
 from dinov3_server.images.preprocess import transform_into
 from dinov3_server.signals import die_with, leave_to_supervisor
-from dinov3_serving.images import Box, Transform, check_box
+from dinov3_serving.images import RowSpec, check_crops
 
 
-def pack(message: dict[str, Any]) -> bytes:
-    """Return a message's length and JSON."""
-    data = json.dumps(message).encode()
-    return struct.pack("<I", len(data)) + data
+class Job(NamedTuple):
+    """Decode `file`, whose data follow the job, and transform it to `rows`; without rows, only read its size.
+
+    `nbytes` and `seconds` (of processor time) are limits.
+    """
+
+    file: File
+    file_bytes: int
+    rows: Sequence[RowSpec]
+    nbytes: int
+    seconds: int
 
 
-def pack_transform(transform: Transform) -> list[Any]:
-    return list(astuple(transform))
+def pack(content: bytes) -> bytes:
+    """Return a message: its length and content."""
+    return struct.pack("<I", len(content)) + content
 
 
-def _unpack_transform(packed: list[Any]) -> Transform:
-    size, interpolation, crop, flip = packed
-    return Transform(tuple(size) if size else None, interpolation, Box(*crop) if crop else None, flip)
+def _pack_answer(**fields: Any) -> bytes:
+    return pack(json.dumps(fields).encode())
 
 
 def main() -> None:
@@ -53,37 +61,31 @@ def main() -> None:
     with suppress(OSError):  # if memory runs out, the kernel kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     with socket.socket(fileno=descriptor) as channel, channel.makefile("rb") as reader:
-        channel.sendall(pack({}))  # ready
+        channel.sendall(_pack_answer())  # ready
         while head := reader.read(4):
-            _serve(json.loads(reader.read(*struct.unpack("<I", head))), reader, channel)
+            _serve(Job(*pickle.loads(reader.read(*struct.unpack("<I", head)))), reader, channel)
 
 
-def _serve(job: dict[str, Any], reader: BufferedReader, channel: socket.socket) -> None:
-    data = reader.read(job["file_bytes"])
-    _limit(job["nbytes"], job["seconds"])
+def _serve(job: Job, reader: BufferedReader, channel: socket.socket) -> None:
+    file = job.file._replace(data=reader.read(job.file_bytes))
+    _limit(job.nbytes, job.seconds)
     try:
-        if job["rows"] is None:
-            size = read_size(data, max_pixels=job["max_pixels"], apply_exif_orientation=job["exif"])
-            channel.sendall(pack({"size": size}))
+        if not job.rows:
+            channel.sendall(_pack_answer(size=file.read_size()))
             return
-        image = decode(data, max_pixels=job["max_pixels"], apply_exif_orientation=job["exif"])
-        rows = [(row["field"], _unpack_transform(row["transform"])) for row in job["rows"]]
-        for field, transform in rows:
-            if transform.crop:
-                check_box(transform.crop, (image.height, image.width), f"{field}.crop")
-        for _, transform in rows:
+        image = file.decode()
+        check_crops(job.rows, (image.height, image.width))
+        for _, _, transform, _ in job.rows:
             height, width = transform.size or (transform.crop[2:] if transform.crop else (image.height, image.width))
             out = bytearray(height * width * 3)
             transform_into(image, transform, memoryview(out))
-            channel.sendall(pack({"row_bytes": len(out)}))
+            channel.sendall(_pack_answer(row_bytes=len(out)))
             channel.sendall(out)
     except (InvalidInput, MemoryError) as error:
-        message = {"error": str(error), "field": error.field if isinstance(error, InvalidInput) else ""}
+        message = str(error)
         if MemoryError in (type(error), type(error.__cause__)):
-            message["error"] = (
-                f"{describe(data)} takes more than {job['nbytes']} bytes of memory, too many for its size"
-            )
-        channel.sendall(pack(message))
+            message = f"{describe(file.data)} takes more than {job.nbytes} bytes of memory, too many for its size"
+        channel.sendall(_pack_answer(error=message, field=getattr(error, "field", "")))
 
 
 def _limit(nbytes: int, seconds: int) -> None:

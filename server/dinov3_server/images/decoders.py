@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import pickle
 import signal
 import socket
 import struct
@@ -21,11 +22,10 @@ from typing import Any
 from dinov3_server.errors import InvalidInput, Unavailable
 from dinov3_server.images import decode_process
 from dinov3_server.images.cost import Cost
-from dinov3_server.images.decode import describe
-from dinov3_server.images.decode_process import pack, pack_transform
-from dinov3_server.images.file import File
+from dinov3_server.images.decode import File, describe
+from dinov3_server.images.decode_process import Job, pack
 from dinov3_server.signals import blocked_in_children
-from dinov3_serving.images import Transform
+from dinov3_serving.images import RowSpec
 
 log = logging.getLogger(__name__)
 
@@ -53,33 +53,23 @@ class Decoders:
 
     async def read_size(self, file: File, cost: Cost) -> tuple[int, int]:
         """Return (height, width) like `decode.read_size`. Raises like `write`."""
-        height, width = await self._request(file, cost, None, ())
+        height, width = await self._request(file, cost, [], ())
         return height, width
 
-    async def write(
-        self, file: File, cost: Cost, rows: Sequence[tuple[str, Transform]], outs: Sequence[memoryview]
-    ) -> None:
-        """Decode a file and write its `rows`, pairs of request field and transform, into `outs`.
+    async def write(self, file: File, cost: Cost, rows: Sequence[RowSpec], outs: Sequence[memoryview]) -> None:
+        """Decode a file and write its `rows` into `outs`.
 
         Raises InvalidInput for a fault of the file or a row, if decoding takes more memory or time than `cost` allows,
         and if the file crashes the decoder; Unavailable if no process can be started.
         """
-        if not rows:
-            return
-        packed = [{"field": field, "transform": pack_transform(transform)} for field, transform in rows]
-        await self._request(file, cost, packed, outs)
+        if rows:
+            await self._request(file, cost, rows, outs)
 
-    async def _request(
-        self, file: File, cost: Cost, rows: list[dict[str, Any]] | None, outs: Sequence[memoryview]
-    ) -> list[int]:
-        job = {
-            "rows": rows,
-            "file_bytes": len(file.data),
-            "max_pixels": file.max_pixels,
-            "exif": file.apply_exif_orientation,
-            "nbytes": cost.nbytes,
-            "seconds": cost.seconds + _SECONDS_PER_ROW * len(outs),
-        }
+    async def _request(self, file: File, cost: Cost, rows: Sequence[RowSpec], outs: Sequence[memoryview]) -> list[int]:
+        seconds = cost.seconds + _SECONDS_PER_ROW * len(outs)
+        # Without shapes: their pickles are for processes of the engine (engine/messages.py).
+        unshaped = [row._replace(shape=None) for row in rows]
+        job = Job(file._replace(data=b""), len(file.data), unshaped, cost.nbytes, seconds)
         for last in (False, True):
             process = await self._take()
             try:
@@ -88,7 +78,7 @@ class Decoders:
                 code = await process.end()
                 if code == -signal.SIGXCPU:
                     raise InvalidInput(
-                        f"{describe(file.data)} takes more than {job['seconds']} s of processor time to decode, "
+                        f"{describe(file.data)} takes more than {seconds} s of processor time to decode, "
                         "too much for its size"
                     ) from None
                 how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
@@ -163,12 +153,12 @@ class _Process:
         self._ended: asyncio.Future[int] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self.reap)
 
-    async def do(self, job: dict[str, Any], data: bytes | memoryview, outs: Sequence[memoryview]) -> dict[str, Any]:
+    async def do(self, job: Job, data: bytes | memoryview, outs: Sequence[memoryview]) -> dict[str, Any]:
         """Run a job and return the last message of its answer.
 
         Raises OSError or EOFError if the process has ended or sends anything unexpected.
         """
-        await self._loop.sock_sendall(self._socket, pack(job))
+        await self._loop.sock_sendall(self._socket, pack(pickle.dumps(tuple(job))))
         await self._loop.sock_sendall(self._socket, data)
         answer: dict[str, Any] = {}
         if not outs:

@@ -18,13 +18,6 @@ from PIL import Image, features
 from dinov3_serving import presets
 from dinov3_serving.images import Transform
 
-_RESAMPLING: Mapping[str, Image.Resampling] = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
 # Part of the model's fingerprint, as it determines the pixels: Pillow resamples and converts, its libjpeg decodes (the
 # JPEG standard leaves the last bit of the inverse DCT open). Increment the last number, our own, with every change to
 # images/ that changes a pixel.
@@ -47,7 +40,7 @@ def transform_into(image: Image.Image, transform: Transform, out: memoryview) ->
         assert transform.size is not None
         height, width = transform.size
         # Resize the cropped image: `resize(box=...)` would mix pixels outside the box into its borders.
-        image = image.resize((width, height), _RESAMPLING[transform.interpolation])
+        image = image.resize((width, height), Image.Resampling[transform.interpolation.upper()])
     if transform.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     out[:] = image.tobytes()

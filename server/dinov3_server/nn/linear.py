@@ -7,36 +7,37 @@ the default BLAS on the CPU of docs/performance.md. Both compute y = x W^T + b, 
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+@dataclass(eq=False)
 class Linear:
     """y = x W^T + b, for x [..., in] and W [out, in]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.bias = bias
+    weight: Tensor
+    bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """gelu(y), the exact one."""
+        """Return gelu(y), the exact one."""
         return F.gelu(self(x))
 
     def silu(self, x: Tensor) -> Tensor:
-        """silu(y)."""
+        """Return silu(y)."""
         return F.silu(self(x))
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """y + other, in the wider of their dtypes."""
+        """Return y + other, in the wider of their dtypes."""
         return other + self(x)
 
     def mul(self, x: Tensor, other: Tensor) -> Tensor:
-        """y * other."""
+        """Return y * other."""
         return self(x) * other
 
 
@@ -44,7 +45,7 @@ class PackedLinear(Linear):
     """A Linear by oneDNN primitives, with activation, addition and product computed on the fp32 accumulators."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias)
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._unary(x, "none")
@@ -70,9 +71,10 @@ class PackedLinear(Linear):
         return y
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Return the fastest Linear for the device and dtype of `weight`."""
-    return (PackedLinear if packs(weight) else Linear)(weight, bias)
+def linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Linear:
+    """Return the fastest Linear for the device of `weight`, in `dtype` or that of `weight`."""
+    weight = weight.to(dtype or weight.dtype).contiguous()
+    return (PackedLinear if packs(weight) else Linear)(weight, None if bias is None else bias.to(weight.dtype))
 
 
 def packs(tensor: Tensor) -> bool:

@@ -26,8 +26,8 @@ class PatchEmbedding:
         self._multiple = multiple
         self._dtype = dtype
         byte_weight, byte_bias = _fold_normalization(weight, bias, dataset)
-        self._floats = linear(weight.flatten(1).to(dtype).contiguous(), bias.to(dtype))
-        self._bytes = linear(byte_weight.to(dtype).contiguous(), byte_bias.to(dtype))
+        self._floats = linear(weight.flatten(1), bias, dtype)
+        self._bytes = linear(byte_weight, byte_bias, dtype)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Embed [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats: [B, H / p, W / p, D].

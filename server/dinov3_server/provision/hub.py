@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError
+from dinov3_server.families.registry import VARIANTS
 from dinov3_server.models.variant import DatasetName
 from dinov3_server.models.weight_files import INDEX, SINGLE, read_weight_map
 from dinov3_server.provision import hf_cache, manifest
@@ -34,27 +35,13 @@ _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,199}")
 _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 
 
-def _official_pair(arch: str, timm: str, dataset: DatasetName = "lvd1689m") -> tuple[Repository, Repository]:
-    gated = f"facebook/dinov3-{arch.replace('_', '-')}-pretrain-{dataset}"
-    return Repository(gated), Repository(f"timm/{timm}{'_' if arch.startswith('convnext') else '.'}{dataset}")
-
-
-# For each variant and dataset: Meta's own repository, which needs a token and Meta's consent, and timm's conversion of
-# the same weights, which is open. dinov3_vitl16plus is in neither.
-REPOSITORIES: Mapping[tuple[str, DatasetName], tuple[Repository, Repository]] = MappingProxyType(
+# The repositories of each variant and dataset. dinov3_vitl16plus has none.
+REPOSITORIES: Mapping[tuple[str, DatasetName], tuple[Repository, ...]] = MappingProxyType(
     {
-        ("dinov3_vits16", "lvd1689m"): _official_pair("vits16", "vit_small_patch16_dinov3"),
-        ("dinov3_vits16plus", "lvd1689m"): _official_pair("vits16plus", "vit_small_plus_patch16_dinov3"),
-        ("dinov3_vitb16", "lvd1689m"): _official_pair("vitb16", "vit_base_patch16_dinov3"),
-        ("dinov3_vitl16", "lvd1689m"): _official_pair("vitl16", "vit_large_patch16_dinov3"),
-        ("dinov3_vitl16", "sat493m"): _official_pair("vitl16", "vit_large_patch16_dinov3", "sat493m"),
-        ("dinov3_vith16plus", "lvd1689m"): _official_pair("vith16plus", "vit_huge_plus_patch16_dinov3"),
-        ("dinov3_vit7b16", "lvd1689m"): _official_pair("vit7b16", "vit_7b_patch16_dinov3"),
-        ("dinov3_vit7b16", "sat493m"): _official_pair("vit7b16", "vit_7b_patch16_dinov3", "sat493m"),
-        ("dinov3_convnext_tiny", "lvd1689m"): _official_pair("convnext_tiny", "convnext_tiny.dinov3"),
-        ("dinov3_convnext_small", "lvd1689m"): _official_pair("convnext_small", "convnext_small.dinov3"),
-        ("dinov3_convnext_base", "lvd1689m"): _official_pair("convnext_base", "convnext_base.dinov3"),
-        ("dinov3_convnext_large", "lvd1689m"): _official_pair("convnext_large", "convnext_large.dinov3"),
+        (variant.name, dataset): tuple(Repository(name.format(dataset=dataset)) for name in variant.repositories)
+        for variant in VARIANTS.values()
+        for dataset in variant.hashes
+        if variant.repositories
     }
 )
 

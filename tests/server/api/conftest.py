@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 from PIL import Image
 
-from dinov3_server.images import decode
+from dinov3_server.images.decode import File
 
 
 @pytest.fixture
 def decodes(monkeypatch: pytest.MonkeyPatch) -> Counter[bytes]:
     """How often each file is decoded."""
     counter = Counter[bytes]()
-    real = decode.decode
+    real = File.decode
 
-    def counted(data: bytes, **options: Any) -> Image.Image:
-        counter[data] += 1
-        return real(data, **options)
+    def counted(file: File) -> Image.Image:
+        counter[bytes(file.data)] += 1
+        return real(file)
 
-    monkeypatch.setattr(decode, "decode", counted)
+    monkeypatch.setattr(File, "decode", counted)
     return counter

@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 from PIL import Image
 
 from dinov3_server.api.budget import ByteBudget, RequestMemory
+from dinov3_server.api.decode_pool import DecodePool
 from dinov3_server.api.extraction import Extraction
 from dinov3_server.api.server import FrontendServer
 from dinov3_server.config.settings import Settings
@@ -139,13 +140,13 @@ class FakeEngine:
             raise self.fail
         self.done_runs.append(run)
         assert self.model is not None
-        sections = self.model.output_buffers(block.spec, block.shape)
+        buffers = self.model.output_buffers(block.spec, block.shape)
         for row in rows:
             if row in self.bad_rows:
                 continue
             pixels = bytes(self.memory[block.row_pixel_offset(row) :][: block.shape.nbytes])
-            for section, start in zip(sections, block.row_output_offsets(row), strict=True):
-                self.memory[start : start + section.nbytes] = features(pixels, section.output, section.nbytes)
+            for buffer, start in zip(buffers, block.row_output_offsets(row), strict=True):
+                self.memory[start : start + buffer.nbytes] = features(pixels, buffer.output, buffer.nbytes)
         failed = {row: error for row, error in self.bad_rows.items() if row in rows}
         return BlockResult(failed, 0.25, 0.5, 3 + len(rows), 2)
 
@@ -216,7 +217,7 @@ def extraction(
     """Return an Extraction, which the gRPC methods call. Call it in the event loop."""
     known = Settings(**settings)
     budget = budget or ByteBudget(known.frontend_bytes, known.max_message_bytes)
-    return Extraction(engine, known, metrics, 0, threads, budget)  # type: ignore[arg-type]
+    return Extraction(engine, known, metrics, DecodePool(threads, budget.pictures, metrics), 0)  # type: ignore[arg-type]
 
 
 def request_memory() -> RequestMemory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinov3_server.api.convert import count_images, read_request
-from dinov3_server.api.extraction import _plan
+from dinov3_server.api.extraction import plan_blocks
 from dinov3_server.api.outputs import check_answer_size
-from dinov3_server.api.reflection import Reflection
+from dinov3_server.api.reflection import reflection_handlers
 from dinov3_server.config.settings import Settings
 from dinov3_server.errors import InternalError, InvalidInput, ModelMismatch
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -74,7 +75,7 @@ def read(request: pb.ExtractRequest) -> None:
                     query.sources[index] = source._replace(rows=source.rows_with_size(source.file.read_size()))
                 except InvalidInput as error:
                     query.failures[source.image] = error
-        placed = _plan(query, MODEL)
+        placed = plan_blocks(query, MODEL)
         if placed:
             check_answer_size([one.block for one in placed], MODEL, query.fingerprint, LIMITS.max_message_bytes)
         assert not any(isinstance(error, InternalError) for error in query.failures.values())
@@ -128,11 +129,14 @@ async def test_stream_messages_with_values_at_the_edge(fields: dict[str, Any], c
 @settings(max_examples=200, deadline=None)
 @given(messages(reflection_pb2.ServerReflectionRequest.DESCRIPTOR))
 def test_reflection_answers_any_request(question: reflection_pb2.ServerReflectionRequest) -> None:
+    details = SimpleNamespace(method="/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
+    method = reflection_handlers(("a.Service",))[0].service(details)
+
     async def ask() -> None:
         async def data() -> AsyncIterator[bytes]:
             yield question.SerializeToString()
 
-        [answer] = [each async for each in Reflection(("a.Service",))._info(data(), None)]
+        [answer] = [each async for each in method.stream_stream(data(), None)]
         assert answer.original_request == question
 
     asyncio.run(ask())

@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from dinov3_server.api import server
-from dinov3_server.api.connections import OpenCalls
+from dinov3_server.api.peers import OpenCalls
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.server.api.rig import REQUEST, Rig, serving
 from tests.support.waiting import until_async
@@ -56,8 +56,8 @@ def held(rig: Rig) -> dict[str, int]:
             quota.used for quota in (rig.server.budget.messages, rig.server.budget.pictures, rig.server.budget.answers)
         ),
         "reservations": len(rig.engine.reservations),
-        "calls": len(rig.server._calls._active),
-        "streams": len(rig.server._service._streams),
+        "calls": len(rig.server.calls.active),
+        "streams": len(rig.server.service.streams),
     }
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dinov3_server.engine.shares import ANONYMOUS
 from dinov3_server.errors import DeadlineExceeded
+from dinov3_server.images.decode import File
 from dinov3_server.metrics import Metrics
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.server.api.rig import (
@@ -43,7 +44,7 @@ class Gate:
         self.open = threading.Event()
         self.calls = 0
 
-    def __call__(self, data: bytes, **_: object) -> Image.Image:
+    def __call__(self) -> Image.Image:
         self.calls += 1
         self._loop.call_soon_threadsafe(self.entered.set)
         assert self.open.wait(LIMIT)
@@ -53,7 +54,7 @@ class Gate:
 @pytest.fixture
 async def gate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Gate]:
     gate = Gate()
-    monkeypatch.setattr("dinov3_server.images.decode.decode", gate)
+    monkeypatch.setattr(File, "decode", lambda file: gate())
     yield gate
     gate.open.set()
 
@@ -81,7 +82,7 @@ async def test_the_reservation_stays_while_threads_write(gate: Gate, threads: in
     assert engine.untouched()  # nothing was written after the release
     assert not engine.done_runs
     assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (2.0,)}
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_a_request_can_be_cancelled_between_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,13 +107,13 @@ async def test_a_request_can_be_cancelled_between_copies(monkeypatch: pytest.Mon
     assert engine.untouched()
     assert not engine.done_runs
     assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (5.0,)}
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_pixels_are_copied_without_a_thread() -> None:
     engine = FakeEngine()
     service = extraction(engine, Metrics())
-    service.close()  # no thread is left that could do it
+    service.decode_pool.close()  # no thread is left that could do it
     floats = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     for pixels in (picture(32, 32)[None], floats):
         await service.extract(
@@ -181,14 +182,14 @@ async def test_a_deadline_that_passes_while_images_are_decoded(gate: Gate, monke
     assert engine.untouched()
     assert not engine.done_runs
     assert metrics.snapshot().series["dinov3_images_total"] == {("expired",): (2.0,)}
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_a_large_request_does_not_block_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads work in time slices; the small request gets the second or third one."""
     monkeypatch.setattr("dinov3_server.api.decode_pool.SLICE_SECONDS", 0.0)  # no time at all: one image a turn
     order: list[bytes] = []
-    monkeypatch.setattr("dinov3_server.images.decode.decode", lambda data, **_: recorded(data))
+    monkeypatch.setattr(File, "decode", lambda file: recorded(bytes(file.data)))
 
     def recorded(data: bytes) -> Any:
         order.append(data)
@@ -203,4 +204,4 @@ async def test_a_large_request_does_not_block_a_small_one(monkeypatch: pytest.Mo
         service.extract(small, None, ANONYMOUS, request_memory()),
     )
     assert order.index(small.images[0].encoded) <= 2
-    service.close()
+    service.decode_pool.close()

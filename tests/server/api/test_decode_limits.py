@@ -45,7 +45,7 @@ async def test_a_deadline_ends_a_decode() -> None:
     assert engine.untouched()
     assert not running()
     assert metrics.snapshot().series["dinov3_images_total"] == {("expired",): (401.0,)}
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_a_caller_that_leaves_ends_a_decode() -> None:
@@ -59,7 +59,7 @@ async def test_a_caller_that_leaves_ends_a_decode() -> None:
     assert engine.untouched()
     assert not running()
     assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (401.0,)}
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_a_drain_does_not_wait_for_a_decode() -> None:
@@ -106,7 +106,7 @@ async def test_a_picture_over_the_limit_fails_alone() -> None:
     assert error.image_index == 0
     assert "bytes for its pictures; allowed are" in error.status.message
     assert not running()
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_a_request_without_memory_in_time_is_refused_with_a_retry_delay() -> None:
@@ -119,23 +119,23 @@ async def test_a_request_without_memory_in_time_is_refused_with_a_retry_delay() 
         with pytest.raises(Overloaded, match=r"no memory for .* bytes of pictures within"):
             await service.extract(request, time.monotonic() + 0.2, ANONYMOUS, request_memory())
         assert engine.untouched()
-        assert not budget.pictures.has_waiters
+        assert not budget.pictures.waiters
     held.release()
     await service.extract(request, None, ANONYMOUS, request_memory())
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_many_large_pictures_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured by the budget, and by the resident memory of the decode processes."""
     engine, budget = FakeEngine(), ByteBudget(700 << 20, 8 << 20)
     counted: list[int] = []
-    add = budget._add
+    add = budget.add
 
     def recorded_add(quota: Quota, nbytes: int) -> None:
         add(quota, nbytes)
         counted.append(budget.pictures.used)
 
-    monkeypatch.setattr(budget, "_add", recorded_add)
+    monkeypatch.setattr(budget, "add", recorded_add)
     service = extraction(engine, Metrics(), threads=4, budget=budget)
     bomb = one_bit_png(7000)  # 49 million pixels: 245 MB
     request = pb.ExtractRequest(images=[pb.Image(encoded=bomb)] * 2, outputs=CLS)
@@ -150,4 +150,4 @@ async def test_many_large_pictures_stay_within_the_budget(monkeypatch: pytest.Mo
     assert most_resident < budget.pictures.limit + 4 * (48 << 20)  # and an interpreter each
     assert max(map(most_resident_bytes, running())) > 200 << 20
     assert budget.pictures.used == 0
-    service.close()
+    service.decode_pool.close()

@@ -14,6 +14,7 @@ import pytest
 
 import dinov3_server
 from dinov3_server.errors import DeadlineExceeded, InternalError, InvalidInput, Overloaded, ServingError, Unavailable
+from dinov3_server.images.decode import File
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.server.api.rig import AS_IS, MODEL, encoded, failure_of, failure_of_status, picture, png, serving, tensor
 from tests.support.paths import ROOT
@@ -237,7 +238,7 @@ async def test_a_bug_is_an_internal_error_with_an_id_and_without_details(caplog:
 
 
 async def test_a_bug_in_decoding_fails_one_image_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(data: bytes, **_: object) -> None:
+    def broken(file: File) -> None:
         raise ZeroDivisionError
 
     # pytest keeps log records, and with the traceback in them views of the arena.
@@ -246,7 +247,7 @@ async def test_a_bug_in_decoding_fails_one_image_only(monkeypatch: pytest.Monkey
         "dinov3_server.api.status.logger.error",
         lambda text, error_id, exc_info: logged.append(f"{error_id} {exc_info!r}"),
     )
-    monkeypatch.setattr("dinov3_server.images.decode.decode", broken)
+    monkeypatch.setattr(File, "decode", broken)
     async with serving() as rig:
         images = [PHOTO, pb.Image(pixels=tensor(picture(16, 16)))]
         answer = await rig.stub.Extract(pb.ExtractRequest(images=images))
@@ -307,10 +308,10 @@ async def test_an_answer_over_the_limit_is_refused_before_any_work() -> None:
 async def test_errors_of_many_images_can_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such an answer is refused after the computation only, and still with a message of the server."""
 
-    def verbose(data: bytes, **_: object) -> None:
+    def verbose(file: File) -> None:
         raise InvalidInput("x" * 5000)
 
-    monkeypatch.setattr("dinov3_server.images.decode.decode", verbose)
+    monkeypatch.setattr(File, "decode", verbose)
     wanted = pb.Outputs(patches=True, dtype=pb.DATA_TYPE_FLOAT32)
     async with serving(max_message_bytes=2**20) as rig:
         error = await rig.error(pb.ExtractRequest(images=[PHOTO] * 42, outputs=wanted))

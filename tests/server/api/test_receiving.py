@@ -10,8 +10,8 @@ import pytest
 
 from dinov3_server.api import receiving
 from dinov3_server.api.budget import ByteBudget
-from dinov3_server.api.connections import OpenCalls
 from dinov3_server.api.monitor import OWN_BYTES, FrontendMonitor
+from dinov3_server.api.peers import OpenCalls
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.errors import Overloaded
 from dinov3_server.metrics import Metrics
@@ -60,14 +60,14 @@ async def test_a_pending_read_is_ended_over_the_limit(call: str, name: str) -> N
     async with serving() as rig:
         receiver = rig.server.receiver
         held_open = getattr(rig.channel, call)(name)()
-        await until_async(lambda: receiver._reads)
+        await until_async(lambda: receiver.pending)
         receiver.end_slow_reads(receiver.limit)
         await rig.stub.Extract(REQUEST)
-        assert receiver._reads  # at the limit nothing is ended
+        assert receiver.pending  # at the limit nothing is ended
         receiver.end_slow_reads(receiver.limit + 1)
         assert await held_open.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "came slowly" in await held_open.details()
-        assert not receiver._reads
+        assert not receiver.pending
         await rig.stub.Extract(REQUEST)
 
 
@@ -76,14 +76,14 @@ async def test_reads_are_ended_by_slowness_then_rank_then_reads_of_the_caller(
 ) -> None:
     receiver = make()
     slow = await reading(receiver, "ipv4:10.0.0.1:1", 0)
-    [first] = receiver._reads
+    [first] = receiver.pending
     first.since -= 100
-    monkeypatch.setattr(receiving, "_SLOW_SENDER_SECONDS", 50.0)
+    monkeypatch.setattr(receiving, "SLOW_SENDER_SECONDS", 50.0)
     one = await reading(receiver, "ipv4:10.0.0.2:1", 0)
     several = [await reading(receiver, f"ipv4:10.0.0.3:{port}", 0) for port in (1, 2, 3)]
     stream = await reading(receiver, "ipv4:10.0.0.2:1", 1)
     health = await reading(receiver, "ipv4:10.0.0.4:1", 2)
-    order = [read.task for read in receiver._by_priority()]
+    order = [read.task for read in receiver.by_priority()]
     assert order == [slow, health, stream, *several, one]
 
     for expected in (1, 3, 7):  # twice as many each time
@@ -101,7 +101,7 @@ async def test_a_cancelled_read_is_not_reported_as_slow() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert not receiver._reads
+    assert not receiver.pending
 
 
 async def test_grpc_holds_what_is_allocated_and_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ async def test_a_message_without_memory_waits_or_is_refused_with_a_retry_delay(m
         others = messages.try_acquire(messages.limit)
         assert others is not None
         call = rig.stub.Extract(SMALL)
-        await until_async(lambda: messages.has_waiters)
+        await until_async(lambda: messages.waiters)
         others.release()
         await call
 
@@ -171,7 +171,7 @@ async def test_a_message_with_a_removed_token_is_not_counted(tmp_path: Path) -> 
         await stream.write(pb.ExtractStreamRequest(request=SMALL))
         await stream.read()
         path.write_text("another\n")
-        rig.server._credentials.reload(True)
+        rig.server.credentials.reload(True)
         await stream.write(pb.ExtractStreamRequest(request=SMALL))
         assert await stream.code() == grpc.StatusCode.UNAUTHENTICATED
         assert not rig.server.budget.messages.used
@@ -197,7 +197,7 @@ async def test_the_memory_of_messages_is_released_if_their_tasks_never_start() -
     with pytest.raises(asyncio.CancelledError):
         await serve
     await until_async(lambda: not room.messages.used)
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_event_loop_lag_is_measured() -> None:

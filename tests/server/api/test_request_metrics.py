@@ -21,10 +21,11 @@ async def test_a_unary_call() -> None:
         }
         rig.engine.hold = True
         call = rig.stub.Extract(REQUEST)
-        await until_async(lambda: rig.count("dinov3_requests_in_flight", "Extract") == 1)
+        run = await rig.engine.runs.get()
+        assert rig.count("dinov3_requests_in_flight", "Extract") == 1
         assert rig.count("dinov3_request_bytes_total", "Extract") == len(REQUEST.SerializeToString())
         assert rig.count("dinov3_response_bytes_total", "Extract") == 0
-        (await rig.engine.runs.get()).go.set_result(None)
+        run.go.set_result(None)
         answer = await call
         assert rig.count("dinov3_requests_in_flight", "Extract") == 0
         assert rig.count("dinov3_response_bytes_total", "Extract") == len(answer.SerializeToString())

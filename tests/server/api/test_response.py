@@ -108,7 +108,7 @@ def as_protobuf(
             view_indices=[view for _, view in sorted(rows)] if placed[0].views else [],
         )
         places = [rows[key] for key in sorted(rows)]
-        section = 0
+        buffer = 0
         for index, output in enumerate(spec.outputs):
             is_finer = output.layer is not None and output.layer % 2 == 0
             scale = 2 if is_finer and not spec.pooling else 1
@@ -119,12 +119,12 @@ def as_protobuf(
                 shape[-1] = 9
             if output.kind == "patches" and spec.channels_first:
                 shape = [len(rows), shape[-1], grid[0] * scale, grid[1] * scale]
-            tensor = pb.Tensor(dtype=FEATURE_DTYPES[spec.dtype], shape=shape, data=_packed(memory, places, section))
-            section += 1
+            tensor = pb.Tensor(dtype=FEATURE_DTYPES[spec.dtype], shape=shape, data=_packed(memory, places, buffer))
+            buffer += 1
             if spec.dtype == "int8":
-                tensor.scales = _packed(memory, places, section)
+                tensor.scales = _packed(memory, places, buffer)
                 assert len(tensor.scales) == 4 * len(rows) * math.prod(tokens)
-                section += 1
+                buffer += 1
             previous = spec.outputs[index - 1] if index else None
             target = message
             if output.layer is not None:
@@ -135,12 +135,12 @@ def as_protobuf(
     return response
 
 
-def _packed(memory: memoryview, places: list[tuple[Block, int]], section: int) -> bytes:
-    """Return a section of the rows at `places`, concatenated."""
+def _packed(memory: memoryview, places: list[tuple[Block, int]], buffer: int) -> bytes:
+    """Return the rows at `places` in one output buffer, concatenated."""
     data = b""
     for block, row in places:
-        start = block.output_offsets[section] + row * block.strides[section]
-        data += memory[start : start + block.strides[section]]
+        start = block.output_offsets[buffer] + row * block.strides[buffer]
+        data += memory[start : start + block.strides[buffer]]
     return data
 
 

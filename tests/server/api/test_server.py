@@ -201,7 +201,7 @@ async def test_drain_finishes_active_calls_and_refuses_new_ones() -> None:
 async def test_a_call_that_arrives_while_draining_is_unavailable() -> None:
     """Such a call was accepted by gRPC before it closed the port."""
     async with serving() as rig:
-        rig.server._service.drain()
+        rig.server.service.refuse_calls()
         error = await rig.error(REQUEST)
         assert error.code == grpc.StatusCode.UNAVAILABLE
         assert error.retry_seconds == 1.0
@@ -222,7 +222,7 @@ async def test_calls_are_cancelled_after_the_grace_period() -> None:
 
 
 async def test_connections_over_the_limit_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "_MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(server_module, "MOST_CONNECTIONS", 3)
     async with serving() as rig:
         writers, accepted = [], 0
         for number in range(6):
@@ -240,4 +240,4 @@ async def test_connections_over_the_limit_are_closed(monkeypatch: pytest.MonkeyP
 def test_connections_leave_descriptors_to_the_frontend(monkeypatch: pytest.MonkeyPatch) -> None:
     for soft, most in ((resource.RLIM_INFINITY, 4096), (1 << 20, 4096), (1024, 768), (100, 1)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert server_module._most_connections() == most
+        assert server_module.most_connections() == most

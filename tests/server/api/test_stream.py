@@ -142,7 +142,7 @@ async def test_messages_of_a_caller_that_does_not_read_answers_are_not_read() ->
     caller.reads_on.set()
     await serve
     assert len(caller.answers) == 10
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_an_error_of_one_message_leaves_the_stream_open() -> None:
@@ -323,7 +323,7 @@ async def test_a_drain_without_grace_cancels_streams() -> None:
 
 
 def reading_has_ended(rig: Rig) -> bool:
-    return all(stream._reader is not None and stream._reader.done() for stream in rig.server._service._streams)
+    return all(not stream.is_read for stream in rig.server.service.streams)
 
 
 class drained_or_raise:

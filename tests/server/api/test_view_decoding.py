@@ -35,7 +35,7 @@ from tests.support.waiting import LIMIT, until_async
 async def test_views_that_are_only_copied_need_no_thread() -> None:
     engine = FakeEngine()
     service = extraction(engine, Metrics())
-    service.close()  # no thread is left that could do it
+    service.decode_pool.close()  # no thread is left that could do it
     photo = picture(48, 64)
     views = [V((1, 2, 32, 32), flip=True), V((0, 0, 32, 32), size=(32, 32)), V(flip=True, size=(48, 64))]
     image = with_views(pb.Image(pixels=tensor(photo)), views)
@@ -103,7 +103,7 @@ async def test_a_caller_leaves_between_two_views(gate: Any, decodes: Counter[byt
     assert engine.untouched()  # nothing was written after the release
     assert not engine.done_runs
     assert metrics.snapshot().series["dinov3_images_total"] == {("cancelled",): (10.0,)}
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_a_deadline_that_passes_between_two_views(gate: Any) -> None:
@@ -119,7 +119,7 @@ async def test_a_deadline_that_passes_between_two_views(gate: Any) -> None:
     assert stop.calls == 2
     assert engine.untouched()
     assert metrics.snapshot().series["dinov3_images_total"] == {("expired",): (10.0,)}
-    service.close()
+    service.decode_pool.close()
 
 
 def color(of: int) -> pb.Image:
@@ -159,7 +159,7 @@ async def test_an_image_with_many_views_does_not_block_others(turns: list[int], 
     assert sorted(decodes.values()) == [1, 1]  # its picture waited, and was not decoded again
     pixels = at_the_client(Image.new("RGB", (20, 20), (1, 1, 1)), SIXTEEN)
     assert {cls for _, cls in rows(pb.ExtractResponse.FromString(answers[0])).values()} == {cls_of(pixels)}
-    service.close()
+    service.decode_pool.close()
 
 
 def room_for_one_picture() -> ByteBudget:
@@ -182,7 +182,7 @@ async def test_a_picture_has_its_memory_until_its_last_row_is_written(
         assert sum(before != after for before, after in itertools.pairwise(turns)) == 2  # one after the other
         assert set(decodes.values()) == {times}
         assert budget.pictures.used == 0
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_the_memory_of_a_picture_is_released_when_its_caller_leaves(turns: list[int]) -> None:
@@ -194,7 +194,7 @@ async def test_the_memory_of_a_picture_is_released_when_its_caller_leaves(turns:
         task = asyncio.create_task(service.extract(request, None, ANONYMOUS, request_memory()))
         await until_async(lambda: len(turns) >= 3)
         other = asyncio.create_task(service.extract(waiting, None, ANONYMOUS, request_memory()))
-        await until_async(lambda: budget.pictures.has_waiters)
+        await until_async(lambda: budget.pictures.waiters)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -204,7 +204,7 @@ async def test_the_memory_of_a_picture_is_released_when_its_caller_leaves(turns:
         assert turns.count(1) < 400
         assert turns[-1] == 2
         turns.clear()
-    service.close()
+    service.decode_pool.close()
 
 
 async def test_a_caller_leaves_while_it_waits_for_memory(turns: list[int]) -> None:
@@ -214,12 +214,12 @@ async def test_a_caller_leaves_while_it_waits_for_memory(turns: list[int]) -> No
     assert held
     request = pb.ExtractRequest(images=[with_views(color(1), [SIXTEEN])])
     task = asyncio.create_task(service.extract(request, None, ANONYMOUS, request_memory()))
-    await until_async(lambda: budget.pictures.has_waiters)
+    await until_async(lambda: budget.pictures.waiters)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not turns
-    assert not budget.pictures.has_waiters
+    assert not budget.pictures.waiters
     assert engine.untouched()
     held.release()
-    service.close()
+    service.decode_pool.close()

@@ -1,6 +1,6 @@
 """ConvNeXt checkpoints in each format, written like Meta, transformers and timm do.
 
-The key maps are written out here, independently of those in key_maps.py, which they check. timm's names are those
+The key maps are written out here, independently of those in variants.py, which they check. timm's names are those
 of timm 1.0.31, with which test_timm.py compares where timm is installed.
 """
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.model import Model
 from dinov3_server.families.dinov3_vit.model import VisionTransformer
-from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.families.dinov3_vit.variants import PERIODS, VitVariant
 from dinov3_server.models.interface import Output
 from dinov3_server.models.variant import DATASETS, Dataset
+from dinov3_server.nn.model import Model
 
 LVD = DATASETS["lvd1689m"]
 CPU = torch.device("cpu")
@@ -21,13 +21,15 @@ CPU = torch.device("cpu")
 def ours(
     variant: VitVariant,
     tensors: dict[str, Tensor],
-    periods: Tensor,
+    periods: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     dataset: Dataset = LVD,
     device: torch.device = CPU,
 ) -> VisionTransformer:
-    return VisionTransformer(variant, tensors, periods, dataset, dtype=dtype, device=device)
+    """Build our ViT, with the official RoPE periods unless `tensors` or `periods` have others."""
+    given = {} if periods is None else {PERIODS: periods}
+    return VisionTransformer(variant, variant.constants() | tensors | given, dataset, dtype=dtype, device=device)
 
 
 def picture(height: int, width: int, count: int = 1, seed: int = 0) -> Tensor:

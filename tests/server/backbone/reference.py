@@ -1,6 +1,6 @@
 """Reference models: transformers' DINOv3ViTModel and DINOv3ConvNextModel with our weights; and photographs.
 
-The key map is written out here, independently of the one in key_maps.py, which it checks.
+The key map is written out here, independently of the one in variants.py, which it checks.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ from dinov3_server.models.interface import (
     PixelShape,
     Row,
 )
-from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena, serve
 from tests.server.backbone.features import ModelOf, normalized, ours, picture
 from tests.server.backbone.files import official_state
@@ -50,7 +49,7 @@ def _small_vits16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> VisionTransformer:
-    return ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0), dtype=dtype)
+    return ours(TINY, random_tensors(TINY, 0), dtype=dtype)
 
 
 def tiny_runner(**changes: str) -> TorchRunner:
@@ -103,7 +102,7 @@ def test_only_the_requested_ranges_are_written() -> None:
     before = bytearray(arena.memory[:])
     serve(served, BYTES, [row])
     after = arena.memory[:]
-    sizes = [section.nbytes for section in served.info.output_buffers(row.spec, BYTES)]
+    sizes = [buffer.nbytes for buffer in served.info.output_buffers(row.spec, BYTES)]
     for offset, size in zip(row.output_offsets, sizes, strict=True):
         assert after[offset : offset + size] != before[offset : offset + size]
         before[offset : offset + size] = after[offset : offset + size]
@@ -124,12 +123,12 @@ def test_only_the_row_with_bad_features_is_flagged() -> None:
 def test_overflow_of_the_requested_dtype_flags_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
-    model = served._model
+    model = served.model
 
     def louder(pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
         return {output: features * 1e5 for output, features in model(pixels, outputs).items()}
 
-    monkeypatch.setattr(served, "_model", ModelOf(louder))
+    monkeypatch.setattr(served, "model", ModelOf(louder))
     rows: list[Row] = []
     dtypes: tuple[FeatureDtype, ...] = ("float32", "float16", "bfloat16")
     for dtype in dtypes:
@@ -141,7 +140,7 @@ def test_overflow_of_the_requested_dtype_flags_the_row(monkeypatch: pytest.Monke
 def test_one_bad_output_of_several_flags_the_row(monkeypatch: pytest.MonkeyPatch, output: Output) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
-    model = served._model
+    model = served.model
 
     def poisoned(pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
         features = dict(model(pixels, outputs))
@@ -149,7 +148,7 @@ def test_one_bad_output_of_several_flags_the_row(monkeypatch: pytest.MonkeyPatch
         features[output][1].view(-1)[5] = -torch.inf
         return features
 
-    monkeypatch.setattr(served, "_model", ModelOf(poisoned))
+    monkeypatch.setattr(served, "model", ModelOf(poisoned))
     rows = arena.request(served.info, BYTES, picture(32, 48, count=3), SPECS[1])
     assert serve(served, BYTES, rows).finite == (True, False, True)
 
@@ -172,8 +171,8 @@ def test_detach_releases_the_arena_after_a_failed_batch(monkeypatch: pytest.Monk
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
     (row,) = arena.request(served.info, BYTES, picture(32, 48), SPECS[0])
-    model = served._model
-    monkeypatch.setattr(served, "_model", ModelOf(lambda pixels, outputs: model(pixels, [Output("cls", 99)])))
+    model = served.model
+    monkeypatch.setattr(served, "model", ModelOf(lambda pixels, outputs: model(pixels, [Output("cls", 99)])))
     with pytest.raises(ValueError, match="no layer 99"):
         serve(served, BYTES, [row])
     served.close()
@@ -201,7 +200,7 @@ def test_device_errors_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
     rows = arena.request(served.info, BYTES, picture(32, 48), SPECS[0])
-    model = served._model
+    model = served.model
 
     def asks_for_an_exabyte(pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
         return {CLS: torch.empty(1 << 60, dtype=torch.uint8)}
@@ -217,11 +216,11 @@ def test_device_errors_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
         (loses_the_device, DeviceLost),
         (is_wrong, RuntimeError),
     ]:
-        monkeypatch.setattr(served, "_model", ModelOf(broken))
+        monkeypatch.setattr(served, "model", ModelOf(broken))
         with pytest.raises(error) as caught:
             serve(served, BYTES, rows)
         assert type(caught.value) is error
-    monkeypatch.setattr(served, "_model", model)
+    monkeypatch.setattr(served, "model", model)
     assert serve(served, BYTES, rows).finite == (True,)
 
 
@@ -235,7 +234,7 @@ def test_memory_of_a_failed_batch_is_freed_before_its_error_is_raised(monkeypatc
         activations.append(weakref.ref(half))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr(served, "_model", ModelOf(runs_out_half_way))
+    monkeypatch.setattr(served, "model", ModelOf(runs_out_half_way))
     with pytest.raises(DeviceOutOfMemory):
         serve(served, BYTES, arena.request(served.info, BYTES, picture(32, 48), SPECS[0]))
     assert [reference() for reference in activations] == [None]
@@ -244,7 +243,7 @@ def test_memory_of_a_failed_batch_is_freed_before_its_error_is_raised(monkeypatc
 def test_a_layer_is_freed_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     served, arena = tiny_runner(), Arena(0)
     served.attach(0, memoryview(arena.memory))
-    model, kept = served._model, []
+    model, kept = served.model, []
 
     def one_by_one(pixels: Tensor, outputs: list[Output]) -> Iterator[tuple[Output, Tensor]]:
         features: list[weakref.ref[Tensor]] = []
@@ -255,7 +254,7 @@ def test_a_layer_is_freed_when_it_is_written(monkeypatch: pytest.MonkeyPatch) ->
             del values
             kept.append(sum(each() is not None for each in features))
 
-    monkeypatch.setattr(served, "_model", SimpleNamespace(features=one_by_one))
+    monkeypatch.setattr(served, "model", SimpleNamespace(features=one_by_one))
     spec = FeatureSpec(tuple(Output("patches", layer) for layer in range(TINY.depth)), "int8")
     assert serve(served, BYTES, arena.request(served.info, BYTES, picture(32, 48), spec)).finite == (True,)
     assert kept == [1] * TINY.depth

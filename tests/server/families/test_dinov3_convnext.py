@@ -142,7 +142,7 @@ def test_pixels_of_an_unsupported_size_are_refused(pixels: Tensor) -> None:
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
-        (Output("registers"), "no output kind 'registers' in dinov3_convnext_tiny: its kinds are cls and patches"),
+        (Output("registers"), "no output kind 'registers' in dinov3_convnext_tiny: its kinds are cls, patches"),
         (Output("cls", 4), "no layer 4 in dinov3_convnext_tiny: its layers are 0 to 3"),
         (Output("patches", -1), "no layer -1"),
     ],

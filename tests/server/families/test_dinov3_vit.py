@@ -25,7 +25,7 @@ META = torch.device("meta")
 
 
 def tiny(variant: VitVariant = TINY, dtype: torch.dtype = torch.float32) -> vit.VisionTransformer:
-    return ours(variant, random_tensors(variant, 3), default_periods(variant.head_dim, 100.0), dtype=dtype)
+    return ours(variant, random_tensors(variant, 3), dtype=dtype)
 
 
 def run(model: vit.VisionTransformer, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
@@ -224,7 +224,7 @@ def test_7b_at_depth_2_runs_in_full_width() -> None:
     tensors = random_tensors(first, 1, dtype=torch.bfloat16)
     tensors |= {key.replace("blocks.0.", "blocks.1."): value for key, value in tensors.items() if "blocks.0." in key}
     assert {key: value.shape for key, value in tensors.items()} == variant.canonical_shapes()
-    model = ours(variant, tensors, default_periods(variant.head_dim, 100.0), dtype=torch.bfloat16)
+    model = ours(variant, tensors, dtype=torch.bfloat16)
     features = run(model, picture(32, 48), [Output("cls"), Output("patches")])
     assert features[Output("cls")].shape == (1, 4096)
     assert features[Output("patches")].shape == (1, 6, 4096)

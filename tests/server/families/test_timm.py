@@ -14,13 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinov3_server.backbone.model import native_model
 from dinov3_server.backbone.weights.checkpoint import load_checkpoint
 from dinov3_server.backbone.weights.random_weights import random_tensors
-from dinov3_server.families.dinov3_vit.variants import VITS, VitVariant
+from dinov3_server.families.dinov3_vit.variants import PERIODS, VITS, VitVariant
 from dinov3_server.families.registry import VARIANTS
 from dinov3_server.models.interface import Output
-from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.convnext_files import NARROW, convnext_official_state
 from tests.server.backbone.features import CPU, normalized, ours, picture, worst_error
 from tests.server.backbone.files import SHALLOW, SHALLOW_SWIGLU, official_state
@@ -87,12 +85,11 @@ def test_a_vit_converted_by_timm_from_the_official_file(
     save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
 
     checkpoint = load_checkpoint(tmp_path, variant)
+    tensors |= variant.constants()
     assert checkpoint.tensors.keys() == tensors.keys()
     assert all(torch.equal(checkpoint.tensors[name], tensor) for name, tensor in tensors.items())
 
-    assert checkpoint.periods is not None
-    periods = default_periods(variant.head_dim, variant.rope_base)
-    assert torch.equal(checkpoint.periods, periods)
+    periods = tensors[PERIODS]
     assert torch.allclose(model.rope.periods, periods, rtol=2**-8), "timm's are the same, not rounded to bfloat16"
     model.rope.periods.copy_(periods)
     images = picture(64, 80)
@@ -103,7 +100,7 @@ def test_a_vit_converted_by_timm_from_the_official_file(
         Output("registers"): tokens[:, 1:5],
         Output("patches"): tokens[:, 5:],
     }
-    assert worst_error(ours(variant, dict(checkpoint.tensors), checkpoint.periods), images, expected) <= 1e-5
+    assert worst_error(ours(variant, dict(checkpoint.tensors)), images, expected) <= 1e-5
 
 
 def test_a_convnext_converted_by_timm_from_the_official_file(tmp_path: Path) -> None:
@@ -123,4 +120,4 @@ def test_a_convnext_converted_by_timm_from_the_official_file(tmp_path: Path) -> 
             Output("cls"): model.forward_head(cells, pre_logits=True),
             Output("patches"): model.head.norm(cells).flatten(2).transpose(1, 2),
         }
-    assert worst_error(native_model(checkpoint, dtype=torch.float32, device=CPU), images, expected) <= 1e-5
+    assert worst_error(checkpoint.build(dtype=torch.float32, device=CPU), images, expected) <= 1e-5

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images.cost import MAX_SCANS, PLAIN_PIXELS, Cost, cost_of
+from dinov3_server.images.decode import File
 from dinov3_serving.images import Box, Transform
 from tests.server.images.files import PNG_RGB, encode, exif, photo, png, png_chunk, tiff
 from tests.server.images.hostile import bmp_runs, jpeg_scans, lossless_webp, one_bit_png
@@ -20,8 +21,8 @@ MAX_PIXELS = 100_000_000
 
 
 def cost(data: bytes) -> Cost:
-    assert cost_of(memoryview(data), max_pixels=MAX_PIXELS) == cost_of(data, max_pixels=MAX_PIXELS)
-    return cost_of(data, max_pixels=MAX_PIXELS)
+    assert cost_of(File(memoryview(data), MAX_PIXELS)) == cost_of(File(data, MAX_PIXELS))
+    return cost_of(File(data, MAX_PIXELS))
 
 
 # Kinds that threads decode. Decode processes decode all others.
@@ -78,7 +79,7 @@ def test_memory_by_mode() -> None:
     assert each(encode(image, "JPEG", progressive=True, subsampling=2)) == 4 + 3
     assert each(encode(image.convert("1"), "PNG")) == 5
     assert each(encode(image.convert("RGBA"), "PNG")) == 8
-    turned = cost_of(encode(image, "PNG"), max_pixels=MAX_PIXELS, apply_exif_orientation=True)
+    turned = cost_of(File(encode(image, "PNG"), MAX_PIXELS, True))
     assert turned.nbytes - cost(encode(image, "PNG")).nbytes == 4 * side**2
 
 
@@ -176,7 +177,7 @@ def test_formats_that_are_never_plain(data: bytes, size: tuple[int, int]) -> Non
     assert (seen.height, seen.width) == size
     assert seen.nbytes > size[0] * size[1] * 5
     with pytest.raises(InvalidInput, match=f"{size[0]}x{size[1]} .height x width.* allowed are 1000"):
-        cost_of(data, max_pixels=1000)
+        cost_of(File(data, 1000))
 
 
 def test_a_tiff_that_is_truncated_or_has_wild_offsets() -> None:

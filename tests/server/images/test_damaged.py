@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images.decode import decode, read_size
+from dinov3_server.images.decode import File
 from tests.server.images.files import PNG_RGB, encode, exif, photo, png, png16, png_chunk, tiff
 
 MAX_PIXELS = 10_000
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 def refused(data: bytes, *, by_probe: bool = True) -> str:
     with pytest.raises(InvalidInput) as error:
-        decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+        File(data, MAX_PIXELS).decode()
     if by_probe:
         with pytest.raises(InvalidInput) as same:
-            read_size(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+            File(data, MAX_PIXELS).read_size()
         assert str(same.value) == str(error.value)
     else:
-        read_size(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+        File(data, MAX_PIXELS).read_size()
     return str(error.value)
 
 
@@ -126,13 +126,13 @@ def test_too_many_pixels_are_refused_by_the_header(data: bytes, reason: str) -> 
 
 
 def test_exactly_the_allowed_pixels_are_accepted() -> None:
-    assert read_size(encode(photo(100, 100), "PNG"), max_pixels=MAX_PIXELS, apply_exif_orientation=False) == (100, 100)
+    assert File(encode(photo(100, 100), "PNG"), MAX_PIXELS).read_size() == (100, 100)
 
 
 def test_pillows_own_limit_is_disabled() -> None:
     """Only our limit counts: Pillow would warn from 90 million pixels on."""
     data = encode(Image.new("1", (10_000, 10_000)), "PNG")
-    assert read_size(data, max_pixels=100_000_000, apply_exif_orientation=False) == (10_000, 10_000)
+    assert File(data, 100_000_000).read_size() == (10_000, 10_000)
 
 
 def test_a_small_tiff_with_a_huge_tile_is_refused() -> None:
@@ -202,18 +202,18 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 def test_damaged_files_are_decoded_or_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     data = SEEDS[name]
     chance = random.Random(name)
-    assert decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False).mode == "RGB"
+    assert File(data, MAX_PIXELS).decode().mode == "RGB"
     refused = 0
     for _ in range(150):
         file = damaged(data, chance)
         for upright in (False, True):
             try:
-                image = decode(file, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
+                image = File(file, MAX_PIXELS, upright).decode()
             except InvalidInput:
                 refused += 1
                 continue
             assert image.mode == "RGB"
-            size = read_size(file, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
+            size = File(file, MAX_PIXELS, upright).read_size()
             assert size == (image.height, image.width)
             assert len(image.tobytes()) == size[0] * size[1] * 3
     assert refused

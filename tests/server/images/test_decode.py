@@ -19,7 +19,7 @@ from PIL import Image
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images import decode as decode_module
-from dinov3_server.images.decode import decode, read_size
+from dinov3_server.images.decode import File
 from tests.server.images.files import (
     PNG_GRAY,
     PNG_PALETTE,
@@ -43,10 +43,10 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")
 
 def pixels(data: bytes, *, upright: bool = False) -> Pixels:
     """Decode a file, and check that `read_size` returns the same size."""
-    image = decode(data, max_pixels=MAX_PIXELS, apply_exif_orientation=upright)
+    image = File(data, MAX_PIXELS, upright).decode()
     assert image.mode == "RGB"
     array = np.asarray(image)
-    assert read_size(data, max_pixels=MAX_PIXELS, apply_exif_orientation=upright) == array.shape[:2]
+    assert File(data, MAX_PIXELS, upright).read_size() == array.shape[:2]
     return array
 
 
@@ -269,9 +269,9 @@ def test_earlier_pillows_refuse_ycbcr_and_name_themselves(monkeypatch: pytest.Mo
 
 
 def refused_for_old_pillow(data: bytes) -> None:
-    for call in (decode, read_size):
+    for call in (File.decode, File.read_size):
         with pytest.raises(InvalidInput) as error:
-            call(data, max_pixels=MAX_PIXELS, apply_exif_orientation=False)
+            call(File(data, MAX_PIXELS))
         message = str(error.value)
         assert f"the TIFF file of {len(data)} bytes" in message
         assert f"this server has Pillow {PIL.__version__}" in message
@@ -363,11 +363,12 @@ def test_samples_without_a_meaning_are_refused(samples: Pixels, tags: dict[int, 
 
 DAMAGED_METADATA = r"""
 import concurrent.futures, sys
-from dinov3_server.images.decode import decode, read_size
+from dinov3_server.images import decode as decode_module
+from dinov3_server.images.decode import File
 data = sys.stdin.buffer.read()
 def once(_):
-    read_size(data, max_pixels=100, apply_exif_orientation=False)
-    return decode(data, max_pixels=100, apply_exif_orientation=False).getpixel((0, 0))
+    File(data, 100).read_size()
+    return File(data, 100).decode().getpixel((0, 0))
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     sys.stdout.write(repr(set(pool.map(once, range(40)))))
 """

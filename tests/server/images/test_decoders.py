@@ -13,12 +13,12 @@ from PIL import Image
 
 from dinov3_server.errors import InvalidInput, Unavailable
 from dinov3_server.images import decode_process, decoders
-from dinov3_server.images.cost import Cost
+from dinov3_server.images.cost import Cost, cost_of
+from dinov3_server.images.decode import File
 from dinov3_server.images.decoders import Decoders
-from dinov3_server.images.file import File
 from dinov3_server.images.preprocess import transform_into
 from dinov3_server.signals import HANDLED
-from dinov3_serving.images import Box, Transform
+from dinov3_serving.images import Box, RowSpec, Transform
 from tests.server.images.files import encode, photo
 from tests.server.images.hostile import jpeg_scans, lossless_webp
 from tests.server.images.test_damaged import SEEDS
@@ -49,14 +49,14 @@ async def pool() -> AsyncIterator[Decoders]:
 
 
 def file(data: bytes, *, upright: bool = False) -> File:
-    return File(data, MAX_PIXELS, upright, "images[3].encoded")
+    return File(data, MAX_PIXELS, upright)
 
 
 async def written(pool: Decoders, asked: File, *transforms: Transform, cost: Cost | None = None) -> list[bytes]:
-    known = cost or asked.cost().with_transforms(transforms)
+    known = cost or cost_of(asked).with_transforms(transforms)
     sizes = [each.size or (each.crop[2:] if each.crop else (known.height, known.width)) for each in transforms]
     outs = [bytearray(height * width * 3) for height, width in sizes]
-    rows = [(f"images[3].views[{view}]", transform) for view, transform in enumerate(transforms)]
+    rows = [RowSpec(view, f"images[3].views[{view}]", each, None) for view, each in enumerate(transforms)]
     await pool.write(asked, known, rows, [memoryview(out) for out in outs])
     return [bytes(out) for out in outs]
 
@@ -77,7 +77,7 @@ async def test_the_same_pixels_of_every_kind_of_file(pool: Decoders) -> None:
         for upright in (False, True):
             asked = file(data, upright=upright)
             assert await written(pool, asked, SMALL, crop) == expected(asked, SMALL, crop)
-            assert await pool.read_size(asked, asked.cost()) == asked.read_size()
+            assert await pool.read_size(asked, cost_of(asked)) == asked.read_size()
     assert len(running()) == 1  # one process served both
 
 
@@ -157,7 +157,10 @@ async def test_a_file_that_decoders_die_of_fails_alone(pool: Decoders, caplog: p
 async def test_a_caller_that_leaves_ends_the_process(pool: Decoders) -> None:
     outs = [memoryview(bytearray(b"\7" * 16 * 32 * 3))] * 2
     long = file(LONG)
-    for what in (pool.write(long, long.cost(), [("", SMALL)] * 2, outs), pool.read_size(long, long.cost())):
+    for what in (
+        pool.write(long, cost_of(long), [RowSpec(0, "", SMALL, None)] * 2, outs),
+        pool.read_size(long, cost_of(long)),
+    ):
         task = asyncio.create_task(what)
         await until_async(running)
         task.cancel()

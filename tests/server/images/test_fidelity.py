@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov3_server.images.decode import decode
+from dinov3_server.images.decode import File
 from dinov3_server.images.preprocess import PRESETS, transform_into
 
 SIZE = (256, 256)
@@ -24,7 +24,7 @@ def photo(name: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"])
 def test_the_dinov3_preset_is_near_metas_transform(name: str) -> None:
-    image = decode(photo(name), max_pixels=10_000_000, apply_exif_orientation=False)
+    image = File(photo(name), 10_000_000).decode()
     out = bytearray(SIZE[0] * SIZE[1] * 3)
     transform_into(image, PRESETS["dinov3"], memoryview(out))
     ours = np.frombuffer(out, np.uint8).reshape(*SIZE, 3).astype(int)

@@ -29,11 +29,12 @@ import torch.nn.functional as F
 import dinov3_server
 from dinov3_server import host
 from dinov3_server.backbone.parity import reference_images
-from dinov3_server.backbone.parity.store import ParityStore, StoredResult
+from dinov3_server.backbone.parity.store import ParityStore
 from dinov3_server.backbone.parity.upstream_process import (
     COMPARED,
     ReferenceFeatures,
     UpstreamProcessFailed,
+    UpstreamTask,
     upstream_features,
 )
 from dinov3_server.backbone.runners.base import TorchRunner
@@ -73,7 +74,8 @@ EXACT = Bound(0.9999, 1e-3)
 MARGIN = Bound(4.0, 2.0)
 NEAR = Bound(0.999, 0.05)
 
-# The code that computes features. A stored result holds its hash, as code may change without a new version.
+# The code that computes features, and these bounds. A stored result holds its hash, as code may change without a new
+# version.
 PACKAGE = Path(dinov3_server.__file__).parent
 CODE = ("backbone", "families", "models", "nn", "host.py")
 
@@ -113,39 +115,29 @@ class ParityInputs:
         return f"{_NOT_NAMES} {_NOT_PREPROCESSING}" if self.checkpoint.official is None else _NOT_PREPROCESSING
 
 
-@dataclass(frozen=True)
-class _ReferenceInputs:
-    """The weights and the code that Meta's features are computed from."""
-
-    weights: Path
-    checkout: Path
-    revision: str
-
-
 def checked_runner(inputs: ParityInputs, load: Callable[[FeatureDtype], TorchRunner], step: Step) -> TorchRunner:
     """Build the runner that serves, with its parity check: a stored result, a new one, or the reason for none.
 
     `load` builds the model in a dtype; `step` times and logs slow steps. Raises ParityError if the features are not
     Meta's or cannot be compared, and CheckpointError if Meta's features are not finite.
     """
-    reference = _reference_inputs(inputs)
-    if isinstance(reference, str):
-        return _build(inputs, load, step, replace(NOT_CHECKED, reason=reference))
+    task = _upstream_task(inputs)
+    if isinstance(task, str):
+        return _build(inputs, load, step, replace(NOT_CHECKED, reason=task))
     assert inputs.folder is not None
-    store = ParityStore(inputs.folder, inputs.identity(reference.revision))
-    parity_check = _valid(store.read(), inputs)
+    store = ParityStore(inputs.folder, inputs.identity(task.revision))
+    parity_check = store.read()
     if parity_check is None:
         with store.locked():
-            # Another process may have stored a result while this one waited.
-            parity_check = _valid(store.read(), inputs)
+            parity_check = store.read()  # another process may have stored it while this one waited
             if parity_check is None:
-                runner, rounding = _compare_with_reference(inputs, reference, load, step)
-                store.write(StoredResult(runner.info.parity_check, rounding))
+                runner = _compare_with_reference(inputs, task, load, step)
+                store.write(runner.info.parity_check)
                 return runner
     return _build(inputs, load, step, parity_check)
 
 
-def _reference_inputs(inputs: ParityInputs) -> _ReferenceInputs | str:
+def _upstream_task(inputs: ParityInputs) -> UpstreamTask | str:
     """Return what to compute Meta's features from, or why they cannot be computed."""
     if inputs.weights is None:
         return "random weights: nothing to verify"
@@ -155,7 +147,16 @@ def _reference_inputs(inputs: ParityInputs) -> _ReferenceInputs | str:
         return "the setting `parity_check` is false"
     if inputs.provisioned.checkout is None:
         return inputs.provisioned.unavailable_reason
-    return _ReferenceInputs(inputs.weights, Path(inputs.provisioned.checkout), inputs.provisioned.revision)
+    return UpstreamTask(
+        inputs.weights,
+        Path(inputs.provisioned.checkout),
+        inputs.provisioned.revision,
+        inputs.checkpoint.variant,
+        inputs.checkpoint.dataset.name,
+        ("float32",) if inputs.dtype == "float32" else ("float32", inputs.dtype),
+        str(inputs.device),
+        inputs.threads,
+    )
 
 
 def _build(
@@ -168,35 +169,23 @@ def _build(
 
 
 def _compare_with_reference(
-    inputs: ParityInputs, reference: _ReferenceInputs, load: Callable[[FeatureDtype], TorchRunner], step: Step
-) -> tuple[TorchRunner, tuple[OutputParity, ...]]:
-    """Return the runner with a new parity check, and the rounding error of Meta's code (see StoredResult)."""
-    checkpoint = inputs.checkpoint
-    dtypes: tuple[FeatureDtype, ...] = ("float32",) if inputs.dtype == "float32" else ("float32", inputs.dtype)
+    inputs: ParityInputs, task: UpstreamTask, load: Callable[[FeatureDtype], TorchRunner], step: Step
+) -> TorchRunner:
+    """Build the runner with a new parity check."""
+    variant, images = task.variant.name, len(reference_images.SIZES)
     try:
-        with step(
-            "upstream",
-            f"Meta's code at {reference.revision[:12]}: {len(reference_images.SIZES)} images in {' and '.join(dtypes)}",
-        ):
-            computed = upstream_features(
-                reference.checkout,
-                reference.weights,
-                checkpoint.variant,
-                checkpoint.dataset.name,
-                dtypes,
-                device=inputs.device,
-                threads=inputs.threads,
-            )
+        with step("upstream", f"Meta's code at {task.revision[:12]}: {images} images in {' and '.join(task.dtypes)}"):
+            computed = upstream_features(task)
     except UpstreamProcessFailed as error:
         raise ParityError(
-            f"Meta's code could not be run, so the features of {checkpoint.variant.name} cannot be compared with it: "
+            f"Meta's code could not be run, so the features of {variant} cannot be compared with it: "
             f"{error}\nFix that, or serve them unverified: --parity-check false (DINOV3_PARITY_CHECK=false)"
         ) from None
     expected = computed["float32"]
     if not all(bool(tokens.isfinite().all()) for features in expected for tokens in features.values()):
         raise CheckpointError(
-            f"{reference.weights}: Meta's own code gives NaN or infinite features with these weights: the file is "
-            f"damaged, or does not belong to {checkpoint.variant.name}"
+            f"{task.weights}: Meta's own code gives NaN or infinite features with these weights: the file is "
+            f"damaged, or does not belong to {variant}"
         )
     outputs: list[OutputParity] = []
     rounding: tuple[OutputParity, ...] = ()
@@ -204,11 +193,11 @@ def _compare_with_reference(
         rounding = tuple(compare(computed[inputs.dtype], expected, inputs.dtype))
         with step("parity_check", "ours in float32"):
             outputs += compare(_float32_features(inputs, load), expected, "float32")
-        _require_parity(inputs, reference, outputs, rounding)
+        _require_parity(inputs, task, outputs, rounding)
     parity_check = ParityCheck(
         verified=True,
         reason="",
-        upstream_revision=reference.revision,
+        upstream_revision=task.revision,
         outputs=(),
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         not_covered=inputs.not_covered(),
@@ -216,9 +205,9 @@ def _compare_with_reference(
     runner = _build(inputs, load, step, parity_check)
     with step("parity_check", f"ours in {inputs.dtype}, as it will serve"):
         outputs += compare(_features(runner), expected, inputs.dtype)
-    _require_parity(inputs, reference, outputs, rounding)
+    _require_parity(inputs, task, outputs, rounding)
     runner.info = replace(runner.info, parity_check=replace(parity_check, outputs=tuple(outputs)))
-    return runner, rounding
+    return runner
 
 
 def _float32_features(inputs: ParityInputs, load: Callable[[FeatureDtype], TorchRunner]) -> ReferenceFeatures:
@@ -271,7 +260,7 @@ def _features(runner: TorchRunner) -> ReferenceFeatures:
 
 def _require_parity(
     inputs: ParityInputs,
-    reference: _ReferenceInputs,
+    task: UpstreamTask,
     outputs: Sequence[OutputParity],
     rounding: Sequence[OutputParity],
 ) -> None:
@@ -292,34 +281,14 @@ def _require_parity(
     raise ParityError(
         "\n".join(
             (
-                f"the features of {inputs.checkpoint.variant.name} on {_device_name(inputs.device)} are not those of "
-                f"Meta's code at {reference.revision}:",
+                f"the features of {task.variant.name} on {_device_name(inputs.device)} are not those of "
+                f"Meta's code at {task.revision}:",
                 *lines,
                 "They are not served. Please report this, with these figures. Until it is fixed: "
                 f"{exact}--backbone reference serves Meta's own modules; --parity-check false serves these unverified.",
             )
         )
     )
-
-
-def _valid(stored: StoredResult | None, inputs: ParityInputs) -> ParityCheck | None:
-    """Return the stored parity check if it covers `inputs` and is within the current bounds."""
-    if stored is None:
-        return None
-    parity_check, rounding = stored
-    serving = {(kind, inputs.dtype) for kind in COMPARED}
-    required = serving | {(kind, "float32") for kind in COMPARED}
-    compared = {(output.output, output.dtype) for output in parity_check.outputs}
-    measured = {(output.output, output.dtype) for output in rounding}
-    if (
-        not parity_check.verified
-        or compared != required
-        or measured != (set() if inputs.dtype == "float32" else serving)
-        or not all(passes(output, rounding) for output in parity_check.outputs)
-    ):
-        log.warning("a stored parity check is not within the current bounds: the features are compared again")
-        return None
-    return parity_check
 
 
 def _code_digest() -> str:

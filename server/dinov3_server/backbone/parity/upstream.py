@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from dinov3_server.backbone.weights.checkpoint import Checkpoint
 from dinov3_server.errors import UpstreamCodeError
-from dinov3_server.families.dinov3_vit.key_maps import PERIODS
 from dinov3_server.models.interface import Output, TokenKind
-from dinov3_server.models.key_map import FileTensor
+from dinov3_server.models.variant import FileTensor
+from dinov3_server.nn.model import Model
 
 _PACKAGE = "dinov3"
 _ENTRY_POINTS = "dinov3.hub.backbones"
@@ -34,8 +34,8 @@ _UNUSED = frozenset({"mask_token", "local_cls_norm.weight", "local_cls_norm.bias
 _MOST_LINES, _LONGEST_LINE = 4, 300
 
 
-class UpstreamModel:
-    """Meta's model behind the `Model` interface: `model(pixels, outputs)` returns the features of a batch.
+class UpstreamModel(Model):
+    """Meta's model. It has no cached tensors: its RoPE table is computed in every forward pass.
 
     In bfloat16 it computes like Meta's evaluation, under autocast: matrix products in bfloat16, everything else and the
     residual stream in float32. The weights of those products are rounded once, at load, instead of at every call by
@@ -60,11 +60,7 @@ class UpstreamModel:
         self._std = torch.tensor(checkpoint.dataset.std, device=device)
 
     def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats, H and W multiples of
-        the patch size (Meta's code would crop other sizes silently).
-
-        Returns for each output a [B, D] (cls) or [B, tokens, D] fp32 tensor.
-        """
+        """Compute features, as `Model` describes. Meta's code would crop sizes that are no multiples silently."""
         by_layer: dict[tuple[int | None, bool], list[Output]] = {}
         for output in outputs:
             by_layer.setdefault((output.layer, output.norm), []).append(output)
@@ -81,10 +77,6 @@ class UpstreamModel:
     def features(self, pixels: Tensor, outputs: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
         """Yield each output of a call. Meta's code computes all of them first."""
         yield from self(pixels, outputs).items()
-
-    def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """Return no tensors: Meta's code computes its RoPE table in every forward pass."""
-        return ()
 
     def _final(self, pixels: Tensor) -> dict[TokenKind, Tensor]:
         found = self._module.forward_features(pixels)
@@ -148,9 +140,7 @@ def official_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _translated(checkpoint: Checkpoint, entries: Mapping[str, FileTensor]) -> dict[str, Tensor]:
-    tensors = dict(checkpoint.tensors)
-    if checkpoint.periods is not None:
-        tensors[PERIODS] = checkpoint.periods
+    tensors = checkpoint.tensors
     state = {}
     for key, entry in entries.items():
         if entry.is_bias_mask:

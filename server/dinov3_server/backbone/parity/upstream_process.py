@@ -13,9 +13,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,25 +41,27 @@ class UpstreamProcessFailed(Exception):
     """The process that runs Meta's code failed. The message has its exit status and the end of its stderr."""
 
 
-def upstream_features(
-    checkout: Path,
-    weights: Path,
-    variant: Variant,
-    dataset: DatasetName,
-    dtypes: Sequence[FeatureDtype],
-    *,
-    device: torch.device,
-    threads: int,
-) -> dict[FeatureDtype, ReferenceFeatures]:
-    """Compute features of the reference images with Meta's code in each of `dtypes`, from the weights that ours use.
+class UpstreamTask(NamedTuple):
+    """The weights that ours use, the checkout of Meta's code, and the dtypes to compute features in."""
+
+    weights: Path
+    checkout: Path
+    revision: str  # commit of the checkout
+    variant: Variant
+    dataset: DatasetName
+    dtypes: tuple[FeatureDtype, ...]
+    device: str
+    threads: int
+
+
+def upstream_features(task: UpstreamTask) -> dict[FeatureDtype, ReferenceFeatures]:
+    """Compute features of the reference images with Meta's code.
 
     Call it on the main thread: the process dies with the thread that starts it. Raises UpstreamProcessFailed.
     """
-    # A mapping proxy cannot be pickled.
-    plain = replace(variant, hashes=dict(variant.hashes))
     done = subprocess.run(
         [sys.executable, "-m", "dinov3_server.backbone.parity.upstream_process", str(os.getpid())],
-        input=pickle.dumps((checkout, weights, plain, dataset, tuple(dtypes), str(device), threads)),
+        input=pickle.dumps(tuple(task)),
         capture_output=True,
         check=False,
     )
@@ -85,7 +86,7 @@ def main() -> int:
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
         try:
-            features = _compute(*pickle.load(sys.stdin.buffer))
+            features = _compute(UpstreamTask(*pickle.load(sys.stdin.buffer)))
         except UpstreamCodeError as error:
             sys.stderr.write(f"{error}\n")
             return 1
@@ -93,23 +94,16 @@ def main() -> int:
     return 0
 
 
-def _compute(
-    checkout: Path,
-    weights: Path,
-    variant: Variant,
-    dataset: DatasetName,
-    dtypes: Sequence[FeatureDtype],
-    device: str,
-    threads: int,
-) -> dict[FeatureDtype, ReferenceFeatures]:
-    torch.set_num_threads(threads)
-    checkpoint = load_checkpoint(weights, variant, dataset)
-    return {dtype: _features(checkout, checkpoint, dtype, torch.device(device)) for dtype in dtypes}
+def _compute(task: UpstreamTask) -> dict[FeatureDtype, ReferenceFeatures]:
+    torch.set_num_threads(task.threads)
+    checkpoint = load_checkpoint(task.weights, task.variant, task.dataset)
+    return {dtype: _features(task, checkpoint, dtype) for dtype in task.dtypes}
 
 
 @torch.inference_mode()
-def _features(checkout: Path, checkpoint: Checkpoint, dtype: FeatureDtype, device: torch.device) -> ReferenceFeatures:
-    model = UpstreamModel(checkout, checkpoint, dtype=TORCH_DTYPES[dtype], device=device)
+def _features(task: UpstreamTask, checkpoint: Checkpoint, dtype: FeatureDtype) -> ReferenceFeatures:
+    device = torch.device(task.device)
+    model = UpstreamModel(task.checkout, checkpoint, dtype=TORCH_DTYPES[dtype], device=device)
     features: ReferenceFeatures = []
     for image in reference_images():
         computed = model(torch.from_numpy(image)[None].to(device), [Output(kind) for kind in COMPARED])

@@ -7,43 +7,35 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.model import Model
-from dinov3_server.backbone.runners.plan import FeatureRun
+from dinov3_server.backbone.runners.plan import Run
 from dinov3_server.backbone.runners.postprocessing import LinearMap, Postprocessing
 from dinov3_server.models.interface import (
-    Batch,
-    BatchResult,
     DeviceLost,
     DeviceOutOfMemory,
     FeatureDtype,
-    LaunchedBatch,
     ModelInfo,
     Output,
     PixelShape,
+    Runner,
 )
+from dinov3_server.nn.model import Model
 
 T = TypeVar("T")
 
-TORCH_DTYPES: dict[FeatureDtype, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-}
+TORCH_DTYPES: dict[FeatureDtype, torch.dtype] = {name: getattr(torch, name) for name in get_args(FeatureDtype)}
 
 
-class TorchRunner(abc.ABC):
+class TorchRunner(Runner):
     """A `Runner` (see models/interface.py) of a torch model.
 
-    `projections` are those of `info`, on the model's device. `load_seconds` is the time of each step of loading.
+    `model` computes the features; `projections` are those of `info`, on the model's device. `load_seconds` is the time
+    of each step of loading.
     """
-
-    pipeline_depth: int
 
     def __init__(
         self, model: Model, info: ModelInfo, projections: Mapping[str, LinearMap] = MappingProxyType({})
@@ -51,7 +43,7 @@ class TorchRunner(abc.ABC):
         self.info = info
         self._projections = projections
         self.load_seconds: dict[str, float] = {}
-        self._model = model
+        self.model = model
         self._arenas: dict[int, Tensor] = {}
 
     def attach(self, arena: int, memory: memoryview) -> None:
@@ -62,15 +54,6 @@ class TorchRunner(abc.ABC):
     def detach(self, arena: int) -> None:
         # Releases the memory: the tensor of torch.frombuffer holds the only reference to the memoryview.
         del self._arenas[arena]
-
-    @abc.abstractmethod
-    def launch(self, batch: Batch) -> LaunchedBatch: ...
-
-    @abc.abstractmethod
-    def finish(self, launched: LaunchedBatch) -> BatchResult: ...
-
-    @abc.abstractmethod
-    def memory(self) -> dict[str, int]: ...
 
     def close(self) -> None:
         for arena in list(self._arenas):
@@ -86,10 +69,11 @@ class TorchRunner(abc.ABC):
             raise ValueError(f"bytes {offset} to {end} are outside arena {arena} of {memory.numel()}")
         return memory[offset:end].view(dtype).view(shape)
 
-    def _pixels_in_arena(self, arena: int, offset: int, count: int, shape: PixelShape) -> Tensor:
-        return self._in_arena(arena, offset, *pixel_layout(count, shape))
+    def _pixels_in_arena(self, run: Run, shape: PixelShape) -> Tensor:
+        (offset,) = run.offsets
+        return self._in_arena(run.arena, offset, *pixel_layout(run.count, shape))
 
-    def _features_in_arena(self, run: FeatureRun, shape: PixelShape) -> list[Tensor]:
+    def _features_in_arena(self, run: Run, shape: PixelShape) -> list[Tensor]:
         """Return views of a run's output buffers, each [n, ...] in its dtype."""
         return [
             self._in_arena(run.arena, offset, TORCH_DTYPES[buffer.dtype], (run.count, *buffer.shape))
@@ -135,7 +119,7 @@ def finite_rows(features: Sequence[Tensor]) -> Tensor:
         if not values.is_floating_point():
             continue
         # NaN and infinity show in the minimum or maximum, without a temporary tensor as large as the values. `aminmax`
-        # reads them once, but takes five times as long on the CPU: it is not vectorised along a dimension.
+        # reads them once, but takes five times as long on the CPU: it is not vectorized along a dimension.
         rows = values.reshape(len(values), -1)
         is_finite = rows.amin(dim=1).isfinite() & rows.amax(dim=1).isfinite()
         finite = is_finite if finite is None else finite & is_finite

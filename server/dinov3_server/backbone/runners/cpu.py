@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import cast
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinov3_server.backbone.runners.base import TorchRunner, finite_rows
-from dinov3_server.backbone.runners.plan import FeatureRun, batch_outputs, feature_runs, pixel_runs
+from dinov3_server.backbone.runners.plan import Run, batch_outputs, feature_runs, pixel_runs
 from dinov3_server.malloc import give_back_freed_memory
 from dinov3_server.models.interface import Batch, BatchResult, LaunchedBatch, Output, OutputBuffer, PixelShape
 
@@ -24,15 +23,10 @@ RETURN_EVERY = 64
 _FLOATS = 1 << 23
 
 
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    batch: Batch
-
-
 class _Run:
     """Rows of a batch, their buffers in the arena by output, and whether what was pooled is finite, [n] bool each."""
 
-    def __init__(self, rows: FeatureRun, buffers: Sequence[OutputBuffer], in_arena: Sequence[Tensor]) -> None:
+    def __init__(self, rows: Run, buffers: Sequence[OutputBuffer], in_arena: Sequence[Tensor]) -> None:
         self.rows = rows
         self.finite: list[Tensor] = []
         self.buffers: dict[Output, list[Tensor]] = {}
@@ -52,10 +46,10 @@ class CpuRunner(TorchRunner):
     _batches = 0
 
     def launch(self, batch: Batch) -> LaunchedBatch:
-        return _Launched(batch)
+        return batch
 
     def finish(self, launched: LaunchedBatch) -> BatchResult:
-        batch = cast(_Launched, launched).batch
+        batch = cast(Batch, launched)
         self._batches += 1
         if self._batches % RETURN_EVERY == 0:
             give_back_freed_memory()
@@ -78,7 +72,7 @@ class CpuRunner(TorchRunner):
         ]
         copy_out = 0.0
         # Each output is written when it is computed: all layers of all rows would take more than the weights.
-        for output, values in self._model.features(pixels, batch_outputs(batch)):
+        for output, values in self.model.features(pixels, batch_outputs(batch)):
             computed = time.perf_counter()
             self._write(output, values, [run for run in runs if output in run.rows.spec.outputs], batch.shape)
             copy_out += time.perf_counter() - computed
@@ -114,6 +108,5 @@ class CpuRunner(TorchRunner):
 
     def _gather(self, batch: Batch) -> Tensor:
         """Return the batch's pixels: a view of the arena if they are contiguous there, else a copy."""
-        runs = pixel_runs(batch)
-        parts = [self._pixels_in_arena(run.arena, run.offset, run.count, batch.shape) for run in runs]
+        parts = [self._pixels_in_arena(run, batch.shape) for run in pixel_runs(batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

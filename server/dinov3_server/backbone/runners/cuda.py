@@ -32,7 +32,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.runners.base import TorchRunner, device_failure, pixel_layout
 from dinov3_server.backbone.runners.cuda_graphs import (
     ForwardGraph,
@@ -53,6 +52,7 @@ from dinov3_server.models.interface import (
     OutputSpec,
     PixelShape,
 )
+from dinov3_server.nn.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class CudaRunner(TorchRunner):
         super().__init__(model, info, projections)
         self._device = model.device
         self._locked: set[int] = set()  # arenas
-        self._graphs = GraphCache(int(self.memory()["total"] * _GRAPHS_SHARE))
+        self.graphs = GraphCache(int(self.memory()["total"] * _GRAPHS_SHARE))
         # Held during a launch: waiting for the whole device on another thread would break a capture.
         self._launch_lock = threading.Lock()
         with torch.cuda.device(self._device):
@@ -143,15 +143,14 @@ class CudaRunner(TorchRunner):
         outputs = batch_output_specs(batch)
         key = GraphKey(batch.shape, padded(count), outputs)
         with torch.cuda.device(self._device), self._launch_lock:
-            graph = self._graphs.find(key)
-            is_due = self._graphs.is_due(key, tokens)
+            graph = self.graphs.find(key)
+            is_due = self.graphs.is_due(key, tokens)
             pixels = slot.pixels(key.images, batch.shape, self._device)
 
             with torch.cuda.stream(self._copy_in):
                 slot.copy_in_begins.record()
                 for piece in pixel_runs(batch):
-                    source = self._pixels_in_arena(piece.arena, piece.offset, piece.count, batch.shape)
-                    pixels[piece.first : piece.first + piece.count].copy_(source, non_blocking=True)
+                    pixels[piece.rows].copy_(self._pixels_in_arena(piece, batch.shape), non_blocking=True)
                 slot.copy_in_ends.record()
 
             with torch.cuda.stream(self._compute):
@@ -173,7 +172,7 @@ class CudaRunner(TorchRunner):
                 for run, in_arena in runs:
                     of_spec = chain(*(buffers[run.spec.output_spec(output)] for output in run.spec.outputs))
                     for source, target in zip(of_spec, in_arena, strict=True):
-                        target.copy_(source[run.first : run.first + run.count], non_blocking=True)
+                        target.copy_(source[run.rows], non_blocking=True)
                 flags = slot.flags(count, len(outputs))
                 flags.copy_(result.finite[:count], non_blocking=True)
                 slot.copy_out_ends.record()
@@ -186,25 +185,25 @@ class CudaRunner(TorchRunner):
         return _InFlight(batch, outputs, slot, flags, held=[result.finite, *chain(*result.buffers)])
 
     def _forward(self, key: GraphKey, pixels: Tensor) -> ForwardResult:
-        return compute(self._model, pixels, key.outputs, partial(self._postprocessing, shape=key.shape))
+        return compute(self.model, pixels, key.outputs, partial(self._postprocessing, shape=key.shape))
 
     def _capture(self, key: GraphKey, pixels: Tensor) -> None:
         """Capture a graph for `key`. A failure is logged; it does not affect the batch just launched."""
         # Before the capture: during one they would be allocated in the shared pool, which other graphs overwrite.
-        cached = self._model.cached_tensors(key.shape.height, key.shape.width)
+        cached = self.model.cached_tensors(key.shape.height, key.shape.width)
         try:
-            graph = ForwardGraph(partial(self._forward, key), pixels, cached, self._graphs.pool())
+            graph = ForwardGraph(partial(self._forward, key), pixels, cached, self.graphs.pool())
         except RuntimeError as error:
             if isinstance(device_failure(error), DeviceOutOfMemory):
                 logger.warning(
                     "no memory for a CUDA graph of %d images of %s: they run without one", key.images, key.shape
                 )
-                self._graphs.refuse(key)
+                self.graphs.refuse(key)
             else:  # if the device itself is lost, the batch's end reports it
                 logger.warning("a CUDA graph could not be captured: no further ones will be", exc_info=True)
-                self._graphs.stop()
+                self.graphs.stop()
         else:
-            self._graphs.keep(key, graph)
+            self.graphs.keep(key, graph)
 
     def _collect(self, flight: _InFlight) -> BatchResult:
         slot = flight.slot
@@ -227,7 +226,7 @@ class CudaRunner(TorchRunner):
     def _settle(self) -> None:
         with self._launch_lock:
             torch.cuda.synchronize(self._device)
-            self._graphs.clear()  # free their memory for batches
+            self.graphs.clear()  # free their memory for batches
             torch.cuda.empty_cache()
 
 

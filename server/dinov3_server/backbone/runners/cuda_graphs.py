@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.runners.base import TORCH_DTYPES, finite_rows
 from dinov3_server.backbone.runners.postprocessing import Postprocessing
 from dinov3_server.models.interface import Output, OutputSpec, PixelShape
+from dinov3_server.nn.model import Model
 
 # Capture a key at its third use: most keys that are used once or twice are never used again.
 CAPTURE_AT = 3

@@ -7,31 +7,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dinov3_server.models.interface import Batch, FeatureSpec, ModelInfo, Output, OutputSpec
+from dinov3_server.models.interface import Batch, FeatureSpec, ModelInfo, Output, OutputSpec, Row
 
 
 @dataclass(slots=True)
-class PixelRun:
-    """Rows `first` to `first + count` of a batch whose pixels are contiguous, at byte `offset` of an arena."""
+class Run:
+    """Rows `first` to `first + count` of a batch, whose pixels or output buffers are contiguous in an arena.
 
-    arena: int
-    offset: int
-    first: int
-    count: int
-
-
-@dataclass(slots=True)
-class FeatureRun:
-    """Rows `first` to `first + count` of a batch with one spec, whose output buffers are contiguous in an arena.
-
-    `offsets` are those of the first row, one for each output buffer of `spec`.
+    `arena`, `offsets` (one for each buffer) and `spec` are those of the first row.
     """
 
     arena: int
     offsets: tuple[int, ...]
     spec: FeatureSpec
     first: int
-    count: int
+    count: int = 1
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+    def is_continued_by(self, row: Row, offsets: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+        """Return whether the buffers of `row` follow, `strides` being the bytes of each buffer of a row."""
+        ends = [start + self.count * stride for start, stride in zip(self.offsets, strides, strict=True)]
+        return row.arena == self.arena and list(offsets) == ends
 
 
 def batch_outputs(batch: Batch) -> list[Output]:
@@ -45,37 +44,29 @@ def batch_output_specs(batch: Batch) -> tuple[OutputSpec, ...]:
     return tuple(sorted(outputs, key=repr))
 
 
-def pixel_runs(batch: Batch) -> list[PixelRun]:
+def pixel_runs(batch: Batch) -> list[Run]:
     """Return the runs of contiguous pixels, in the order of the rows."""
-    runs: list[PixelRun] = []
+    runs: list[Run] = []
     for index, row in enumerate(batch.rows):
-        last = runs[-1] if runs else None
-        if last and last.arena == row.arena and row.pixel_offset == last.offset + last.count * batch.shape.nbytes:
-            last.count += 1
+        offsets = (row.pixel_offset,)
+        if runs and runs[-1].is_continued_by(row, offsets, (batch.shape.nbytes,)):
+            runs[-1].count += 1
         else:
-            runs.append(PixelRun(row.arena, row.pixel_offset, index, 1))
+            runs.append(Run(row.arena, offsets, row.spec, index))
     return runs
 
 
-def feature_runs(batch: Batch, info: ModelInfo) -> list[FeatureRun]:
-    """Return the runs of contiguous output buffers, in the order of the rows."""
-    runs: list[FeatureRun] = []
-    strides: dict[FeatureSpec, tuple[int, ...]] = {}
+def feature_runs(batch: Batch, info: ModelInfo) -> list[Run]:
+    """Return the runs of contiguous output buffers of one spec, in the order of the rows."""
+    runs: list[Run] = []
+    strides = {
+        spec: tuple(buffer.nbytes for buffer in info.output_buffers(spec, batch.shape))
+        for spec in {row.spec for row in batch.rows}
+    }
     for index, row in enumerate(batch.rows):
-        spec = row.spec
-        if spec not in strides:
-            strides[spec] = tuple(buffer.nbytes for buffer in info.output_buffers(spec, batch.shape))
         last = runs[-1] if runs else None
-        if (
-            last
-            and last.arena == row.arena
-            and last.spec == spec
-            and all(
-                offset == start + last.count * stride
-                for offset, start, stride in zip(row.output_offsets, last.offsets, strides[spec], strict=True)
-            )
-        ):
+        if last and last.spec == row.spec and last.is_continued_by(row, row.output_offsets, strides[row.spec]):
             last.count += 1
         else:
-            runs.append(FeatureRun(row.arena, row.output_offsets, spec, index, 1))
+            runs.append(Run(row.arena, row.output_offsets, row.spec, index))
     return runs

@@ -8,7 +8,8 @@ Shapes: B rows, P patches of h x w, D channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from dinov3_server.models.interface import Output, OutputSpec, Pooling
 
 _INT8_MAX = 127  # symmetric: -128 is not used
+_Step: TypeAlias = tuple[Output, Pooling | None, str | None]  # the last is the name of a projection
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,18 @@ class LinearMap:
         return LinearMap(self.weight.to(device), self.bias.to(device))
 
 
+@dataclass(eq=False)
 class Postprocessing:
     """Computes output buffers from one batch's `features` (as returned by `Model`). Never waits for the device.
 
     `grid` returns h and w of a layer's patches (the layer is as in Output); `projections` are on the features' device.
     """
 
-    def __init__(
-        self,
-        features: Mapping[Output, Tensor],
-        grid: Callable[[int | None], tuple[int, int]],
-        projections: Mapping[str, LinearMap],
-    ) -> None:
-        self._features = features
-        self._grid = grid
-        self._projections = projections
-        self._tokens: dict[tuple[Output, Pooling | None, str | None], Tensor] = {}
-        self._quantized: dict[tuple[Output, Pooling | None, str | None], tuple[Tensor, Tensor]] = {}
+    features: Mapping[Output, Tensor]
+    grid: Callable[[int | None], tuple[int, int]]
+    projections: Mapping[str, LinearMap]
+    _tokens: dict[_Step, Tensor] = field(default_factory=dict)
+    _quantized: dict[_Step, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def buffers(self, spec: OutputSpec) -> list[Tensor]:
         """Return the output buffers of all rows for `spec` (see `ModelInfo.output_buffers`).
@@ -67,25 +64,25 @@ class Postprocessing:
 
     def before_pooling(self, spec: OutputSpec) -> list[Tensor]:
         """Return the features that `spec` pools: they must be finite too, as pooling may skip patches."""
-        return [self._features[spec.output]] if spec.pooling else []
+        return [self.features[spec.output]] if spec.pooling else []
 
     def _projected(self, output: Output, pooling: Pooling | None, projection: str | None) -> Tensor:
         """Return pooled and projected tokens: [B, D] (cls) or [B, tokens, D]."""
         if pooling is None and projection is None:
-            return self._features[output]
+            return self.features[output]
         key = (output, pooling, projection)
         if key not in self._tokens:
             if projection is not None:
-                self._tokens[key] = self._projections[projection](self._projected(output, pooling, None))
+                self._tokens[key] = self.projections[projection](self._projected(output, pooling, None))
             else:
                 assert pooling is not None
-                self._tokens[key] = pool(self._features[output], self._grid(output.layer), pooling)
+                self._tokens[key] = pool(self.features[output], self.grid(output.layer), pooling)
         return self._tokens[key]
 
     def _laid_out(self, tokens: Tensor, spec: OutputSpec) -> Tensor:
         if not spec.channels_first:
             return tokens
-        grid = spec.pooling[1:] if spec.pooling else self._grid(spec.output.layer)
+        grid = spec.pooling[1:] if spec.pooling else self.grid(spec.output.layer)
         return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 

@@ -1,8 +1,7 @@
-"""Weights: read, checked key by key, brought into canonical tensors.
+"""Reads weights, checks them key by key, and brings them into canonical tensors.
 
-Read are the official `.pth` files and transformers' and timm's `model.safetensors`, also in shards, told apart by what
-is in them and not by their names. Nothing is taken on trust: a missing, extra or misshapen key is an error that names
-it.
+It reads the official `.pth` files and transformers' and timm's `model.safetensors`, also in shards, and recognizes them
+by their content, not by their names. A missing, extra or misshapen key is an error that names it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,10 @@ from torch import Tensor
 
 from dinov3_server.backbone.weights.tensor_files import read_tensors
 from dinov3_server.errors import CheckpointError, ConfigError
-from dinov3_server.families.dinov3_vit.key_maps import PERIODS
-from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.families.registry import VARIANTS
-from dinov3_server.models.key_map import FileTensor
-from dinov3_server.models.variant import DATASETS, Dataset, Variant
+from dinov3_server.models.variant import DATASETS, Dataset, FileTensor, Variant
 from dinov3_server.models.weight_files import enumerate_some
-from dinov3_server.nn.rope import default_periods
+from dinov3_server.nn.model import Model
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +28,24 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights: canonical tensors as the file stores them (mapped, not read), and a ViT's [d/4] fp32 RoPE
-    periods."""
+    """A model's weights: canonical tensors as the file stores them (mapped, not read), and the variant's constants."""
 
     variant: Variant
     dataset: Dataset
     tensors: Mapping[str, Tensor]
-    periods: Tensor | None
-    official: Mapping[str, Tensor] | None = None  # the file's own tensors, where it names them as Meta does
+    official: Mapping[str, Tensor] | None = None  # the file's own tensors, if it is in Meta's format
+
+    def build(self, *, dtype: torch.dtype, device: torch.device) -> Model:
+        """Build our implementation of the variant with these weights."""
+        return self.variant.build(self.tensors, self.dataset, dtype=dtype, device=device)
 
 
 def load_checkpoint(path: Path, variant: Variant, dataset: str | None = None) -> Checkpoint:
-    """The weights of `variant` at `path`: a file, the index of shards, or a folder that has either.
+    """Load the weights of `variant` at `path`: a file, the index of shards, or a folder that has either.
 
-    `dataset`, where given, is what they were trained on; else that is guessed from names. Raises CheckpointError,
-    saying what is there instead, for anything but a whole, matching checkpoint; and ConfigError for a dataset that
-    `variant` was not trained on.
+    `dataset` is what they were trained on; without it, that is guessed from names. Raises CheckpointError, with what
+    was found instead, for anything but a whole, matching checkpoint; and ConfigError for a dataset that `variant` was
+    not trained on.
     """
     given = None if dataset is None else _given(dataset, variant)
     stored = read_tensors(path)
@@ -76,24 +74,18 @@ def load_checkpoint(path: Path, variant: Variant, dataset: str | None = None) ->
         for name, part in zip(entry.parts, tensors[key].chunk(len(entry.parts)), strict=True)
         if name is not None
     }
-    periods = canonical.pop(PERIODS, None)
-    if periods is None and isinstance(variant, VitVariant):
-        periods = default_periods(variant.head_dim, variant.rope_base)
+    constants = variant.constants()
+    for name in constants.keys() & canonical.keys():
+        constants[name] = canonical[name].float()
     for name, shape in variant.canonical_shapes().items():
         if name not in canonical:
             canonical[name] = torch.zeros(shape)
-    trained_on = given or _dataset(path, variant, tensors)
-    return Checkpoint(
-        variant,
-        trained_on,
-        canonical,
-        None if periods is None else periods.float(),
-        official=tensors if key_map.name == "official" else None,
-    )
+    official = tensors if key_map.name == "official" else None
+    return Checkpoint(variant, given or _dataset(path, variant, tensors), canonical | constants, official)
 
 
 def _problems(tensors: Mapping[str, Tensor], entries: Mapping[str, FileTensor]) -> list[str]:
-    """What keeps `tensors` from being exactly `entries`, a phrase a kind."""
+    """Return how `tensors` differ from `entries`: one phrase for each kind of difference."""
     missing = [f"{key} {_shape(e.shape)}" for key, e in entries.items() if e.required and key not in tensors]
     extra = [f"{key} {_shape(tensor.shape)}" for key, tensor in tensors.items() if key not in entries]
     misshapen = [
@@ -114,7 +106,7 @@ def _looks_like(stored: Mapping[str, Tensor]) -> str:
 
 
 def _check_values(path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, FileTensor]) -> None:
-    """What shapes do not show: dtypes, the masks of the qkv biases, and tensors that have two names."""
+    """Check what shapes do not show: dtypes, the masks of the qkv biases, and tensors that have two names."""
     if wrong := [
         f"{key} ({str(t.dtype).removeprefix('torch.')})" for key, t in tensors.items() if t.dtype not in _DTYPES
     ]:
@@ -146,10 +138,10 @@ def _given(name: str, variant: Variant) -> Dataset:
 
 
 def _dataset(path: Path, variant: Variant, tensors: Mapping[str, Tensor]) -> Dataset:
-    """The dataset that the weights were trained on, which sets the normalization of their input.
+    """Return the dataset that the weights were trained on, which determines the normalization of their input.
 
-    Every published file or folder says it in its name. Where neither does, a ViT-L with a `local_cls_norm` is the one
-    of SAT-493M (that of LVD-1689M has none), and any other is taken for LVD-1689M's.
+    Every published file or folder has it in its name. Without it, a ViT-L with a `local_cls_norm` is the one of
+    SAT-493M (that of LVD-1689M has none), and anything else is assumed to be LVD-1689M's.
     """
     names: Iterable[str] = reversed(path.absolute().parts)
     for name in names:

@@ -1,4 +1,4 @@
-"""Seeded weights in the place of trained ones, for demonstrations and tests: the features mean nothing."""
+"""Draws seeded weights, for demonstrations and tests: the features mean nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dinov3_server.models.variant import Variant
 
-# With queries and keys as small as the rest, attention would be uniform and a wrong RoPE would go unseen.
+# With queries and keys as small as the rest, attention would be uniform and a wrong RoPE would not be noticed.
 _QUERY_KEY_STD = 0.08
 _STD = 0.02
 _GAMMA = 0.5
@@ -15,7 +15,7 @@ _NORM_STD = 0.1
 
 
 def random_tensors(variant: Variant, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Canonical tensors drawn in a fixed order: the same for the same variant, seed and dtype."""
+    """Draw canonical tensors in a fixed order: the same for the same variant, seed and dtype."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in variant.canonical_shapes().items():

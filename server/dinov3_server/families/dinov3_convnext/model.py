@@ -14,6 +14,7 @@ Shapes: B images, H x W pixels; stage i has a map of h x w = H / s x W / s cells
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +24,17 @@ from dinov3_server.families.dinov3_convnext.variants import ConvNextVariant
 from dinov3_server.models.interface import Output
 from dinov3_server.models.variant import Dataset
 from dinov3_server.nn.linear import Linear, linear
+from dinov3_server.nn.model import Model, source_layer
 from dinov3_server.nn.norm import Norm
 from dinov3_server.nn.patch_embedding import PatchEmbedding
 
 _KERNEL = 7  # of the depthwise convolutions
 
 
-class ConvNext:
-    """A ConvNeXt: `model(pixels, outputs)` returns the features of a batch.
+class ConvNext(Model):
+    """A ConvNeXt.
 
-    `tensors` are canonical (see key_maps.py), in any floating dtype and on any device; the model keeps none of them.
+    `tensors` are canonical (see variants.py), in any floating dtype and on any device; the model keeps none of them.
     On the meta device it can be built and run without memory.
     """
 
@@ -68,22 +70,14 @@ class ConvNext:
         ]
         self._norm = norm("norm")
 
-    def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats, H and W multiples of
-        32.
-
-        Returns for each output a [B, C] (cls, the mean of the map) or [B, h w, C] (patches, row-major) fp32 tensor;
-        they may share memory. Layers are stages. The final norm applies to the last stage only; `norm` does not change
-        the others' features. Raises ValueError for outputs that the model does not have. Never waits for the device,
-        nor depends on the values of the pixels.
-        """
-        return dict(self.features(pixels, outputs))
-
     def features(self, pixels: Tensor, outputs: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
-        """Yield each output of a call as soon as its stage is computed."""
+        """Yield the features as `Model` says: [B, C] (cls, the mean of the map) or [B, h w, C] (patches, row-major).
+
+        Layers are stages. The final norm applies to the last stage only; `norm` does not change the others' features.
+        """
         by_layer: dict[int, list[Output]] = {}
         for output in outputs:
-            by_layer.setdefault(self._source(output), []).append(output)
+            by_layer.setdefault(source_layer(output, self.variant), []).append(output)
         if not by_layer:
             return
         x = self._stem_norm(self._stem(pixels).float())
@@ -95,34 +89,21 @@ class ConvNext:
             if group := by_layer.get(layer):
                 yield from self._pick(x, group)
 
-    def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
-        """Return no tensors: a forward pass reads weights only."""
-        return ()
-
-    def _source(self, output: Output) -> int:
-        """Return the stage that computes `output`."""
-        if output.kind not in ("cls", "patches"):
-            raise ValueError(f"no output kind {output.kind!r} in {self.variant.name}: its kinds are cls and patches")
-        last = self.variant.depth - 1
-        if output.layer is not None and not 0 <= output.layer <= last:
-            raise ValueError(f"no layer {output.layer} in {self.variant.name}: its layers are 0 to {last}")
-        return last if output.layer is None else output.layer
-
     def _pick(self, x: Tensor, group: list[Output]) -> Iterator[tuple[Output, Tensor]]:
         """Yield the outputs of one stage, from its map."""
         for output in group:
             tokens = x.mean((1, 2)) if output.kind == "cls" else x.flatten(1, 2)
-            is_last = output.layer is None or output.layer == self.variant.depth - 1
+            is_last = source_layer(output, self.variant) == self.variant.depth - 1
             yield output, self._norm(tokens) if is_last and output.norm else tokens
 
 
+@dataclass(eq=False)
 class _Downsample:
     """Norm, then the 2 x 2 convolution of stride 2: [B, h, w, C] to [B, h / 2, w / 2, C']."""
 
-    def __init__(self, dtype: torch.dtype, eps: float, reduction: Linear) -> None:
-        self.dtype = dtype
-        self.eps = eps
-        self.reduction = reduction
+    dtype: torch.dtype
+    eps: float
+    reduction: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
@@ -131,25 +112,24 @@ class _Downsample:
         return self.reduction(cells.reshape(batch, height // 2, width // 2, 4 * channels)).float()
 
 
+@dataclass(eq=False)
 class _Block:
     """x + pwconv2(gelu(pwconv1(norm(dwconv x)))), the norm's scale and shift in pwconv1 and LayerScale in pwconv2.
 
     x, [B, h, w, C] fp32, may be overwritten.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, eps: float, dwconv: tuple[Tensor, Tensor], pwconv1: Linear, pwconv2: Linear
-    ) -> None:
-        self.dtype = dtype
-        self.eps = eps
-        self.weight, self.bias = dwconv
-        self.pwconv1 = pwconv1
-        self.pwconv2 = pwconv2
+    dtype: torch.dtype
+    eps: float
+    kernels: Tensor  # of the depthwise convolution
+    bias: Tensor
+    pwconv1: Linear
+    pwconv2: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
         channels = x.shape[-1]
         planes = x.to(self.dtype).permute(0, 3, 1, 2)
-        mixed = F.conv2d(planes, self.weight, self.bias, padding=_KERNEL // 2, groups=channels).permute(0, 2, 3, 1)
+        mixed = F.conv2d(planes, self.kernels, self.bias, padding=_KERNEL // 2, groups=channels).permute(0, 2, 3, 1)
         normed = F.layer_norm(mixed, (channels,), eps=self.eps)
         hidden = self.pwconv1.gelu(normed)
         # In another dtype the addition is a separate operator; in place, it takes half the memory.
@@ -164,18 +144,14 @@ def _downsample(
     weight = exact(f"{prefix}1.weight").permute(0, 2, 3, 1)  # [C', 2, 2, C]
     scale, shift = exact(f"{prefix}0.weight"), exact(f"{prefix}0.bias")
     bias = exact(f"{prefix}1.bias") + weight.sum((1, 2)) @ shift
-    return _Downsample(dtype, variant.norm_eps, _dense((weight * scale).flatten(1), bias, dtype))
+    return _Downsample(dtype, variant.norm_eps, linear((weight * scale).flatten(1), bias, dtype))
 
 
 def _block(variant: ConvNextVariant, dtype: torch.dtype, prefix: str, exact: Callable[[str], Tensor]) -> _Block:
     """Build a block from canonical tensors."""
     scale, shift, gamma = exact(f"{prefix}norm.weight"), exact(f"{prefix}norm.bias"), exact(f"{prefix}gamma")
     weight1, weight2 = exact(f"{prefix}pwconv1.weight"), exact(f"{prefix}pwconv2.weight")
-    pwconv1 = _dense(weight1 * scale, exact(f"{prefix}pwconv1.bias") + weight1 @ shift, dtype)
-    pwconv2 = _dense(gamma[:, None] * weight2, gamma * exact(f"{prefix}pwconv2.bias"), dtype)
+    pwconv1 = linear(weight1 * scale, exact(f"{prefix}pwconv1.bias") + weight1 @ shift, dtype)
+    pwconv2 = linear(gamma[:, None] * weight2, gamma * exact(f"{prefix}pwconv2.bias"), dtype)
     kernels = exact(f"{prefix}dwconv.weight").to(dtype).contiguous(memory_format=torch.channels_last)
-    return _Block(dtype, variant.norm_eps, (kernels, exact(f"{prefix}dwconv.bias").to(dtype)), pwconv1, pwconv2)
-
-
-def _dense(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Linear:
-    return linear(weight.to(dtype).contiguous(), bias.to(dtype))
+    return _Block(dtype, variant.norm_eps, kernels, exact(f"{prefix}dwconv.bias").to(dtype), pwconv1, pwconv2)

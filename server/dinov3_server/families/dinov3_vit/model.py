@@ -14,25 +14,26 @@ Shapes: B images, H x W pixels, T = 1 + G + P tokens (CLS, registers, patches), 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.families.dinov3_vit.variants import PERIODS, VitVariant
 from dinov3_server.models.interface import Output
 from dinov3_server.models.variant import Dataset
 from dinov3_server.nn.attention import attention
 from dinov3_server.nn.linear import Linear, linear
+from dinov3_server.nn.model import Model, source_layer
 from dinov3_server.nn.norm import Norm
 from dinov3_server.nn.patch_embedding import PatchEmbedding
 from dinov3_server.nn.rope import Rope, interleave
 
 
-class VisionTransformer:
-    """A ViT: `model(pixels, outputs)` returns the features of a batch.
+class VisionTransformer(Model):
+    """A ViT.
 
-    `tensors` are canonical (see key_maps.py), in any floating dtype and on any device; the model keeps none of them.
+    `tensors` are canonical (see variants.py), in any floating dtype and on any device; the model keeps none of them.
     On the meta device it can be built and run without memory.
     """
 
@@ -40,7 +41,6 @@ class VisionTransformer:
         self,
         variant: VitVariant,
         tensors: Mapping[str, Tensor],
-        periods: Tensor,
         dataset: Dataset,
         *,
         dtype: torch.dtype,
@@ -53,36 +53,24 @@ class VisionTransformer:
         def exact(name: str) -> Tensor:
             return tensors[name].to(device, torch.float32)
 
-        def dense(weight: Tensor, bias: Tensor | None) -> Linear:
-            return linear(weight.to(dtype).contiguous(), None if bias is None else bias.to(dtype))
-
         projection = exact("patch_embed.proj.weight"), exact("patch_embed.proj.bias")
         self._patch_embedding = PatchEmbedding(*projection, dataset, multiple=variant.patch_size, dtype=dtype)
         self._prefix = torch.cat((exact("cls_token"), exact("storage_tokens")), dim=1)  # [1, 1 + G, D]
         self._norm = Norm(exact("norm.weight"), exact("norm.bias"), variant.norm_eps)
-        self._rope = Rope(periods.to(device, torch.float32))
-        self._blocks = [_block(variant, dtype, f"blocks.{i}.", exact, dense) for i in range(variant.depth)]
+        self._rope = Rope(exact(PERIODS))
+        self._blocks = [_block(variant, dtype, f"blocks.{i}.", exact) for i in range(variant.depth)]
         self._ranges = {
             "cls": slice(0, 1),
             "registers": slice(1, 1 + variant.registers),
             "patches": slice(1 + variant.registers, None),
         }
 
-    def __call__(self, pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
-        """Compute features of `pixels`: [B, H, W, 3] uint8 RGB or [B, 3, H, W] normalized floats, H and W multiples of
-        16.
-
-        Returns for each output a [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major) fp32 tensor;
-        they may share memory. Raises ValueError for outputs that the model does not have. Never waits for the device,
-        nor depends on the values of the pixels.
-        """
-        return dict(self.features(pixels, outputs))
-
     def features(self, pixels: Tensor, outputs: Iterable[Output]) -> Iterator[tuple[Output, Tensor]]:
-        """Yield each output of a call as soon as its layer is computed."""
+        """Yield the features as `Model` says: [B, D] (cls), [B, G, D] (registers) or [B, P, D] (patches, row-major)."""
         by_layer: dict[tuple[int, bool], list[Output]] = {}
         for output in outputs:
-            by_layer.setdefault(self._source(output), []).append(output)
+            norm = output.layer is None or output.norm
+            by_layer.setdefault((source_layer(output, self.variant), norm), []).append(output)
         if not by_layer:
             return
         last = max(layer for layer, _ in by_layer)
@@ -101,17 +89,6 @@ class VisionTransformer:
     def cached_tensors(self, height: int, width: int) -> tuple[Tensor, ...]:
         """Return the rotations for pixels of this size, which Rope keeps in an LRU cache."""
         return (self._rope.rotations(height // self.variant.patch_size, width // self.variant.patch_size),)
-
-    def _source(self, output: Output) -> tuple[int, bool]:
-        """Return the block that computes `output`, and whether to apply the final norm."""
-        depth = self.variant.depth
-        if output.kind not in self._ranges:
-            raise ValueError(f"no output kind {output.kind!r}; the kinds are {', '.join(self._ranges)}")
-        if output.layer is None:
-            return depth - 1, True
-        if not 0 <= output.layer < depth:
-            raise ValueError(f"no layer {output.layer} in {self.variant.name}: its layers are 0 to {depth - 1}")
-        return output.layer, output.norm
 
     def _embed(self, pixels: Tensor) -> tuple[Tensor, int, int]:
         """Return the [B, T, D] tokens that enter the first block, and the patch grid."""
@@ -135,55 +112,40 @@ class VisionTransformer:
             yield output, part[:, 0] if output.kind == "cls" else part
 
 
-class _FeedForward(Protocol):
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return residual + f(x)."""
-        ...
-
-
+@dataclass(eq=False)
 class _Mlp:
     """residual + fc2(gelu(fc1 x))."""
 
-    def __init__(self, fc1: Linear, fc2: Linear) -> None:
-        self.fc1 = fc1
-        self.fc2 = fc2
+    fc1: Linear
+    fc2: Linear
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.fc2.add(self.fc1.gelu(x), residual)
 
 
+@dataclass(eq=False)
 class _SwiGlu:
     """residual + w3(silu(w1 x) * w2 x)."""
 
-    def __init__(self, w1: Linear, w2: Linear, w3: Linear) -> None:
-        self.w1 = w1
-        self.w2 = w2
-        self.w3 = w3
+    w1: Linear
+    w2: Linear
+    w3: Linear
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.w3.add(self.w2.mul(x, self.w1.silu(x)), residual)
 
 
+@dataclass(eq=False)
 class _Block:
     """Pre-norm attention and feed-forward, LayerScale already in the projections."""
 
-    def __init__(
-        self,
-        heads: int,
-        dtype: torch.dtype,
-        norm1: Norm,
-        qkv: Linear,
-        proj: Linear,
-        norm2: Norm,
-        ffn: _FeedForward,
-    ) -> None:
-        self.heads = heads
-        self.dtype = dtype
-        self.norm1 = norm1
-        self.qkv = qkv
-        self.proj = proj
-        self.norm2 = norm2
-        self.ffn = ffn
+    heads: int
+    dtype: torch.dtype
+    norm1: Norm
+    qkv: Linear
+    proj: Linear
+    norm2: Norm
+    ffn: _Mlp | _SwiGlu
 
     def __call__(self, x: Tensor, rotations: Tensor, keep: int | None) -> Tensor:
         """Map [B, T, D] to [B, T, D], or to the first `keep` tokens; `rotations` are for the last P of the T tokens."""
@@ -199,33 +161,29 @@ def _block(
     dtype: torch.dtype,
     prefix: str,
     exact: Callable[[str], Tensor],
-    dense: Callable[[Tensor, Tensor | None], Linear],
 ) -> _Block:
-    """Build a block: `exact` returns a canonical tensor in fp32, `dense` makes a layer in the model's dtype."""
+    """Build a block: `exact` returns a canonical tensor in fp32."""
 
     def norm(name: str) -> Norm:
         return Norm(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"), variant.norm_eps)
 
     def plain(name: str) -> Linear:
-        return dense(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"))
+        return linear(exact(f"{prefix}{name}.weight"), exact(f"{prefix}{name}.bias"), dtype)
 
     def scaled(name: str, gamma: str) -> Linear:
         scale = exact(f"{prefix}{gamma}.gamma")
-        return dense(
-            scale[:, None] * exact(f"{prefix}{name}.weight"),
-            scale * exact(f"{prefix}{name}.bias"),
-        )
+        return linear(scale[:, None] * exact(f"{prefix}{name}.weight"), scale * exact(f"{prefix}{name}.bias"), dtype)
 
     def qkv() -> Linear:
         heads, scale = variant.heads, variant.head_dim**-0.5
         q, k, v = (exact(f"{prefix}attn.{part}.weight") for part in "qkv")
         weight = torch.cat((interleave(q, heads) * scale, interleave(k, heads), v))
         if not variant.qkv_bias:
-            return dense(weight, None)
+            return linear(weight, None, dtype)
         q, v = (exact(f"{prefix}attn.{part}.bias") for part in "qv")
-        return dense(weight, torch.cat((interleave(q, heads) * scale, torch.zeros_like(q), v)))
+        return linear(weight, torch.cat((interleave(q, heads) * scale, torch.zeros_like(q), v)), dtype)
 
-    ffn: _FeedForward
+    ffn: _Mlp | _SwiGlu
     if variant.ffn == "mlp":
         ffn = _Mlp(plain("mlp.fc1"), scaled("mlp.fc2", "ls2"))
     else:

@@ -8,9 +8,9 @@ import torch
 
 from dinov3_server.backbone import runner
 from dinov3_server.backbone.parity import check
-from dinov3_server.backbone.parity.upstream_process import ReferenceFeatures, upstream_features
+from dinov3_server.backbone.parity.upstream_process import ReferenceFeatures, UpstreamTask, upstream_features
 from dinov3_server.families.registry import lookup
-from tests.server.backbone.features import CPU
+from dinov3_server.models.interface import FeatureDtype
 from tests.server.backbone.parity.rig import TINY, FakeUpstream, Start
 
 
@@ -25,9 +25,8 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, ReferenceFeatures]:
     """Features by the stand-in, computed in its own process."""
     start = Start(tmp_path_factory.mktemp("computed"))
-    return upstream_features(
-        start.checkout, start.weights, TINY, "lvd1689m", ("float32", "bfloat16"), device=CPU, threads=1
-    )
+    dtypes: tuple[FeatureDtype, ...] = ("float32", "bfloat16")
+    return upstream_features(UpstreamTask(start.weights, start.checkout, "", TINY, "lvd1689m", dtypes, "cpu", 1))
 
 
 @pytest.fixture

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dinov3_server.backbone import runner
-from dinov3_server.backbone.model import native_model
 from dinov3_server.backbone.parity.check import EXACT, NEAR, bound, compare, passes
 from dinov3_server.backbone.parity.upstream_process import ReferenceFeatures
 from dinov3_server.backbone.runner import build
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.errors import CheckpointError, ParityError, UpstreamCodeError
+from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.models.interface import OutputParity
+from dinov3_server.models.variant import Dataset
 from tests.server.backbone.files import official_state, transformers_state
 from tests.server.backbone.parity.rig import REVISION, TINY, FakeUpstream, Start
 
@@ -110,15 +112,16 @@ def test_a_serving_dtype_worse_than_metas_own_rounding_is_refused(
     start: Start, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error recommends float32, which passes."""
-    original = runner._model
+    original = VitVariant.build
 
-    def broken(*arguments: Any) -> Any:
-        model = original(*arguments)
-        if arguments[1] == torch.bfloat16:
-            model._norm.weight[::2] *= 1.5
-        return model
+    def broken(variant: VitVariant, tensors: dict[str, Tensor], dataset: Dataset, **options: Any) -> Any:
+        if options["dtype"] == torch.bfloat16:
+            weight = tensors["norm.weight"].clone()
+            weight[::2] *= 1.5
+            tensors = {**tensors, "norm.weight": weight}
+        return original(variant, tensors, dataset, **options)
 
-    monkeypatch.setattr(runner, "_model", broken)
+    monkeypatch.setattr(VitVariant, "build", broken)
     with pytest.raises(ParityError) as refused:
         start("bfloat16")
     assert "cls in bfloat16" in str(refused.value)
@@ -198,7 +201,7 @@ def test_the_reference_backbone_needs_metas_code(start: Start) -> None:
 def test_the_reference_backbone_has_its_own_fingerprint(
     start: Start, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "UpstreamModel", lambda checkout, *args, **options: native_model(*args, **options))
+    monkeypatch.setattr(runner, "UpstreamModel", lambda checkout, checkpoint, **options: checkpoint.build(**options))
     mine = start().info.fingerprint
     theirs = start(backbone="reference").info
     other = dataclasses.replace(start.provisioned, revision="f" * 40)

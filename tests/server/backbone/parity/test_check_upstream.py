@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from bench.reference import upstream_checkout
-from dinov3_server.backbone.model import native_model
 from dinov3_server.backbone.runner import build
 from dinov3_server.backbone.weights.checkpoint import load_checkpoint
 from dinov3_server.families.registry import lookup
@@ -106,7 +105,7 @@ torch.save(features, out)
     assert done.returncode == 0, done.stderr
     served = torch.load(out, weights_only=True)
     variant = lookup(export.name)
-    model = native_model(load_checkpoint(export.weights, variant), dtype=torch.float32, device=CPU)
+    model = load_checkpoint(export.weights, variant).build(dtype=torch.float32, device=CPU)
     for size, each in torch.load(export.features, weights_only=True).items():
         features = {Output(kind, layer, norm): tokens for kind, layer, norm, tokens in served[size]}
         theirs = {Output(kind): tokens for kind, tokens in each["final"].items()}

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from bench.reference import upstream_checkout
-from dinov3_server.backbone.model import native_model
 from dinov3_server.backbone.weights.checkpoint import load_checkpoint
 from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.families.registry import lookup
@@ -54,7 +53,7 @@ def test_features_equal_metas(checkout: Path, tmp_path: Path, name: str, dataset
     path = tmp_path / "weights.pth"
     checkpoint = load_checkpoint(path, variant)
     assert checkpoint.dataset.name == dataset
-    model = native_model(checkpoint, dtype=torch.float32, device=CPU)
+    model = checkpoint.build(dtype=torch.float32, device=CPU)
     path.unlink()  # pytest would keep up to 2 GB
     kinds = 3 if variant.registers else 2
     for stored in torch.load(tmp_path / "features.pth", weights_only=True).values():

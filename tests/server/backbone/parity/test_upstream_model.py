@@ -22,7 +22,6 @@ from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.families.registry import lookup
 from dinov3_server.models.interface import Output
 from dinov3_server.models.variant import DATASETS
-from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.features import CPU, every_output, normalized, ours, picture, worst_cosine, worst_error
 from tests.server.backbone.files import SHALLOW, SHALLOW_SWIGLU, official_state, transformers_state
 from tests.support.upstream_code import write_checkout
@@ -48,9 +47,8 @@ def checkpoint(folder: Path, variant: VitVariant = TINY) -> Checkpoint:
 
 def test_every_output_equals_the_native_models(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path)
-    assert weights.periods is not None
     theirs = UpstreamModel(write_checkout(tmp_path / "code"), weights, dtype=torch.float32, device=CPU)
-    model = ours(TINY, dict(weights.tensors), weights.periods)
+    model = ours(TINY, dict(weights.tensors))
     images = picture(64, 96, count=2)
     for pixels in (images, normalized(images)):
         for wanted in (every_output(TINY.depth), [Output("cls")], [Output("patches", 0, norm=False)], []):
@@ -81,8 +79,7 @@ def test_bfloat16_equals_autocast(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", [SHALLOW, SHALLOW_SWIGLU, dataclasses.replace(SHALLOW, qkv_bias=False)])
 def test_translated_weights_equal_those_of_an_official_file(variant: VitVariant) -> None:
     tensors = random_tensors(variant, 1)
-    periods = default_periods(variant.head_dim, variant.rope_base)
-    translated = official_tensors(Checkpoint(variant, DATASETS["lvd1689m"], tensors, periods))
+    translated = official_tensors(Checkpoint(variant, DATASETS["lvd1689m"], tensors | variant.constants()))
     expected = official_state(variant, tensors)
     del expected["mask_token"]  # unused
     for i in range(variant.depth if variant.qkv_bias else 0):
@@ -124,12 +121,11 @@ def test_a_transformers_file_in_half_precision(tmp_path: Path) -> None:
     }
     save_file(state, tmp_path / "model.safetensors")
     weights = load_checkpoint(tmp_path / "model.safetensors", TINY)
-    assert weights.periods is not None
     theirs = UpstreamModel(write_checkout(tmp_path / "code"), weights, dtype=torch.float32, device=CPU)
     images = picture(64, 96)
     with torch.inference_mode():
         expected = theirs(images, every_output(TINY.depth))
-    assert worst_error(ours(TINY, dict(weights.tensors), weights.periods), images, expected) <= 1e-5
+    assert worst_error(ours(TINY, dict(weights.tensors)), images, expected) <= 1e-5
 
 
 def test_only_sources_are_read_and_nothing_is_written(tmp_path: Path) -> None:

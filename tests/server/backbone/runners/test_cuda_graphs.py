@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.model import Model
 from dinov3_server.backbone.runners import cuda_graphs
 from dinov3_server.backbone.runners.cuda import CudaRunner
 from dinov3_server.backbone.runners.cuda_graphs import CAPTURE_AT, MAX_TOKENS, GraphCache, GraphKey, padded
@@ -29,7 +28,7 @@ from dinov3_server.models.interface import (
     PixelShape,
     Row,
 )
-from dinov3_server.nn.rope import default_periods
+from dinov3_server.nn.model import Model
 from tests.server.backbone.arenas import Arena
 from tests.server.backbone.convnext_files import NARROW as CONVNEXT
 from tests.server.backbone.fake_cuda import FakeCuda
@@ -159,7 +158,7 @@ def test_the_number_of_keys_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny_vit() -> Model:
-    return ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0))
+    return ours(TINY, random_tensors(TINY, 0))
 
 
 class Rig:
@@ -284,14 +283,14 @@ def test_a_convnext_is_captured_with_its_stages(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_captured_pass_has_just_run_with_the_same_shape(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """So no kernel, workspace or cached tensor is created in a capture."""
-    model, sizes = rig.runner._model, []
+    model, sizes = rig.runner.model, []
 
     def noted(pixels: Tensor, outputs: Iterable[Output]) -> dict[Output, Tensor]:
         sizes.append((len(pixels), rig.cuda.capturing is not None))
         return model(pixels, outputs)
 
     monkeypatch.setattr(noted, "cached_tensors", model.cached_tensors, raising=False)
-    monkeypatch.setattr(rig.runner, "_model", noted)
+    monkeypatch.setattr(rig.runner, "model", noted)
     rig.serve(SQUARE, 17, times=CAPTURE_AT + 1)
     assert sizes == [*[(17, False)] * (CAPTURE_AT - 1), (18, False), (18, True)]
 
@@ -318,10 +317,10 @@ def test_a_replay_flags_only_the_row_that_is_not_finite(rig: Rig) -> None:
 
 
 def test_a_graph_keeps_the_cached_rotations_alive(rig: Rig) -> None:
-    (table,) = rig.runner._model.cached_tensors(32, 32)
+    (table,) = rig.runner.model.cached_tensors(32, 32)
     rig.serve(SQUARE, 2, times=CAPTURE_AT)
-    rig.runner._model._rope.rotations.cache_clear()
-    (entry,) = rig.runner._graphs._entries.values()
+    rig.runner.model._rope.rotations.cache_clear()
+    (entry,) = rig.runner.graphs._entries.values()
     assert any(held is table for held in entry.graph._cached)
     rig.serve(SQUARE, 2)
 
@@ -350,16 +349,16 @@ def test_after_another_capture_error_no_more_are_captured(rig: Rig) -> None:
 
 def test_graphs_are_freed_when_a_batch_runs_out_of_memory(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.serve(SQUARE, 2, times=CAPTURE_AT)
-    assert len(rig.runner._graphs) == 1
+    assert len(rig.runner.graphs) == 1
     rows, _ = rig.request(WIDE, 2, BOTH)
 
     def out_of_memory(pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rig.runner, "_model", out_of_memory)
+        patch.setattr(rig.runner, "model", out_of_memory)
         with pytest.raises(DeviceOutOfMemory):
             rig.runner.launch(Batch(WIDE, tuple(rows)))
-    assert len(rig.runner._graphs) == 0
+    assert len(rig.runner.graphs) == 0
     rig.serve(SQUARE, 2, times=CAPTURE_AT + 1)
     assert rig.cuda.log.count("replay") == 1

@@ -19,7 +19,6 @@ from dinov3_server.backbone.runners.cuda import CudaRunner
 from dinov3_server.backbone.weights.random_weights import random_tensors
 from dinov3_server.families.registry import lookup
 from dinov3_server.models.interface import Batch, DeviceLost, DeviceOutOfMemory, FeatureSpec, Output, PixelShape, Row
-from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.arenas import Arena
 from tests.server.backbone.fake_cuda import FakeCuda
 from tests.server.backbone.features import ours, picture
@@ -39,7 +38,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 @pytest.fixture
 def runner(notes: FakeCuda) -> CudaRunner:
-    model = ours(TINY, random_tensors(TINY, 0), default_periods(TINY.head_dim, 100.0))
+    model = ours(TINY, random_tensors(TINY, 0))
     info = dataclasses.replace(
         build("vits16", "random:0", dtype="float32", threads=1, warm_up=()).info,
         layer_dims=TINY.layer_dims,
@@ -76,7 +75,7 @@ def test_a_batch_uses_three_streams_and_waits_once(runner: CudaRunner, notes: Fa
     assert (finished.copy_in, finished.forward, finished.copy_out) == (1.0, 1.0, 1.0)
     for i, row in enumerate(rows):
         with torch.inference_mode():
-            expected = runner._model(picture(32, 32, 2), SPEC.outputs)
+            expected = runner.model(picture(32, 32, 2), SPEC.outputs)
         for output, actual in zip(SPEC.outputs, arena.features(runner.info, SHAPE, row), strict=True):
             torch.testing.assert_close(actual, expected[output][i].view(actual.shape))
 
@@ -100,7 +99,7 @@ def test_a_failed_batch_returns_its_slot_after_the_device_is_idle(
     arena = Arena(0)
     runner.attach(0, memoryview(arena.memory))
     batch = Batch(SHAPE, tuple(request(runner, arena)))
-    model = runner._model
+    model = runner.model
 
     def failing(error: Exception) -> Any:
         def call(pixels: Tensor, outputs: list[Output]) -> dict[Output, Tensor]:
@@ -116,13 +115,13 @@ def test_a_failed_batch_returns_its_slot_after_the_device_is_idle(
         (RuntimeError("CUDA error: device-side assert triggered"), DeviceLost, []),
         (torch.AcceleratorError("an illegal memory access"), DeviceLost, []),
     ]:
-        monkeypatch.setattr(runner, "_model", failing(error))
+        monkeypatch.setattr(runner, "model", failing(error))
         notes.log.clear()
         with pytest.raises(expected):
             runner.launch(batch)
         assert [line for line in notes.log if line in freed] == after
         assert not any(line.startswith("copy_out") for line in notes.log)
-    monkeypatch.setattr(runner, "_model", model)
+    monkeypatch.setattr(runner, "model", model)
     for launched in [runner.launch(batch), runner.launch(batch)]:
         assert runner.finish(launched).finite == (True, True)
 
@@ -139,7 +138,7 @@ def test_an_error_while_freeing_memory_means_the_device_is_lost(
     def lost(device: torch.device) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    monkeypatch.setattr(runner, "_model", out_of_memory)
+    monkeypatch.setattr(runner, "model", out_of_memory)
     monkeypatch.setattr(notes, "synchronize", lost)
     with pytest.raises(DeviceLost, match="unspecified launch failure"):
         runner.launch(Batch(SHAPE, tuple(request(runner, arena))))

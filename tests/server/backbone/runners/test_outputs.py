@@ -303,9 +303,9 @@ def test_postprocessing_equals_the_numpy_reference(pooling: Pooling, dtype: Feat
         spec = OutputSpec(PATCHES, dtype, pooling, projection, channels_first)
         made = Postprocessing({PATCHES: patches}, lambda layer: (6, 10), maps).buffers(spec)
         expected = numpy_postprocessing.postprocess(patches[0].numpy(), spec, (6, 10), bare)
-        for section, other in zip(made, expected, strict=True):
+        for buffer, other in zip(made, expected, strict=True):
             atol = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1}[other.dtype.name]
-            np.testing.assert_allclose(section[0].float().numpy(), other.astype(np.float32), rtol=0, atol=atol)
+            np.testing.assert_allclose(buffer[0].float().numpy(), other.astype(np.float32), rtol=0, atol=atol)
 
 
 def test_build_reads_and_logs_projections(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from dinov3_server.backbone.runners.plan import (
-    FeatureRun,
-    PixelRun,
+    Run,
     batch_output_specs,
     batch_outputs,
     feature_runs,
@@ -57,7 +56,7 @@ def rows(count: int, *, arena: int = 0, start: int = 0, spec: FeatureSpec = BOTH
 
 def test_one_request_is_one_run() -> None:
     batch = Batch(SHAPE, tuple(rows(5, start=1000)))
-    assert pixel_runs(batch) == [PixelRun(0, 1000, 0, 5)]
+    assert pixel_runs(batch) == [Run(0, (1000,), BOTH, 0, 5)]
     (run,) = feature_runs(batch, INFO)
     assert (run.first, run.count, run.spec) == (0, 5, BOTH)
     assert run.offsets == (1000 + 5 * PIXELS, 1000 + 5 * PIXELS + 5 * CLS_BYTES)
@@ -100,7 +99,7 @@ def test_rows_in_the_wrong_order_are_not_a_run() -> None:
 def test_strides_are_those_of_the_requested_dtype() -> None:
     half = FeatureSpec((CLS,), "bfloat16")
     pair = (Row(0, 0, (5000,), half), Row(0, PIXELS, (5000 + 8 * 2,), half))
-    assert feature_runs(Batch(SHAPE, pair), INFO) == [FeatureRun(0, (5000,), half, 0, 2)]
+    assert feature_runs(Batch(SHAPE, pair), INFO) == [Run(0, (5000,), half, 0, 2)]
 
 
 def test_adjacent_rows_of_another_arena_or_spec_are_separate_runs() -> None:

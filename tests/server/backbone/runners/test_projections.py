@@ -37,7 +37,7 @@ def fingerprint(path: str) -> str:
 def test_a_npy_matrix_of_any_float_dtype(dtype: str, order: Any, tmp_path: Path) -> None:
     matrix = np.array(MATRIX, dtype, order=order)
     [(projection, linear_map)] = read_projections([("p", npy(tmp_path, matrix))], WIDTHS).items()
-    assert projection[:3] == ("p", 384, 8)
+    assert (projection.name, projection.input_channels, projection.output_channels) == ("p", 384, 8)
     x = torch.randn(2, 5, 384)
     expected = x @ torch.from_numpy(matrix.astype(np.float32)).T
     torch.testing.assert_close(linear_map(x), expected, rtol=0, atol=1e-4)
@@ -47,7 +47,7 @@ def test_a_safetensors_weight_and_bias(tmp_path: Path) -> None:
     weight, bias = torch.randn(8, 96), torch.randn(8)
     path = safetensors(tmp_path, weight=weight.bfloat16(), bias=bias)
     [(projection, linear_map)] = read_projections([("p", path)], WIDTHS).items()
-    assert projection[:3] == ("p", 96, 8)
+    assert (projection.name, projection.input_channels, projection.output_channels) == ("p", 96, 8)
     Path(path).write_bytes(b"")  # the file is not read again
     x = torch.randn(3, 96)
     torch.testing.assert_close(linear_map(x), x @ weight.bfloat16().float().T + bias, rtol=0, atol=1e-4)

@@ -14,10 +14,9 @@ from torch import Tensor
 from dinov3_server.backbone.weights.checkpoint import Checkpoint, load_checkpoint
 from dinov3_server.backbone.weights.fingerprint import fingerprint
 from dinov3_server.backbone.weights.random_weights import random_tensors
-from dinov3_server.families.dinov3_vit.variants import VitVariant
+from dinov3_server.families.dinov3_vit.variants import PERIODS, VitVariant
 from dinov3_server.families.registry import lookup
 from dinov3_server.models.variant import DATASETS
-from dinov3_server.nn.rope import default_periods
 from tests.server.backbone.convnext_files import (
     NARROW,
     convnext_official_state,
@@ -28,7 +27,7 @@ from tests.server.backbone.files import SHALLOW, SHALLOW_SWIGLU, official_state,
 
 
 def checkpoint(seed: int = 5) -> Checkpoint:
-    return Checkpoint(SHALLOW, DATASETS["lvd1689m"], random_tensors(SHALLOW, seed), default_periods(64, 100.0))
+    return Checkpoint(SHALLOW, DATASETS["lvd1689m"], random_tensors(SHALLOW, seed) | SHALLOW.constants())
 
 
 def identity(of: Checkpoint, dtype: str = "float32", preprocessing: str = "pillow 12") -> str:
@@ -98,7 +97,7 @@ def test_everything_else_that_changes_a_feature_changes_the_fingerprint() -> Non
         identity(base, dtype="bfloat16"),
         identity(base, preprocessing="pillow 13"),
         fingerprint(base, dtype="float32", preprocessing="pillow 12", backbone="reference"),
-        identity(dataclasses.replace(base, periods=base.periods * 1.01)),
+        identity(dataclasses.replace(base, tensors={**base.tensors, PERIODS: base.tensors[PERIODS] * 1.01})),
         identity(dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, mean=(0.5, 0.5, 0.5)))),
         identity(dataclasses.replace(base, dataset=dataclasses.replace(base.dataset, std=(0.5, 0.5, 0.5)))),
         identity(dataclasses.replace(base, tensors={**base.tensors, "cls_token": base.tensors["cls_token"].view(384)})),
