@@ -69,7 +69,10 @@ class Client(BaseClient):
         self.close()
 
     def model(self, *, deadline: float | None = None) -> Model:
-        """Ask the server for its model and limits."""
+        """Return the server's model and limits.
+
+        Raises Dinov3Error, such as Unavailable if no server answers within `deadline` seconds (None: the client's).
+        """
         return self._run(self._session.model(deadline))
 
     def wait_ready(self, timeout: float = 60.0) -> Model:

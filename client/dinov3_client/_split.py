@@ -25,7 +25,7 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 # which may come in addition to its rows.
 _IMAGE_NBYTES, _VIEW_NBYTES = 64, 64
 _ANSWER_NBYTES, _TENSOR_NBYTES, _ERROR_NBYTES = 1024, 80, 1024
-# The sizes of parts are balanced to this fraction of a limit.
+# The sizes of requests are balanced to this fraction of a limit.
 _STEPS = 64
 
 
@@ -93,22 +93,22 @@ def split(
         limits.max_message_bytes - rest.ByteSize(),
         limits.max_message_bytes - _ANSWER_NBYTES,
     )
-    parts = _balance(costs, most)
-    if not fingerprint and len(parts) == 1 and all(layer.asked >= 0 for layer in options.layers):
+    ranges = _balance(costs, most)
+    if not fingerprint and len(ranges) == 1 and all(layer.asked >= 0 for layer in options.layers):
         rest.fingerprint = ""
     found = []
-    for part in parts:
-        of_part = sources[part.start : part.stop]
+    for images in ranges:
+        chosen = sources[images.start : images.stop]
         found.append(
             PreparedRequest(
-                data=_wire.request(of_part, rest),
+                data=_wire.request(chosen, rest),
                 fingerprint=rest.fingerprint,
                 options=options,
                 layers=layers,
-                first=part.start,
-                views=tuple(len(source.views) for source in of_part),
+                first=images.start,
+                views=tuple(len(source.views) for source in chosen),
                 labels={
-                    index: source.label for index, source in enumerate(of_part, part.start) if source.label is not None
+                    index: source.label for index, source in enumerate(chosen, images.start) if source.label is not None
                 },
             )
         )
@@ -124,30 +124,30 @@ def _answer_fingerprint(options: RequestOptions, model: Model) -> str:
 
 
 def _balance(costs: Sequence[_Cost], most: _Cost) -> list[range]:
-    """Return ranges of images: as few parts as `most` allows, and as equal as possible."""
+    """Return the ranges of images of requests: as few as `most` allows, and as equal as possible."""
 
-    def parts(step: int) -> list[range]:
+    def ranges(step: int) -> list[range]:
         return _fill(costs, _Cost(*(limit * step // _STEPS for limit in most)))
 
-    fewest = len(parts(_STEPS))
+    fewest = len(ranges(_STEPS))
     steps = range(1, _STEPS + 1)
     if fewest == 1:
         return [range(len(costs))]
-    return parts(steps[bisect_left(steps, True, key=lambda step: len(parts(step)) <= fewest)])
+    return ranges(steps[bisect_left(steps, True, key=lambda step: len(ranges(step)) <= fewest)])
 
 
 def _fill(costs: Sequence[_Cost], most: _Cost) -> list[range]:
-    """Fill parts one after the other up to `most`, with at least one image in each."""
-    parts: list[range] = []
+    """Fill requests one after the other up to `most`, with at least one image in each."""
+    ranges: list[range] = []
     start, total = 0, costs[0]
     for index, cost in enumerate(costs[1:], 1):
         together = _Cost(*map(sum, zip(total, cost, strict=True)))
         if any(used > limit for used, limit in zip(together, most, strict=True)):
-            parts.append(range(start, index))
+            ranges.append(range(start, index))
             start, total = index, cost
         else:
             total = together
-    return [*parts, range(start, len(costs))]
+    return [*ranges, range(start, len(costs))]
 
 
 def _costs(sources: Sequence[LoadedImage], options: RequestOptions, model: Model) -> list[_Cost]:

@@ -23,8 +23,8 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _MORE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
-def create(path: Path, parts: Iterable[Any]) -> int:
-    """Write `parts` (buffers) to a file, replacing an older one, and return their size in bytes.
+def create(path: Path, buffers: Iterable[Any]) -> int:
+    """Write `buffers` to a file, replacing an older one, and return their size in bytes.
 
     Its name is durable only after `sync_folder`. One file per folder at a time.
     """
@@ -32,7 +32,7 @@ def create(path: Path, parts: Iterable[Any]) -> int:
     draft.unlink(missing_ok=True)  # left by a killed run
     with removed_at_end(draft):  # which frees the space on a full disk
         with _open(draft, _NEW, path) as descriptor:
-            written = sum(_write(descriptor, part) for part in parts)
+            written = sum(_write(descriptor, buffer) for buffer in buffers)
             os.fsync(descriptor)
         os.replace(draft, path)  # noqa: PTH105
     return written
@@ -80,8 +80,8 @@ def _open(path: Path, flags: int, name: Path | None = None) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _write(descriptor: int, part: Any) -> int:
-    view = memoryview(part).cast("B")
+def _write(descriptor: int, buffer: Any) -> int:
+    view = memoryview(buffer).cast("B")
     size = len(view)
     while view:
         view = view[os.write(descriptor, view) :]

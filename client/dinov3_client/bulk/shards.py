@@ -71,7 +71,7 @@ class Shards:
             for size, group in groups.items()
             for key in group[0].arrays
         }
-        written = durable.create(self._folder / name, _parts(tensors, self._labels))
+        written = durable.create(self._folder / name, _buffers(tensors, self._labels))
         durable.sync_folder(self._folder)
         sizes = {size: {"rows": len(group), **group[0].grids} for size, group in groups.items()}
         return lines, {"shard": name, "bytes": written, "sizes": sizes}
@@ -178,7 +178,7 @@ def _line(row: Row, shard: str, place: int) -> Line:
     return {"id": entry.item.id, "index": entry.index, "shard": shard, "row": place, "sha256": entry.sha256}
 
 
-def _parts(tensors: Mapping[str, Sequence[Array]], metadata: Mapping[str, str]) -> Iterator[bytes | Array]:
+def _buffers(tensors: Mapping[str, Sequence[Array]], metadata: Mapping[str, str]) -> Iterator[bytes | Array]:
     """Yield the bytes of a file in pieces; tensors [R, ...] are given by their R rows."""
     specs = {name: (rows[0].dtype, (len(rows), *rows[0].shape)) for name, rows in tensors.items()}
     yield _safetensors.header(specs, metadata)

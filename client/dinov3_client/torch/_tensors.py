@@ -43,7 +43,7 @@ class TorchFeatures(PackedFeatures[torch.Tensor]):
             raise RuntimeError("pin_memory=True needs a CUDA device, and torch sees none here: leave it out")
         blocks = tuple(_copied_block(packing, size, pin_memory) for size in packing.sizes)
         images, views = (
-            _copied([(slice(None), part)], len(packing), pin_memory) for part in (packing.images, packing.views)
+            _copied([(slice(None), array)], len(packing), pin_memory) for array in (packing.images, packing.views)
         )
         dtype, device = _DTYPES[packing.dtype.name], torch.device("cpu")
         return cls(_TorchPacking(images, views, blocks, packing.shapes, packing.quantized, dtype, device), result)
@@ -113,13 +113,13 @@ def _copied_block(packing: Packing, size: tuple[int, int], pin_memory: bool) -> 
     return replace(blocks[0], rows=rows, tensors=tensors)
 
 
-def _copied(parts: Sequence[tuple[Array | slice, Array]], rows: int, pin_memory: bool) -> torch.Tensor:
+def _copied(arrays: Sequence[tuple[Array | slice, Array]], rows: int, pin_memory: bool) -> torch.Tensor:
     """Return a tensor of `rows` rows, with each array copied to its index."""
-    first = parts[0][1]
+    first = arrays[0][1]
     tensor = torch.empty((rows, *first.shape[1:]), dtype=_torch_dtype(first), pin_memory=pin_memory)
     # As bytes: torch does not know numpy's bfloat16, and received arrays need not be aligned.
     target = tensor.reshape(rows, -1).view(torch.uint8).numpy()
-    for where, array in parts:
+    for where, array in arrays:
         target[where] = array.reshape(len(array), -1).view(np.uint8)
     return tensor
 
