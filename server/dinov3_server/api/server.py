@@ -39,6 +39,8 @@ _OWN_DESCRIPTORS = 256
 # are not counted, and the caller does not learn why. Below this limit admission answers. Calls that are reset at once
 # are queued too, with up to 60 KB each.
 _MOST_PENDING_CALLS = 4096
+# How long a call may be queued there. After gRPC's default of 30 s it is CANCELLED too; the caller's deadline suffices.
+_PENDING_SECONDS = 3600
 # Open calls of a frontend, which take some 20 KB each. Twice max_queue_images if that is more: requests that wait for
 # the device are only a part of all calls.
 _MOST_CALLS = 8192
@@ -157,6 +159,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_allowed_incoming_connections", most_connections()),
         ("grpc.server.max_pending_requests", _MOST_PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING_CALLS),
+        ("grpc.server_max_unrequested_time_in_server", _PENDING_SECONDS),
         ("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
