@@ -170,12 +170,13 @@ def from_status(code: int, message: str, details: Iterable[Any]) -> StatusError:
         kind = Overloaded
     else:
         kind = _TYPES.get(status, ServerError)
-    if status is grpc.StatusCode.INTERNAL and "Compression algorithm" in message:  # the text of our own gRPC library
+    # The text of our own gRPC library, with UNIMPLEMENTED in older versions of it.
+    if status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED) and "Compression algorithm" in message:
         message = (
             "the response is compressed, which this client refuses; configure the server or proxy to send it "
             f"uncompressed ({message})"
         )
-    if status is grpc.StatusCode.UNIMPLEMENTED:
+    elif status is grpc.StatusCode.UNIMPLEMENTED:
         message = f"the server at this address does not offer dinov3_serving.v1.FeatureService ({message})"
     return kind(message, code=status, violations=tuple(violations), retry_after=retry_after)
 

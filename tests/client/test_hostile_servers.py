@@ -112,7 +112,7 @@ def test_an_answer_that_is_compressed_is_refused(adapter: type[Adapter]) -> None
     with bomb as target, adapter(target) as one:
         with pytest.raises(ServerError, match="the response is compressed, which this client refuses") as caught:
             one.model()
-        assert caught.value.code is grpc.StatusCode.INTERNAL
+        assert caught.value.code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED)  # by grpcio's version
 
 
 _UNLIMITED = [("grpc.max_send_message_length", -1)]

@@ -205,7 +205,9 @@ class Supervisor:
             for child in self._workers:
                 self._end(child, Drain(0.0))
         elif now >= self._drain_until:
-            log.warning("a worker is still busy with requests that were cut off; it is killed")
+            log.warning(
+                "a worker did not end within %g s: it computes, or the machine is busy; it is killed", WORKER_SLACK
+            )
             self._code = 0
 
     # --- children --------------------------------------------------------------------------------

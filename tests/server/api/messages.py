@@ -28,6 +28,11 @@ _SCALARS: dict[int, tuple[Any, ...]] = {
 }
 
 
+def is_repeated(field: FieldDescriptor) -> bool:
+    """Return whether a field is repeated: protobuf 5 has no `is_repeated`, protobuf 7 no `label`."""
+    return bool(field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED)
+
+
 def messages(descriptor: Descriptor, depth: int = 5) -> st.SearchStrategy[Any]:
     """Messages of `descriptor`, nested at most `depth` deep, with any of their fields set."""
     fields = {
@@ -55,7 +60,7 @@ def mutated(draw: st.DrawFn, message: Message) -> None:
 def _inner(message: Message, field: FieldDescriptor) -> list[Any]:
     if field.cpp_type != FieldDescriptor.CPPTYPE_MESSAGE:
         return []
-    if field.is_repeated:
+    if is_repeated(field):
         return list(getattr(message, field.name))
     return [getattr(message, field.name)] if message.HasField(field.name) else []
 
@@ -68,4 +73,4 @@ def _of(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
         one = st.sampled_from(_BYTES if field.type == FieldDescriptor.TYPE_BYTES else _TEXTS)
     else:
         one = st.sampled_from(_SCALARS[field.cpp_type])
-    return st.lists(one, max_size=5) if field.is_repeated else one
+    return st.lists(one, max_size=5) if is_repeated(field) else one

@@ -14,6 +14,7 @@ from dinov3_server.api.wire import Scan, TooManyElements, message_id, parse
 from dinov3_server.errors import InvalidInput
 from dinov3_serving.framing import tag
 from dinov3_serving.v1 import feature_service_pb2 as pb
+from tests.server.api.messages import is_repeated
 
 MOST = 512
 IMAGE = pb.ExtractRequest(images=[pb.Image(encoded=b"x" * 5000)]).SerializeToString()
@@ -83,10 +84,10 @@ def test_the_id_of_a_refused_stream_message_is_known(bomb: str, monkeypatch: pyt
 def filled(message: Any, rng: random.Random) -> None:
     """Set some of the fields of `message`, and of those within it."""
     for each in message.DESCRIPTOR.fields:
-        for _ in range(rng.randint(0, 3) if each.is_repeated else rng.randint(0, 1)):
+        for _ in range(rng.randint(0, 3) if is_repeated(each) else rng.randint(0, 1)):
             if each.message_type is not None:
                 place = getattr(message, each.name)
-                filled(place.add() if each.is_repeated else place, rng)
+                filled(place.add() if is_repeated(each) else place, rng)
                 continue
             value: Any = rng.randint(0, 100)
             if each.type == FieldDescriptor.TYPE_BYTES:
@@ -97,7 +98,7 @@ def filled(message: Any, rng: random.Random) -> None:
                 value = True
             elif each.type == FieldDescriptor.TYPE_ENUM:
                 value = 1
-            if each.is_repeated:
+            if is_repeated(each):
                 getattr(message, each.name).append(value)
             else:
                 setattr(message, each.name, value)
@@ -107,7 +108,7 @@ def with_contents(message: Any, content: wire.BytesResolver) -> Any:
     """Return `message` with its `bytes` fields resolved."""
     for each, value in message.ListFields():
         if each.message_type is not None:
-            for one in value if each.is_repeated else [value]:
+            for one in value if is_repeated(each) else [value]:
                 with_contents(one, content)
         elif each.type == FieldDescriptor.TYPE_BYTES:
             setattr(message, each.name, bytes(content(value)))
