@@ -136,6 +136,7 @@ async def test_many_large_pictures_stay_within_the_budget(monkeypatch: pytest.Mo
         counted.append(budget.pictures.used)
 
     monkeypatch.setattr(budget, "add", recorded_add)
+    monkeypatch.setattr("dinov3_server.api.budget.LONGEST_WAIT_SECONDS", LIMIT)
     service = extraction(engine, Metrics(), threads=4, budget=budget)
     bomb = one_bit_png(7000)  # 49 million pixels: 245 MB
     request = pb.ExtractRequest(images=[pb.Image(encoded=bomb)] * 2, outputs=CLS)

@@ -27,7 +27,7 @@ async def test_a_unary_call() -> None:
         assert rig.count("dinov3_response_bytes_total", "Extract") == 0
         run.go.set_result(None)
         answer = await call
-        assert rig.count("dinov3_requests_in_flight", "Extract") == 0
+        await until_async(lambda: rig.count("dinov3_requests_in_flight", "Extract") == 0)
         assert rig.count("dinov3_response_bytes_total", "Extract") == len(answer.SerializeToString())
 
 
@@ -51,7 +51,7 @@ async def test_each_message_of_a_stream() -> None:
             (await rig.engine.runs.get()).go.set_result(None)
         answers = [await call.read() for _ in messages]
         assert await call.read() is grpc.aio.EOF
-        assert rig.count("dinov3_requests_in_flight", "ExtractStream") == 0
+        await until_async(lambda: rig.count("dinov3_requests_in_flight", "ExtractStream") == 0)
         assert rig.count("dinov3_response_bytes_total", "ExtractStream") == sum(map(_size, answers))
 
 
