@@ -60,6 +60,7 @@ def _run(command: str, arguments: dict[str, str], runner: str) -> int:
         case _:
             _check_sizes(settings, registry.lookup(settings.model))
             if command == "serve":
+                _check_token(settings, os.environ)
                 return _serve(settings, runner)
             sys.stdout.write(_effective(settings, sources))
     return 0
@@ -80,6 +81,15 @@ def _check_sizes(settings: Settings, variant: Variant) -> None:
                 f"warm_up_sizes has {height}x{width}, which is {tokens} tokens; max_batch_tokens allows an image of "
                 f"{settings.max_batch_tokens}"
             )
+
+
+def _check_token(settings: Settings, environ: Mapping[str, str]) -> None:
+    """Refuse to serve without tokens if the client's variable shows that one was meant. Raises ConfigError."""
+    if environ.get("DINOV3_TOKEN") and settings.token_file is None:
+        raise ConfigError(
+            "DINOV3_TOKEN is a variable of the client; this server would accept every caller. Write the token to a "
+            "file and name the file by --token-file or DINOV3_TOKEN_FILE, or unset DINOV3_TOKEN"
+        )
 
 
 def _serve(settings: Settings, runner: str) -> int:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
+from dinov3_server import cgroups
+
 _CPUINFO = Path("/proc/cpuinfo")
 # CPU flags of AVX512-BF16 and AMX-BF16 on x86, and of the bfloat16 extension on Arm. Without one of them bfloat16 is
 # emulated, and slower than fp32.
@@ -19,32 +20,23 @@ _SPINS = "1000"
 _PRIMITIVES = "256"
 
 
-def available_threads() -> int:
-    """Return the number of CPUs that this process may use: its affinity, limited by a container's quota."""
-    allowed = len(os.sched_getaffinity(0))
-    try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
-        return max(1, min(allowed, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return allowed
+def available_threads(environ: Mapping[str, str] = os.environ) -> int:
+    """Return the number of CPUs that this process may use: its affinity, limited by the quotas of its control groups.
+
+    Slurm may leave both unset and only tell a task its CPUs in SLURM_CPUS_PER_TASK.
+    """
+    threads = len(os.sched_getaffinity(0))
+    if (quota := cgroups.cpu_limit()) is not None:
+        threads = min(threads, max(1, math.ceil(quota)))
+    of_task = environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(threads, int(of_task)) if of_task.isdecimal() and int(of_task) else threads
 
 
 def available_memory() -> int:
-    """Return the bytes that can still be allocated: the machine's, or what the control group's (v2) limit leaves.
-
-    Cached pages of files count as used by the group, but the kernel reclaims them, so they count as free here.
-    Otherwise a worker that has read its weights would seem to leave no memory.
-    """
-    available = _table(Path("/proc/meminfo"))["MemAvailable:"] * 1024
-    try:
-        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        if limit != "max":
-            stat = _table(CGROUP / "memory.stat")
-            left = int(limit) - int(used) + stat["active_file"] + stat["inactive_file"]
-            available = min(available, left)
-    except OSError:  # no such control group
-        pass
-    return available
+    """Return the bytes that can still be allocated: the machine's, or what the limits of the control groups leave."""
+    available = cgroups.table(Path("/proc/meminfo"))["MemAvailable:"] * 1024
+    left = cgroups.memory_left()
+    return available if left is None else min(available, left)
 
 
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -70,8 +62,3 @@ def has_native_bf16() -> bool:
         return False
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     return not _NATIVE_BF16.isdisjoint(flags.partition(":")[2].split())
-
-
-def _table(path: Path) -> dict[str, int]:
-    """Read a file of lines `name value [unit]`."""
-    return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}

@@ -18,7 +18,7 @@ SERVER = ROOT / "server" / "dinov3_server"
 CLIENT = ROOT / "client" / "dinov3_client"
 # Lower rooms know nothing of higher ones. A room may import from its own and from lower floors.
 FLOORS = {
-    "errors": 0, "config": 0, "metrics": 0, "log": 0, "storage": 0, "host": 0, "malloc": 0, "signals": 0,
+    "errors": 0, "config": 0, "metrics": 0, "log": 0, "storage": 0, "cgroups": 0, "host": 0, "malloc": 0, "signals": 0,
     "models": 1, "images": 1,
     "nn": 2, "engine": 2,
     "families": 3,

@@ -16,24 +16,6 @@ from dinov3_server.nn.linear import packs
 
 
 @pytest.mark.parametrize(
-    ("quota", "threads"),
-    [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("1600000 100000", 8), ("", 8)],
-)
-def test_threads_are_the_affinity_limited_by_the_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, threads: int
-) -> None:
-    (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(host, "CGROUP", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert host.available_threads() == threads
-
-
-def test_threads_without_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "CGROUP", tmp_path / "none")
-    assert host.available_threads() == len(os.sched_getaffinity(0))
-
-
-@pytest.mark.parametrize(
     ("text", "native"),
     [
         ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 sse\n", True),

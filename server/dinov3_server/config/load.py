@@ -49,7 +49,6 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str]) -> tuple[Settings
         for name, text in flags.items()
         if name != "config"
     }
-
     settings = Settings(**{name: each.value for name, each in given.items()})
     return settings, {name: given[name].source if name in given else "default" for name in BY_NAME}
 
@@ -76,6 +75,8 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
     given = {}
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in _OTHER_ENV or _is_service_link(variable, text):
+            continue
+        if variable in by_env and not text:  # as `X=${X:-}` of a compose file, or an optional key of a ConfigMap
             continue
         if variable not in by_env:
             near = nearest(variable, by_env, ENV_PREFIX)

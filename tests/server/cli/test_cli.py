@@ -121,6 +121,22 @@ def test_an_invalid_command_exits_with_2_and_one_line(
     assert supervisor.calls == []
 
 
+def test_a_token_in_the_clients_variable_protects_no_server(
+    supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DINOV3_TOKEN", "secret")
+    assert exits("serve", "--weights", "random:0") == 2
+    error = capsys.readouterr().err
+    assert "--token-file or DINOV3_TOKEN_FILE, or unset DINOV3_TOKEN" in error
+    assert "secret" not in error
+    assert supervisor.calls == []
+    assert exits("config") == 0, "only serve would be open"
+    (tmp_path / "token").write_text("secret")
+    assert exits("serve", "--weights", "random:0", "--token-file", str(tmp_path / "token")) == 0
+    monkeypatch.setenv("DINOV3_TOKEN", "")
+    assert exits("serve", "--weights", "random:0") == 0
+
+
 def test_start_up_errors_of_the_supervisor(supervisor: FakeSupervisor, capsys: pytest.CaptureFixture[str]) -> None:
     supervisor.outcome = StartupError("port 50051 is in use")
     assert exits("serve", "--weights", "random:0") == 2

@@ -216,10 +216,10 @@ BAD_VALUES = [
 def test_bad_value_names_setting_source_value_and_what_is_allowed(name: str, text: str, existing: str) -> None:
     text = text.replace("FILE", existing)
     allowed = next(setting.type.allowed for setting in SETTINGS if setting.name == name)
-    for flags, environ, source in (
-        ({name: text}, {}, f"flag --{name.replace('_', '-')}"),
-        ({}, {f"DINOV3_{name.upper()}": text}, f"environment DINOV3_{name.upper()}"),
-    ):
+    given: list[tuple[dict[str, str], dict[str, str], str]] = [({name: text}, {}, f"flag --{name.replace('_', '-')}")]
+    if text:  # an empty variable counts as unset
+        given.append(({}, {f"DINOV3_{name.upper()}": text}, f"environment DINOV3_{name.upper()}"))
+    for flags, environ, source in given:
         with pytest.raises(ConfigError) as caught:
             load(flags, environ)
         assert str(caught.value) == f"{name} is {text!r} ({source}); allowed: {allowed}"
@@ -244,6 +244,15 @@ def test_unknown_variable(variable: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load({}, {variable: "1"})
     assert str(caught.value).startswith(f"environment {variable} is not a setting{hint}")
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    """As `PORT: ${PORT:-}` of a compose file makes it."""
+    settings, sources = load({}, {"DINOV3_PORT": "", "DINOV3_TOKEN_FILE": "", "DINOV3_WEIGHTS": ""})
+    assert settings == Settings()
+    assert sources["port"] == "default"
+    with pytest.raises(ConfigError, match="DINOV3_PROT is not a setting"):
+        load({}, {"DINOV3_PROT": ""})
 
 
 def test_variables_that_are_not_settings() -> None:

@@ -1,15 +1,11 @@
 """The arena: ranges never overlap, all of them are freed, and too little memory fails at start."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov3_server import host
 from dinov3_server.engine.arena import PAGE, Arena, ArenaMapping
 from dinov3_server.errors import StartupError
-from dinov3_server.host import available_memory
 from tests.support.waiting import open_descriptors
 
 
@@ -65,17 +61,3 @@ def test_too_little_memory_fails_at_start_and_leaves_no_descriptor_open() -> Non
     with pytest.raises(StartupError, match="--arena-bytes"):
         Arena(1 << 60)
     assert open_descriptors() == before
-
-
-def test_available_memory_in_a_control_group_is_its_limit_minus_usage_without_file_caches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    everything = available_memory()
-    monkeypatch.setattr(host, "CGROUP", tmp_path)
-    limit, used, active, inactive = 64 << 20, 60 << 20, 30 << 20, 20 << 20
-    (tmp_path / "memory.current").write_text(f"{used}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\nfile {50 << 20}\nactive_file {active}\ninactive_file {inactive}\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory() > everything // 2
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    assert available_memory() == limit - used + active + inactive
