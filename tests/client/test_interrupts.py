@@ -136,6 +136,9 @@ def ask():
     forever()
 """,
     "standard error that takes no more": """
+from dinov3_client.cli import interrupts
+interrupts._PATIENCE = 0.1
+
 def ask():
     unread, full = os.pipe()
     os.dup2(full, 2)

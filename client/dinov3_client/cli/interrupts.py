@@ -20,7 +20,7 @@ from dinov3_client import _files
 INTERRUPTED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Seconds. Reporting and removing take milliseconds, unless the terminal or the disk does not answer.
-_PATIENCE = 2.0
+_PATIENCE = 10.0
 
 
 @contextmanager
