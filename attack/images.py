@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# (format, mode, options of Image.save). GIF, PPM and ICO may be refused.
+from dinov3_server.images.formats import HAS_AVIF, LIBHEIF
+
+# (format, mode, options of Image.save). PPM and ICO are refused.
 _KINDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("JPEG", "RGB", {"quality": 80}),
     ("JPEG", "RGB", {"progressive": True, "subsampling": 0}),
@@ -32,6 +34,10 @@ _KINDS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("TIFF", "1", {"compression": "group4"}),
     ("TIFF", "L", {"compression": "tiff_lzw", "tiffinfo": {317: 2}}),  # 317: predictor
     ("GIF", "P", {}),
+    ("GIF", "L", {"interlace": 0}),
+    ("GIF", "P", {"transparency": 3}),
+    *((("AVIF", "RGB", {"speed": 10}), ("AVIF", "RGBA", {"speed": 10, "subsampling": "4:4:4"})) if HAS_AVIF else ()),
+    *((("HEIF", "RGB", {}), ("HEIF", "RGBA", {})) if LIBHEIF else ()),
     ("PPM", "RGB", {}),
     ("ICO", "RGBA", {}),
 )
@@ -48,9 +54,8 @@ def sound_files() -> tuple[bytes, ...]:
     turned[0x0112] = 6  # orientation
     files += [_saved(_picture("RGB", 33, 17), format, exif=turned) for format in ("JPEG", "PNG", "WEBP", "TIFF")]
     frames = [_picture("RGB", 24, 24) for _ in range(3)]
-    files += [
-        _saved(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in ("WEBP", "PNG", "TIFF", "MPO")
-    ]
+    animated = ("WEBP", "PNG", "TIFF", "MPO", "GIF", *(("AVIF",) if HAS_AVIF else ()))
+    files += [_saved(frames[0], kind, save_all=True, append_images=frames[1:]) for kind in animated]
     return tuple(files)
 
 
@@ -243,4 +248,30 @@ def _webp_bomb(rng: random.Random) -> bytes:
     return bytes(data)
 
 
-_BOMBS = (_png_bomb, _png_bomb, _jpeg_bomb, _bmp_bomb, _tiff_bomb, _webp_bomb)
+def _gif_bomb(rng: random.Random) -> bytes:
+    """Return a GIF of a few bytes for each 4096 pixels, with a picture beyond its canvas, or with long comments."""
+    height, width = (min(side, 65_535) for side in _sides(rng))
+    data = bytearray(_saved(Image.new("P", (4_000, 4_000)), "GIF"))
+    picture = data.index(b",", 13 + 768)
+    struct.pack_into("<HH", data, rng.choice((6, picture + 5)), width, height)
+    return bytes(data[:picture] + b"!\xfe" + b"\xff" * 256 * rng.choice((0, 1, 3_000)) + b"\0" + data[picture:])
+
+
+@functools.cache
+def _large_iso() -> tuple[bytes, ...]:
+    white = Image.new("RGB", (4_000, 4_000), "white")
+    formats = (("AVIF", {"speed": 10}),) * HAS_AVIF + (("HEIF", {}),) * (LIBHEIF is not None)
+    return tuple(_saved(white, format, **options) for format, options in formats)
+
+
+def _iso_bomb(rng: random.Random) -> bytes:
+    """Return an AVIF or HEIC of 16 million pixels, or with another size in its header than in its codec's data."""
+    if not _large_iso():
+        return _gif_bomb(rng)
+    data = bytearray(rng.choice(_large_iso()))
+    if rng.random() < 0.7:
+        struct.pack_into(">II", data, data.index(b"ispe") + 8, *reversed(_sides(rng)))
+    return bytes(data)
+
+
+_BOMBS = (_gif_bomb, _iso_bomb, _png_bomb, _png_bomb, _jpeg_bomb, _bmp_bomb, _tiff_bomb, _webp_bomb)

@@ -91,7 +91,7 @@ class Client(BaseClient):
     ) -> Features:
         """Return the features of one image or several, which may be of different kinds and sizes.
 
-        images: each is encoded bytes (JPEG, PNG, WebP, BMP, TIFF), a path (the file is read here and sent as it is),
+        images: each is encoded bytes (`Model.image_formats`), a path (the file is read here and sent as it is),
             a PIL image (its pixels are sent, as `convert("RGB")` gives them), a uint8 array [H, W, 3] (RGB) or a
             float32 array [3, H, W], already normalized by `model().mean` and `std`, which is never resized; or
             ImageViews of any of these but float32 arrays. One array [N, H, W, 3] or [N, 3, H, W] stands for N

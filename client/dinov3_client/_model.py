@@ -32,6 +32,8 @@ class Model(ModelDescription):
     server_version: str
     presets: tuple[Preset, ...]
     """The size (None: pixels as they are) and interpolation of each `preset` of `extract`."""
+    image_formats: tuple[str, ...]
+    """The formats of image files that the server decodes: "JPEG", "PNG", ..."""
 
 
 def read_model(data: bytes) -> Model:
@@ -68,6 +70,7 @@ def read_model(data: bytes) -> Model:
             for each in response.projections
         ),
         presets=_presets(response),
+        image_formats=tuple(map(printable, response.image_formats)),
     )
     _check(model, response)
     return model

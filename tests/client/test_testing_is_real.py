@@ -134,7 +134,7 @@ REQUESTS: dict[str, pb.ExtractRequest] = {
     "no such preset": ask(file(), preprocessing=pb.Preprocessing(preset=9)),  # type: ignore[arg-type]
     "no such interpolation": ask(file(), preprocessing=pb.Preprocessing(interpolation=9)),  # type: ignore[arg-type]
     "no such priority": ask(file(), preprocessing=resized(32), priority=9),
-    "files of several formats": ask(*map(saved, ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"))),
+    "files of several formats": ask(*map(saved, ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"))),
     "file cut off": ask(pb.Image(encoded=saved("PNG").encoded[:-200]), pixels(), preprocessing=resized(32)),
     "file to be turned": ask(saved("JPEG", exif=TURNED)),
     "file turned": ask(saved("JPEG", exif=TURNED), preprocessing=UPRIGHT),

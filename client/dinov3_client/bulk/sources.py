@@ -23,7 +23,7 @@ from typing import overload
 
 from dinov3_client.bulk.errors import SourceError
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif")
 """Extensions of images in folders and tar shards; of a sample in a tar shard the first of these counts."""
 
 _ENDINGS = tuple(f".{extension}" for extension in EXTENSIONS)

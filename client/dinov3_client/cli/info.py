@@ -30,6 +30,7 @@ def _info(args: argparse.Namespace) -> int:
         "computes in": f"{model.dtype} on {', '.join(model.devices)}",
         "mean, std": f"{_rounded(model.mean)}, {_rounded(model.std)}",
         "presets": ", ".join(f"{preset.name} {_preset(preset)}" for preset in model.presets),
+        "formats": ", ".join(model.image_formats),
         "limits": f"{limits.max_images_per_request} images and {limits.max_message_bytes:,} bytes a request; "
         f"{limits.max_image_pixels:,} pixels and {limits.max_image_tokens:,} tokens an image",
         "parity check": _parity(model),

@@ -33,7 +33,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         description="Draws the image, with the point marked, beside a map of the cosines of each patch with the patch "
         f"at that point; then other images with theirs. All maps share one scale. At most {sheet.PAIRS} images.",
     )
-    similarity.add_argument("image", metavar="IMAGE", help="JPEG, PNG, WebP, BMP or TIFF file")
+    similarity.add_argument("image", metavar="IMAGE", help="image file: JPEG, PNG, WebP, BMP, TIFF, GIF or AVIF")
     similarity.add_argument(
         "--at",
         type=_point,

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dinov3_client.testing._model import HAS_AVIF
 from dinov3_serving.errors import InvalidInput
 from dinov3_serving.images import Transform, check_crops
 from dinov3_serving.v1.images import ImageReader, Pixels, RequestedImage, check_floats
 
 Array = NDArray[Any]
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if HAS_AVIF else ()))
 
 
 class FeatureRow(NamedTuple):

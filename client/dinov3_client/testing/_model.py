@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from PIL import features
+
 from dinov3_client._model import Model
 from dinov3_serving.model import Limits, ParityCheck
 from dinov3_serving.presets import PRESETS
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.model import model_message
+
+HAS_AVIF = "avif" in features.modules and features.check_module("avif")
 
 MODEL = Model(
     name="dinov3_vits16",
@@ -34,6 +38,7 @@ MODEL = Model(
     parity_check=ParityCheck(False, "a fake server has no model", "", (), "", ""),
     projections=(),
     presets=PRESETS,
+    image_formats=("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF", *(("AVIF",) if HAS_AVIF else ())),
 )
 """The default model of a `FakeServer`: a ViT with 24 channels, so that features are small. Derive others with
 `dataclasses.replace`."""
@@ -49,4 +54,5 @@ def message_of(model: Model, frontend: int) -> pb.GetModelResponse:
         frontend=frontend,
         server_version=model.server_version,
         presets=model.presets,
+        image_formats=model.image_formats,
     )

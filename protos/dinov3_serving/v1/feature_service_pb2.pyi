@@ -324,7 +324,7 @@ class ServerLimits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_image_tokens: _Optional[int] = ..., stream_window: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "parity_check", "projections", "layer_dims", "layer_strides", "presets")
+    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "parity_check", "projections", "layer_dims", "layer_strides", "presets", "image_formats")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -347,6 +347,7 @@ class GetModelResponse(_message.Message):
     LAYER_DIMS_FIELD_NUMBER: _ClassVar[int]
     LAYER_STRIDES_FIELD_NUMBER: _ClassVar[int]
     PRESETS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FORMATS_FIELD_NUMBER: _ClassVar[int]
     model: str
     weights: str
     random_weights: bool
@@ -369,7 +370,8 @@ class GetModelResponse(_message.Message):
     layer_dims: _containers.RepeatedScalarFieldContainer[int]
     layer_strides: _containers.RepeatedScalarFieldContainer[int]
     presets: _containers.RepeatedCompositeFieldContainer[PresetInfo]
-    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., parity_check: _Optional[_Union[ParityCheck, _Mapping]] = ..., projections: _Optional[_Iterable[_Union[Projection, _Mapping]]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ..., presets: _Optional[_Iterable[_Union[PresetInfo, _Mapping]]] = ...) -> None: ...
+    image_formats: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., parity_check: _Optional[_Union[ParityCheck, _Mapping]] = ..., projections: _Optional[_Iterable[_Union[Projection, _Mapping]]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ..., presets: _Optional[_Iterable[_Union[PresetInfo, _Mapping]]] = ..., image_formats: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PresetInfo(_message.Message):
     __slots__ = ("preset", "size", "interpolation")

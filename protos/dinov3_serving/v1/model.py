@@ -21,6 +21,7 @@ def model_message(
     frontend: int,
     server_version: str,
     presets: Iterable[Preset],
+    image_formats: Iterable[str],
 ) -> pb.GetModelResponse:
     """Return the description of `model` as it is served by one of the frontends."""
     return pb.GetModelResponse(
@@ -46,6 +47,7 @@ def model_message(
         parity_check=_parity_check(model.parity_check),
         projections=[pb.Projection(**asdict(projection)) for projection in model.projections],
         presets=map(_preset, presets),
+        image_formats=image_formats,
     )
 
 

@@ -18,6 +18,7 @@ from dinov3_server.api.wire import parse
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.engine import Engine
 from dinov3_server.errors import Unavailable
+from dinov3_server.images.formats import DECODED
 from dinov3_server.metrics import Metrics
 from dinov3_serving.model import Limits
 from dinov3_serving.presets import PRESETS
@@ -97,6 +98,7 @@ class FeatureService:
             frontend=self.index,
             server_version=__version__,
             presets=PRESETS,
+            image_formats=DECODED,
         ).SerializeToString()
 
     def _check_open(self) -> None:

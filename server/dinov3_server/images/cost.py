@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images.decode import ALLOWED_NAMES, File, check_pixels, describe, format_name, unidentified
+from dinov3_server.images.decode import File, check_pixels
+from dinov3_server.images.formats import DECODED, describe, format_name, unidentified
 from dinov3_serving.images import Transform
 
 # Limits of a plain file. Decoding takes 2 to 55 ns a pixel (most for WebP and progressive JPEG of noise) and less than
@@ -88,7 +89,7 @@ def cost_of(file: File) -> Cost:
     data = file.data
     # Pillow knows more TIFF signatures than `format_name`.
     reader = _READERS.get(bytes(data[:2]))
-    if reader is None or (format_name(data) not in ALLOWED_NAMES and reader is not _tiff):
+    if reader is None or (format_name(data) not in DECODED and reader is not _tiff):
         raise InvalidInput(unidentified(data))
     try:
         header = reader(data)
@@ -292,6 +293,71 @@ def _tiff(data: bytes | memoryview) -> _Header | None:
 _TIFF_TAGS = frozenset((256, 257, 258, 259, 262, 274, 277, 278, 322, 323))
 _TIFF_KINDS: Mapping[int, str] = {1: "B", 3: "H", 4: "I", 16: "Q"}
 
+
+def _gif(data: bytes | memoryview) -> _Header | None:
+    """Read a GIF up to its first picture (GIF89a, sections 18 to 25): Pillow takes a canvas that has room for it."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at = 13 + (3 << (flags & 7) + 1) * (flags >> 7)
+    for _ in range(_MAX_STEPS):
+        block = data[at]
+        if block == 0x2C:
+            left, top, across, down = struct.unpack_from("<HHHH", data, at + 1)
+            return _Header(max(height, top + down), max(width, left + across), _NARROW + 2)
+        if block == 0x3B:
+            return None
+        at += 2 if block == 0x21 else 1
+        while block == 0x21 and (length := data[at]):
+            at += 1 + length
+            if at > _MAX_GIF_HEAD:
+                return None
+        at += block == 0x21
+    return None
+
+
+# Comments are joined by Pillow, block by block.
+_MAX_GIF_HEAD = 1 << 18
+
+
+def _iso(data: bytes | memoryview) -> _Header | None:
+    """Read the sizes of all pictures of an AVIF or HEIC file (ISO/IEC 14496-12 and 23008-12), and return the largest.
+
+    Never plain. The memory is the picture of the codec in up to 16 bits a sample, a copy with film grain or without
+    padding, that of the library in RGBA, and two of Pillow.
+    """
+    largest = 0, 0
+    ends = [(0, len(data))]
+    for _ in range(_MAX_STEPS):
+        while ends and ends[-1][0] + 8 > ends[-1][1]:
+            ends.pop()
+        if not ends:
+            break
+        at, end = ends.pop()
+        length, kind = struct.unpack_from(">I4s", data, at)
+        body = at + 8
+        if length == 1:
+            (length,) = struct.unpack_from(">Q", data, body)
+            body += 8
+        stop = at + length if length else end
+        if not body <= stop <= end:  # cut off, as mdat may be, or damaged
+            if kind in _ISO_CONTAINERS or kind in _ISO_SIZES:
+                return None
+            break
+        ends.append((stop, end))
+        if kind in _ISO_CONTAINERS:
+            ends.append((body + _ISO_CONTAINERS[kind], stop))
+        elif kind in _ISO_SIZES:
+            width, height = (side >> _ISO_SIZES[kind] for side in struct.unpack_from(">II", data, stop - 8))
+            largest = max(largest, (height, width), key=lambda size: size[0] * size[1])
+    else:
+        return None
+    return _Header(*largest, 32, plain=False)
+
+
+# The size of an item, and of a track in numbers of 16.16 bits: each with the bits after the point.
+_ISO_SIZES: Mapping[bytes, int] = {b"ispe": 0, b"tkhd": 16}
+# Each with the length of what precedes its inner boxes.
+_ISO_CONTAINERS: Mapping[bytes, int] = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0}
+
 # By the first two bytes.
 _READERS: Mapping[bytes, Callable[[bytes | memoryview], _Header | None]] = {
     b"\xff\xd8": _jpeg,
@@ -300,4 +366,6 @@ _READERS: Mapping[bytes, Callable[[bytes | memoryview], _Header | None]] = {
     b"BM": _bmp,
     b"II": _tiff,
     b"MM": _tiff,
+    b"GI": _gif,
+    b"\0\0": _iso,
 }

@@ -1,4 +1,4 @@
-"""Decodes JPEG, PNG, WebP, BMP and TIFF files to RGB with Pillow.
+"""Decodes image files (`formats.py`) to RGB with Pillow.
 
 The pixels equal those of `Image.open(file).convert("RGB")` in a training loader, except where that call destroys the
 image (16-bit and floating-point grayscale). `docs/preprocessing.md` lists the result for every kind of file.
@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 
 # Plugins register themselves when imported. Import all of them here, not on a thread's first image.
 from PIL import (
     BmpImagePlugin,  # noqa: F401
     ExifTags,
+    GifImagePlugin,  # noqa: F401
     Image,
     ImageFile,
     JpegImagePlugin,  # noqa: F401
@@ -35,6 +35,7 @@ from PIL import (
 )
 
 from dinov3_server.errors import InvalidInput
+from dinov3_server.images.formats import HAS_PILLOW, PILLOW_NAMES, READS_ALL_TIFF, describe, unidentified
 
 # Process-wide settings, which cannot be changed for one thread.
 # Pillow's limit is global and only warns; ours is checked on every header and is an error.
@@ -51,37 +52,6 @@ with suppress(OSError, AttributeError):
         _set_handler.argtypes, _set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
         _set_handler(None)
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-_ALLOWED = "allowed are JPEG, PNG, WebP, BMP and TIFF files"
-
-# (name, offset, bytes at it) of the allowed formats, and of others that are often sent by mistake.
-_SIGNATURES = (
-    ("JPEG", 0, b"\xff\xd8\xff"),
-    ("PNG", 0, b"\x89PNG\r\n\x1a\n"),
-    ("WebP", 8, b"WEBP"),
-    ("BMP", 0, b"BM"),
-    ("TIFF", 0, b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-    ("GIF", 0, b"GIF8"),
-    ("AVIF", 4, b"ftypavi"),
-    ("HEIC", 4, b"ftypheic", b"ftypheix"),
-    ("HEIF", 4, b"ftypmif1", b"ftypmsf1"),
-    ("MP4-like", 4, b"ftyp"),
-    ("JPEG 2000", 0, b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
-    ("JPEG XL", 0, b"\0\0\0\x0cJXL ", b"\xff\x0a"),
-    ("Photoshop", 0, b"8BPS"),
-    ("PDF", 0, b"%PDF"),
-    ("SVG", 0, b"<svg"),
-    ("XML", 0, b"<?xml"),
-    ("HTML", 0, b"<!DOCTYPE", b"<!doctype", b"<html"),
-    ("npy", 0, b"\x93NUMPY"),
-    ("zip (or npz)", 0, b"PK\x03\x04"),
-    ("gzip", 0, b"\x1f\x8b"),
-    ("ICO", 0, b"\0\0\x01\0"),
-    ("PPM", 0, b"P6"),
-    ("PGM", 0, b"P5"),
-)
-ALLOWED_NAMES = {"JPEG", "PNG", "WebP", "BMP", "TIFF"}
-
 # Exif 2.32, tag 0x0112: the transposition that turns the stored image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -97,10 +67,6 @@ _SWAPS_AXES = (5, 6, 7, 8)
 # TIFF 6.0, sections 4 and 21
 _PHOTOMETRIC_WHITE_IS_ZERO = 0
 _PHOTOMETRIC_YCBCR = 6
-
-# Earlier versions read fewer kinds of TIFF, and one kind in wrong colors. They are allowed because gradio needs them.
-_READS_ALL_TIFF = int(PIL.__version__.partition(".")[0]) >= 13
-_HAS_PILLOW = f"this server has Pillow {PIL.__version__}"
 
 
 class File(NamedTuple):
@@ -155,14 +121,14 @@ class File(NamedTuple):
 
 def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Open a file: read the header and check the size, without decoding pixels."""
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image = Image.open(io.BytesIO(data), formats=PILLOW_NAMES)
     check_pixels(data, "the image", *image.size, max_pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         photometric = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
-        if not _READS_ALL_TIFF and photometric == _PHOTOMETRIC_YCBCR and image.info.get("compression") == "raw":
+        if not READS_ALL_TIFF and photometric == _PHOTOMETRIC_YCBCR and image.info.get("compression") == "raw":
             raise InvalidInput(
                 f"{describe(data)} stores YCbCr uncompressed, which Pillow before 13 decodes to wrong colors "
-                f"({_HAS_PILLOW}); send RGB, or YCbCr with compression, or install Pillow >= 13 on the server"
+                f"({HAS_PILLOW}); send RGB, or YCbCr with compression, or install Pillow >= 13 on the server"
             )
         # libtiff decodes whole tiles, even if larger than the image: a 1 MB file of 16x16 pixels with a tile of
         # 20000x20000 takes 1.2 GB. (Strips end where the image ends.)
@@ -234,31 +200,3 @@ def _gray_to_rgb(gray: npt.NDArray[np.uint8], source: ImageFile.ImageFile) -> Im
         if photometric == _PHOTOMETRIC_WHITE_IS_ZERO:  # Pillow inverts only samples of up to 8 bits
             gray = 255 - gray
     return Image.fromarray(gray).convert("RGB")
-
-
-def format_name(data: bytes | memoryview) -> str | None:
-    """Return the name of a file's format by its signature, None if unknown."""
-    head = bytes(data[:16])
-    return next((name for name, at, *signatures in _SIGNATURES if head.startswith(tuple(signatures), at)), None)
-
-
-def describe(data: bytes | memoryview) -> str:
-    """Return format and size of a file, for messages."""
-    return f"the {format_name(data) or 'image'} file of {len(data)} bytes"
-
-
-def unidentified(data: bytes | memoryview) -> str:
-    """Return the error message for a file of no allowed format."""
-    if not data:
-        return f"the file is empty (0 bytes); {_ALLOWED}"
-    name = format_name(data)
-    if name in ALLOWED_NAMES:
-        message = f"{describe(data)} has no readable header: it is truncated, corrupt or of an unsupported kind"
-        if name == "TIFF" and not _READS_ALL_TIFF:
-            message += (
-                f" ({_HAS_PILLOW}; some kinds, such as gray that is premultiplied by alpha, need Pillow >= 13); "
-                "send RGB without alpha, or install Pillow >= 13 on the server"
-            )
-        return message
-    looks = f"looks like {name}" if name else "is not an image of a known format"
-    return f"the file of {len(data)} bytes {looks} (it begins with {data[:8].hex(' ')}); {_ALLOWED}"

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov3_server.errors import InvalidInput
-from dinov3_server.images.decode import File, describe
+from dinov3_server.images.decode import File
+from dinov3_server.images.formats import describe
 from dinov3_server.images.preprocess import transform_into
 from dinov3_server.signals import die_with, leave_to_supervisor
 from dinov3_serving.images import RowSpec, check_crops

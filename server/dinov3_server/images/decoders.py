@@ -22,8 +22,9 @@ from typing import Any
 from dinov3_server.errors import InvalidInput, Unavailable
 from dinov3_server.images import decode_process
 from dinov3_server.images.cost import Cost
-from dinov3_server.images.decode import File, describe
+from dinov3_server.images.decode import File
 from dinov3_server.images.decode_process import Job, pack
+from dinov3_server.images.formats import describe
 from dinov3_server.signals import blocked_in_children
 from dinov3_serving.images import RowSpec
 

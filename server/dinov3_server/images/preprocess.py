@@ -15,13 +15,20 @@ import numpy.typing as npt
 import PIL
 from PIL import Image, features
 
+from dinov3_server.images.formats import HAS_AVIF, LIBHEIF
 from dinov3_serving import presets
 from dinov3_serving.images import Transform
 
 # Part of the model's fingerprint, as it determines the pixels: Pillow resamples and converts, its libjpeg decodes (the
-# JPEG standard leaves the last bit of the inverse DCT open). Increment the last number, our own, with every change to
-# images/ that changes a pixel.
-PREPROCESSING_ID = f"pillow-{PIL.__version__}/libjpeg-turbo-{features.version_feature('libjpeg_turbo')}/1"
+# JPEG standard leaves the last bit of the inverse DCT open), libavif and libheif convert colors. Increment the last
+# number, our own, with every change to images/ that changes a pixel.
+_LIBRARIES = {
+    "pillow": PIL.__version__,
+    "libjpeg-turbo": features.version_feature("libjpeg_turbo"),
+    "libavif": features.version_module("avif") if HAS_AVIF else None,
+    "libheif": LIBHEIF,
+}
+PREPROCESSING_ID = "/".join([*(f"{name}-{version}" for name, version in _LIBRARIES.items() if version), "1"])
 
 PRESETS: Mapping[str, Transform] = MappingProxyType(
     {preset.name: Transform(preset.size, preset.interpolation) for preset in presets.PRESETS}

@@ -106,7 +106,7 @@ async def test_errors_of_a_whole_request(name: str) -> None:
 BAD_IMAGES: dict[str, tuple[pb.Image, str, str]] = {
     "nothing": (pb.Image(), "images[1]", "set encoded .* or pixels"),
     "empty": (pb.Image(encoded=b""), "images[1].encoded", r"empty \(0 bytes\)"),
-    "no image": (pb.Image(encoded=b"GIF89a....."), "images[1].encoded", "looks like GIF.*allowed are JPEG"),
+    "no image": (pb.Image(encoded=b"P6 5 5 255.."), "images[1].encoded", "looks like PPM.*allowed are JPEG"),
     "truncated": (pb.Image(encoded=png(picture(64, 64))[:-900]), "images[1].encoded", "cannot be decoded"),
     "large": (encoded(picture(80, 80)), "images[1].encoded", "80x80 .* = 6400 pixels, allowed are 5000"),
     "no tensor": (pb.Image(pixels=pb.Tensor()), "images[1].pixels.dtype", "DATA_TYPE_UNSPECIFIED; allowed"),

@@ -28,7 +28,7 @@ def cost(data: bytes) -> Cost:
 # Kinds that threads decode. Decode processes decode all others.
 PLAIN = {
     *("jpeg", "jpeg progressive", "jpeg cmyk", "jpeg mpo"),
-    *("png", "png palette", "png 16-bit", "webp", "bmp", "bmp palette"),
+    *("png", "png palette", "png 16-bit", "webp", "bmp", "bmp palette", "gif", "gif animated"),
 }
 
 
@@ -49,7 +49,7 @@ def test_the_cost_of_every_kind_of_file(name: str) -> None:
 @pytest.mark.parametrize("name", SEEDS)
 def test_a_truncated_file_has_a_cost_or_is_refused(name: str) -> None:
     data = SEEDS[name]
-    signature = 12 if data[:4] == b"RIFF" else 8 if data[:4] == b"\x89PNG" else 4
+    signature = {b"RIFF": 12, b"\x89PNG": 8, b"GIF8": 6, b"\0\0\0 ": 12}.get(data[:4], 4)
     for length in range(signature, min(len(data), 1000)):
         cost(data[:length])
     for length in (0, 1):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images.decode import File
+from dinov3_server.images.formats import HAS_AVIF
 from tests.server.images.files import PNG_RGB, encode, exif, photo, png, png16, png_chunk, tiff
 
 MAX_PIXELS = 10_000
@@ -38,12 +39,11 @@ def refused(data: bytes, *, by_probe: bool = True) -> str:
         (b"", "the file is empty (0 bytes)"),
         (b"no image", "the file of 8 bytes is not an image of a known format (it begins with 6e 6f 20 69 6d 61 67 65)"),
         (b"\x00", "the file of 1 bytes is not an image of a known format (it begins with 00)"),
-        (encode(photo(), "GIF"), "looks like GIF"),
-        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf", "looks like AVIF"),
         (encode(photo(), "JPEG2000"), "looks like JPEG 2000"),
         (encode(photo(), "PPM"), "looks like PPM"),
         (encode(photo(), "ICO"), "looks like ICO"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "looks like HEIC"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom", "looks like MP4-like"),
+        (b"\0\0\0\x14ftypmif1\0\0\0\0mif1", "looks like HEIF"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "looks like SVG"),
         (b"<!DOCTYPE html><title>404</title>", "looks like HTML"),
         (b"%PDF-1.7", "looks like PDF"),
@@ -53,7 +53,7 @@ def refused(data: bytes, *, by_probe: bool = True) -> str:
 def test_other_formats_are_refused(data: bytes, reason: str) -> None:
     message = refused(data)
     assert reason in message
-    assert "allowed are JPEG, PNG, WebP, BMP and TIFF files" in message
+    assert "allowed are JPEG, PNG, WebP, BMP, TIFF, GIF" in message
 
 
 WHOLE = {
@@ -182,6 +182,9 @@ def seeds() -> dict[str, bytes]:
         "tiff group 4": encode(color.convert("1"), "TIFF", compression="group4"),
         "tiff 16-bit": encode(samples, "TIFF"),
         "tiff float": encode((samples / 65535).astype(np.float32), "TIFF"),
+        "gif": encode(color, "GIF"),
+        "gif animated": encode(color.convert("P"), "GIF", save_all=True, append_images=[turned], transparency=3),
+        **({"avif": encode(color, "AVIF", exif=exif(6))} if HAS_AVIF else {}),
     }
 
 

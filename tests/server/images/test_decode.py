@@ -19,6 +19,7 @@ from PIL import Image
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images import decode as decode_module
+from dinov3_server.images import formats
 from dinov3_server.images.decode import File
 from tests.server.images.files import (
     PNG_GRAY,
@@ -261,7 +262,8 @@ def test_tiff_that_needs_pillow_13_is_refused_by_earlier_versions(kind: str) -> 
 
 def test_earlier_pillows_refuse_ycbcr_and_name_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever Pillow runs these tests."""
-    monkeypatch.setattr(decode_module, "_READS_ALL_TIFF", False)
+    for module in (decode_module, formats):
+        monkeypatch.setattr(module, "READS_ALL_TIFF", False)
     refused_for_old_pillow(NEEDS_PILLOW_13["tiff ycbcr, uncompressed"][0])
     refused_for_old_pillow(b"II*\0")
     compressed = encode(Image.new("YCbCr", (16, 16), (100, 128, 200)), "TIFF", compression="tiff_lzw")
