@@ -102,10 +102,10 @@ def build(
             device=str(torch_device),
             layer_dims=variant.layer_dims,
             layer_strides=variant.layer_strides,
-            register_tokens=variant.registers,
+            register_tokens=checkpoint.variant.registers,
             mean=checkpoint.dataset.mean,
             std=checkpoint.dataset.std,
-            parameters=variant.parameters,
+            parameters=checkpoint.variant.parameters,
             projections=tuple(maps),
         )
         if checkout is not None:

@@ -123,14 +123,17 @@ class Variant(abc.ABC):
     def key_maps(self) -> tuple[KeyMap, ...]:
         """Return the key map of every format that a checkpoint file may have."""
 
-    def key_map_for(self, keys: Collection[str]) -> KeyMap | None:
-        """Return the key map with the most of `keys`, the first of several; None if none has any."""
+    def as_trained(self, names: Collection[str]) -> Variant:
+        """Return this variant with what Meta's training code can vary, as the tensors of a file in its format show."""
+        return self
 
-        def matches(key_map: KeyMap) -> int:
-            return len({key_map.normalize_key(key) for key in keys} & key_map.entries.keys())
+    def training_settings(self) -> dict[str, object]:
+        """Return the settings of Meta's training code in which this variant differs from the published one."""
+        return {}
 
-        best = max(self.key_maps(), key=matches)
-        return best if matches(best) else None
+    def assumptions(self, names: Collection[str]) -> list[str]:
+        """Return what the tensors of a file in Meta's format leave open, and what is assumed, for the log."""
+        return []
 
 
 def known_hashes(hashes: Mapping[str, str]) -> Mapping[DatasetName, str]:

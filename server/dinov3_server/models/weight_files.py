@@ -63,7 +63,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = parsed["weight_map"]
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: the weight_map is not an object with a file name for each tensor")
-    if bad := [repr(name) for name in weight_map.values() if not _is_plain(name)]:
+    if bad := [repr(name) for name in weight_map.values() if not is_plain_name(name)]:
         raise CheckpointError(
             f"{index}: the weight_map names {enumerate_some(dict.fromkeys(bad))}; allowed are plain names of files in "
             "the index's own folder"
@@ -78,5 +78,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_plain(name: object) -> bool:
+def is_plain_name(name: object) -> bool:
+    """Return whether `name` is the name of a file, without a folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\")

@@ -18,17 +18,21 @@ SHALLOW_SWIGLU = dataclasses.replace(lookup("vits16plus"), depth=3)
 
 
 def official_state(variant: VitVariant, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Meta's layout: fused qkv with a masked key bias that is not zero, periods, mask_token."""
+    """Meta's layout: fused qkv with a masked key bias that is not zero (or a key bias without a mask), periods,
+    mask_token."""
     state = {name: tensor for name, tensor in tensors.items() if not any(f".attn.{p}." in name for p in "qkv")}
     width = variant.embed_dim
+    if not variant.registers:
+        del state["storage_tokens"]
     state["mask_token"] = torch.zeros(1, width)
     state["rope_embed.periods"] = default_periods(variant.head_dim, variant.rope_base)
     for i in range(variant.depth):
         attn = f"blocks.{i}.attn"
         state[f"{attn}.qkv.weight"] = torch.cat([tensors[f"{attn}.{p}.weight"] for p in "qkv"])
         if variant.qkv_bias:
-            key_bias = torch.full((width,), 3.0)
+            key_bias = tensors[f"{attn}.k.bias"] if variant.key_bias else torch.full((width,), 3.0)
             state[f"{attn}.qkv.bias"] = torch.cat([tensors[f"{attn}.q.bias"], key_bias, tensors[f"{attn}.v.bias"]])
+        if variant.qkv_bias and not variant.key_bias:
             state[f"{attn}.qkv.bias_mask"] = torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
     return state
 

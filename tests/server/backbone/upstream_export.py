@@ -1,8 +1,9 @@
 """Run by test_upstream.py in a separate process: Meta's model with seeded weights, its file and its features.
 
-    python upstream_export.py CHECKOUT NAME DATASET DEPTH OUT
+    python upstream_export.py CHECKOUT NAME DATASET DEPTH OUT [RECIPE]
 
-DEPTH is how many blocks of a ViT are made; a ConvNeXt is always whole. Importing upstream changes torch process-wide,
+DEPTH is how many blocks of a ViT are made; a ConvNeXt is always whole. With RECIPE, a ViT is made with the settings of
+Meta's default training configuration. Importing upstream changes torch process-wide,
 which is why it is not imported by a test. Writes OUT/weights.pth (a plain state dict, as the official files are) and
 OUT/features.pth: for each "HxW" the normalized pixels, the normed final tokens by kind, and the tokens of every layer
 before the final norm.
@@ -36,10 +37,14 @@ def seed_weights(model: torch.nn.Module) -> None:
                 parameter[: 2 * width].mul_(4 * (384 / width) ** 0.5)
 
 
-def make(backbones: Any, name: str, dataset: str, depth: int) -> Any:
-    """Create the model by Meta's entry point, with another depth."""
+# As in Meta's `ssl_default_config.yaml` and `vitl_im1k_lin834.yaml`.
+RECIPE = {"n_storage_tokens": 0, "mask_k_bias": False, "norm_layer": "layernorm"}
+
+
+def make(backbones: Any, name: str, dataset: str, settings: dict[str, Any]) -> Any:
+    """Create the model by Meta's entry point, with other settings."""
     construct = backbones._make_dinov3_vit
-    backbones._make_dinov3_vit = lambda **settings: construct(**settings | {"depth": depth})
+    backbones._make_dinov3_vit = lambda **published: construct(**published | settings)
     weights = backbones.Weights[dataset.upper()]
     return getattr(backbones, name)(pretrained=False, weights=weights).float().eval()
 
@@ -54,11 +59,11 @@ def layers_of(model: Any, pixels: Tensor) -> list[dict[str, Tensor]]:
     return [{"patches": p, "cls": c} for p, c in stages]
 
 
-def main(checkout: str, name: str, dataset: str, depth: int, out: Path) -> None:
+def main(checkout: str, name: str, dataset: str, settings: dict[str, Any], out: Path) -> None:
     sys.path.insert(0, checkout)
     from dinov3.hub import backbones  # type: ignore[import-not-found]
 
-    model = make(backbones, name, dataset, depth)
+    model = make(backbones, name, dataset, settings)
     seed_weights(model)
     torch.save(model.state_dict(), out / "weights.pth")
     features = {}
@@ -75,4 +80,5 @@ def main(checkout: str, name: str, dataset: str, depth: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))
+    changed = {"depth": int(sys.argv[4])} | (RECIPE if "RECIPE" in sys.argv else {})
+    main(sys.argv[1], sys.argv[2], sys.argv[3], changed, Path(sys.argv[5]))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from dinov3_server.backbone.weights.checkpoint import load_checkpoint
 from dinov3_server.backbone.weights.random_weights import random_tensors
+from dinov3_server.backbone.weights.selection import find_backbones
 from dinov3_server.families.dinov3_vit.variants import PERIODS, VITS, VitVariant
 from dinov3_server.families.registry import VARIANTS
 from dinov3_server.models.interface import Output
@@ -55,12 +56,10 @@ def timm_model(name: str, **dimensions: Any) -> Any:
 def test_the_key_maps_match_every_published_model(theirs: str, name: str) -> None:
     with torch.device("meta"):
         state = timm_model(theirs).state_dict()
-    layout = VARIANTS[name].key_map_for(state)
-    assert layout is not None
-    assert layout.name.startswith("timm")
-    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
-        key: entry.shape for key, entry in layout.entries.items()
-    }
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    (found,) = find_backbones(VARIANTS[name], shapes)
+    assert found.key_map.name.startswith("timm")
+    assert shapes == {key: entry.shape for key, entry in found.key_map.entries.items()}
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,11 @@ def load_upstream(checkout: Path, checkpoint: Checkpoint, device: torch.device) 
     """
     name = checkpoint.variant.name
     try:
-        make = getattr(_import_from(checkout), name)
+        backbones: Any = _import_from(checkout)
+        make = getattr(backbones, name)
+        if settings := checkpoint.variant.training_settings():
+            construct = backbones._make_dinov3_vit  # what `make` calls, with the settings of the published models
+            backbones._make_dinov3_vit = lambda **published: construct(**published | settings)
         # On the meta device: no memory and no time for initial weights that are replaced anyway.
         with torch.device("meta"):
             module = make(pretrained=False)
@@ -128,11 +132,12 @@ def cut(line: str) -> str:
 def official_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return the weights under Meta's state-dict keys.
 
-    They are the file's own tensors if it is in Meta's format, else the canonical tensors, with the key map of Meta's
-    format applied in reverse.
+    They are the file's own tensors if it is in Meta's format. Those that it does not have, and all of another format,
+    are the canonical tensors, with the key map of Meta's format applied in reverse.
     """
     entries = next(key_map.entries for key_map in checkpoint.variant.key_maps() if key_map.name == "official")
-    state = dict(checkpoint.official or _translated(checkpoint, entries))
+    own = checkpoint.official or {}
+    state = {**own, **_translated(checkpoint, {key: entry for key, entry in entries.items() if key not in own})}
     for key, entry in entries.items():
         if entry.same_as is not None:
             state[key] = state[entry.same_as]

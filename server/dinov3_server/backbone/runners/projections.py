@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinov3_server.backbone.runners.postprocessing import LinearMap
 from dinov3_server.backbone.weights.fingerprint import digest
-from dinov3_server.backbone.weights.tensor_files import read_safetensors
+from dinov3_server.backbone.weights.tensor_files import check_dtypes, read_safetensors
 from dinov3_server.errors import CheckpointError
 from dinov3_server.models.interface import Projection
 
@@ -74,4 +74,5 @@ def _safetensors(what: str, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{what} holds {found}; it must hold weight [K, D], optionally bias [K], and nothing else"
         )
+    check_dtypes(path, tensors)
     return {name: tensor.clone() for name, tensor in tensors.items()}  # copied, so no longer mapped from the file

@@ -1,29 +1,29 @@
 """Reads weights, checks them key by key, and brings them into canonical tensors.
 
-It reads the official `.pth` files and transformers' and timm's `model.safetensors`, also in shards, and recognizes them
-by their content, not by their names. A missing, extra or misshapen key is an error that names it.
+It reads the official `.pth` files and transformers' and timm's `model.safetensors`, also in shards, and what training
+saves in either layout; it recognizes them by their content, not by their names. A missing, extra or misshapen key is an
+error that names it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dinov3_server.backbone.weights.tensor_files import read_tensors
+from dinov3_server.backbone.weights.distributed import DistributedTensors
+from dinov3_server.backbone.weights.selection import Backbone, adapters, find_backbones, looks_like, preferred
+from dinov3_server.backbone.weights.tensor_files import check_dtypes, read_tensors
 from dinov3_server.errors import CheckpointError, ConfigError
-from dinov3_server.families.registry import VARIANTS
-from dinov3_server.models.variant import DATASETS, Dataset, FileTensor, Variant
+from dinov3_server.models.variant import DATASETS, Dataset, FileTensor, Shape, Variant
 from dinov3_server.models.weight_files import enumerate_some
 from dinov3_server.nn.model import Model
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -43,33 +43,20 @@ class Checkpoint:
 def load_checkpoint(path: Path, variant: Variant, dataset: str | None = None) -> Checkpoint:
     """Load the weights of `variant` at `path`: a file, the index of shards, or a folder that has either.
 
-    `dataset` is what they were trained on; without it, that is guessed from names. Raises CheckpointError, with what
-    was found instead, for anything but a whole, matching checkpoint; and ConfigError for a dataset that `variant` was
-    not trained on.
+    They may be a part of a training state (selection.py); the log says what was taken and what was left out. `dataset`
+    is what they were trained on; without it, that is guessed from names. Raises CheckpointError, with what was found
+    instead, for anything but a whole, matching backbone; and ConfigError for a dataset that `variant` was not trained
+    on.
     """
     given = None if dataset is None else _given(dataset, variant)
     stored = read_tensors(path)
-    key_map = variant.key_map_for(stored)
-    if key_map is None:
-        raise CheckpointError(
-            f"{path}: holds nothing of {variant.name}; its keys are {enumerate_some(stored) or 'none'}."
-            f"{_looks_like(stored)}"
-        )
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in stored.items():
-        name = key_map.normalize_key(key)
-        if name in tensors:
-            raise CheckpointError(f"{path}: both spellings of {name!r} are present")
-        tensors[name] = tensor
-    if problems := _problems(tensors, key_map.entries):
-        raise CheckpointError(
-            f"{path} does not hold {variant.name} in the {key_map.name} layout: {'; '.join(problems)}."
-            f"{_looks_like(stored)}"
-        )
-    _check_values(path, tensors, key_map.entries)
+    backbone = _backbone(path, variant, stored)
+    variant, entries = backbone.variant, backbone.key_map.entries
+    tensors = {name: stored[key] for name, key in backbone.keys.items()}
+    _check_values(path, tensors, entries)
     canonical = {
         name: part
-        for key, entry in key_map.entries.items()
+        for key, entry in entries.items()
         if entry.parts and key in tensors
         for name, part in zip(entry.parts, tensors[key].chunk(len(entry.parts)), strict=True)
         if name is not None
@@ -80,39 +67,64 @@ def load_checkpoint(path: Path, variant: Variant, dataset: str | None = None) ->
     for name, shape in variant.canonical_shapes().items():
         if name not in canonical:
             canonical[name] = torch.zeros(shape)
-    official = tensors if key_map.name == "official" else None
+    official = tensors if backbone.key_map.name == "official" else None
     return Checkpoint(variant, given or _dataset(path, variant, tensors), canonical | constants, official)
 
 
-def _problems(tensors: Mapping[str, Tensor], entries: Mapping[str, FileTensor]) -> list[str]:
-    """Return how `tensors` differ from `entries`: one phrase for each kind of difference."""
-    missing = [f"{key} {_shape(e.shape)}" for key, e in entries.items() if e.required and key not in tensors]
-    extra = [f"{key} {_shape(tensor.shape)}" for key, tensor in tensors.items() if key not in entries]
-    misshapen = [
-        f"{key} {_shape(tensor.shape)} instead of {_shape(entries[key].shape)}"
-        for key, tensor in tensors.items()
-        if key in entries and tensor.shape != entries[key].shape
-    ]
-    kinds = (("missing", missing), ("unexpected", extra), ("of another shape", misshapen))
-    return [f"{len(found)} {kind}: {enumerate_some(found)}" for kind, found in kinds if found]
+def _backbone(path: Path, variant: Variant, stored: Mapping[str, Tensor]) -> Backbone:
+    """Find the tensors of `variant`. Raises CheckpointError if they are not there, not whole, or there twice."""
+    shapes = stored.shapes if isinstance(stored, DistributedTensors) else {k: tuple(t.shape) for k, t in stored.items()}
+    places = find_backbones(variant, shapes)
+    whole = preferred([place for place in places if not place.problems])
+    if not whole:
+        raise CheckpointError(f"{path}{_why_not(variant, shapes, places)}")
+    found = whole[0]
+    for other in whole[1:]:
+        # One module may have two names, as in Lightning's; but two models must not be confused.
+        if found.keys.keys() != other.keys.keys() or not all(
+            torch.equal(stored[key], stored[other.keys[name]]) for name, key in found.keys.items()
+        ):
+            raise CheckpointError(
+                f"{path}: holds {variant.name} {len(whole)} times, and it does not say which one to serve: under "
+                f"{enumerate_some(repr(place.prefix) for place in whole)}. Export the state dict of one of them alone"
+            )
+    left_out = found.left_out(shapes)
+    if found.prefix or left_out:
+        logger.info(
+            "%s: taken are the %d tensors %s; left out: %s",
+            path,
+            len(found.keys),
+            f"under {found.prefix!r}" if found.prefix else f"of {variant.name}",
+            left_out or "nothing",
+        )
+    if found.key_map.name == "official":
+        for note in found.variant.assumptions(found.keys):
+            logger.info("%s: %s", path, note)
+    return found
 
 
-def _looks_like(stored: Mapping[str, Tensor]) -> str:
-    for variant in VARIANTS.values():
-        for key_map in variant.key_maps():
-            if not _problems({key_map.normalize_key(key): tensor for key, tensor in stored.items()}, key_map.entries):
-                return f" It looks like {variant.name}."
-    return ""
+def _why_not(variant: Variant, shapes: Mapping[str, Shape], places: Sequence[Backbone]) -> str:
+    """Say what a file holds instead of `variant`, in words that follow the file's name."""
+    seems = looks_like(shapes)
+    looks = f" It looks like {seems.name}." if seems else ""
+    if names := adapters(shapes):
+        return (
+            ": holds weights of an adapter (PEFT, LoRA) that are not merged into the model's: "
+            f"{enumerate_some(names)}. Merge them with `model.merge_and_unload()`, then save its `state_dict()`"
+        )
+    if not places:
+        return f": holds nothing of {variant.name}; its keys are {enumerate_some(shapes) or 'none'}.{looks}"
+    nearest = places[0]
+    under = f" (under {nearest.prefix!r})" if nearest.prefix else ""
+    layout = f"in the {nearest.key_map.name} layout{under}"
+    return f" does not hold {variant.name} {layout}: {'; '.join(nearest.problems)}.{looks}"
 
 
 def _check_values(path: Path, tensors: Mapping[str, Tensor], entries: Mapping[str, FileTensor]) -> None:
     """Check what shapes do not show: dtypes, the masks of the qkv biases, and tensors that have two names."""
-    if wrong := [
-        f"{key} ({str(t.dtype).removeprefix('torch.')})" for key, t in tensors.items() if t.dtype not in _DTYPES
-    ]:
-        raise CheckpointError(f"{path}: tensors that are not float32, bfloat16 or float16: {enumerate_some(wrong)}")
+    check_dtypes(path, tensors)
     masked = [key for key, entry in entries.items() if entry.is_bias_mask]
-    wrong = [key for key in masked if not _masks_keys(tensors[key])]
+    wrong = [key for key in masked if key in tensors and not _masks_keys(tensors[key])]
     if wrong:
         raise CheckpointError(
             f"{path}: a bias_mask must be 1 for queries and values and 0 for keys; these are not (a model saved "
@@ -158,7 +170,3 @@ def _dataset(path: Path, variant: Variant, tensors: Mapping[str, Tensor]) -> Dat
             assumed.name,
         )
     return assumed
-
-
-def _shape(shape: Iterable[int]) -> str:
-    return f"({', '.join(map(str, shape))})"

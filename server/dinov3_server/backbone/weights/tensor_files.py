@@ -1,19 +1,27 @@
-"""Read files of named tensors: `.pth`, safetensors, and safetensors in several shards with an index.
+"""Read files of named tensors: `.pth`, safetensors in one or several shards, folders of `torch.distributed.checkpoint`.
 
 The format of a file is detected from its content, not from its name. No code in a file is run.
 """
 
 from __future__ import annotations
 
+import argparse
+import codecs
+import pathlib
 import pickle
+import types
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dinov3_server.backbone.weights.distributed import METADATA, DistributedTensors
 from dinov3_server.errors import CheckpointError
 from dinov3_server.models.weight_files import (
     INDEX,
@@ -25,14 +33,34 @@ from dinov3_server.models.weight_files import (
     read_weight_map,
 )
 
-_SAFETENSORS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What training scripts save beside the weights: arguments, paths, and numbers of numpy (its versions 1 and 2).
+_NUMBER: Any = np.float64(0).__reduce__()[0]
+_DATA: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    (pathlib.PosixPath, "pathlib.PosixPath"),
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),  # of Python 3.13
+    (_NUMBER, "numpy.core.multiarray.scalar"),
+    (_NUMBER, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64")),
+    codecs.encode,
+]
+_DEEPEST = 8  # levels of dictionaries
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> Mapping[str, Tensor]:
     """Map the named tensors of a file, of an index and its shards, or of a folder with either of them, into memory.
 
-    Raises CheckpointError for anything else.
+    Those in dictionaries of dictionaries, as training saves them, have dotted names: `teacher.backbone.cls_token`. The
+    tensors of a `torch.distributed.checkpoint` are read when they are looked up. Raises CheckpointError for anything
+    else.
     """
+    if path.name == METADATA or path.suffix == ".distcp":
+        raise CheckpointError(f"{path}: is a part of a checkpoint of torch.distributed; give its folder, {path.parent}")
+    if (path / METADATA).exists():
+        return DistributedTensors(path)
     if path.is_dir():
         path = _in_folder(path)
     head = _head(path)
@@ -42,18 +70,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Map every tensor of a safetensors file into memory, privately: writing to a tensor does not change the file.
 
-    Raises CheckpointError for a damaged file (the library checks that the tensors cover it without holes or overlaps),
-    and for dtypes other than float32, float16 and bfloat16.
+    Raises CheckpointError for a damaged file: the library checks that the tensors cover it without holes or overlaps.
     """
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file: damaged or truncated, at {path.stat().st_size} bytes ({error})"
         ) from None
-    if wrong := [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in _SAFETENSORS_DTYPES]:
-        raise CheckpointError(f"{path}: tensors that are not float32, float16 or bfloat16: {enumerate_some(wrong)}")
-    return tensors
+
+
+def check_dtypes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for tensors that are not float32, bfloat16 or float16."""
+    if wrong := [
+        f"{key} ({str(t.dtype).removeprefix('torch.')})" for key, t in tensors.items() if t.dtype not in _DTYPES
+    ]:
+        raise CheckpointError(f"{path}: tensors that are not float32, bfloat16 or float16: {enumerate_some(wrong)}")
 
 
 def _in_folder(folder: Path) -> Path:
@@ -132,22 +164,42 @@ def _read_pth(path: Path, *, zipped: bool) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             # torch warns of pickle protocols that it may not support, and raises if it does not.
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            with torch.serialization.safe_globals(_DATA):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         # torch's own message is left out: it advises weights_only=False, which would run the code.
         raise CheckpointError(
-            f"{path}: refused: it holds Python objects other than tensors, and loading those could run code; export "
-            "the state dict alone"
+            f"{path}: refused: it holds Python objects other than tensors{_other_classes(path)}, and loading those "
+            "could run code; export the state dict alone"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{path}: damaged or truncated, at {path.stat().st_size} bytes ({str(error).splitlines()[0]})"
         ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+    tensors: dict[str, Tensor] = {}
+    if isinstance(loaded, dict):
+        _flatten(path, loaded, "", tensors)
+    if loaded and not tensors:
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__} and not a dictionary of named tensors")
-    if others := [key for key, value in loaded.items() if not isinstance(value, Tensor)]:
-        raise CheckpointError(
-            f"{path}: holds {enumerate_some(others)} beside or instead of tensors, as a training checkpoint does; "
-            "export the backbone's state dict alone"
-        )
-    return loaded
+    return tensors
+
+
+def _flatten(path: Path, loaded: Mapping[object, object], prefix: str, tensors: dict[str, Tensor]) -> None:
+    """Add the tensors of nested dictionaries to `tensors`, by their dotted names."""
+    for key, value in loaded.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Tensor) and isinstance(key, str):
+            if name in tensors:
+                raise CheckpointError(f"{path}: holds two tensors named {name!r}")
+            tensors[name] = value
+        elif isinstance(value, dict) and isinstance(key, str) and prefix.count(".") < _DEEPEST:
+            _flatten(path, value, f"{name}.", tensors)
+
+
+def _other_classes(path: Path) -> str:
+    """Name the classes in a `.pth` that are not read, as words of a message."""
+    try:
+        with torch.serialization.safe_globals(_DATA):
+            return f" ({enumerate_some(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))})"
+    except Exception:  # an older format
+        return ""

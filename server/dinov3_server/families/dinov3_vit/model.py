@@ -181,7 +181,8 @@ def _block(
         if not variant.qkv_bias:
             return linear(weight, None, dtype)
         q, v = (exact(f"{prefix}attn.{part}.bias") for part in "qv")
-        return linear(weight, torch.cat((interleave(q, heads) * scale, torch.zeros_like(q), v)), dtype)
+        k = interleave(exact(f"{prefix}attn.k.bias"), heads) if variant.key_bias else torch.zeros_like(q)
+        return linear(weight, torch.cat((interleave(q, heads) * scale, k, v)), dtype)
 
     ffn: _Mlp | _SwiGlu
     if variant.ffn == "mlp":

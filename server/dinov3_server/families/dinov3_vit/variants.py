@@ -2,8 +2,8 @@
 
 Canonical names are the official repository's, with two differences. Queries, keys and values are separate
 (`blocks.0.attn.q.weight`; a file's fused `qkv` is split without a copy). Tensors that inference does not use are left
-out: the key bias (masked to zero in every format), `mask_token`, `local_cls_norm`. So the same model from a file of any
-format gives the same tensors.
+out: the key bias (masked to zero in the published models), `mask_token`, `local_cls_norm`. So the same model from a
+file of any format gives the same tensors.
 
 Sources: the official repository's `dinov3/hub/backbones.py` and its model card. Parameter counts are exact
 (they include `mask_token` and the masked third of the qkv biases, which inference does not use).
@@ -11,8 +11,8 @@ Sources: the official repository's `dinov3/hub/backbones.py` and its model card.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dinov3_server.families.dinov3_vit.model import VisionTransformer
 
 PERIODS = "rope_embed.periods"
+_DEFAULT_EPS = 1e-6  # of `norm_layer: layernorm` in Meta's training code; the published models have `layernormbf16`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class VitVariant(Variant):
     ffn: Literal["mlp", "swiglu"]
     ffn_dim: int
     qkv_bias: bool
+    key_bias: bool = False  # the bias of keys is used; in the published models it is masked to zero
     rope_base: float = 100.0
 
     @property
@@ -60,7 +62,7 @@ class VitVariant(Variant):
             block: dict[str, Shape] = {"norm1.weight": (width,), "norm1.bias": (width,)}
             for part in "qkv":
                 block[f"attn.{part}.weight"] = (width, width)
-                if self.qkv_bias and part != "k":
+                if self.qkv_bias and (part != "k" or self.key_bias):
                     block[f"attn.{part}.bias"] = (width,)
             block |= {"attn.proj.weight": (width, width), "attn.proj.bias": (width,), "ls1.gamma": (width,)}
             block |= {"norm2.weight": (width,), "norm2.bias": (width,)}
@@ -83,6 +85,43 @@ class VitVariant(Variant):
 
         return VisionTransformer(self, tensors, dataset, dtype=dtype, device=device)
 
+    def as_trained(self, names: Collection[str]) -> VitVariant:
+        """Return this variant with the registers, key biases and norms that Meta's training code can vary.
+
+        Its default configuration (`n_storage_tokens: 0`, `mask_k_bias: false`, `norm_layer: layernorm`) differs from
+        that of the published models in all three. The epsilon of norms is in no file; it is taken to go with the
+        masks. A file without any buffers holds parameters alone, so that lacking masks mean nothing there.
+        """
+        registers = self.registers if "storage_tokens" in names else 0
+        is_masked = any(name.endswith(".bias_mask") for name in names)
+        key_bias = self.qkv_bias and not is_masked and (PERIODS in names or not registers)
+        return replace(
+            self,
+            registers=registers,
+            key_bias=key_bias,
+            norm_eps=_DEFAULT_EPS if key_bias else self.norm_eps,
+            parameters=self.parameters - (self.registers - registers) * self.embed_dim,
+        )
+
+    def training_settings(self) -> dict[str, object]:
+        settings: dict[str, object] = {} if self.registers else {"n_storage_tokens": 0}
+        return settings | ({"mask_k_bias": False, "norm_layer": "layernorm"} if self.key_bias else {})
+
+    def assumptions(self, names: Collection[str]) -> list[str]:
+        notes = []
+        if not self.registers:
+            notes.append("no storage_tokens: the model has no registers (n_storage_tokens: 0)")
+        if self.key_bias:
+            notes.append(
+                f"no bias_mask: keys have a bias (mask_k_bias: false), and norms the epsilon {self.norm_eps:g} "
+                "(norm_layer: layernorm), as in Meta's default training configuration"
+            )
+        elif self.qkv_bias and not any(name.endswith(".bias_mask") for name in names):
+            notes.append("no buffers: the bias of keys is masked to zero, as in Meta's published models")
+        if PERIODS not in names:
+            notes.append(f"no {PERIODS}: those of Meta's published models are used")
+        return notes
+
     def key_maps(self) -> tuple[KeyMap, ...]:
         timm = _timm(self)
         query_value_biases = {f"blocks.{i}.attn.{part}_bias" for i in range(self.depth) for part in "qv"}
@@ -104,18 +143,20 @@ def _official(variant: VitVariant) -> dict[str, FileTensor]:
         # In models trained with a separate norm for local crops: 7B, and ViT-L on SAT-493M.
         "local_cls_norm.weight": FileTensor((width,), required=False),
         "local_cls_norm.bias": FileTensor((width,), required=False),
-        PERIODS: FileTensor((variant.head_dim // 4,), (PERIODS,)),
+        PERIODS: FileTensor((variant.head_dim // 4,), (PERIODS,), required=False),
     }
     for name, shape in variant.canonical_shapes().items():
         prefix, attn, rest = name.partition("attn.")
         if not attn or rest.startswith("proj"):
-            entries[name] = FileTensor(shape, (name,))
+            if 0 not in shape:  # without registers, there is no tensor of them
+                entries[name] = FileTensor(shape, (name,))
         elif rest == "q.weight":
             entries[f"{prefix}attn.qkv.weight"] = FileTensor((3 * width, width), _fused(prefix))
         elif rest == "q.bias":
-            parts_of_bias = (f"{prefix}attn.q.bias", None, f"{prefix}attn.v.bias")
-            entries[f"{prefix}attn.qkv.bias"] = FileTensor((3 * width,), parts_of_bias)
-            entries[f"{prefix}attn.qkv.bias_mask"] = FileTensor((3 * width,), is_bias_mask=True)
+            k = f"{prefix}attn.k.bias" if variant.key_bias else None
+            entries[f"{prefix}attn.qkv.bias"] = FileTensor((3 * width,), (name, k, f"{prefix}attn.v.bias"))
+            if not variant.key_bias:
+                entries[f"{prefix}attn.qkv.bias_mask"] = FileTensor((3 * width,), required=False, is_bias_mask=True)
     return entries
 
 

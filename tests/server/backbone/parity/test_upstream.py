@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from bench.reference import upstream_checkout
+from dinov3_server.backbone.parity.reference_images import reference_images
+from dinov3_server.backbone.parity.upstream_process import UpstreamTask, upstream_features
 from dinov3_server.backbone.weights.checkpoint import load_checkpoint
 from dinov3_server.families.dinov3_vit.variants import VitVariant
 from dinov3_server.families.registry import lookup
 from dinov3_server.models.interface import Output
+from dinov3_server.models.variant import Variant
 from tests.server.backbone import upstream_export
 from tests.server.backbone.features import CPU, worst_error
 
@@ -35,6 +38,33 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return upstream_checkout(tmp_path_factory.mktemp("upstream"))
 
 
+def export(checkout: Path, variant: Variant, dataset: str, out: Path, *recipe: str) -> None:
+    script = [upstream_export.__file__, checkout, variant.name, dataset, str(variant.depth), out, *recipe]
+    done = subprocess.run([sys.executable, *script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["vits16", "vits16plus"])
+def test_metas_default_training_configuration(checkout: Path, tmp_path: Path, name: str) -> None:
+    """Without registers and key masks: our features and, as for the parity check, those of Meta's code."""
+    variant = lookup(name)
+    export(checkout, variant, "lvd1689m", tmp_path, "RECIPE")
+    state = torch.load(tmp_path / "weights.pth", weights_only=True)
+    teacher = {f"backbone.{key}": tensor for key, tensor in state.items()} | {"dino_head.a.weight": torch.ones(3)}
+    torch.save({"teacher": teacher}, tmp_path / "teacher_checkpoint.pth")
+    checkpoint = load_checkpoint(tmp_path / "teacher_checkpoint.pth", variant)
+    model = checkpoint.build(dtype=torch.float32, device=CPU)
+    for stored in torch.load(tmp_path / "features.pth", weights_only=True).values():
+        expected = {Output(kind): tokens for kind, tokens in stored["final"].items()}
+        assert worst_error(model, stored["pixels"], expected) <= 1e-5
+    task = UpstreamTask(
+        tmp_path / "teacher_checkpoint.pth", checkout, "", checkpoint.variant, "lvd1689m", ("float32",), "cpu", 1
+    )
+    (theirs,) = upstream_features(task).values()
+    for image, parts in zip(reference_images(), theirs, strict=True):
+        assert worst_error(model, torch.from_numpy(image)[None], {Output(k): t[None] for k, t in parts.items()}) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "dataset"),
     [
@@ -47,9 +77,7 @@ def test_features_equal_metas(checkout: Path, tmp_path: Path, name: str, dataset
     variant = lookup(name)
     if isinstance(variant, VitVariant):
         variant = dataclasses.replace(variant, depth=DEPTHS[name])
-    command = [sys.executable, upstream_export.__file__, checkout, variant.name, dataset, str(variant.depth), tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    export(checkout, variant, dataset, tmp_path)
     path = tmp_path / "weights.pth"
     checkpoint = load_checkpoint(path, variant)
     assert checkpoint.dataset.name == dataset
