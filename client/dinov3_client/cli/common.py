@@ -85,7 +85,7 @@ def server_flags() -> argparse.ArgumentParser:
     group = server.add_argument_group("server")
     group.add_argument(
         "--target",
-        default=os.environ.get("DINOV3_TARGET", DEFAULT_TARGET),
+        default=os.environ.get("DINOV3_TARGET") or DEFAULT_TARGET,
         metavar="HOST:PORT",
         help="the server; default: %(default)s (environment: DINOV3_TARGET)",
     )

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
@@ -77,6 +78,7 @@ class State(Enum):
     GOOD = "the requested commit, complete"
     OTHER = "another commit, complete"
     ON_BRANCH = "another commit, complete, on a branch: it may be someone's work"
+    LINKED = "another commit, complete, in a submodule or worktree of another repository"
     MODIFIED = "Meta's code, but different from its commit"
     FOREIGN = "not a checkout of Meta's code"
 
@@ -103,13 +105,19 @@ def look(folder: Path, revision: str) -> Found:
     """
     if is_nothing(folder):
         return Found(State.NOTHING)
-    if not (folder / ".git").is_dir():
+    if not (folder / ".git").exists():
         return Found(State.FOREIGN, "is not empty and is no git checkout")
+    is_linked = (folder / ".git").is_file()  # it names the repository's folder
     try:
         commit = run_locally("rev-parse", "--verify", "HEAD^{commit}", folder=folder).decode().strip()
         branch = run_locally("rev-parse", "--abbrev-ref", "HEAD", folder=folder).decode().strip()
         tree = run_locally("ls-tree", "-r", "-z", "--full-tree", commit, folder=folder)
     except GitFailed as damage:
+        if is_linked:
+            return Found(
+                State.FOREIGN,
+                f"is a submodule or worktree, whose repository (named in its file .git) cannot be read: {damage}",
+            )
         if (folder / REQUIRED[-1]).is_file():
             return Found(State.MODIFIED, f"holds a damaged git repository: {damage}")
         return Found(State.FOREIGN, f"holds a git repository that is not Meta's, or is damaged: {damage}")
@@ -120,11 +128,21 @@ def look(folder: Path, revision: str) -> Found:
         tracked[os.fsdecode(path)] = int(mode, 8), blob
     if lacking := [path for path in REQUIRED if path not in tracked]:
         return Found(State.FOREIGN, f"holds a git repository that is not Meta's: its commit has no {lacking[0]}")
+    quoted = shlex.quote(str(folder))
+    if endings := _with_windows_line_endings(folder, tracked):
+        return Found(
+            State.MODIFIED,
+            f"has Windows line endings (CR LF, of core.autocrlf): {', '.join(endings[:_SHOWN])}; so its bytes are not "
+            f"those of its commit. In a clone of yours: `git -C {quoted} config core.autocrlf false && git -C {quoted} "
+            "checkout-index --all --force`",
+        )
     if changes := [*_changed(folder, tracked), *_importable(folder, tracked)]:
         more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         return Found(State.MODIFIED, f"differs from its commit: {', '.join(changes[:_SHOWN])}{more}")
     if commit == revision:
         return Found(State.GOOD)
+    if is_linked:
+        return Found(State.LINKED, f"is a submodule or worktree of another repository, at commit {commit}")
     if branch != "HEAD":  # the name that git gives to a detached one
         return Found(State.ON_BRANCH, f"holds commit {commit} on the branch {branch}")
     return Found(State.OTHER, f"holds commit {commit}")
@@ -143,9 +161,26 @@ def _changed(folder: Path, tracked: Mapping[str, tuple[int, str]]) -> Iterator[s
         same_type = stat.S_ISLNK(mode) if tree_mode == _LINK else stat.S_ISREG(mode)
         if same_type:
             content = os.fsencode(path.readlink()) if tree_mode == _LINK else path.read_bytes()
-            git_id = hashlib.sha1(b"blob %d\0%s" % (len(content), content), usedforsecurity=False).hexdigest()
-        if not same_type or git_id != blob:
+        if not same_type or _git_id(content) != blob:
             yield f"{name} (changed)"
+
+
+def _with_windows_line_endings(folder: Path, tracked: Mapping[str, tuple[int, str]]) -> list[str]:
+    """Name the files that equal their commit but for CR LF in the place of LF."""
+    return [
+        name
+        for name, (tree_mode, blob) in tracked.items()
+        if tree_mode not in (_LINK, _SUBMODULE)
+        and (folder / name).is_file()
+        and b"\r\n" in (content := (folder / name).read_bytes())
+        and _git_id(content) != blob
+        and _git_id(content.replace(b"\r\n", b"\n")) == blob
+    ]
+
+
+def _git_id(content: bytes) -> str:
+    """Return the name that git gives to the content of a file."""
+    return hashlib.sha1(b"blob %d\0%s" % (len(content), content), usedforsecurity=False).hexdigest()
 
 
 def _importable(folder: Path, tracked: Mapping[str, object]) -> Iterator[str]:

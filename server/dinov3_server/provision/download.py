@@ -18,7 +18,7 @@ from types import MappingProxyType
 from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import CheckpointError, ConfigError, Unreachable
 from dinov3_server.models.weight_files import is_web_page
-from dinov3_server.provision.http import HttpBody
+from dinov3_server.provision.http import DOWNLOAD_TIMEOUT, HttpBody, timeout
 from dinov3_server.provision.part import PartialFile
 from dinov3_server.provision.progress import Progress, duration, size
 from dinov3_server.provision.source import Body, FileBody, NoSuchRange, Transient, Version
@@ -42,7 +42,7 @@ class Timing:
 
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    stall_seconds: float = 30.0
+    stall_seconds: float | None = None  # by default, HF_HUB_DOWNLOAD_TIMEOUT or 30
 
 
 def download(
@@ -69,10 +69,12 @@ def download(
     if scheme not in ("https", "http", "file"):
         raise ConfigError(f"{shown}: allowed are URLs that begin with https://, http:// or file://")
 
+    stall_seconds = timeout(DOWNLOAD_TIMEOUT) if timing.stall_seconds is None else timing.stall_seconds
+
     def open_body(start: int, version: Version) -> Body:
         if scheme == "file":
             return FileBody(url, start, version)
-        return HttpBody(url, start, version, headers, timing.stall_seconds)
+        return HttpBody(url, start, version, headers, stall_seconds)
 
     origin = shown.removesuffix("?...")  # Two signed URLs of one file differ in their queries.
     with PartialFile(target, origin) as part, Progress(target.name, on_progress, timing.clock) as progress:

@@ -114,8 +114,8 @@ def run_remotely(*arguments: str, folder: Path) -> None:
     The user's configuration says how that is reached (proxy, certificates, credentials). Raises GitFailed.
     """
     user = {name: os.environ[name] for name in _CONFIG_FILES if name in os.environ}
-    if "GIT_SSH" not in os.environ:
-        user["GIT_SSH_COMMAND"] = os.environ.get("GIT_SSH_COMMAND", "ssh -oBatchMode=yes")
+    if not os.environ.get("GIT_SSH"):
+        user["GIT_SSH_COMMAND"] = os.environ.get("GIT_SSH_COMMAND") or "ssh -oBatchMode=yes"
     with ExitStack() as ended:
         with held():  # a signal between the start of git and `group_killed` would leave git running
             # A session of its own: it can be killed with its children, and has no terminal to prompt on.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import email.utils
 import http.client
+import os
 import re
 import socket
 import ssl
@@ -28,10 +29,27 @@ from dinov3_server.provision.source import BLOCK, NoSuchRange, Transient, Versio
 
 META_REQUESTS = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/"
 USER_AGENT = f"dinov3-serving/{__version__}"
+DOWNLOAD_TIMEOUT, ETAG_TIMEOUT = "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"
+_TIMEOUT_SECONDS = 30.0
 REDIRECTS = 10
 LONGEST_WAIT = 300.0  # seconds, also if a server asks for more
 _ERROR_BYTES = 8192  # read of an error's body
 _LONGEST_QUOTE = 160  # characters of the server's own message
+
+
+def timeout(variable: str) -> float:
+    """Return for how many seconds a server may be silent, by an environment variable of huggingface_hub's name.
+
+    Raises ConfigError.
+    """
+    text = os.environ.get(variable, "").strip()
+    try:
+        seconds = float(text or _TIMEOUT_SECONDS)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e6:  # NaN is neither
+        raise ConfigError(f"environment {variable} is {text!r}; allowed: seconds above 0, at most 1000000")
+    return seconds
 
 
 class HttpBody:
@@ -211,7 +229,10 @@ class HttpBody:
 
     def _broken(self, error: Exception, what: str) -> Transient:
         if isinstance(error, TimeoutError):
-            return Transient(f"{self._shown}: {what}: not a byte for {self._stall_seconds:g} s")
+            return Transient(
+                f"{self._shown}: {what}: not a byte for {self._stall_seconds:g} s; if a mirror fetches the file itself "
+                f"before it answers, give it more seconds with {DOWNLOAD_TIMEOUT}"
+            )
         if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
             return Transient(f"{self._shown}: {what}: the response is not complete HTTP ({type(error).__name__})")
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)

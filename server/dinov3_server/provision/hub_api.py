@@ -20,11 +20,11 @@ from urllib.parse import quote, urlsplit
 from dinov3_server.config.types import without_secrets
 from dinov3_server.errors import AccessRefused, ConfigError, StartupError, Unreachable
 from dinov3_server.provision.download import Expected, download
+from dinov3_server.provision.http import DOWNLOAD_TIMEOUT, ETAG_TIMEOUT, timeout
 
 log = logging.getLogger(__name__)
 
 COMMIT = re.compile("[0-9a-f]{40}")
-_TIMEOUT_SECONDS = 30.0
 RETRY_PAUSES = (1.0, 3.0)  # seconds
 
 T = TypeVar("T")
@@ -57,6 +57,7 @@ class HubApi:
         self._repository = repository
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self._token = None if anonymous else token()
+        self._timeout = timeout(ETAG_TIMEOUT)
         self._has_access = False
         self.shown = without_secrets(self._endpoint)
 
@@ -70,7 +71,7 @@ class HubApi:
                 self._repository.name,
                 revision=self._repository.revision,
                 files_metadata=True,
-                timeout=_TIMEOUT_SECONDS,
+                timeout=self._timeout,
             )
         )
         if not COMMIT.fullmatch(info.sha or ""):
@@ -89,7 +90,7 @@ class HubApi:
         url = f"{self._endpoint}/{self._repository.name}/resolve/{commit}/{quote(name)}"
         if not self._has_access:  # the API lists gated repositories to everyone, and refuses only their files
             token = self._token or False
-            self._ask(lambda: get_hf_file_metadata(url, token=token, timeout=_TIMEOUT_SECONDS, endpoint=self._endpoint))
+            self._ask(lambda: get_hf_file_metadata(url, token=token, timeout=self._timeout, endpoint=self._endpoint))
             self._has_access = True
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         return download(url, target, expected, headers=headers, on_progress=on_progress)
@@ -143,10 +144,15 @@ class HubApi:
                     f"{self.shown} answered for {self._repository}, but not like the hub (a login page of the "
                     "network, or a wrong HF_ENDPOINT)"
                 )
-        why = " ".join(str(error).split()) or type(error).__name__  # of requests, httpx or httpx2
+        kind = type(error).__name__  # of requests, httpx or httpx2
+        why = " ".join(str(error).split()) or kind
+        slow = (
+            f". If it is a mirror that fetches files itself before it answers, give it more than {self._timeout:g} s: "
+            f"{ETAG_TIMEOUT} and {DOWNLOAD_TIMEOUT}, in seconds"
+        )
         return _Temporary(
             f"{self.shown} cannot be reached for {self._repository}: {why}; check the network and its proxy "
-            "(HTTPS_PROXY), or set HF_ENDPOINT to a mirror"
+            f"(HTTPS_PROXY), or set HF_ENDPOINT to a mirror{slow if 'Timeout' in kind else ''}"
         )
 
     def _of_status(self, status: int, said: str) -> StartupError:

@@ -24,8 +24,12 @@ def prepare(
     network, one error lists everything that is missing.
     """
     began = time.monotonic()
-    # Code first: it is small, and a missing git should be reported before 27 GB of weights are fetched.
     missing: list[Unreachable] = []
+    weights = None
+    if not needs_a_network(settings.weights):  # a wrong path is named at once
+        weights = _weights(settings, on_progress)
+    checked = time.monotonic() - began
+    # Code next: it is small, and a missing git should be reported before 27 GB of weights are fetched.
     try:
         checkout, absent = _code(settings)
     except Unreachable as error:
@@ -33,7 +37,7 @@ def prepare(
         missing.append(error)
     vendored = time.monotonic()
     try:
-        weights, label = _weights(settings, on_progress)
+        path, label = weights or _weights(settings, on_progress)
     except Unreachable as error:
         missing.insert(0, error)
     if missing:
@@ -42,12 +46,17 @@ def prepare(
             f"FOLDER`, then copy everything in FOLDER into {settings.cache_folder}"
         )
         raise Unreachable("\nAnd ".join(map(str, missing)) + (f"\n{at_once}" if len(missing) > 1 else ""))
-    seconds = {"vendor": vendored - began, "weights": time.monotonic() - vendored}
-    return Provisioned(weights, label, settings.upstream_revision, checkout, absent), seconds
+    seconds = {"vendor": vendored - began - checked, "weights": checked + time.monotonic() - vendored}
+    return Provisioned(path, label, settings.upstream_revision, checkout, absent), seconds
 
 
 def is_random(weights: str) -> bool:
     return weights.startswith("random:")
+
+
+def needs_a_network(weights: str) -> bool:
+    """Tell whether finding weights may fetch them from another machine."""
+    return weights == "auto" or weights.startswith(("https://", "http://", "hf://"))
 
 
 def checkout_folder(settings: Settings) -> Path:

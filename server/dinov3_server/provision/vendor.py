@@ -39,9 +39,9 @@ def vendor(
 ) -> None:
     """Make `target` hold the commit `revision` (40 hex digits) of Meta's repository, complete and unmodified.
 
-    A good checkout stays as it is. One of another commit is replaced, unless it is on a branch: that may be someone's
-    work. `force` fetches again in any case, also over modified code. `offline` fetches nothing. `sleep` waits between
-    attempts.
+    A good checkout stays as it is. One of another commit is replaced, unless it is on a branch, a submodule or a
+    worktree: that may be someone's work. `force` fetches again in any case, also over modified code. `offline` fetches
+    nothing. `sleep` waits between attempts.
 
     Raises UpstreamCodeError (`target` holds something that must not be replaced, or the repository is not the right
     one), Unreachable, AccessRefused or StorageError.
@@ -142,10 +142,10 @@ class _Vendoring:
                 f"{self._target} {found.detail}. Meta's code is used unmodified only. To fetch it again: {again}, or "
                 f"remove the folder before the next start: `rm -r {target}`"
             )
-        if found.state is State.ON_BRANCH and not self._force:
+        if found.state in (State.ON_BRANCH, State.LINKED) and not self._force:
             raise UpstreamCodeError(
-                f"{self._target} {found.detail}; needed is {self._revision}. A branch may be someone's work, so it is "
-                f"not replaced: `git -C {target} checkout --detach {self._revision}`, or {again}"
+                f"{self._target} {found.detail}; needed is {self._revision}. It may be someone's work, so it is not "
+                f"replaced: `git -C {target} checkout --detach {self._revision}`, or {again}"
             )
         if self._offline:
             there = "is not there" if found.state is State.NOTHING else found.detail or "is to be fetched again"

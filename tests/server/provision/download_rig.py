@@ -44,7 +44,7 @@ class Rig:
         expected: Expected = NOTHING,
         *,
         headers: Mapping[str, str] | None = None,
-        stall_seconds: float = 20.0,
+        stall_seconds: float | None = 20.0,
     ) -> str:
         timing = Timing(clock=lambda: self.now, sleep=self.sleep, stall_seconds=stall_seconds)
         return download(
@@ -57,7 +57,7 @@ class Rig:
         )
 
     def fails(
-        self, error: type[Exception], url: str, expected: Expected = NOTHING, *, stall_seconds: float = 20.0
+        self, error: type[Exception], url: str, expected: Expected = NOTHING, *, stall_seconds: float | None = 20.0
     ) -> str:
         """Return the message of the error, after checking that the target is unchanged."""
         before = self.target.read_bytes() if self.target.exists() else None

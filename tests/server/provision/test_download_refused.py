@@ -15,6 +15,7 @@ import pytest
 from dinov3_server import storage
 from dinov3_server.errors import AccessRefused, CheckpointError, ConfigError, StorageError, Unreachable
 from dinov3_server.provision.download import Expected
+from dinov3_server.provision.http import timeout
 from tests.server.provision.download_rig import DATA, SECRET, Rig, rig
 from tests.support.file_server import Answer, FileServer
 from tests.support.waiting import until
@@ -122,6 +123,27 @@ def test_a_silent_server(here: Rig, files: FileServer) -> None:
     said = here.fails(Unreachable, files.url(PATH), stall_seconds=0.05)
     assert "not a byte for 0.05 s" in said
     until(lambda: len(files.requests) == 5, "the server's threads record every request")
+
+
+def test_the_time_for_a_silent_server_is_huggingface_hubs_setting(
+    here: Rig, files: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.always(PATH, Answer(hold_after=0))
+    files.put(PATH, DATA)
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.05")
+    said = here.fails(Unreachable, files.url(PATH), stall_seconds=None)
+    assert "not a byte for 0.05 s; if a mirror fetches the file itself before it answers" in said
+    assert "HF_HUB_DOWNLOAD_TIMEOUT" in said
+    for wrong in ("soon", "-1", "0", "nan"):
+        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", wrong)
+        said = here.fails(ConfigError, files.url(PATH), stall_seconds=None)
+        assert said == f"environment HF_HUB_DOWNLOAD_TIMEOUT is {wrong!r}; allowed: seconds above 0, at most 1000000"
+
+
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_time_is_the_default(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", value)
+    assert timeout("HF_HUB_DOWNLOAD_TIMEOUT") == 30
 
 
 def test_a_server_that_changes_its_content_length(here: Rig, files: FileServer) -> None:

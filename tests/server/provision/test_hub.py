@@ -388,3 +388,16 @@ def test_a_token_is_not_sent_if_implicit_tokens_are_disabled(hub: FakeHub, monke
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     assert hub_api.token() is None
+
+
+def test_a_slow_mirror_is_given_the_time_of_huggingface_hubs_setting(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish(TIMM, {"model.safetensors": DATA})
+    hub.hub.always(hub.api(TIMM), Answer(hold_after=0))
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.05")
+    message = refuses(tmp_path, Unreachable)
+    assert "If it is a mirror that fetches files itself before it answers, give it more than 0.05 s: " in message
+    assert "HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT, in seconds" in message
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")
+    assert "HF_HUB_ETAG_TIMEOUT is 'soon'" in refuses(tmp_path, ConfigError)

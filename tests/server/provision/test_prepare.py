@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dinov3_server.config.settings import Settings
-from dinov3_server.errors import Unreachable, UpstreamCodeError
+from dinov3_server.errors import ConfigError, Unreachable, UpstreamCodeError
 from dinov3_server.models.interface import Provisioned
 from dinov3_server.provision import vendor
 from dinov3_server.provision.prepare import checkout_folder, prepare
@@ -102,3 +102,19 @@ def test_wrong_code_is_reported_before_weights_are_fetched(tmp_path: Path, monke
     monkeypatch.setattr(vendor, "vendor", fail)
     with pytest.raises(UpstreamCodeError, match="it is modified"):
         prepare(settings(tmp_path, model="vitb16", offline=True))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("/nowhere/weights.pth", "no folder /nowhere"),
+        ("file:///nowhere/weights.pth", "there is no such file on this machine"),
+        ("s3://bucket/weights.pth", "allowed are URLs that begin with"),
+    ],
+)
+def test_a_wrong_path_is_named_before_code_is_fetched(
+    tmp_path: Path, vendored: list[Path], weights: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(settings(tmp_path, weights=weights))
+    assert vendored == []
