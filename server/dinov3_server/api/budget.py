@@ -40,24 +40,24 @@ class ByteBudget:
         self.lock = threading.Lock()
         self.unread: dict[RequestMemory, None] = {}  # answers, the oldest first
         self._free = nbytes - sum(floors.values())  # of what is above the floors
-        self.messages, self.pictures, self.answers = (
-            Quota(self, use, floor, floor + self._free) for use, floor in floors.items()
-        )
+        self._quotas = tuple(Quota(self, use, floor, floor + self._free) for use, floor in floors.items())
+        self.messages, self.pictures, self.answers = self._quotas
 
     async def acquire_message(self, nbytes: int, deadline: float | None) -> RequestMemory:
         """Wait for memory for a received message of `nbytes`. Raises InvalidInput, Overloaded."""
-        return RequestMemory(self, self.messages.try_acquire(nbytes) or await self.messages.acquire(nbytes, deadline))
+        return RequestMemory(self, await self.messages.acquire(nbytes, deadline))
 
     def slow_reader(self) -> str | None:
         """Return the peer whose answer has been unread for longest, if over SLOW_READER_SECONDS and others wait."""
-        if self.answers.waiters:
-            for request_memory in self.unread:
-                return request_memory.peer if time.monotonic() - request_memory.since > SLOW_READER_SECONDS else None
-        return None
+        oldest = next(iter(self.unread), None)
+        if oldest is None or not self.answers.waiters or time.monotonic() - oldest.since <= SLOW_READER_SECONDS:
+            return None
+        peer: str = oldest.context.peer()
+        return peer
 
     def update_gauges(self, metrics: Metrics) -> None:
         """Set the gauges of the bytes in use."""
-        for quota in (self.messages, self.pictures, self.answers):
+        for quota in self._quotas:
             metrics.frontend_bytes.set(quota.used, quota.use)
 
     def fits(self, quota: Quota, nbytes: int) -> bool:
@@ -73,11 +73,11 @@ class ByteBudget:
 
     def schedule_wake(self) -> None:
         """Have the event loop serve the queues. May be called from any thread."""
-        if self.messages.waiters or self.pictures.waiters or self.answers.waiters:
+        if any(quota.waiters for quota in self._quotas):
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
-        for quota in (self.messages, self.pictures, self.answers):
+        for quota in self._quotas:
             quota.grant_waiters()
 
 
@@ -188,20 +188,9 @@ class RequestMemory:
     since: float = 0.0  # when the answer was sent
     context: Any = None
 
-    def release_message(self) -> None:
-        """Release the memory of the message, which is not needed any more."""
-        self.message.release()
-
     async def acquire_answer(self, nbytes: int, deadline: float | None) -> None:
         """Wait for 2 x `nbytes` of memory for an answer, because gRPC copies it. Raises as `Quota.acquire`."""
-        answers = self.budget.answers
-        self.answer = answers.try_acquire(2 * nbytes) or await answers.acquire(2 * nbytes, deadline)
-
-    @property
-    def peer(self) -> str:
-        """The caller that the answer is sent to, as gRPC names it."""
-        peer: str = self.context.peer()
-        return peer
+        self.answer = await self.budget.answers.acquire(2 * nbytes, deadline)
 
     def start_sending(self, context: Any) -> None:
         """Record that the answer is sent to the caller of `context` from now on."""

@@ -135,7 +135,7 @@ class Extraction:
         await decoding
         decode_seconds = time.perf_counter() - started
         query.sources.clear()
-        call.request_memory.release_message()
+        call.request_memory.message.release()
 
         results = await self._run(call, reservation)
         for one, result in zip(call.placed, results, strict=True):

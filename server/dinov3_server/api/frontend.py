@@ -78,7 +78,7 @@ async def _serve(start: StartFrontend, control: Channel) -> None:
 
     def on_model() -> None:
         engine.on_model = lambda: None  # only the first worker: later, calls queue while workers restart
-        server.set_serving(not drain.done())
+        server.health.set_serving(not drain.done())
         send(Ready())
 
     async def report() -> None:

@@ -15,12 +15,12 @@ from dinov3_server.api.peers import OpenCalls
 from dinov3_server.api.receiving import Receiver, deadline_of
 from dinov3_server.api.status import abort, serving_error, status_of
 from dinov3_server.errors import InternalError, Overloaded, ServingError, Unauthenticated, Unavailable
-from dinov3_server.metrics import Metrics
+from dinov3_server.metrics import METHODS, Metrics
 
 SERVICE = "dinov3_serving.v1.FeatureService"
-EXTRACT, STREAM, GET_MODEL = (f"/{SERVICE}/{name}" for name in ("Extract", "ExtractStream", "GetModel"))
+STREAM = f"/{SERVICE}/ExtractStream"
 # Label `method` of dinov3_requests_total. Health and reflection are not counted; unknown methods are "other".
-_LABELS = {EXTRACT: "Extract", STREAM: "ExtractStream", GET_MODEL: "GetModel"}
+_LABELS = {f"/{SERVICE}/{name}": name for name in METHODS}
 _OTHER = "other"
 # Health checks need no authentication.
 _WITHOUT_TOKEN = "/grpc.health.v1.Health/"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.peers import OpenCalls, close_connections
@@ -17,6 +18,7 @@ _CHECKS_PER_SECOND = round(1 / CHECK_SECONDS)
 OWN_BYTES = 64 << 20
 
 
+@dataclass(eq=False)
 class FrontendMonitor:
     """Measures event-loop lag, ends reads when gRPC holds too much, closes connections with too many calls, and returns
     freed memory after a peak.
@@ -25,20 +27,14 @@ class FrontendMonitor:
     in tests: then memory is not checked.
     """
 
-    def __init__(
-        self,
-        receiver: Receiver,
-        calls: OpenCalls,
-        budget: ByteBudget,
-        metrics: Metrics,
-        allocated: Callable[[], int] | None,
-    ) -> None:
-        self._receiver = receiver
-        self._calls = calls
-        self._budget = budget
-        self._metrics = metrics
-        self._allocated = allocated
-        self._own = allocated() if allocated else 0
+    receiver: Receiver
+    calls: OpenCalls
+    budget: ByteBudget
+    metrics: Metrics
+    allocated: Callable[[], int] | None
+
+    def __post_init__(self) -> None:
+        self._own = self.allocated() if self.allocated else 0
         self._trimmer = Trimmer()
         self._most_allocated = 0
 
@@ -49,25 +45,25 @@ class FrontendMonitor:
         while True:
             due = loop.time() + CHECK_SECONDS
             await asyncio.sleep(CHECK_SECONDS)
-            self._metrics.event_loop_lag_seconds.observe(max(0.0, loop.time() - due))
+            self.metrics.event_loop_lag_seconds.observe(max(0.0, loop.time() - due))
             checks += 1
             each_second = checks % _CHECKS_PER_SECOND == 0
-            if self._allocated:
-                self._check_memory(self._allocated, each_second)
+            if self.allocated:
+                self._check_memory(self.allocated, each_second)
             if each_second:
-                peer = self._budget.slow_reader()
+                peer = self.budget.slow_reader()
                 if peer is not None:
                     close_connections([peer], "it did not read its answer while others waited for memory")
-            if peers := self._calls.connections_to_close():
+            if peers := self.calls.connections_to_close():
                 close_connections(peers, "too many calls were open")
 
     def _check_memory(self, allocated: Callable[[], int], each_second: bool) -> None:
         # `allocated` costs 40 us, and is never more than the anonymous memory of the process.
-        if each_second or anonymous_bytes() > self._own + OWN_BYTES + self._receiver.limit:
+        if each_second or anonymous_bytes() > self._own + OWN_BYTES + self.receiver.limit:
             now = allocated()
             self._most_allocated = max(self._most_allocated, now)
-            counted = self._budget.messages.used + self._budget.answers.used
-            self._receiver.end_slow_reads(now - counted - self._own - OWN_BYTES)
+            counted = self.budget.messages.used + self.budget.answers.used
+            self.receiver.end_slow_reads(now - counted - self._own - OWN_BYTES)
         if each_second:
             self._trimmer.look(self._most_allocated)
             self._most_allocated = 0

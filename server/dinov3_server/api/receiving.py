@@ -37,14 +37,14 @@ class _PendingRead:
     ended: bool = False
 
 
+@dataclass(eq=False)
 class Receiver:
     """Reads messages for all calls. gRPC may hold `limit` bytes of messages without a grant."""
 
-    def __init__(self, budget: ByteBudget, limit: int) -> None:
-        self._budget = budget
-        self.limit = limit
-        self.pending: set[_PendingRead] = set()
-        self._reads_to_end = 1  # at the next check that is over the limit
+    budget: ByteBudget
+    limit: int
+    pending: set[_PendingRead] = field(default_factory=set)
+    _reads_to_end: int = 1  # at the next check that is over the limit
 
     async def read(self, context: Any, deadline: float | None, rank: int = 0) -> tuple[bytes, RequestMemory] | None:
         """Return the next message and its memory; None if the caller has closed its side.
@@ -63,7 +63,7 @@ class Receiver:
                 return None
             if deadline is None and rank == 0:
                 deadline = deadline_of(context)
-            return data, await self._budget.acquire_message(len(data), deadline)
+            return data, await self.budget.acquire_message(len(data), deadline)
         except asyncio.CancelledError:
             if not read.ended or (read.task is not None and read.task.uncancel()):
                 raise

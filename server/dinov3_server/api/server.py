@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 class FrontendServer:
-    """A gRPC server over an engine. Create it in the event loop; call `start`, then `set_serving`, finally `drain`."""
+    """A gRPC server over an engine. Create it in the event loop; call `start`, `health.set_serving`, then `drain`."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class FrontendServer:
         self.service = FeatureService(engine, extraction, receiver, settings, metrics, tokens, index, frontends)
         open_calls = OpenCalls(max(_MOST_CALLS, 2 * settings.max_queue_images))
         self._monitor = FrontendMonitor(receiver, open_calls, self.budget, metrics, allocated)
-        self._health = Health()
+        self.health = Health()
         self.calls = CallInterceptor(metrics, receiver, tokens, open_calls)
         self._server = grpc.aio.server(interceptors=[self.calls], options=_options(settings))
         self._server.add_generic_rpc_handlers(
-            (self.service.handlers(), self._health.handlers(), *reflection_handlers((SERVICE, HEALTH)))
+            (self.service.handlers(), self.health.handlers(), *reflection_handlers((SERVICE, HEALTH)))
         )
 
     async def start(self, host: str, port: int) -> int:
@@ -106,10 +106,6 @@ class FrontendServer:
         self._tasks = [asyncio.create_task(self._keep_reloading()), asyncio.create_task(self._monitor.run())]
         return bound
 
-    def set_serving(self, serving: bool) -> None:
-        """Set the status of the health service."""
-        self._health.set_serving(serving)
-
     def update_gauges(self) -> None:
         """Set the gauges of memory and of the certificate."""
         self.budget.update_gauges(self._metrics)
@@ -124,7 +120,7 @@ class FrontendServer:
 
         Returns when no call and no decode thread is left.
         """
-        self._health.close()
+        self.health.close()
         self.service.refuse_calls()
         await self._server.stop(grace)
         await self.calls.wait_idle()

@@ -233,7 +233,7 @@ async def serving(**settings: Any) -> AsyncIterator[Rig]:
     engine, metrics = FakeEngine(), Metrics()
     server = FrontendServer(engine, Settings(**{"decode_threads": 2, **settings}), metrics, 1, 3)  # type: ignore[arg-type]
     port = await server.start("127.0.0.1", 0)
-    server.set_serving(True)
+    server.health.set_serving(True)
     try:
         async with open_channel(port) as channel:
             yield Rig(engine, server, metrics, port, channel, pb_grpc.FeatureServiceStub(channel))

@@ -52,11 +52,11 @@ async def test_health() -> None:
             assert (await stub.Check(request)).status == SERVING
             watch = stub.Watch(request)
             assert (await watch.read()).status == SERVING
-            rig.server.set_serving(False)
+            rig.server.health.set_serving(False)
             assert (await watch.read()).status == NOT_SERVING
             assert (await stub.Check(request)).status == NOT_SERVING
-            rig.server.set_serving(True)
-            rig.server.set_serving(True)
+            rig.server.health.set_serving(True)
+            rig.server.health.set_serving(True)
             assert (await watch.read()).status == SERVING
             watch.cancel()
         unknown = health_pb2.HealthCheckRequest(service="other.Service")
@@ -73,7 +73,7 @@ async def test_health_lists_every_service() -> None:
     async with serving() as rig:
         stub = health_pb2_grpc.HealthStub(rig.channel)
         for status in (SERVING, NOT_SERVING):
-            rig.server.set_serving(status == SERVING)
+            rig.server.health.set_serving(status == SERVING)
             statuses = (await stub.List(health_pb2.HealthListRequest())).statuses
             assert {name: each.status for name, each in statuses.items()} == {"": status, SERVICE: status}
 
@@ -197,7 +197,7 @@ async def test_drain_finishes_active_calls_and_refuses_new_ones() -> None:
         run.go.set_result(None)
         assert (await call).blocks
         await drain
-        rig.server.set_serving(True)  # of no effect any more
+        rig.server.health.set_serving(True)  # of no effect any more
 
 
 async def test_a_call_that_arrives_while_draining_is_unavailable() -> None:
