@@ -22,6 +22,7 @@ from bench import (
     overload,
     plots,
     preprocessing,
+    ray,
     service,
     shapes,
     start,
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "overload": overload,
     "bombs": bombs,
     "training": training,
+    "ray": ray,
 }
 
 
