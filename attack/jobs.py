@@ -89,7 +89,7 @@ def finished(out: Path) -> bool:
 def refusal(stderr: str) -> str:
     """Return why a run ended early, if the same command may succeed later. Return "" for a fault of the server (its
     errors have an id) or of the client (a traceback)."""
-    lines = [line for line in stderr.splitlines() if " keeps what was committed" not in line]
+    lines = [line for line in stderr.splitlines() if " keeps what was answered" not in line]
     last = lines[-1] if lines else ""
     prefix = "dinov3-client: "
     return last.removeprefix(prefix) if last.startswith(prefix) and "error id" not in last else ""

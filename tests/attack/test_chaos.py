@@ -240,7 +240,7 @@ def test_a_bulk_run_is_lost_if_no_run_reaches_the_server(tmp_path: Path) -> None
 
 
 def test_a_bulk_run_is_not_started_again_after_a_fault() -> None:
-    end = "\ndinov3-client: stopped; x keeps what was committed, and the same command resumes from there\n"
+    end = "\ndinov3-client: stopped; x keeps what was answered, and the same command resumes from there\n"
     assert jobs.refusal(f"dinov3-client: 1 of 2\ndinov3-client: no worker is running{end}") == "no worker is running"
     assert jobs.refusal("dinov3-client: no server answers\n") == "no server answers"
     assert not jobs.refusal(f"dinov3-client: the server failed (error id 00, the server's log has the cause){end}")

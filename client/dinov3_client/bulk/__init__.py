@@ -4,6 +4,7 @@
     reading.py      reads their bytes ahead, in threads
     rows.py         turns features into named arrays, one set per image
     shards.py       writes safetensors shards and npz files
+    partial.py      keeps the rows of the unfinished shard
     manifest.py     records what is done, so that a killed extraction can resume
     extraction.py   runs an extraction
     dataset.py      FeatureDataset

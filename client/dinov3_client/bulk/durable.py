@@ -38,11 +38,24 @@ def create(path: Path, buffers: Iterable[Any]) -> int:
     return written
 
 
-def append(path: Path, data: bytes) -> None:
-    """Append `data` to a file, durably."""
+def append(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Append `data` to a file: durably, or without `sync` only so that it survives the process."""
     with _open(path, _MORE) as descriptor:
         _write(descriptor, data)
-        os.fsync(descriptor)
+        if sync:
+            os.fsync(descriptor)
+
+
+def read(path: Path) -> bytes | None:
+    """Return the contents of a file, or None if there is none."""
+    try:
+        with (
+            _open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW) as descriptor,
+            open(descriptor, "rb", closefd=False) as file,
+        ):
+            return file.read()
+    except FileNotFoundError:
+        return None
 
 
 def truncate(path: Path, length: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +17,9 @@ from dinov3_client._request import Priority
 from dinov3_client.bulk import manifest
 from dinov3_client.bulk.errors import ExtractionError
 from dinov3_client.bulk.manifest import Journal, Line, Totals
+from dinov3_client.bulk.partial import Result
 from dinov3_client.bulk.reading import ImageEntry, ImageReader
-from dinov3_client.bulk.rows import ExtractionOptions, Row, rows
+from dinov3_client.bulk.rows import ExtractionOptions, Failure, Row, rows
 from dinov3_client.bulk.shards import SHARD_BYTES, Shards, check_npz_names
 from dinov3_client.bulk.sources import Images
 
@@ -70,13 +72,13 @@ def extract(
     labels = {"model": model.name, "weights": model.weights, "fingerprint": fingerprint}
     most_bytes = model.limits.max_message_bytes - SLACK_BYTES
     with manifest.open_journal(folder, header) as journal:
-        if not journal.complete:
-            _check_unchanged(journal, images)
-        progress.begin(journal.totals.images, len(images))
         if journal.complete:
+            progress.begin(len(images), len(images))
             return journal.totals
-        writer = _Writer(journal, Shards(folder, options, labels), options, progress)
-        with ImageReader(images, journal.totals.images, most_bytes=most_bytes, batch_images=batch_images) as reader:
+        _check_unchanged(journal, images)
+        writer = Writer(journal, Shards(folder, options, labels))
+        progress.begin(writer.images, len(images))
+        with ImageReader(images, writer.images, most_bytes=most_bytes, batch_images=batch_images) as reader:
             answers = client.extract_many(
                 reader.batches(),
                 in_flight=in_flight,
@@ -91,71 +93,91 @@ def extract(
                             f"the server now serves another model: its fingerprint is {features.fingerprint}, and "
                             f"the extraction began with {fingerprint}"
                         )
-                    reader.fit(writer.take(reader.sent.popleft(), features))
-            writer.finish(reader.rest)
+                    results = _results(reader.sent.popleft(), features, options)
+                    reader.fit(max((result.nbytes for result in results if isinstance(result, Row)), default=0))
+                    writer.take(results)
+                    _report(results, progress)
+            rest = [_failure(entry, entry.reason) for entry in reader.rest]
+            writer.finish(rest)
+            _report(rest, progress)
         return journal.totals
 
 
-class _Writer:
-    """Collects rows and commits them shard by shard. Its decisions depend on the sequence of rows alone."""
+def _results(entries: Sequence[ImageEntry], features: Features, options: ExtractionOptions) -> list[Result]:
+    """Return the results of a batch, in the order of its entries."""
+    sent = [entry for entry in entries if not entry.reason]
+    found = {row.index: row for row in rows(sent, features, options)}
+    reasons = {sent[image].index: error.message for image, error in features.errors.items()}
+    return [found.get(entry.index) or _failure(entry, entry.reason or reasons[entry.index]) for entry in entries]
 
-    def __init__(
-        self, journal: Journal, shards: Shards, options: ExtractionOptions, progress: ProgressListener
-    ) -> None:
+
+def _failure(entry: ImageEntry, reason: str) -> Failure:
+    return Failure(entry.item.id, entry.index, entry.item.source, reason)
+
+
+def _report(results: Sequence[Result], progress: ProgressListener) -> None:
+    for result in results:
+        if isinstance(result, Failure):
+            progress.failed(result.id, result.reason)
+    progress.advance(len(results))
+
+
+class Writer:
+    """Collects results and commits them shard by shard. Its decisions depend on the sequence of results alone."""
+
+    def __init__(self, journal: Journal, shards: Shards) -> None:
         self._journal = journal
         self._shards = shards
-        self._options = options
-        self._watch = progress
-        self._images = journal.totals.images
-        self._rows: list[Row] = []
-        self._nbytes = 0
-        self._failures: list[Line] = []
+        self._pending: list[Result] = []
+        """Results since the last commit."""
+        self._kept = 0
+        """How many of them the journal keeps."""
+        self._rows = self._nbytes = 0
         shards.discard(journal.totals.shards)
+        before = journal.totals
+        for result in journal.kept:
+            self._add(result)
+        if journal.totals == before:  # as always, unless the run that kept them ended shards elsewhere
+            self._kept = len(self._pending)
 
-    def take(self, entries: list[ImageEntry], features: Features) -> int:
-        """Add the features of a batch, and return the bytes of its largest row."""
-        sent = [entry for entry in entries if not entry.reason]
-        found = {row.entry.index: row for row in rows(sent, features, self._options)}
-        reasons = {sent[image].index: error.message for image, error in features.errors.items()}
-        for entry in entries:
-            row = found.get(entry.index)
-            if row is None:
-                self._fail(entry, entry.reason or reasons[entry.index])
-            else:
-                self._add(row)
-        self._watch.advance(len(entries))
-        return max((row.nbytes for row in found.values()), default=0)
+    @property
+    def images(self) -> int:
+        """Images done, of the beginning of the source."""
+        return self._journal.totals.images + len(self._pending)
 
-    def finish(self, rest: list[ImageEntry]) -> None:
-        for entry in rest:
-            self._fail(entry, entry.reason)
-        self._watch.advance(len(rest))
+    def take(self, results: Sequence[Result]) -> None:
+        """Add the results that follow the last ones."""
+        for result in results:
+            self._add(result)
+        self._journal.keep(self._pending[self._kept :])
+        self._kept = len(self._pending)
+
+    def finish(self, rest: Sequence[Result]) -> None:
+        """Add the last results, and complete the extraction."""
+        for result in rest:
+            self._add(result)
         self._commit(complete=True)
 
-    def _add(self, row: Row) -> None:
-        nbytes = row.nbytes
-        if self._rows and self._nbytes + nbytes > SHARD_BYTES:
+    def _add(self, result: Result) -> None:
+        if isinstance(result, Row):
+            if self._rows and self._nbytes + result.nbytes > SHARD_BYTES:
+                self._commit()
+            self._rows += 1
+            self._nbytes += result.nbytes
+        self._pending.append(result)
+        if self._rows == self._shards.most_rows:
             self._commit()
-        self._rows.append(row)
-        self._nbytes += nbytes
-        self._images += 1
-        if len(self._rows) == self._shards.most_rows:
-            self._commit()
-
-    def _fail(self, entry: ImageEntry, reason: str) -> None:
-        self._failures.append(
-            {"id": entry.item.id, "index": entry.index, "source": entry.item.source, "reason": reason}
-        )
-        self._images += 1
-        self._watch.failed(entry.item.id, reason)
 
     def _commit(self, *, complete: bool = False) -> None:
+        rows = [result for result in self._pending if isinstance(result, Row)]
+        failures = [result for result in self._pending if isinstance(result, Failure)]
         lines: list[Line] = []
         shard: Line | None = None
-        if self._rows:
-            lines, shard = self._shards.write(self._journal.totals.shards, self._rows)
-        self._journal.commit(self._images, lines, self._failures, shard, complete=complete)
-        self._rows, self._nbytes, self._failures = [], 0, []
+        if rows:
+            lines, shard = self._shards.write(self._journal.totals.shards, rows)
+        self._journal.commit(self.images, lines, failures, shard, complete=complete)
+        self._pending = []
+        self._rows = self._nbytes = self._kept = 0
 
 
 def _fingerprint(model: Model, projection: str | None) -> str:
@@ -175,10 +197,12 @@ def _check_unchanged(journal: Journal, images: Images) -> None:
 
     Ids alone would not distinguish another data set with the same names.
     """
-    for line in journal.sample_rows:
-        item = images[line["index"]]
+    kept = [(row.index, row.sha256) for row in journal.kept if isinstance(row, Row)]
+    finished = [(line["index"], line["sha256"]) for line in journal.sample_rows] + kept
+    for index, sha256 in dict.fromkeys(finished[:1] + finished[-1:]):
+        item = images[index]
         try:
-            same = hashlib.sha256(item.read()).hexdigest() == line["sha256"]
+            same = hashlib.sha256(item.read()).hexdigest() == sha256
         except OSError as error:
             raise ExtractionError(
                 f"{item.source}, whose features are in {journal.folder}, cannot be read any more "

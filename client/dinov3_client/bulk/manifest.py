@@ -1,13 +1,14 @@
-"""Records the progress of an extraction in `manifest.jsonl` and `failed.jsonl` of its folder.
+"""Records the progress of an extraction in `manifest.jsonl`, `failed.jsonl` and `partial.bin` of its folder.
 
 The manifest is lines of JSON. The first is the header, {"manifest": 1, ...}: all that determines ids, rows and values.
 Then come rows, {"id", "index", "shard", "row", "sha256"}, and after those of each shard a *commit*, {"committed": ...},
 or {"complete": ...} when all images are done. Lines after the last commit do not count.
 
 A commit is written in this order: the shard's file under its name, the failures since the last commit, the rows, the
-commit itself. After a crash the next run truncates the files to the last commit and repeats the rest. The result is the
-same, because rows are numbered in the order of the images and nothing else decides where shards end. No line contains a
-time.
+commit itself. Results between two commits are kept in `partial.bin` (see partial.py), which is gone at the end. After a
+crash the next run truncates the files to the last commit, takes what `partial.bin` holds, and repeats the rest. The
+result is the same, because rows are numbered in the order of the images and nothing else decides where shards end. No
+line contains a time.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dinov3_client.bulk import durable
 from dinov3_client.bulk.errors import ExtractionError
+from dinov3_client.bulk.partial import Partial, Result
+from dinov3_client.bulk.rows import Failure
 
 MANIFEST, FAILED, LOCK = "manifest.jsonl", "failed.jsonl", ".lock"
 SCHEMA = 1
@@ -59,22 +62,36 @@ class _ManifestState:
 class Journal:
     """The manifest of a folder, open for appending. Made by `open_journal`."""
 
-    def __init__(self, folder: Path, totals: Totals, complete: bool, sample_rows: Sequence[Line]) -> None:
+    def __init__(self, folder: Path, found: _ManifestState, partial: Partial, kept: Sequence[Result]) -> None:
         self.folder = folder
-        self.totals = totals
-        self.complete = complete
-        self.sample_rows = tuple(sample_rows)
+        self.totals = found.totals
+        self.complete = found.complete
+        self.sample_rows = found.sample_rows
         """The first and the last row that earlier runs committed."""
+        self.kept = tuple(kept)
+        """What earlier runs received after their last commit."""
+        self._partial = partial
+
+    def keep(self, results: Sequence[Result]) -> None:
+        """Keep the results that follow those kept or committed so far, until the next commit."""
+        if results:
+            self._partial.append(results)
 
     def commit(
-        self, images: int, rows: Sequence[Line], failures: Sequence[Line], shard: Line | None, *, complete: bool = False
+        self,
+        images: int,
+        rows: Sequence[Line],
+        failures: Sequence[Failure],
+        shard: Line | None,
+        *,
+        complete: bool = False,
     ) -> None:
         """Record the results of the images before index `images`, durably. The shard's file must be durable already.
 
         `shard` is the entry of the shard in the commit; None if there are no rows.
         """
         if failures:
-            durable.append(self.folder / FAILED, _lines(failures))
+            durable.append(self.folder / FAILED, _lines([asdict(failure) for failure in failures]))
         before = self.totals
         self.totals = Totals(
             images, before.rows + len(rows), before.failed + len(failures), before.shards + (shard is not None)
@@ -82,6 +99,10 @@ class Journal:
         self.complete = complete
         commit = {_COMPLETE if complete else _COMMITTED: vars(self.totals), **(shard or {})}
         durable.append(self.folder / MANIFEST, _lines([*rows, commit]))
+        if complete:
+            self._partial.remove()
+        else:
+            self._partial.clear()
 
 
 @contextmanager
@@ -94,14 +115,21 @@ def open_journal(folder: Path, header: Mapping[str, Any]) -> Iterator[Journal]:
     with _locked(folder):
         wanted: Line = {_HEADER: SCHEMA, **json.loads(json.dumps(header))}
         found = _read(folder / MANIFEST)
-        if found.totals.images:
+        partial = Partial(folder)
+        kept = [] if found.header is None or found.complete else partial.read(found.totals.images)
+        done = found.totals.images + len(kept)
+        if done:
             assert found.header is not None, "commits follow a header"
-            _check_same(folder, found, wanted)
+            _check_same(folder, found.header, wanted, done)
             durable.truncate(folder / MANIFEST, found.length)
             _cut_failures(folder / FAILED, found.totals.failed)
+            partial.cut()
         else:  # nothing to lose: begin anew, with whatever options
+            partial.remove()
             _begin(folder, wanted, found)
-        yield Journal(folder, found.totals, found.complete, found.sample_rows)
+        if found.complete:
+            partial.remove()
+        yield Journal(folder, found, partial, kept)
 
 
 def read(folder: Path) -> tuple[Line, Iterator[Line], bool]:
@@ -200,9 +228,8 @@ def _header(path: Path, text: bytes) -> Line:
     return header
 
 
-def _check_same(folder: Path, found: _ManifestState, wanted: Line) -> None:
-    assert found.header is not None
-    there, now = _flat(found.header), _flat(wanted)
+def _check_same(folder: Path, header: Line, wanted: Line, done: int) -> None:
+    there, now = _flat(header), _flat(wanted)
     differences = [
         f"{name} is {json.dumps(there.get(name))} there and {json.dumps(now.get(name))} now"
         for name in dict.fromkeys((*now, *there))
@@ -212,11 +239,11 @@ def _check_same(folder: Path, found: _ManifestState, wanted: Line) -> None:
         return
     if any(name.startswith("source.") for name in differences):
         differences.append("(source: the number of images and a hash of their ids)")
-    models = [f"{header['model']} ({header['weights']})" for header in (found.header, wanted)]
+    models = [f"{header['model']} ({header['weights']})" for header in (header, wanted)]
     if models[0] != models[1]:
         differences.append(f"the model was {models[0]} and is {models[1]}")
     raise ExtractionError(
-        f"{folder} holds another extraction ({found.totals.images:,} images done): {'; '.join(differences)}. "
+        f"{folder} holds another extraction ({done:,} images done): {'; '.join(differences)}. "
         "To resume it, give the same images and options and a server with the same model; for these, give another --out"
     )
 

@@ -59,10 +59,27 @@ class ExtractionOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """An image that has no features."""
+
+    id: str
+    index: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """The features of one image. D channels, P patches, G registers."""
 
-    entry: ImageEntry
+    id: str
+    index: int
+    """Its place in the source."""
+    source: str
+    stem: str
+    """Path, without ending, of an npz file named after it."""
+    sha256: str
+    """Of the bytes of its file."""
     input_size: tuple[int, int]
     grids: Mapping[str, tuple[int, int]]
     """`grid` and, of each layer, `layerI_grid`: rows and columns of its patches."""
@@ -84,12 +101,17 @@ def rows(entries: Sequence[ImageEntry], features: Features, options: ExtractionO
         arrays = {index: _arrays(image, options) for index, image in good.items()}
     return [
         Row(
-            entries[index],
+            entry.item.id,
+            entry.index,
+            entry.item.source,
+            entry.item.stem,
+            entry.sha256,
             sizes[index],
             {f"{prefix}grid": of.grid for prefix, of in _layers(image, options.layers)},
             arrays[index],
         )
         for index, image in good.items()
+        for entry in (entries[index],)
     ]
 
 

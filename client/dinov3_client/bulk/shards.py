@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from dinov3_client import _safetensors
@@ -18,6 +14,7 @@ from dinov3_client._dtypes import Array
 from dinov3_client.bulk import durable
 from dinov3_client.bulk.errors import ExtractionError, SourceError
 from dinov3_client.bulk.manifest import FAILED, LOCK, MANIFEST, Line
+from dinov3_client.bulk.partial import PARTIAL
 from dinov3_client.bulk.rows import ExtractionOptions, Row
 from dinov3_client.bulk.sources import Images
 
@@ -28,13 +25,6 @@ NPZ_ROWS = 64
 
 # Linux's limits for a name and, less room for the temporary name, for a path.
 _NAME_BYTES, _PATH_BYTES = 255, 4000
-
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I8": np.dtype(np.int8),
-}
 
 
 class Shards:
@@ -79,7 +69,7 @@ class Shards:
     def _npz(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
         lines = []
         for row in rows:
-            name = npz_name(row.entry.item.stem)
+            name = npz_name(row.stem)
             path = self._folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.parent.resolve().is_relative_to(self._folder.resolve()):
@@ -99,7 +89,7 @@ class Shards:
         labels = {
             "preset": self._options.preset,
             "exif": self._options.exif,
-            "source": row.entry.item.source,
+            "source": row.source,
             **self._labels,
         }
         return {
@@ -149,7 +139,7 @@ def check_npz_names(images: Images, folder: Path) -> None:
                 "to runs with an --out of their own, or use --format safetensors"
             )
         owners[name] = index
-    taken = owners.keys() | {MANIFEST, FAILED, LOCK}
+    taken = owners.keys() | {MANIFEST, FAILED, LOCK, PARTIAL}
     for name, index in owners.items():
         for end in (place for place, letter in enumerate(name) if letter == "/"):
             if name[:end] in taken:
@@ -160,22 +150,15 @@ def check_npz_names(images: Images, folder: Path) -> None:
 
 
 def map_shard(path: Path) -> dict[str, Array]:
-    """Map a shard into memory and return its tensors as read-only views. Raises OSError and ExtractionError.
-
-    The format: see `dinov3_client._safetensors`.
-    """
+    """Map a shard into memory and return its tensors as read-only views. Raises OSError and ExtractionError."""
     try:
-        memory = np.memmap(path, np.uint8, "r")
-        begin = 8 + int.from_bytes(memory[:8].tobytes(), "little")
-        header = json.loads(memory[8:begin].tobytes())
-        return {name: _view(memory[begin:], **entry) for name, entry in header.items() if name != "__metadata__"}
+        return _safetensors.parse(np.memmap(path, np.uint8, "r"))[0]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExtractionError(f"{path} is damaged ({error}); extract its images again, into another folder") from None
 
 
 def _line(row: Row, shard: str, place: int) -> Line:
-    entry = row.entry
-    return {"id": entry.item.id, "index": entry.index, "shard": shard, "row": place, "sha256": entry.sha256}
+    return {"id": row.id, "index": row.index, "shard": shard, "row": place, "sha256": row.sha256}
 
 
 def _buffers(tensors: Mapping[str, Sequence[Array]], metadata: Mapping[str, str]) -> Iterator[bytes | Array]:
@@ -186,11 +169,3 @@ def _buffers(tensors: Mapping[str, Sequence[Array]], metadata: Mapping[str, str]
         for row in tensors[name]:
             # As bytes: bfloat16 arrays do not support the buffer protocol.
             yield np.ascontiguousarray(row).reshape(-1).view(np.uint8)
-
-
-def _view(data: Array, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
-    begin, end = data_offsets
-    kind = _DTYPES[dtype]
-    if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * kind.itemsize:
-        raise ValueError(f"a tensor of {dtype} {shape} at bytes {begin} to {end} of {len(data)}")
-    return data[begin:end].view(kind).reshape(shape)

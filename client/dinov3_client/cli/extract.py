@@ -65,8 +65,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         type=_positive,
         default=4096,
         metavar="N",
-        help="most rows of a shard, which also ends at 256 MB; a killed run repeats its unfinished shard "
-        "(default: %(default)s)",
+        help="most rows of a shard, which also ends at 256 MB (default: %(default)s)",
     )
     features = extract.add_argument_group("features")
     features.add_argument(
@@ -170,7 +169,7 @@ def _report_interrupt(args: argparse.Namespace) -> None:
 
 
 def _advise(folder: Path) -> None:
-    print_error(f"stopped; {folder} keeps what was committed, and the same command resumes from there")
+    print_error(f"stopped; {folder} keeps what was answered, and the same command resumes from there")
 
 
 class ProgressLine:

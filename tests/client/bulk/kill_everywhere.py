@@ -25,6 +25,8 @@ SCENARIOS = {
     "shards": (ExtractionOptions(shard_rows=2), {0, 3, 4, 7}, 8, False),
     "mixed": (ExtractionOptions(preset="none", shard_rows=3, outputs=("cls",), layers=(3,)), {2}, 4, True),
     "full": (ExtractionOptions(shard_rows=2, outputs=("cls",)), set(), 4, False),
+    # A single shard, at the end: all rests on partial.bin.
+    "partial": (ExtractionOptions(outputs=("cls",), dtype="int8"), {5}, 13, False),
     "failed": (ExtractionOptions(), {0, 1}, 2, False),
     "npz": (ExtractionOptions(format="npz"), {1}, 3, False),
 }

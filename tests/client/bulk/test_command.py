@@ -174,7 +174,7 @@ def test_a_server_that_goes_away_stops_it_and_it_goes_on(
         assert captured.out == ""
         assert captured.err.splitlines()[-2:] == [
             "dinov3-client: another token, please",
-            f"dinov3-client: stopped; {out} keeps what was committed, and the same command resumes from there",
+            f"dinov3-client: stopped; {out} keeps what was answered, and the same command resumes from there",
         ]
         assert len(FeatureDataset(out, unfinished=True)) == 4
         server.script = []
@@ -216,7 +216,7 @@ def test_killed_or_ended_and_the_same_again(
             assert process.returncode == code
             report = {
                 "dinov3-client: interrupted",
-                f"dinov3-client: stopped; {out} keeps what was committed, and the same command resumes from there",
+                f"dinov3-client: stopped; {out} keeps what was answered, and the same command resumes from there",
             }
             assert report & set(said.splitlines()) == (set() if sent == signal.SIGKILL else report)
         finally:

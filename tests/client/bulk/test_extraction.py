@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dinov3_client import Unavailable
-from dinov3_client.bulk import reading, sources
+from dinov3_client.bulk import durable, reading, sources
 from dinov3_client.bulk.rows import ExtractionOptions
 from tests.client.bulk.stub import (
     ProgressListener,
@@ -157,17 +157,23 @@ def test_a_disk_that_fails_is_no_broken_image(source: Path, tmp_path: Path, monk
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
 
 
+@pytest.mark.parametrize(("name", "shown"), [(durable.DRAFT, "features-00001"), ("partial.bin", "partial.bin")])
 def test_a_full_disk_names_the_file_and_leaves_no_draft(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shown: str
 ) -> None:
+    write = os.write
+
     def full(descriptor: int, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == name:
+            write(descriptor, bytes(data)[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
 
     out = tmp_path / "out"
     stopped(source, out)
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", full)
-        with pytest.raises(OSError, match=r"No space left on device: '.*features-00001"):
+        with pytest.raises(OSError, match=rf"No space left on device: '.*{shown}"):
             run(source, out)
     assert not list(out.glob(".*.tmp"))
     run(source, out)

@@ -39,8 +39,8 @@ def test_resuming_requests_only_uncommitted_images(source: Path, tmp_path: Path)
         run(source, out, client=StubClient(stop=(6, Unavailable("gone"))), batch_images=2)
     client, progress = StubClient(), ProgressListener()
     run(source, out, client=client, progress=progress)
-    assert progress.begun == (6, 12)  # five rows and a failure
-    assert b"".join(client.batches[0][:1]) == broken(6)
+    assert progress.begun == (7, 12)  # five rows and a failure in a shard, and one more failure
+    assert b"".join(client.batches[0][:1]) == contents(7)
     again, progress = StubClient(), ProgressListener()
     assert run(source, out, client=again, progress=progress).rows == 9
     assert (again.batches, progress.begun, progress.advanced) == ([], (12, 12), 0)
@@ -108,7 +108,7 @@ def test_other_options_are_refused(source: Path, tmp_path: Path, change: dict[st
         run(source, out, replace(options, **change))
     assert words in str(raised.value)
     assert str(raised.value).count(" there and ") == 1
-    assert "6 images done" in str(raised.value)
+    assert "7 images done" in str(raised.value)
     assert "another --out" in str(raised.value)
     assert tree(out) == before
 
