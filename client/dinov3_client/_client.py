@@ -92,10 +92,11 @@ class Client(BaseClient):
         """Return the features of one image or several, which may be of different kinds and sizes.
 
         images: each is encoded bytes (`Model.image_formats`), a path (the file is read here and sent as it is),
-            a PIL image (its pixels are sent, as `convert("RGB")` gives them), a uint8 array [H, W, 3] (RGB) or a
-            float32 array [3, H, W], already normalized by `model().mean` and `std`, which is never resized; or
-            ImageViews of any of these but float32 arrays. One array [N, H, W, 3] or [N, 3, H, W] stands for N
-            images.
+            a file object (read once, from its position), a PIL image (its pixels are sent, as `convert("RGB")` gives
+            them), a uint8 array [H, W, 3] (RGB) or a float32 array [3, H, W], already normalized by `model().mean` and
+            `std`, which is never resized; a torch tensor [3, H, W] or [H, W, 3], uint8 or normalized; or ImageViews of
+            any of these but normalized pixels. One array [N, H, W, 3] or [N, 3, H, W] stands for N images. Iterators
+            are read while the call runs.
         outputs: any of "cls", "patches" and "registers"; () if `layers` name outputs of their own.
         options: see ExtractOptions.
 

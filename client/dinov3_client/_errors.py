@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -55,7 +55,11 @@ class StatusError(Dinov3Error):
     retry_after: seconds after which the server suggests a retry; None if it suggests none.
     attempts: how often the call was tried.
     previous: the error of the attempt before, if there was one.
+    image, path: of the error of one image, its index within the call, and the path of its file if it has one.
     """
+
+    image: int | None = None
+    path: str | None = None
 
     def __init__(
         self,
@@ -73,8 +77,15 @@ class StatusError(Dinov3Error):
         self.attempts = 1
         self.previous: StatusError | None = None
 
+    def of_image(self, image: int, path: str | None) -> Self:
+        """Note that this is the error of image `image` of a call, and return it."""
+        self.image, self.path = image, path
+        return self
+
     def __str__(self) -> str:
         text = self.message
+        if self.image is not None:
+            text = f"image {self.image}{f' ({self.path})' if self.path else ''}: {text}"
         if self.attempts > 1:
             text += f" (attempt {self.attempts}"
             if self.previous is not None and self.previous.code is not self.code:
@@ -199,12 +210,9 @@ def model_mismatch(pinned: str, served: str) -> ModelMismatch:
     )
 
 
-def image_errors(errors: Mapping[int, StatusError], labels: Mapping[int, str], count: int) -> ImageErrors:
-    """Return the error of a call of `count` images; `labels` are the paths of those that came from files."""
-    shown = [
-        f"image {index}{f' ({labels[index]})' if index in labels else ''}: {errors[index].message}"
-        for index in sorted(errors)[:_SHOWN_IMAGES]
-    ]
+def image_errors(errors: Mapping[int, StatusError], count: int) -> ImageErrors:
+    """Return the error of a call of `count` images."""
+    shown = [str(errors[index]) for index in sorted(errors)[:_SHOWN_IMAGES]]
     if len(errors) > _SHOWN_IMAGES:
         shown.append(f"and {len(errors) - _SHOWN_IMAGES} more, all in `errors`")
     return ImageErrors(f"{len(errors)} of {count} images failed: {'; '.join(shown)}", errors=errors)

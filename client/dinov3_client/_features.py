@@ -209,8 +209,7 @@ def join(requests: Sequence[PreparedRequest], answers: Sequence[Answer], on_erro
     errors = {image: error for answer in answers for image, error in answer.errors.items()}
     counts = np.maximum([views for prepared in requests for views in prepared.views], 1)
     if errors and on_error == "raise":
-        labels = {image: label for prepared in requests for image, label in prepared.labels.items()}
-        raise image_errors(errors, labels, len(counts))
+        raise image_errors(errors, len(counts))
     fingerprints = dict.fromkeys(answer.fingerprint for answer in answers)
     if len(fingerprints) > 1:
         raise InvalidResponse(f"one call was answered by several models, of the fingerprints {', '.join(fingerprints)}")

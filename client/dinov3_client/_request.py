@@ -95,8 +95,8 @@ class ExtractOptions(TypedDict, total=False):
     priority: Priority
     """"bulk" requests give way to "interactive" (default) ones."""
     on_error: OnError
-    """"raise" (default) raises ImageErrors if any image fails; "return" returns the features, with zeros for
-    failed images, and their errors in `Features.errors`."""
+    """"raise" (default) raises ImageErrors if any image fails, and OSError or ValueError if one cannot be read here;
+    "return" returns the features, with zeros for failed images, and their errors in `Features.errors`."""
     deadline: float | None
     """Seconds that the call may take in all. None: the client's."""
     pooling: Pooling | tuple[int, int] | None

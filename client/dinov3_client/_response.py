@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -32,8 +32,12 @@ def read(data: bytes, prepared: PreparedRequest) -> Answer:
         each.image_index: from_status(each.status.code, each.status.message, each.status.details)
         for each in message.errors
     }
-    blocks = tuple(_block(block, response, prepared) for block in message.blocks)
-    _check_rows(blocks, errors, prepared)
+    views = tuple(prepared.views[place] for place in prepared.sent)
+    blocks = tuple(_block(block, response, prepared, views) for block in message.blocks)
+    _check_rows(blocks, errors, views)
+    if prepared.failed:
+        places = _rows_of_images(prepared.views, prepared.sent)
+        blocks = tuple(replace(block, rows=places[block.rows]) for block in blocks)
     if prepared.options.projection and "+" not in fingerprint:
         raise InvalidResponse(
             f"asked for the projection {prepared.options.projection!r}, the answer's fingerprint, "
@@ -41,7 +45,7 @@ def read(data: bytes, prepared: PreparedRequest) -> Answer:
         )
     return Answer(
         blocks=blocks,
-        errors={index + prepared.first: prepared.of_the_call(error) for index, error in errors.items()},
+        errors=_of_the_call({prepared.sent[index]: error for index, error in errors.items()}, prepared),
         timings=Timings(**{field.name: getattr(message.timings, field.name) for field in fields(Timings)}),
         frontend=message.frontend,
         fingerprint=fingerprint,
@@ -49,12 +53,38 @@ def read(data: bytes, prepared: PreparedRequest) -> Answer:
     )
 
 
-def _block(block: pb.FeatureBlock, response: Response, prepared: PreparedRequest) -> Block:
+def without_features(prepared: PreparedRequest, error: StatusError | None = None) -> Answer:
+    """Return an answer to `prepared` in which all images failed: those that were not sent, the others with `error`."""
+    return Answer(
+        blocks=(),
+        errors=_of_the_call({place: error for place in prepared.sent if error}, prepared),
+        timings=Timings(0.0, 0.0, 0.0, 0, 0),
+        frontend=0,
+        fingerprint=prepared.answer_fingerprint,
+        nbytes=0,
+    )
+
+
+def _of_the_call(errors: Mapping[int, StatusError], prepared: PreparedRequest) -> dict[int, StatusError]:
+    """Return all errors of a request by the index of the image within the call; `errors` are the server's, by place."""
+    found = {place + prepared.first: prepared.of_the_call(error) for place, error in errors.items()}
+    found |= {place + prepared.first: error for place, error in prepared.failed.items()}
+    return {image: found[image].of_image(image, prepared.labels.get(image)) for image in sorted(found)}
+
+
+def _rows_of_images(views: Sequence[int], images: Sequence[int]) -> Array:
+    """Return the numbers of the rows of `images`, among the rows of all images, which have so many `views` each."""
+    counts = np.maximum(views, 1)
+    found: Array = np.flatnonzero(np.isin(np.repeat(np.arange(len(counts)), counts), images))
+    return found
+
+
+def _block(block: pb.FeatureBlock, response: Response, prepared: PreparedRequest, views: Sequence[int]) -> Block:
     options = prepared.options
     found = tuple(layer.layer for layer in block.layers)
     if found != prepared.layers:
         raise InvalidResponse(f"asked for the layers {list(prepared.layers)}, the answer has {list(found)}")
-    rows = _rows(block, prepared)
+    rows = _rows(block, views)
     grids: dict[int | None, tuple[int, int]] = {}
     tensors: dict[TensorKey, TokenArray] = {}
     holders: list[tuple[int | None, tuple[TokenKind, ...], pb.FeatureBlock | pb.LayerFeatures]] = [
@@ -72,16 +102,19 @@ def _block(block: pb.FeatureBlock, response: Response, prepared: PreparedRequest
     return Block((block.input_size.height, block.input_size.width), grids, rows, tensors)
 
 
-def _rows(block: pb.FeatureBlock, prepared: PreparedRequest) -> Array:
-    """Return the number of each row within the answer: images in order, and the views of each in order."""
+def _rows(block: pb.FeatureBlock, asked: Sequence[int]) -> Array:
+    """Return the number of each row within the answer: images in order, and the views of each in order.
+
+    asked: the number of views of each image that was sent.
+    """
     images = np.array(block.image_indices, np.int64)
     views = np.array(block.view_indices, np.int64)
-    if len(views) != (len(images) if any(prepared.views) else 0):
+    if len(views) != (len(images) if any(asked) else 0):
         raise InvalidResponse(
             f"a block of {len(images)} rows has {len(views)} view indices; the request has "
-            f"{'' if any(prepared.views) else 'no '}views"
+            f"{'' if any(asked) else 'no '}views"
         )
-    counts = np.maximum(prepared.views, 1)
+    counts = np.maximum(asked, 1)
     known = images < len(counts)
     if not known.all() or (len(views) and not (views < counts[images]).all()):
         raise InvalidResponse(
@@ -143,9 +176,9 @@ def _expected_shape(
     return (rows, math.prod(grid), None), "[rows, patches, D]"
 
 
-def _check_rows(blocks: Iterable[Block], errors: Mapping[int, StatusError], prepared: PreparedRequest) -> None:
+def _check_rows(blocks: Iterable[Block], errors: Mapping[int, StatusError], views: Sequence[int]) -> None:
     """Raise InvalidResponse unless every row occurs once; only rows of failed images may be missing."""
-    counts = np.maximum(prepared.views, 1)
+    counts = np.maximum(views, 1)
     seen = np.zeros(counts.sum(), np.int64)
     for block in blocks:
         seen[block.rows] += 1

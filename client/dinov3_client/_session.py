@@ -11,7 +11,7 @@ import random
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,8 +31,9 @@ from dinov3_client._errors import (
     model_mismatch,
 )
 from dinov3_client._features import Features
-from dinov3_client._images import ImageLike, LoadedImage
+from dinov3_client._images import ImageLike
 from dinov3_client._model import Model, read_model
+from dinov3_client._reading import Reading, check_range
 from dinov3_client._request import RequestOptions
 from dinov3_client._split import PreparedRequest
 from dinov3_client._transport import channels
@@ -110,13 +111,16 @@ class Session:
     def extract(self, images: ImageLike | Iterable[ImageLike], options: RequestOptions) -> Procedure[Features]:
         """Extract features; repeat the call once if the server has another model or other limits than we knew."""
         end = self._end(options.deadline)
-        sources = yield Offload(partial(_images.load, images, options.exif))
+        reading = Reading(_images.load(images, options.exif, options.on_error))
+        yield Offload(reading.read)
         known = self._model
         model = known or (yield from self._get_model(Attempts(end, self.now, self.rand)))
         try:
-            return (yield from self._extract(sources, options, model, end))
+            return (yield from self._extract(reading, options, model, end))
         except (ModelMismatch, MessageTooLarge, InvalidRequest, ValueError) as error:
             failure = error
+        if reading.first:  # the images before these are no longer there to be sent again
+            raise failure
         if isinstance(failure, ModelMismatch):
             self._model = None  # the server serves another model now
             again = self._pin is None
@@ -130,27 +134,43 @@ class Session:
             renewed = model  # raise the first error
         if not isinstance(failure, ModelMismatch) and _same_for_requests(model, renewed):
             raise failure
-        return (yield from self._extract(sources, options, renewed, end))
+        return (yield from self._extract(reading, options, renewed, end))
 
-    def _extract(
-        self, sources: Sequence[LoadedImage], options: RequestOptions, model: Model, end: float
-    ) -> Procedure[Features]:
-        requests: list[PreparedRequest] = yield Offload(partial(_split.split, sources, options, model, self._pin or ""))
-        if len(requests) == 1:
-            answers = [(yield from self._extract_one(requests[0], end))]
-        else:
-            answers = yield Gather([self._extract_one(prepared, end) for prepared in requests], MAX_PARALLEL_REQUESTS)
-        for answer in answers[1:]:
-            if answer.fingerprint != answers[0].fingerprint:
-                raise model_mismatch(answers[0].fingerprint, answer.fingerprint)
-        return _features.join(requests, answers, options.on_error)
+    def _extract(self, reading: Reading, options: RequestOptions, model: Model, end: float) -> Procedure[Features]:
+        requests: list[PreparedRequest] = []
+        answers: list[Answer] = []
+        while True:
+            prepared: list[PreparedRequest] = yield Offload(partial(self._prepare, reading, options, model))
+            if len(prepared) == 1:
+                answers.append((yield from self._extract_one(prepared[0], end)))
+            else:
+                answers += yield Gather([self._extract_one(one, end) for one in prepared], MAX_PARALLEL_REQUESTS)
+            for answer in answers[1:]:
+                if answer.fingerprint != answers[0].fingerprint:
+                    raise model_mismatch(answers[0].fingerprint, answer.fingerprint)
+            requests += [replace(one, data=b"") for one in prepared]
+            del prepared  # before more images are read
+            if not reading.is_complete:
+                yield Offload(reading.read)
+                if reading.images:
+                    continue
+            return _features.join(requests, answers, options.on_error)
+
+    def _prepare(self, reading: Reading, options: RequestOptions, model: Model) -> list[PreparedRequest]:
+        images = check_range(reading.images, reading.first, model, options.on_error)
+        is_whole = reading.is_complete and not reading.first
+        return _split.split(images, options, model, self._pin or "", first=reading.first, is_whole=is_whole)
 
     def _extract_one(self, prepared: PreparedRequest, end: float) -> Procedure[Answer]:
+        if not prepared.sent:
+            return _response.without_features(prepared)
         attempts = Attempts(end, self.now, self.rand)
         try:
             answer = yield from self._call(EXTRACT, prepared.data, attempts, partial(_response.read, prepared=prepared))
         except StatusError as error:
             prepared.of_the_call(error)
+            if isinstance(error, MessageTooLarge) and len(prepared.sent) == 1 and prepared.options.on_error == "return":
+                return _response.without_features(prepared, error)
             raise
         # Checked here too: a server or proxy may ignore the request's field.
         if prepared.fingerprint and not _matches_pin(answer.fingerprint, prepared.fingerprint):

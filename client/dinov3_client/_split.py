@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +44,17 @@ class PreparedRequest:
     """The index, within the call, of its first image."""
     views: tuple[int, ...]
     """The number of views of each image; 0: none, and one row for the image."""
-    labels: dict[int, str]
+    labels: Mapping[int, str]
     """The paths of the images that were read from files, by their index within the call."""
+    failed: Mapping[int, StatusError] = field(default_factory=dict)
+    """The errors of the images that are not sent, by their place within the request."""
+    answer_fingerprint: str = ""
+    """The fingerprint that the answer of the model that the client knows would have."""
+
+    @property
+    def sent(self) -> list[int]:
+        """The place within the request of each image that is sent."""
+        return [place for place in range(len(self.views)) if place not in self.failed]
 
     @property
     def message(self) -> pb.ExtractRequest:
@@ -54,9 +63,15 @@ class PreparedRequest:
 
     def of_the_call(self, error: StatusError) -> StatusError:
         """Number the images in the field names of `error` within the call, and return it."""
+        sent = self.sent
+
+        def renumbered(found: re.Match[str]) -> str:
+            place = int(found[1])
+            return f"images[{self.first + sent[place]}]" if place < len(sent) else found[0]
+
         error.violations = tuple(
             FieldViolation(
-                re.sub(r"^images\[(\d+)\]", lambda found: f"images[{int(found[1]) + self.first}]", violation.field),
+                re.sub(r"^images\[(\d+)\]", renumbered, violation.field),
                 violation.description,
             )
             for violation in error.violations
@@ -73,19 +88,27 @@ class _Cost(NamedTuple):
 
 
 def split(
-    sources: Sequence[LoadedImage], options: RequestOptions, model: Model, fingerprint: str = ""
+    sources: Sequence[LoadedImage],
+    options: RequestOptions,
+    model: Model,
+    fingerprint: str = "",
+    *,
+    first: int = 0,
+    is_whole: bool = True,
 ) -> list[PreparedRequest]:
     """Return the requests for `sources`: one, or several of about equal size if one would be over a limit.
 
-    An image that is over a limit by itself is sent alone, for the server to refuse. `fingerprint` pins the model.
-    Without it, several requests, and layers counted from the end, are pinned to `model`: a call is never answered by
-    two models, or by another one than the layers were counted in.
+    An image that is over a limit by itself is sent alone, for the server to refuse; one with an error is not sent.
+    `first` is the index of the first image within the call, and `is_whole` says whether `sources` are all of it.
+    `fingerprint` pins the model. Without it, several requests, and layers counted from the end, are pinned to `model`:
+    a call is never answered by two models, or by another one than the layers were counted in.
 
     Raises ValueError for layers that `model` does not have.
     """
     layers = options.layer_indices(model)
     rest = options.message(model)
-    rest.fingerprint = fingerprint or _answer_fingerprint(options, model)
+    answer_fingerprint = _answer_fingerprint(options, model)
+    rest.fingerprint = fingerprint or answer_fingerprint
     limits = model.limits
     costs = _costs(sources, options, model)
     most = _Cost(
@@ -94,22 +117,26 @@ def split(
         limits.max_message_bytes - _ANSWER_NBYTES,
     )
     ranges = _balance(costs, most)
-    if not fingerprint and len(ranges) == 1 and all(layer.asked >= 0 for layer in options.layers):
+    if not fingerprint and is_whole and len(ranges) == 1 and all(layer.asked >= 0 for layer in options.layers):
         rest.fingerprint = ""
     found = []
     for images in ranges:
         chosen = sources[images.start : images.stop]
         found.append(
             PreparedRequest(
-                data=_wire.request(chosen, rest),
+                data=_wire.request([source for source in chosen if source.error is None], rest),
                 fingerprint=rest.fingerprint,
                 options=options,
                 layers=layers,
-                first=images.start,
+                first=first + images.start,
                 views=tuple(len(source.views) for source in chosen),
                 labels={
-                    index: source.label for index, source in enumerate(chosen, images.start) if source.label is not None
+                    index: source.label
+                    for index, source in enumerate(chosen, first + images.start)
+                    if source.label is not None
                 },
+                failed={place: source.error for place, source in enumerate(chosen) if source.error is not None},
+                answer_fingerprint=answer_fingerprint,
             )
         )
     return found
@@ -155,6 +182,9 @@ def _costs(sources: Sequence[LoadedImage], options: RequestOptions, model: Model
     fixed = options.size or next(preset.size for preset in model.presets if preset.name == options.preset)
     costs = []
     for source in sources:
+        if source.error is not None:
+            costs.append(_Cost(0, 0, 0))
+            continue
         answer = sum(row_nbytes[size] for size in _input_sizes(source, fixed))
         request = _IMAGE_NBYTES + _VIEW_NBYTES * len(source.views) + source.nbytes
         costs.append(_Cost(source.rows, request, _ERROR_NBYTES + answer))

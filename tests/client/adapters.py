@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
+from PIL import Image
 
 from dinov3_client import AsyncClient, Client, Features, Model
 from dinov3_client.testing import expected
@@ -117,6 +119,12 @@ ADAPTERS: tuple[type[Adapter], ...] = (Blocking, Awaiting)
 
 def photos(count: int, first: int = 0) -> np.ndarray[Any, Any]:
     return np.stack([np.full((32, 48, 3), 7 * (first + index) + 1, np.uint8) for index in range(count)])
+
+
+def png(pixels: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def check(features: Any, images: np.ndarray[Any, Any]) -> None:

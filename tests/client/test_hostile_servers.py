@@ -210,7 +210,7 @@ def test_whatever_comes_is_an_answer_or_an_error_of_ours(seed: int) -> None:
     """Honest messages with bytes changed, taken out and put in."""
     rand = random.Random(seed)
     wanted = check_options(("cls", "patches", "registers"), preset="none", dtype="int8", layers=[0, -1], pooling=(2, 2))
-    [query] = split(load([PIXELS, PIXELS], exif=False), wanted, MODEL)
+    [query] = split(list(load([PIXELS, PIXELS], exif=False)), wanted, MODEL)
     honest = answer(query.message, MODEL, {}, {}).SerializeToString()
 
     def features(data: bytes) -> None:

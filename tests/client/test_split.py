@@ -160,7 +160,7 @@ def test_the_size_of_an_answer_is_known_before(case: str) -> None:
     image, asked = ANSWERS[case]
     wanted = check_options(**{"outputs": ("cls", "patches"), **asked})
     model = replace(WIDE, projections=(NARROW.described("narrow"),))
-    sources = load([image] * 4, False)
+    sources = list(load([image] * 4, False))
 
     def parts(nbytes: int) -> int:
         return len(split(sources, wanted, replace(model, limits=replace(model.limits, max_message_bytes=nbytes))))

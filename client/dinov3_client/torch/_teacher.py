@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -96,7 +95,6 @@ class RemoteDinoV3Teacher(nn.Module):
         Raises ValueError or TypeError for invalid arguments, OSError if a file cannot be written, else Dinov3Error.
         """
         pixels = _pixels(images, self._layout)
-        _check_range(pixels, self._model)
         paths = self._paths(image_ids, len(pixels)) if save_features else []
         features = self._client.extract(
             pixels, [_OUTPUTS[name] for name in self._config.feature_types], preset="none", dtype=self._dtype
@@ -298,29 +296,6 @@ def _pixels(images: torch.Tensor | Array, layout: Layout) -> Array:
         f"images are of {batch.dtype}; they must be uint8 (RGB pixels) or floating point (normalized by the model's "
         "mean and std)"
     )
-
-
-def _check_range(pixels: Array, model: Model) -> None:
-    """Raise ValueError for values that cannot be normalized pixels, which lie within about -2.2 to 2.7, or warn.
-
-    Noise may go further; values of 0 to 255 go much further.
-    """
-    if pixels.dtype == np.uint8 or not pixels.size:
-        return
-    black, white = ([(value - mean) / std for mean, std in zip(model.mean, model.std, strict=True)] for value in (0, 1))
-    least, most = float(pixels.min()), float(pixels.max())
-    taken = (
-        "floating point is taken as normalized by the model's mean and std, so as values from "
-        f"{min(black):.2f} (black) to {max(white):.2f} (white)"
-    )
-    if least < 4 * min(black) or most > 4 * max(white):
-        raise ValueError(
-            f"images have values from {least:.3g} to {most:.3g}; {taken}. Give pixels of 0 to 255 as uint8, or as "
-            "(pixels / 255 - mean) / std"
-        )
-    if 0 <= least < most <= 1:  # the range of photos before normalization, hardly ever after it
-        # The same text for each batch, so that Python shows it once.
-        warnings.warn(f"all values of images are within 0 to 1; {taken}. Are these normalized?", stacklevel=3)
 
 
 def _name(image_id: object) -> str:
