@@ -96,10 +96,10 @@ def refusal(stderr: str) -> str:
 
 
 def judge_bulk(traffic: Traffic, photos: Photos, out: Path, code: int, stderr: str) -> None:
-    """Note the outcome of each file. A complete run has exit code 1 if some files are broken."""
+    """Note the outcome of each file. A complete run has exit code 3 if some files are broken."""
     outcomes, count = traffic.outcomes, len(photos.files)
     broken = sorted(photos.files.keys() - photos.truth.keys())
-    if code != (1 if broken else 0) or not finished(out):
+    if code != (3 if broken else 0) or not finished(out):
         outcomes.add("bulk", "lost", f"a run ended with code {code}: {stderr[-300:]}", count)
         return
     failed = [json.loads(line) for line in (out / "failed.jsonl").read_text().splitlines()] if broken else []

@@ -9,5 +9,9 @@ class ExtractionError(Dinov3Error):
     """A folder of features cannot be used: it is of another extraction, unfinished, damaged or in use."""
 
 
+class FolderInUse(ExtractionError):
+    """Another process writes to the folder."""
+
+
 class SourceError(ValueError):
     """The images of an extraction cannot be listed."""

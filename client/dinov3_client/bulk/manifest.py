@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov3_client.bulk import durable
-from dinov3_client.bulk.errors import ExtractionError
+from dinov3_client.bulk.errors import ExtractionError, FolderInUse
 from dinov3_client.bulk.partial import Partial, Result
 from dinov3_client.bulk.rows import Failure
 
@@ -169,7 +169,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ExtractionError(
+            raise FolderInUse(
                 f"{folder} is in use: another process is extracting into it; wait for it, or give another --out"
             ) from None
         yield

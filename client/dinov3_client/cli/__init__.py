@@ -1,7 +1,7 @@
 """The command `dinov3-client`: one module per subcommand.
 
 Exit codes: 0 success; 1 failure (of the command, or of some images, each named on stderr); 2 wrong usage; 130 Ctrl-C or
-SIGTERM.
+SIGTERM. `extract` has more: see `dinov3-client extract --help`.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from dinov3_client._errors import Dinov3Error
+from dinov3_client._errors import Dinov3Error, InvalidRequest, MessageTooLarge, ModelMismatch
 from dinov3_client._request import Priority
 from dinov3_client.bulk import extraction, manifest, sources
-from dinov3_client.bulk.errors import SourceError
+from dinov3_client.bulk.errors import ExtractionError, FolderInUse, SourceError
 from dinov3_client.bulk.rows import ExtractionOptions, Format
 from dinov3_client.cli.common import (
     UsageError,
@@ -29,6 +29,18 @@ from dinov3_client.cli.common import (
 from dinov3_serving.features import FeatureDtype, TokenKind
 from dinov3_serving.presets import Interpolation, PresetName
 
+STOPPED, REFUSED, IMAGES_FAILED = 1, 2, 3
+"""Exit codes; REFUSED is that of wrong usage."""
+# The same command would meet them again.
+_LASTING = (InvalidRequest, MessageTooLarge, ModelMismatch, ExtractionError)
+_EXIT_CODES = """exit codes:
+  0    all images have features, or no more than --allow-failed have none
+  1    stopped (server away, disk full, ...): the same command resumes
+  2    refused, and would be again: wrong usage or options, another model, or another extraction in DIR
+  3    finished, but some images have no features: see DIR/failed.jsonl
+  130  Ctrl-C or SIGTERM: the same command resumes
+"""
+
 # Failed images named on stderr; failed.jsonl has all.
 _SHOWN_FAILURES = 20
 # Between two progress messages: on a terminal, and in a log.
@@ -42,7 +54,9 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         help="write the features of a data set to files",
         description="Writes the features of all images to DIR, as safetensors shards with a manifest "
         "(dinov3_client.FeatureDataset reads them), or as one npz file per image. Run it again to resume after an "
-        "interruption of any kind. Broken images are skipped and listed in DIR/failed.jsonl; the exit code is 1 then.",
+        "interruption of any kind. Broken images are skipped and listed in DIR/failed.jsonl.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     extract.add_argument(
         "sources",
@@ -66,6 +80,13 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         default=4096,
         metavar="N",
         help="most rows of a shard, which also ends at 256 MB (default: %(default)s)",
+    )
+    extract.add_argument(
+        "--allow-failed",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="exit with 0, not 3, if at most N images have no features (default: %(default)s)",
     )
     features = extract.add_argument_group("features")
     features.add_argument(
@@ -150,26 +171,26 @@ def _extract(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     except (Dinov3Error, OSError) as error:
         progress.end()
-        if not progress.total:
-            raise
         print_error(str(error))
-        _advise(folder)
-        return 1
+        lasting = isinstance(error, _LASTING) and not isinstance(error, FolderInUse)
+        if progress.total:
+            _advise(folder, "would be refused again" if lasting else "resumes from there")
+        return REFUSED if lasting else STOPPED
     progress.end()
-    print_line(f"{totals.rows} of {totals.images} images written to {folder}")
+    print_line(f"{totals.rows} of {totals.images} images written to {folder} ({progress.summary()})")
     if totals.failed:
         print_error(f"{totals.failed} of {totals.images} images have no features: see {folder / manifest.FAILED}")
-    return 1 if totals.failed else 0
+    return IMAGES_FAILED if totals.failed > args.allow_failed else 0
 
 
 def _report_interrupt(args: argparse.Namespace) -> None:
     report_interrupt(args)
     if (args.out / manifest.MANIFEST).exists():
-        _advise(args.out)
+        _advise(args.out, "resumes from there")
 
 
-def _advise(folder: Path) -> None:
-    print_error(f"stopped; {folder} keeps what was answered, and the same command resumes from there")
+def _advise(folder: Path, outlook: str) -> None:
+    print_error(f"stopped; {folder} keeps what was answered, and the same command {outlook}")
 
 
 class ProgressLine:
@@ -207,6 +228,12 @@ class ProgressLine:
             self.end()
             print_error("more images have no features; they are not shown here")
 
+    def summary(self) -> str:
+        """Return the images that this run finished, its duration and its rate."""
+        seconds = self._now() - self._start
+        images = self._done - self._begun
+        return f"this run: {images:,} images in {seconds:,.1f} s, {images / max(seconds, 1e-9):,.1f}/s"
+
     def end(self) -> None:
         """Clear the line for other output."""
         if self._shown:
@@ -239,6 +266,12 @@ def _duration(seconds: float) -> str:
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return int(text)
 
 

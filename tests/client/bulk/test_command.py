@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +53,15 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+def summary(line: str) -> tuple[str, ...]:
+    """Return the images, the folder, and the images of this run, from the last line."""
+    found = re.fullmatch(
+        r"(.*) images written to (.*) \(this run: ([\d,]+) images in [\d,]+\.\d s, [\d,]+\.\d/s\)\n", line
+    )
+    assert found is not None, line
+    return found.groups()
+
+
 def run(server: FakeServer, *args: object) -> int:
     return main(["extract", *map(str, args), "--target", server.target])
 
@@ -58,9 +69,9 @@ def run(server: FakeServer, *args: object) -> int:
 def test_a_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     with FakeServer() as server:
-        assert run(server, source, "--out", out, "--preset", "none", "--dtype", "float32", "--layers=-2") == 1
+        assert run(server, source, "--out", out, "--preset", "none", "--dtype", "float32", "--layers=-2") == 3
         captured = capsys.readouterr()
-        assert captured.out == f"8 of 9 images written to {out}\n"
+        assert summary(captured.out) == ("8 of 9", str(out), "9")
         assert captured.err.splitlines()[0].startswith("dinov3-client: broken.jpg: ")
         assert captured.err.splitlines()[1:] == [
             f"dinov3-client: 1 of 9 images have no features: see {out}/failed.jsonl"
@@ -68,7 +79,7 @@ def test_a_folder(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert all(request.priority == 2 for request in server.requests)  # bulk
         count = len(server.requests)
         before = tree(out)
-        assert run(server, source, "--out", out, "--preset", "none", "--dtype", "float32", "--layers=10") == 1
+        assert run(server, source, "--out", out, "--preset", "none", "--dtype", "float32", "--layers=10") == 3
         assert len(server.requests) == count  # all was done
         assert tree(out) == before
     dataset = FeatureDataset(out)
@@ -87,7 +98,7 @@ def test_the_options_in_requests(source: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     weight = np.random.default_rng(0).normal(size=(12, 24)).astype(np.float32)
     with FakeServer(projections={"half": weight}) as server:
-        assert run(server, source, "--out", tmp_path / "out", *options) == 1
+        assert run(server, source, "--out", tmp_path / "out", *options) == 3
         request = server.requests[-1]
         assert (request.outputs.cls, request.outputs.patches, request.outputs.registers) == (False, True, True)
         assert (request.outputs.pooling.grid_height, request.outputs.pooling.grid_width) == (1, 2)
@@ -95,7 +106,7 @@ def test_the_options_in_requests(source: Path, tmp_path: Path) -> None:
         assert (request.preprocessing.size.height, request.preprocessing.size.width) == (64, 32)
         assert request.preprocessing.apply_exif_orientation
         assert max(len(request.images) for request in server.requests) == 3
-        assert run(server, source, "--out", tmp_path / "none", "--projection", "whole") == 1
+        assert run(server, source, "--out", tmp_path / "none", "--projection", "whole") == 2
         dataset = FeatureDataset(tmp_path / "out")
         with Client(server.target) as client:
             exact = client.extract(
@@ -111,7 +122,7 @@ def test_the_options_in_requests(source: Path, tmp_path: Path) -> None:
 
 def test_a_projection_that_is_not_there(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with FakeServer() as server:
-        assert run(server, source, "--out", tmp_path / "out", "--projection", "half") == 1
+        assert run(server, source, "--out", tmp_path / "out", "--projection", "half") == 2
     assert "the server has no projection 'half'; it has none at all" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -131,7 +142,7 @@ def test_shards_of_webdataset_and_lists(tmp_path: Path) -> None:
             server, tmp_path / "s-{0..1}.tar", "--list", tmp_path / "list.txt", "--out", tmp_path / "out",
             "--preset", "none", "--dtype", "float32", "--outputs", "cls",
         )  # fmt: skip
-    assert code == 1
+    assert code == 3
     dataset = FeatureDataset(tmp_path / "out")
     assert len(dataset) == 5
     for image, seed in ((f"{tmp_path}/s-1.tar:0001", 11), (f"{tmp_path}/x.png", 5)):
@@ -165,7 +176,7 @@ def test_a_server_that_goes_away_stops_it_and_it_goes_on(
 ) -> None:
     options = ("--shard-rows", "2", "--batch-size", "1", "--in-flight", "1", "--outputs", "cls")
     with FakeServer() as server:
-        assert run(server, source, "--out", tmp_path / "whole", *options) == 1
+        assert run(server, source, "--out", tmp_path / "whole", *options) == 3
         server.script = [None] * 5 + [Failure(grpc.StatusCode.UNAUTHENTICATED, "another token, please")] * 9
         capsys.readouterr()
         out = tmp_path / "out"
@@ -178,9 +189,9 @@ def test_a_server_that_goes_away_stops_it_and_it_goes_on(
         ]
         assert len(FeatureDataset(out, unfinished=True)) == 4
         server.script = []
-        assert run(server, source, "--out", out, *options) == 1
+        assert run(server, source, "--out", out, *options) == 3
         captured = capsys.readouterr()
-        assert captured.out == f"8 of 9 images written to {out}\n"
+        assert summary(captured.out) == ("8 of 9", str(out), "4")
         assert "resuming after 5 of 9 images" in captured.err
     assert tree(out) == tree(tmp_path / "whole")
 
@@ -200,7 +211,7 @@ def test_killed_or_ended_and_the_same_again(
     out = tmp_path / "out"
     options = ("--shard-rows", "2", "--batch-size", "1", "--in-flight", "2", "--layers", "3")
     with FakeServer() as server:
-        assert run(server, source, "--out", tmp_path / "whole", *options) == 1
+        assert run(server, source, "--out", tmp_path / "whole", *options) == 3
         so_far = sum(call.method == "Extract" for call in server.calls)
         # It waits for the answer that never comes: at that call, whatever the machine's speed.
         server.script = [None] * (calls - 1) + [Failure(grpc.StatusCode.UNAVAILABLE, "busy", retry_after=0.01)] * 9999
@@ -223,8 +234,41 @@ def test_killed_or_ended_and_the_same_again(
             process.kill()
             process.wait()
         server.script = []
-        assert run(server, source, "--out", out, *options) == 1
+        assert run(server, source, "--out", out, *options) == 3
     assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_failed_images_may_be_allowed_at_any_time(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "broken2.jpg").write_bytes(b"no picture")
+    with FakeServer() as server:
+        assert run(server, source, "--out", tmp_path / "out", "--allow-failed", "1") == 3
+        assert run(server, source, "--out", tmp_path / "out") == 3
+        capsys.readouterr()
+        assert run(server, source, "--out", tmp_path / "out", "--allow-failed", "2") == 0
+    captured = capsys.readouterr()
+    assert summary(captured.out) == ("8 of 10", str(tmp_path / "out"), "0")
+    assert "2 of 10 images have no features" in captured.err
+
+
+def test_options_that_the_server_refuses_are_no_reason_to_try_again(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeServer() as server:
+        assert run(server, source, "--out", tmp_path / "out", "--size", "518") == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "518" in captured.err.splitlines()[-2]
+        assert captured.err.endswith("keeps what was answered, and the same command would be refused again\n")
+        assert run(server, source / "sub", "--out", tmp_path / "out", "--size", "512") == 0
+
+
+def test_a_folder_in_use_is_worth_another_try(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with FakeServer() as server, (tmp_path / "out" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(server, source, "--out", tmp_path / "out") == 1
 
 
 def test_a_folder_whose_name_is_no_text(
@@ -234,7 +278,7 @@ def test_a_folder_whose_name_is_no_text(
     out = os.fsdecode(b"caf\xe9")
     with FakeServer() as server:
         assert run(server, source / "sub", "--out", out, "--outputs", "cls") == 0
-    assert capsys.readouterr().out == "8 of 8 images written to caf\\udce9\n"
+    assert summary(capsys.readouterr().out) == ("8 of 8", "caf\\udce9", "8")
 
 
 def test_refusals_are_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +286,7 @@ def test_refusals_are_one_line(source: Path, tmp_path: Path, capsys: pytest.Capt
     with FakeServer() as server:
         run(server, source, "--out", out)
         capsys.readouterr()
-        assert run(server, source, "--out", out, "--dtype", "float32") == 1
+        assert run(server, source, "--out", out, "--dtype", "float32") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     [line] = captured.err.splitlines()
