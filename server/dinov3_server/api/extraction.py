@@ -16,6 +16,7 @@ from dinov3_server.api.budget import RequestMemory
 from dinov3_server.api.convert import Query, count_images, read_request
 from dinov3_server.api.decode_pool import DecodePool, decode_tasks
 from dinov3_server.api.outputs import check_answer_size
+from dinov3_server.api.requests import note_images
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.admission import Reservation
@@ -91,6 +92,7 @@ class Extraction:
         Raises ServingError if the request fails as a whole.
         """
         images = min(count_images(request), self.settings.max_images_per_request)
+        note_images(images)
         try:
             model = self.model
             bulk = request.priority == pb.PRIORITY_BULK

@@ -1,4 +1,4 @@
-"""The gRPC interceptor: authenticates calls, turns errors into statuses, counts and times requests."""
+"""The gRPC interceptor: authenticates calls, gives each an id, and turns errors into statuses."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from dinov3_server.api.access_log import AccessLog
 from dinov3_server.api.credentials import BearerTokens
 from dinov3_server.api.peers import OpenCalls
 from dinov3_server.api.receiving import Receiver, deadline_of
+from dinov3_server.api.requests import REQUEST_ID, RequestRecord, request_id
 from dinov3_server.api.status import abort, serving_error, status_of
-from dinov3_server.errors import InternalError, Overloaded, ServingError, Unauthenticated, Unavailable
+from dinov3_server.errors import InternalError, ServingError
 from dinov3_server.metrics import METHODS, Metrics
 
 SERVICE = "dinov3_serving.v1.FeatureService"
@@ -28,47 +30,8 @@ _WITHOUT_TOKEN = "/grpc.health.v1.Health/"
 # Generic in the stubs only.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
-Serve: TypeAlias = "Callable[[Context], Awaitable[Any]]"
+Serve: TypeAlias = "Callable[[Context, str], Awaitable[Any]]"  # the context of a call, and its id
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
-
-
-@dataclass(slots=True)
-class RequestMetrics:
-    """A context manager that counts and times one request.
-
-    `expired` returns whether a cancellation was caused by the deadline.
-    """
-
-    metrics: Metrics
-    method: str
-    expired: Callable[[], bool]
-    started: float = field(default_factory=time.perf_counter)
-
-    def restart_clock(self) -> None:
-        """Measure from now on: the time that a message takes to arrive is the caller's."""
-        self.started = time.perf_counter()
-
-    def __enter__(self) -> RequestMetrics:
-        self.metrics.requests_in_flight.add(1, self.method)
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
-        seconds = time.perf_counter() - self.started
-        self.metrics.requests_in_flight.add(-1, self.method)
-        code = "OK"
-        if isinstance(error, ServingError):
-            code = error.status
-            if isinstance(error, Overloaded | Unavailable):
-                self.metrics.refused_requests.inc(error.reason)
-            if isinstance(error, Overloaded) and error.reason != "late":
-                self.metrics.refusal_seconds.observe(seconds)
-        elif isinstance(error, asyncio.CancelledError):
-            code = "DEADLINE_EXCEEDED" if self.expired() else "CANCELLED"
-        elif error is not None:
-            code = InternalError.status
-        self.metrics.requests.inc(self.method, code)
-        if not isinstance(error, Unauthenticated):  # refused before its message is read
-            self.metrics.request_seconds.observe(seconds, self.method)
 
 
 @dataclass(eq=False)
@@ -83,6 +46,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     receiver: Receiver
     tokens: BearerTokens | None
     open_calls: OpenCalls
+    access_log: AccessLog | None
     handlers: dict[str, Handler] = field(default_factory=dict)  # by method
     active: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -123,15 +87,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             assert task is not None
             self.active.add(task)
             self.open_calls.add(context)
+            call_id = request_id(context.invocation_metadata() or ())
+            context.set_trailing_metadata(((REQUEST_ID, call_id),))
             try:
                 try:
-                    return await serve(context)
+                    return await serve(context, call_id)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
                     status = status_of(serving_error(error))
                 # Outside `except`: gRPC keeps the exception that abort raises, in a reference cycle.
-                await abort(context, status)
+                await abort(context, status, call_id)
             finally:
                 self.active.discard(task)
 
@@ -143,18 +109,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return make(guarded, response_serializer=handler.response_serializer)
 
     def _unary(self, call: Any, label: str) -> Serve:
-        async def serve(context: Context) -> bytes:
-            with RequestMetrics(self.metrics, label, expired=lambda: context.time_remaining() == 0) as timed:
+        async def serve(context: Context, call_id: str) -> bytes:
+            record = RequestRecord(
+                self.metrics, self.access_log, label, context.peer(), call_id, lambda: context.time_remaining() == 0
+            )
+            with record:
                 self._authenticate(context)
                 data, request_memory = await self.receiver.message(context)
-                timed.restart_clock()
-                self.metrics.request_bytes.inc(label, value=len(data))
+                record.received(len(data))
                 context.add_done_callback(request_memory.release)  # type: ignore[arg-type]  # untyped
                 answering = call(data, context, deadline_of(context), request_memory)
                 del data  # so that the message is freed while the request waits for the device
                 answer: bytes = await answering
                 request_memory.start_sending(context)
-                self.metrics.response_bytes.inc(label, value=len(answer))
+                record.answered(len(answer))
                 return answer
 
         return serve
@@ -162,13 +130,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _stream(self, call: Any) -> Serve:
         """Count the call only if it fails as a whole; stream.py counts its messages."""
 
-        async def serve(context: Context) -> None:
+        async def serve(context: Context, call_id: str) -> None:
+            started = time.perf_counter()
             try:
                 self._authenticate(context)
-                await call(None, context)
+                await call(context, call_id)
             except Exception as error:
                 code = error.status if isinstance(error, ServingError) else InternalError.status
                 self.metrics.requests.inc(_LABELS[STREAM], code)
+                record = RequestRecord(
+                    self.metrics, self.access_log, _LABELS[STREAM], context.peer(), call_id, lambda: False
+                )
+                record.log(code, error, time.perf_counter() - started)
                 raise
 
         return serve
@@ -182,7 +155,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 request_memory.release()
                 yield data
 
-        async def serve(context: Context) -> Any:
+        async def serve(context: Context, call_id: str) -> Any:
             if needs_token:
                 self._authenticate(context)
             if methods.request_streaming:

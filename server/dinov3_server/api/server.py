@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import grpc
 
+from dinov3_server.api.access_log import AccessLog
 from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.credentials import Credentials
 from dinov3_server.api.decode_pool import DecodePool
@@ -78,11 +79,14 @@ class FrontendServer:
         self._decode_pool = DecodePool(threads, self.budget.pictures, metrics)
         extraction = Extraction(engine, settings, metrics, self._decode_pool, index)
         tokens = self.credentials.tokens
-        self.service = FeatureService(engine, extraction, receiver, settings, metrics, tokens, index, frontends)
+        access_log = self._access_log = AccessLog(settings.access_log) if settings.access_log else None
+        self.service = FeatureService(
+            engine, extraction, receiver, settings, metrics, tokens, access_log, index, frontends
+        )
         open_calls = OpenCalls(max(_MOST_CALLS, 2 * settings.max_queue_images))
         self._monitor = FrontendMonitor(receiver, open_calls, self.budget, metrics, allocated)
         self.health = Health()
-        self.calls = CallInterceptor(metrics, receiver, tokens, open_calls)
+        self.calls = CallInterceptor(metrics, receiver, tokens, open_calls, access_log)
         self._server = grpc.aio.server(interceptors=[self.calls], options=_options(settings))
         self._server.add_generic_rpc_handlers(
             (self.service.handlers(), self.health.handlers(), *reflection_handlers((SERVICE, HEALTH)))
@@ -127,6 +131,8 @@ class FrontendServer:
         for task in self._tasks:
             task.cancel()
         self._decode_pool.close()
+        if self._access_log is not None:
+            self._access_log.close()
 
     async def _keep_reloading(self) -> None:
         while True:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from dinov3_server import __version__
+from dinov3_server.api.access_log import AccessLog
 from dinov3_server.api.budget import RequestMemory
 from dinov3_server.api.credentials import BearerTokens
 from dinov3_server.api.extraction import Extraction
@@ -36,6 +37,7 @@ class FeatureService:
     settings: Settings
     metrics: Metrics
     tokens: BearerTokens | None
+    access_log: AccessLog | None
     index: int  # of this frontend, of `frontends`
     frontends: int
     streams: set[Stream] = field(default_factory=set, init=False)  # the open ones
@@ -67,10 +69,13 @@ class FeatureService:
         del data, request, resolve_bytes  # so that the message is freed while the request waits for the device
         return await extract
 
-    async def extract_stream(self, _: object, context: Context) -> None:
+    async def extract_stream(self, context: Context, call_id: str) -> None:
         self._check_open()
         caller = caller_of(context, by_token=self.tokens is not None)
-        stream = Stream(context, self.extraction, self.receiver, self.metrics, self.settings, caller, self.tokens)
+        stream = Stream(
+            context, self.extraction, self.receiver, self.metrics, self.settings, caller, call_id, self.access_log,
+            self.tokens,
+        )  # fmt: skip
         self.streams.add(stream)
         try:
             await stream.serve()

@@ -8,6 +8,7 @@ from typing import NoReturn
 import grpc
 from grpc_status import rpc_status
 
+from dinov3_server.api.requests import REQUEST_ID
 from dinov3_server.errors import InternalError, InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_serving.errors import without_traceback
 from dinov3_serving.v1 import feature_service_pb2 as pb
@@ -37,7 +38,9 @@ def failure_of(error: Exception) -> ServingError:
     return without_traceback(serving_error(error))
 
 
-async def abort(context: grpc.aio.ServicerContext[bytes, bytes], status: pb.Status) -> NoReturn:
-    """End the call with `status`."""
-    await context.abort_with_status(rpc_status.to_status(status))
+async def abort(context: grpc.aio.ServicerContext[bytes, bytes], status: pb.Status, request_id: str) -> NoReturn:
+    """End the call with `status`. Trailing metadata given to abort replaces what was set, so the id is added again."""
+    grpc_status = rpc_status.to_status(status)
+    trailing = (*(grpc_status.trailing_metadata or ()), (REQUEST_ID, request_id))
+    await context.abort(grpc_status.code, grpc_status.details or "", trailing)
     raise AssertionError("abort_with_status raises")

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import grpc
 
+from dinov3_server.api.access_log import AccessLog
 from dinov3_server.api.budget import RequestMemory
 from dinov3_server.api.credentials import BearerTokens
 from dinov3_server.api.extraction import Extraction
-from dinov3_server.api.interceptors import Context, RequestMetrics
+from dinov3_server.api.interceptors import Context
 from dinov3_server.api.receiving import Receiver, deadline_of
+from dinov3_server.api.requests import RequestRecord
 from dinov3_server.api.status import serving_error, status_of
 from dinov3_server.api.wire import ParsedMessage, TooManyElements, message_id, parse
 from dinov3_server.config.settings import Settings
@@ -33,6 +35,7 @@ class _Received(NamedTuple):
     resolve_bytes: BytesResolver
     request_memory: RequestMemory
     arrived: float
+    nbytes: int
     has_new_id: bool
     error: ServingError | None
 
@@ -51,6 +54,8 @@ class Stream:
     metrics: Metrics
     settings: Settings
     caller: Caller
+    call_id: str = ""
+    access_log: AccessLog | None = None
     tokens: BearerTokens | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +106,6 @@ class Stream:
                 return error
             if received is None:
                 return None
-            self.metrics.request_bytes.inc("ExtractStream", value=len(received[0]))
             try:
                 if self.tokens:
                     self.tokens.check(self.context.invocation_metadata() or ())
@@ -123,7 +127,7 @@ class Stream:
             parsed = ParsedMessage(pb.ExtractStreamRequest(id=message_id(data)), bytes)
         has_new_id = parsed.message.id not in self._unanswered
         self._unanswered.add(parsed.message.id)
-        return _Received(*parsed, request_memory, time.monotonic(), has_new_id, error)
+        return _Received(*parsed, request_memory, time.monotonic(), len(data), has_new_id, error)
 
     async def _answer(self, received: _Received) -> None:
         message_id, has_new_id, request_memory = received.message.id, received.has_new_id, received.request_memory
@@ -136,7 +140,6 @@ class Stream:
                     self._unanswered.discard(message_id)
                 request_memory.start_sending(self.context)
                 await self.context.write(answer)
-                self.metrics.response_bytes.inc("ExtractStream", value=len(answer))
         except grpc.aio.BaseError:
             # The connection is gone; gRPC is about to cancel the call.
             self._caller_left = True
@@ -149,7 +152,12 @@ class Stream:
         message = received.message
         message_id = message.id
         try:
-            with RequestMetrics(self.metrics, "ExtractStream", expired=self._expired):
+            record = RequestRecord(
+                self.metrics, self.access_log, "ExtractStream", self.caller.connection,
+                f"{self.call_id}/{message_id}", self._expired,
+            )  # fmt: skip
+            with record:
+                record.received(received.nbytes)
                 if not received.has_new_id:
                     raise InvalidInput(
                         f"a message with id {message_id} is still unanswered: give each message of a stream its own id",
@@ -163,7 +171,9 @@ class Stream:
                     message.request, deadline, self.caller, received.request_memory, message_id, received.resolve_bytes
                 )
                 del received, message
-                return await extract
+                answer = await extract
+                record.answered(len(answer))
+                return answer
         except Exception as error:
             failed = pb.ExtractStreamResponse(id=message_id, error=status_of(serving_error(error)))
             return failed.SerializeToString()

@@ -76,7 +76,8 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, _Given]:
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in _OTHER_ENV or _is_service_link(variable, text):
             continue
-        if variable in by_env and not text:  # as `X=${X:-}` of a compose file, or an optional key of a ConfigMap
+        # As `X=${X:-}` of a compose file. But an empty name of a token or certificate must not open the server.
+        if variable in by_env and not text and by_env[variable].topic != "security":
             continue
         if variable not in by_env:
             near = nearest(variable, by_env, ENV_PREFIX)

@@ -282,6 +282,13 @@ class Settings:
     log_level: str = _logging("info", choice("debug", "info", "warning", "error"), "Lowest severity that is logged.")
     log_format: str = _logging("text", choice("text", "json"), "text for people, or json: one object a line.")
 
+    access_log: str | None = _logging(
+        None,
+        TEXT._replace(metavar="FILE"),
+        "File to which a JSON object is appended for each request, or /dev/stderr. Opened again when it was renamed. "
+        "Unset: no access log.",
+    )
+
     def __post_init__(self) -> None:
         if not self.http_host:
             object.__setattr__(self, "http_host", self.host)

@@ -57,6 +57,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "tls_client_ca_file": ("FILE", "FILE"),
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
+    "access_log": ("access.jsonl", "access.jsonl"),
 }
 
 
@@ -217,7 +218,7 @@ def test_bad_value_names_setting_source_value_and_what_is_allowed(name: str, tex
     text = text.replace("FILE", existing)
     allowed = next(setting.type.allowed for setting in SETTINGS if setting.name == name)
     given: list[tuple[dict[str, str], dict[str, str], str]] = [({name: text}, {}, f"flag --{name.replace('_', '-')}")]
-    if text:  # an empty variable counts as unset
+    if text or name == "tls_cert_file":  # an empty variable counts as unset, but for tokens and TLS
         given.append(({}, {f"DINOV3_{name.upper()}": text}, f"environment DINOV3_{name.upper()}"))
     for flags, environ, source in given:
         with pytest.raises(ConfigError) as caught:
@@ -248,11 +249,17 @@ def test_unknown_variable(variable: str, hint: str) -> None:
 
 def test_an_empty_variable_counts_as_unset() -> None:
     """As `PORT: ${PORT:-}` of a compose file makes it."""
-    settings, sources = load({}, {"DINOV3_PORT": "", "DINOV3_TOKEN_FILE": "", "DINOV3_WEIGHTS": ""})
+    settings, sources = load({}, {"DINOV3_PORT": "", "DINOV3_DEVICES": "", "DINOV3_WEIGHTS": ""})
     assert settings == Settings()
     assert sources["port"] == "default"
     with pytest.raises(ConfigError, match="DINOV3_PROT is not a setting"):
         load({}, {"DINOV3_PROT": ""})
+
+
+@pytest.mark.parametrize("name", ["token_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"])
+def test_an_empty_name_of_a_secret_does_not_open_the_server(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is '' \(environment DINOV3_{name.upper()}\)"):
+        load({}, {f"DINOV3_{name.upper()}": ""})
 
 
 def test_variables_that_are_not_settings() -> None:
