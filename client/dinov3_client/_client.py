@@ -27,9 +27,9 @@ from dinov3_serving.features import TokenKind
 class Client(BaseClient):
     """A client of a dinov3-serving server, for use from any thread.
 
-    target: HOST:PORT; `dns:///HOST:PORT`, whose addresses take calls in turn; `unix:PATH`; or a sequence of these. A
-        call goes to the target with the fewest of this client's calls in flight; a target that cannot be reached is
-        avoided for a while.
+    target: HOST:PORT; `dns:///HOST:PORT`, whose addresses take calls in turn; `unix:PATH`; or several of these, as a
+        sequence or separated by commas (also `ipv4:ADDRESS:PORT,ADDRESS:PORT`). A call goes to the target with the
+        fewest of this client's calls in flight; a target that cannot be reached is avoided for a while.
     connections: the most to each target. None: as many as it has frontends, up to 8. They are opened as calls need
         them, and spread over the frontends.
     deadline: seconds that a call may take in all. Until then a call is retried if no server answers or the queue of
@@ -41,6 +41,8 @@ class Client(BaseClient):
     fingerprint: the model to accept, as in `model().fingerprint`, or in `Features.fingerprint` for a model with a
         projection. Any other model raises ModelMismatch.
     keepalive: seconds without traffic during a call after which the connection is pinged, at least 5; None: never.
+
+    mixed_models: accept that several targets serve different models; else ModelMismatch is raised when they do.
 
     Nothing is sent before the first call. A client without a call in flight can be forked and pickled: each process has
     connections of its own. Errors: see `dinov3_client.Dinov3Error` and its subclasses.

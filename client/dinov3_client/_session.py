@@ -19,7 +19,7 @@ import grpc
 
 from dinov3_client import _features, _images, _response, _split
 from dinov3_client._answer import Answer
-from dinov3_client._checks import check_count, check_deadline
+from dinov3_client._checks import check_bool, check_count, check_deadline
 from dinov3_client._errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -36,11 +36,12 @@ from dinov3_client._model import Model, read_model
 from dinov3_client._reading import Reading, check_range
 from dinov3_client._request import RequestOptions
 from dinov3_client._split import PreparedRequest
-from dinov3_client._transport import channels
+from dinov3_client._transport import channels, failures, proxy
 from dinov3_client._transport.channels import PathLike
 from dinov3_client._transport.effects import CloseChannel, Gather, Offload, Procedure, Rpc, Sleep
 from dinov3_client._transport.pool import Connection, Pool, Target
 from dinov3_client._transport.retry import Attempts
+from dinov3_client._transport.targets import check_targets
 
 EXTRACT = "/dinov3_serving.v1.FeatureService/Extract"
 GET_MODEL = "/dinov3_serving.v1.FeatureService/GetModel"
@@ -65,6 +66,7 @@ class Settings:
     tls_key: PathLike | None
     fingerprint: str | None
     keepalive: float | None
+    mixed_models: bool
 
 
 class Session:
@@ -74,7 +76,7 @@ class Session:
     """
 
     def __init__(self, settings: Settings, dial: Callable[..., Any]) -> None:
-        self._targets = channels.check_targets(settings.target)
+        self._targets = check_targets(settings.target)
         self._deadline = check_deadline(settings.deadline)
         self._connections = settings.connections
         if self._connections is not None:
@@ -83,6 +85,7 @@ class Session:
         self._metadata = channels.metadata(settings.token)
         self._tls = channels.read_tls(settings.tls_ca, settings.tls_cert, settings.tls_key)
         self._pin = _check_fingerprint(settings.fingerprint)
+        self._mixed_models = check_bool("mixed_models", settings.mixed_models)
         self._dial = dial
         self._model: Model | None = None
         # Tests replace these.
@@ -200,35 +203,68 @@ class Session:
                 pool.release(connection)
             if error is None:
                 answer = read(data)
-                pool.answered(connection, answer.frontend, answer.frontends if isinstance(answer, Model) else None)
+                frontends = answer.frontends if isinstance(answer, Model) else None
+                model = answer.fingerprint.partition("+")[0]
+                pool.answered(connection, answer.frontend, frontends, model)
+                if connection.target.is_reported:
+                    connection.target.is_reported = False
+                    _log.info("%s answers again", connection.target.name)
+                if not self._mixed_models and self._pin is None:
+                    yield from self._check_models(pool, connection.target, attempts)
                 for channel in pool.take_idle():
                     yield CloseChannel(channel)
                 return answer
             tried.append(connection.target)
             has_alternative = pool.has_alternative(tried)
             pause = attempts.pause_or_raise(error, has_alternative)
-            if isinstance(error, Unavailable) and error.attempts == 1:
-                _log.warning("%s; trying again for up to %.0f s", error.message, attempts.remaining())
+            if isinstance(error, Unavailable) and not connection.target.is_reported:
+                connection.target.is_reported = True  # once, and not for each call until it answers again
+                then = "using the other targets" if has_alternative else "trying again"
+                _log.warning("%s; %s for up to %.0f s", error.message, then, attempts.remaining())
             if not has_alternative:
                 tried.clear()
                 yield Sleep(pause)
+
+    def _check_models(self, pool: Pool, target: Target, attempts: Attempts) -> Procedure[None]:
+        """Raise ModelMismatch if another target serves another model than `target`, which has just answered.
+
+        Compares what the last answers of the targets said. If that differs, the other one is asked, which may have
+        another model by now.
+        """
+        for other in pool.others(target):
+            if other.model in ("", target.model):
+                continue
+            connection = pool.acquire(pool.others(other))
+            try:
+                data = yield Rpc(connection.channel, GET_MODEL, b"", attempts.remaining(), self._metadata)
+                other.model = read_model(data).fingerprint
+            except grpc.RpcError:
+                other.model = ""
+            finally:
+                pool.release(connection)
+            if other.model not in ("", target.model):
+                raise ModelMismatch(
+                    f"the targets serve different models: {target.name} has the fingerprint {target.model}, "
+                    f"{other.name} has {other.model}; give `fingerprint` for the one to accept, or mixed_models=True",
+                    code=grpc.StatusCode.FAILED_PRECONDITION,
+                )
 
     def _error_of(self, rpc_error: grpc.RpcError, connection: Connection, attempts: Attempts) -> StatusError:
         """Return the error of an attempt, and note in the pool if its target is unavailable."""
         error = from_rpc_error(rpc_error)
         if isinstance(error, DeadlineExceeded):
-            error.message += f" (no answer from {connection.target.name} within {round(attempts.allowed, 2):g} s)"
+            through = proxy.find(connection.target.name)
+            error.message += (
+                f" (no answer from {connection.target.name}{f' through the proxy {through}' if through else ''} within "
+                f"{round(attempts.allowed, 2):g} s)"
+            )
         if error.code is grpc.StatusCode.CANCELLED and not self._pool.closed:
             # Not cancelled by this client: a server that shuts down ends its calls so.
             error = Unavailable(f"the server ended the call: {error.message}", code=error.code)
         if isinstance(error, Unavailable):
             self._pool.failed(connection, error.retry_after)
             if error.retry_after is None:
-                # gRPC's own error for the connection, which names addresses and not the user's target.
-                how, other = ("with TLS", "with") if self._tls else ("in plain text", "without")
-                error.message = (
-                    f"cannot reach {connection.target.name} {how} (is it up, and {other} TLS?): {error.message}"
-                )
+                error.message = failures.unreachable(connection.target.name, self._tls is not None, error.message)
         return error
 
     def _end(self, deadline: float | None) -> float:
@@ -263,9 +299,10 @@ class BaseClient:
         tls_key: PathLike | None = None,
         fingerprint: str | None = None,
         keepalive: float | None = channels.KEEPALIVE,
+        mixed_models: bool = False,
     ) -> None:
         self._settings = Settings(
-            target, connections, deadline, token, tls_ca, tls_cert, tls_key, fingerprint, keepalive
+            target, connections, deadline, token, tls_ca, tls_cert, tls_key, fingerprint, keepalive, mixed_models
         )
         self._session = Session(self._settings, self._dial)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from dinov3_client import OutputParity, ParityCheck
 from dinov3_client._transport import retry
 from dinov3_client.cli import main
 from dinov3_client.testing import MODEL, Failure, FakeServer
+
+HERE = Path(__file__).parent
 
 
 def pattern(seed: int, height: int = 96, width: int = 128) -> np.ndarray[Any, Any]:
@@ -95,7 +99,7 @@ def test_token_file(server: FakeServer, tmp_path: Path) -> None:
 
 USAGE: list[tuple[list[str], str]] = [
     ([], "COMMAND"),
-    (["info", "--target", "http://localhost:50051"], "target is 'http://localhost:50051'; it must be HOST:PORT"),
+    (["info", "--target", "http://localhost:50051"], "--target is 'http://localhost:50051'; it must be HOST:PORT"),
     (["info", "--deadline", "-3"], "'-3' is not a positive number of seconds"),
     (["info", "--deadline", "soon"], "'soon' is not a positive number of seconds"),
     (["pca", "a.jpg", "-o", "pca.png", "--layer", "12"], "layer 12: dinov3_vits16 has the layers 0 to 11"),
@@ -130,10 +134,14 @@ def test_failures_are_one_line_and_exit_with_1(
     server: FakeServer, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     args = {"info": (), "pca": (photos[0], "-o", tmp_path / "p.png")}
-    server.model_script = [Failure(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token")]
+    server.model_script = [Failure(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token: send the metadata `x`")]
     assert run(server, command, *args[command]) == 1
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "dinov3-client: this server wants a token\n")
+    assert (captured.out, captured.err) == (
+        "",
+        "dinov3-client: this server wants a token: give the server's token by --token-file FILE or by the environment "
+        "variable DINOV3_TOKEN\n",
+    )
 
 
 def test_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +152,56 @@ def test_no_server(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert line.startswith(
         f"dinov3-client: cannot reach unix:{tmp_path}/none in plain text (is it up, and without TLS?): "
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--tls-ca", HERE / "client.pem"],
+            "with TLS: its certificate is not trusted (self signed certificate); --tls-ca",
+        ),
+        ([], "in plain text (is it up, and without TLS?)"),
+    ],
+)
+def test_a_failure_of_tls_is_one_line(flags: list[Any], message: str) -> None:
+    pair = (HERE / "localhost.key").read_bytes(), (HERE / "localhost.pem").read_bytes()
+    credentials = grpc.ssl_server_credentials([pair])
+    with FakeServer(address="localhost:0", credentials=credentials) as server:
+        command = [
+            sys.executable,
+            "-c",
+            "from dinov3_client.cli import main; exit(main())",
+            "info",
+            "--deadline",
+            "0.2",
+            "--target",
+            server.target,
+        ]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"dinov3-client: cannot reach {server.target} {message}")
+
+
+def test_wrong_arguments_are_named_as_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["info", "--target", "nowhere"])
+    assert "error: --target is 'nowhere'; it must be HOST:PORT" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["info", "--tls-cert", str(HERE / "client.pem")])
+    assert "--tls-cert is given without --tls-key; a client certificate needs both" in capsys.readouterr().err
+
+
+def test_the_http_port_is_no_grpc_port(capsys: pytest.CaptureFixture[str]) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        assert main(["info", "--target", f"127.0.0.1:{http.server_port}", "--deadline", "0.2"]) == 1
+        http.shutdown()
+        thread.join()
+    error = capsys.readouterr().err
+    assert "something answers, but does not speak gRPC; if this is the server's HTTP port" in error
 
 
 def test_missing_token_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,6 +224,7 @@ def test_a_pickled_client_has_its_arguments(kind: type[Client | AsyncClient]) ->
         "tls_key": str(here / "client.key"),
         "fingerprint": "f00d",
         "keepalive": None,
+        "mixed_models": True,
     }
     client = kind(["localhost:1", "dns:///localhost:2"], **arguments)
     copy = pickle.loads(pickle.dumps(client))

@@ -1,18 +1,18 @@
-"""The arguments of a gRPC channel: targets, options, credentials, metadata."""
+"""The arguments of a gRPC channel: options, credentials, metadata."""
 
 from __future__ import annotations
 
 import json
 import numbers
 import os
-import re
 import ssl
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+
+from dinov3_client._transport import proxy
 
 PathLike = str | os.PathLike[str]
 
@@ -45,13 +45,10 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 _ROUND_ROBIN = ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]}))
 
-# gRPC's own naming schemes (its doc/naming.md), which gRPC checks itself.
-_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "vsock:", "xds:")
-
 
 def options(target: str, keepalive: float | None) -> tuple[tuple[str, Any], ...]:
     """Return the channel arguments for `target`; `keepalive` in seconds, None for no pings."""
-    found = _OPTIONS
+    found = _OPTIONS + proxy.options(target)
     if target.startswith("dns:"):
         found += (_ROUND_ROBIN,)
     if keepalive is not None:
@@ -62,36 +59,6 @@ def options(target: str, keepalive: float | None) -> tuple[tuple[str, Any], ...]
             ("grpc.http2.max_pings_without_data", 0),
         )
     return found
-
-
-def check_targets(target: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the targets as a tuple. Raises ValueError or TypeError."""
-    targets = (target,) if isinstance(target, str | bytes) or not isinstance(target, Sequence) else tuple(target)
-    if not targets:
-        raise ValueError("target is empty; name at least one server, as localhost:50051")
-    for index, one in enumerate(targets):
-        _check_target(one)
-        if one in targets[:index]:
-            raise ValueError(f"target names {one!r} twice; `connections` is how many there are to one server")
-    return targets
-
-
-def _check_target(target: str) -> None:
-    """Raise ValueError or TypeError for a bad target, for which gRPC would wait until the deadline.
-
-    gRPC also takes port 443 if none is given, and 34463 for 99999.
-    """
-    if not isinstance(target, str):
-        raise TypeError(
-            f"target is a {type(target).__name__}; it must be the text HOST:PORT, as localhost:50051, or a sequence of "
-            "such texts"
-        )
-    found = re.fullmatch(r"(?:\[[^\[\]/]+\]|[^\[\]:/\s]+):([0-9]+)", target)
-    if not target.startswith(_SCHEMES) and not (found and 0 < int(found[1]) < 65536):
-        raise ValueError(
-            f"target is {target!r}; it must be HOST:PORT, as localhost:50051 or [::1]:50051, with a port from 1 to "
-            "65535 and without http://"
-        )
 
 
 def check_keepalive(keepalive: float | None) -> float | None:

@@ -19,8 +19,10 @@ MAX_CONNECTIONS = 8
 # average (14 beyond the first of each) and more than 40 once in 30 times.
 MAX_REDIALS = 4
 # Seconds for which an unreachable target is avoided while others are available; doubled from the first to the longest.
-FIRST_BACKOFF = 1.0
-LONGEST_BACKOFF = 15.0
+# Then one call tries it, which costs little: a channel that could not connect fails its calls at once, and goes on
+# trying to connect.
+FIRST_BACKOFF = 0.25
+LONGEST_BACKOFF = 2.0
 
 
 class Connection:
@@ -48,6 +50,10 @@ class Target:
         self.failures = 0
         self.backoff_until = 0.0
         self.turn = 0
+        self.model = ""
+        """The fingerprint of its last response's model."""
+        self.is_reported = False
+        """Whether its present failure was logged."""
 
     @property
     def in_flight(self) -> int:
@@ -134,10 +140,11 @@ class Pool:
                 target.backoff_until = now + max(backoff, min(hint or 0.0, LONGEST_BACKOFF))
                 target.failures += 1
 
-    def answered(self, connection: Connection, frontend: int, frontends: int | None = None) -> None:
-        """Note a response of process `frontend`, one of `frontends` if the response says so."""
+    def answered(self, connection: Connection, frontend: int, frontends: int | None = None, model: str = "") -> None:
+        """Note a response of process `frontend`, one of `frontends` if the response says so, and of `model`."""
         with self._lock:
             target = connection.target
+            target.model = model
             target.failures, target.backoff_until = 0, 0.0
             target.frontends = max(target.frontends if frontends is None else frontends, frontend + 1)
             connection.frontend = frontend
@@ -145,6 +152,10 @@ class Pool:
                 target.redials += 1
                 target.connections.remove(connection)
                 self._retired.append(connection)
+
+    def others(self, target: Target) -> list[Target]:
+        """Return all other targets."""
+        return [one for one in self._targets if one is not target]
 
     def take_idle(self) -> list[Any]:
         """Return, once, the retired channels without calls in flight; the caller closes them."""

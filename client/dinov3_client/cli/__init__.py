@@ -7,16 +7,18 @@ SIGTERM. `extract` has more: see `dinov3-client extract --help`.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from dinov3_client._errors import Dinov3Error
 from dinov3_client.cli import extract, fit_projection, info, pca, similarity
-from dinov3_client.cli.common import UsageError, print_error, report_interrupt, server_flags
+from dinov3_client.cli.common import UsageError, describe, print_error, report_interrupt, server_flags
 from dinov3_client.cli.interrupts import end_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else gRPC logs each failed handshake, besides our error
     parser = _parser()
     args = parser.parse_args(argv)
     with end_on_signals(partial(args.report_interrupt, args)):
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             parser.error(str(error))
         except (Dinov3Error, OSError) as error:
-            print_error(str(error))
+            print_error(describe(error))
             return 1
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dinov3_client._checks import check_deadline
 from dinov3_client._client import Client
+from dinov3_client._errors import Unauthenticated
 from dinov3_client._model import Model
 from dinov3_client._text import printable
 from dinov3_client.bulk.errors import SourceError
 from dinov3_client.bulk.sources import Images, find_images
 
 DEFAULT_TARGET = "localhost:50051"
+_ARGUMENTS = re.compile(r"\btls_(?:ca|cert|key)\b|^target(?= )|\b(?:deadline|on_error)(?==)")
 
 
 class UsageError(Exception):
@@ -60,7 +63,20 @@ def connect(args: argparse.Namespace) -> Client:
     except UnicodeDecodeError:
         raise UsageError(f"--token-file {args.token_file}: a token has ASCII characters only") from None
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(in_flags(str(error))) from None
+
+
+def in_flags(message: str) -> str:
+    """Return a message of the client with the command's flags in place of the names of Python's arguments."""
+    return _ARGUMENTS.sub(lambda found: f"--{found[0].replace('_', '-')}", message)
+
+
+def describe(error: Exception) -> str:
+    """Return an error of a call in the command's words."""
+    if isinstance(error, Unauthenticated):
+        reason = error.message.partition(": send the metadata")[0]
+        return f"{reason}: give the server's token by --token-file FILE or by the environment variable DINOV3_TOKEN"
+    return in_flags(str(error))
 
 
 def get_model(client: Client) -> Model:
@@ -87,7 +103,7 @@ def server_flags() -> argparse.ArgumentParser:
         "--target",
         default=os.environ.get("DINOV3_TARGET") or DEFAULT_TARGET,
         metavar="HOST:PORT",
-        help="the server; default: %(default)s (environment: DINOV3_TARGET)",
+        help="the server, or several separated by commas; default: %(default)s (environment: DINOV3_TARGET)",
     )
     group.add_argument(
         "--deadline",

@@ -18,6 +18,7 @@ from dinov3_client.cli.common import (
     UsageError,
     add_size_flag,
     connect,
+    describe,
     get_model,
     image_size,
     layer_list,
@@ -171,7 +172,7 @@ def _extract(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     except (Dinov3Error, OSError) as error:
         progress.end()
-        print_error(str(error))
+        print_error(describe(error))
         lasting = isinstance(error, _LASTING) and not isinstance(error, FolderInUse)
         if progress.total:
             _advise(folder, "would be refused again" if lasting else "resumes from there")
