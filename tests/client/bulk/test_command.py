@@ -184,7 +184,8 @@ def test_a_server_that_goes_away_stops_it_and_it_goes_on(
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.splitlines()[-2:] == [
-            "dinov3-client: another token, please",
+            "dinov3-client: another token, please: give the server's token by --token-file FILE or by the environment "
+            "variable DINOV3_TOKEN",
             f"dinov3-client: stopped; {out} keeps what was answered, and the same command resumes from there",
         ]
         assert len(FeatureDataset(out, unfinished=True)) == 4
