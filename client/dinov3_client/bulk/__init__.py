@@ -7,6 +7,8 @@
     partial.py      keeps the rows of the unfinished shard
     manifest.py     records what is done, so that a killed extraction can resume
     extraction.py   runs an extraction
+    stored.py       reads rows back
+    merging.py      merges the shards of several machines
     dataset.py      FeatureDataset
 
 File formats, and their state after a crash: docs/bulk.md.

@@ -16,7 +16,7 @@ from dinov3_client.bulk import manifest
 from dinov3_client.bulk.errors import ExtractionError
 from dinov3_client.bulk.manifest import Line
 from dinov3_client.bulk.rows import SCALES
-from dinov3_client.bulk.shards import map_shard, tensor_name
+from dinov3_client.bulk.shards import check_shard, map_shard, tensor_name
 
 
 class FeatureDataset:
@@ -66,7 +66,7 @@ class FeatureDataset:
             ) from None
         if not complete and not unfinished:
             raise ExtractionError(
-                f"{self.folder} is unfinished: {len(self):,} of {self.header['source']['images']:,} images have "
+                f"{self.folder} is unfinished: {len(self):,} of {len(manifest.span(self.header)):,} images have "
                 "features; run the same `dinov3-client extract` again to finish it, or use what is there with "
                 "FeatureDataset(..., unfinished=True)"
             )
@@ -174,15 +174,7 @@ class FeatureDataset:
 
     def _check(self, commit: Line) -> None:
         """Check that the shard of a commit exists and is complete, and note its input sizes."""
-        path = self.folder / commit["shard"]
-        if path.parent != self.folder:
-            raise ValueError(f"a shard in another folder: {path}")
-        found = path.stat().st_size if path.exists() else None
-        if found != commit["bytes"]:
-            raise ExtractionError(
-                f"{path} {'is missing' if found is None else f'has {found:,} bytes'}, and was written with "
-                f"{commit['bytes']:,}; restore it, or extract into another folder"
-            )
+        check_shard(self.folder, commit)
         self._shards.append(commit["shard"])
         for size, entry in commit["sizes"].items():
             grids = {name: (int(grid[0]), int(grid[1])) for name, grid in entry.items() if name != "rows"}

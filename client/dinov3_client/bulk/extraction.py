@@ -51,11 +51,13 @@ def extract(
     batch_images: int,
     priority: Priority,
     progress: ProgressListener,
+    shard: tuple[int, int] | None = None,
 ) -> Totals:
     """Write the features of all images to `folder`, resuming where the last run with these arguments stopped.
 
     `model` is the client's; a response of another model ends the run. At most `in_flight` batches of at most
-    `batch_images` are sent or waiting to be written. However a run ends, the next one resumes at the last commit.
+    `batch_images` are sent or waiting to be written. However a run ends, the next one resumes after the last answer.
+    `shard` is (I, N): only the I-th of N parts of about equal size, counted from 1.
 
     Raises Dinov3Error (ExtractionError if the folder holds another extraction), SourceError and OSError.
     """
@@ -69,16 +71,19 @@ def extract(
         "options": asdict(options),
         "source": {"images": len(images), "sha256": images.digest()},
     }
+    if shard is not None:
+        header["source"]["shard"] = f"{shard[0]}/{shard[1]}"
+    span = manifest.span(header)
     labels = {"model": model.name, "weights": model.weights, "fingerprint": fingerprint}
     most_bytes = model.limits.max_message_bytes - SLACK_BYTES
     with manifest.open_journal(folder, header) as journal:
         if journal.complete:
-            progress.begin(len(images), len(images))
+            progress.begin(len(span), len(span))
             return journal.totals
         _check_unchanged(journal, images)
         writer = Writer(journal, Shards(folder, options, labels))
-        progress.begin(writer.images, len(images))
-        with ImageReader(images, writer.images, most_bytes=most_bytes, batch_images=batch_images) as reader:
+        progress.begin(writer.images, len(span))
+        with ImageReader(images, span[writer.images :], most_bytes=most_bytes, batch_images=batch_images) as reader:
             answers = client.extract_many(
                 reader.batches(),
                 in_flight=in_flight,
@@ -136,7 +141,7 @@ class Writer:
         shards.discard(journal.totals.shards)
         before = journal.totals
         for result in journal.kept:
-            self._add(result)
+            self.add(result)
         if journal.totals == before:  # as always, unless the run that kept them ended shards elsewhere
             self._kept = len(self._pending)
 
@@ -146,19 +151,20 @@ class Writer:
         return self._journal.totals.images + len(self._pending)
 
     def take(self, results: Sequence[Result]) -> None:
-        """Add the results that follow the last ones."""
+        """Add the results that follow the last ones, and keep them until they are committed."""
         for result in results:
-            self._add(result)
+            self.add(result)
         self._journal.keep(self._pending[self._kept :])
         self._kept = len(self._pending)
 
     def finish(self, rest: Sequence[Result]) -> None:
         """Add the last results, and complete the extraction."""
         for result in rest:
-            self._add(result)
+            self.add(result)
         self._commit(complete=True)
 
-    def _add(self, result: Result) -> None:
+    def add(self, result: Result) -> None:
+        """Add a result: it counts once its shard is full."""
         if isinstance(result, Row):
             if self._rows and self._nbytes + result.nbytes > SHARD_BYTES:
                 self._commit()

@@ -40,7 +40,7 @@ class Totals:
     """What was committed."""
 
     images: int = 0
-    """Images of the source, from its beginning: with features or failed."""
+    """Images from the beginning of the source, or of this shard of it: with features or failed."""
     rows: int = 0
     failed: int = 0
     shards: int = 0
@@ -116,9 +116,11 @@ def open_journal(folder: Path, header: Mapping[str, Any]) -> Iterator[Journal]:
         wanted: Line = {_HEADER: SCHEMA, **json.loads(json.dumps(header))}
         found = _read(folder / MANIFEST)
         partial = Partial(folder)
-        kept = [] if found.header is None or found.complete else partial.read(found.totals.images)
+        kept = []
+        if found.header is not None and not found.complete:
+            kept = partial.read(span(found.header).start + found.totals.images)
         done = found.totals.images + len(kept)
-        if done:
+        if done or found.complete:
             assert found.header is not None, "commits follow a header"
             _check_same(folder, found.header, wanted, done)
             durable.truncate(folder / MANIFEST, found.length)
@@ -142,6 +144,13 @@ def read(folder: Path) -> tuple[Line, Iterator[Line], bool]:
     if found.header is None:
         raise ExtractionError(f"{folder} holds no features of `dinov3-client extract`: there is no {MANIFEST}")
     return found.header, _rows(path, found.length), found.complete
+
+
+def span(header: Line) -> range:
+    """Return the indices of the images of an extraction: all of the source, or those of its shard "I/N"."""
+    images = header["source"]["images"]
+    number, count = map(int, header["source"].get("shard", "1/1").split("/"))
+    return range((number - 1) * images // count, number * images // count)
 
 
 def is_row(line: Line) -> bool:
@@ -219,7 +228,9 @@ def _header(path: Path, text: bytes) -> Line:
     try:
         header: Line = json.loads(text)
         schema = header[_HEADER]
-    except (ValueError, TypeError, KeyError):
+        if schema == SCHEMA:
+            span(header)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
         raise ExtractionError(f"{path} is no manifest of `dinov3-client extract`; give another --out") from None
     if schema != SCHEMA:
         raise ExtractionError(
@@ -228,22 +239,27 @@ def _header(path: Path, text: bytes) -> Line:
     return header
 
 
+def differences(there: Line, now: Line) -> dict[str, tuple[str, str]]:
+    """Return by name what differs between two headers, except labels, as JSON."""
+    one, other = _flat(there), _flat(now)
+    return {
+        name: (json.dumps(one.get(name)), json.dumps(other.get(name)))
+        for name in dict.fromkeys((*other, *one))
+        if one.get(name) != other.get(name) and name not in ("model", "weights")  # labels: the fingerprint decides
+    }
+
+
 def _check_same(folder: Path, header: Line, wanted: Line, done: int) -> None:
-    there, now = _flat(header), _flat(wanted)
-    differences = [
-        f"{name} is {json.dumps(there.get(name))} there and {json.dumps(now.get(name))} now"
-        for name in dict.fromkeys((*now, *there))
-        if there.get(name) != now.get(name) and name not in ("model", "weights")  # labels only: the fingerprint decides
-    ]
-    if not differences:
+    different = [f"{name} is {one} there and {other} now" for name, (one, other) in differences(header, wanted).items()]
+    if not different:
         return
-    if any(name.startswith("source.") for name in differences):
-        differences.append("(source: the number of images and a hash of their ids)")
+    if any(name.startswith(("source.images", "source.sha256")) for name in different):
+        different.append("(source: the number of images and a hash of their ids)")
     models = [f"{header['model']} ({header['weights']})" for header in (header, wanted)]
     if models[0] != models[1]:
-        differences.append(f"the model was {models[0]} and is {models[1]}")
+        different.append(f"the model was {models[0]} and is {models[1]}")
     raise ExtractionError(
-        f"{folder} holds another extraction ({done:,} images done): {'; '.join(differences)}. "
+        f"{folder} holds another extraction ({done:,} images done): {'; '.join(different)}. "
         "To resume it, give the same images and options and a server with the same model; for these, give another --out"
     )
 

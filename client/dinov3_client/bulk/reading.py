@@ -43,14 +43,14 @@ class _Loaded(NamedTuple):
 
 
 class ImageReader:
-    """Reads the images from `start` on, in order; at most AHEAD_BYTES and one file per thread wait in memory.
+    """Reads the images of the indices `span`, in order; at most AHEAD_BYTES and one file per thread wait in memory.
 
     A file of more than `most_bytes` fails without being read. Batches have one image until `fit` was called, then up
     to `batch_images`. `sent` has the entries of each batch taken, for the caller to match with its answer; `rest` has
     those after the last batch, all of them failed.
     """
 
-    def __init__(self, images: Images, start: int, *, most_bytes: int, batch_images: int) -> None:
+    def __init__(self, images: Images, span: range, *, most_bytes: int, batch_images: int) -> None:
         self.sent: deque[list[ImageEntry]] = deque()
         self.rest: list[ImageEntry] = []
         self._images = images
@@ -58,7 +58,8 @@ class ImageReader:
         self._batch_images = batch_images
         self._row_nbytes = 0
         self._changed = threading.Condition()
-        self._start = self._next = start
+        self._span = span
+        self._next = span.start
         self._ready: dict[int, _Loaded | BaseException] = {}
         self._held = 0
         self._closed = False
@@ -106,7 +107,7 @@ class ImageReader:
         return max(1, min(self._batch_images, BATCH_BYTES // self._row_nbytes)) if self._row_nbytes else 1
 
     def _loaded(self) -> Iterator[_Loaded]:
-        for index in range(self._start, len(self._images)):
+        for index in self._span:
             with self._changed:
                 self._changed.wait_for(lambda: index in self._ready or self._closed)  # noqa: B023 - called here and now
                 if self._closed:
@@ -123,7 +124,7 @@ class ImageReader:
             with self._changed:
                 # Images are read in order, so the one that is needed next is never blocked by later ones.
                 self._changed.wait_for(lambda: self._held < AHEAD_BYTES or self._closed)
-                if self._closed or self._next >= len(self._images):
+                if self._closed or self._next >= self._span.stop:
                     return
                 index = self._next
                 self._next += 1

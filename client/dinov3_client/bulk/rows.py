@@ -38,6 +38,14 @@ class ExtractionOptions:
     shard_rows: int = 4096
     """The most rows of a safetensors shard."""
 
+    @classmethod
+    def of_header(cls, options: Mapping[str, Any]) -> ExtractionOptions:
+        """Return the options that a manifest's header has as JSON."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+        }
+        return cls(**values)
+
     @property
     def mixed(self) -> bool:
         """Whether images may have several input sizes."""

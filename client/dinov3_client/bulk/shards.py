@@ -22,6 +22,8 @@ SHARD_BYTES = 256 << 20
 """The most bytes of features in a shard, unless a single row has more."""
 NPZ_ROWS = 64
 """npz files per commit."""
+NPZ_LABELS = ("preset", "exif", "source", "model", "weights", "fingerprint")
+"""The texts in an npz file."""
 
 # Linux's limits for a name and, less room for the temporary name, for a path.
 _NAME_BYTES, _PATH_BYTES = 255, 4000
@@ -118,6 +120,10 @@ def npz_name(stem: str) -> str:
     return f"{stem}.npz"
 
 
+def npz_stem(name: str) -> str:
+    return name.removesuffix(".npz")
+
+
 def check_npz_names(images: Images, folder: Path) -> None:
     """Raise SourceError unless each image can have an npz file of its own in `folder`."""
     owners: dict[str, int] = {}
@@ -155,6 +161,19 @@ def map_shard(path: Path) -> dict[str, Array]:
         return _safetensors.parse(np.memmap(path, np.uint8, "r"))[0]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ExtractionError(f"{path} is damaged ({error}); extract its images again, into another folder") from None
+
+
+def check_shard(folder: Path, commit: Line) -> None:
+    """Raise ExtractionError unless the shard of a commit is there, with the length that was written."""
+    path = folder / commit["shard"]
+    if path.parent != folder:
+        raise ValueError(f"a shard in another folder: {path}")
+    found = path.stat().st_size if path.exists() else None
+    if found != commit["bytes"]:
+        raise ExtractionError(
+            f"{path} {'is missing' if found is None else f'has {found:,} bytes'}, and was written with "
+            f"{commit['bytes']:,}; restore it, or extract into another folder"
+        )
 
 
 def _line(row: Row, shard: str, place: int) -> Line:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from dinov3_client._errors import Dinov3Error
-from dinov3_client.cli import extract, fit_projection, info, pca, similarity
+from dinov3_client.cli import extract, fit_projection, info, merge, pca, similarity
 from dinov3_client.cli.common import UsageError, describe, print_error, report_interrupt, server_flags
 from dinov3_client.cli.interrupts import end_on_signals
 
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     server = server_flags()
     info.add(commands, server)
     extract.add(commands, server)
+    merge.add(commands)
     pca.add(commands, server)
     similarity.add(commands, server)
     fit_projection.add(commands, server)

@@ -34,7 +34,7 @@ STOPPED, REFUSED, IMAGES_FAILED = 1, 2, 3
 """Exit codes; REFUSED is that of wrong usage."""
 # The same command would meet them again.
 _LASTING = (InvalidRequest, MessageTooLarge, ModelMismatch, ExtractionError)
-_EXIT_CODES = """exit codes:
+EXIT_CODES = """exit codes:
   0    all images have features, or no more than --allow-failed have none
   1    stopped (server away, disk full, ...): the same command resumes
   2    refused, and would be again: wrong usage or options, another model, or another extraction in DIR
@@ -56,7 +56,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         description="Writes the features of all images to DIR, as safetensors shards with a manifest "
         "(dinov3_client.FeatureDataset reads them), or as one npz file per image. Run it again to resume after an "
         "interruption of any kind. Broken images are skipped and listed in DIR/failed.jsonl.",
-        epilog=_EXIT_CODES,
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     extract.add_argument(
@@ -83,12 +83,12 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         help="most rows of a shard, which also ends at 256 MB (default: %(default)s)",
     )
     extract.add_argument(
-        "--allow-failed",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="exit with 0, not 3, if at most N images have no features (default: %(default)s)",
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="extract only the I-th of N parts, counted from 1, for a run on N machines; see `dinov3-client merge`",
     )
+    add_allow_failed_flag(extract)
     features = extract.add_argument_group("features")
     features.add_argument(
         "--outputs",
@@ -130,7 +130,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         default="bulk",
         help="bulk gives way to interactive (default: %(default)s)",
     )
-    extract.set_defaults(command=_extract, report_interrupt=_report_interrupt)
+    extract.set_defaults(command=_extract, report_interrupt=report_interrupt_and_advise)
 
 
 def _extract(args: argparse.Namespace) -> int:
@@ -167,24 +167,45 @@ def _extract(args: argparse.Namespace) -> int:
                 batch_images=args.batch_size,
                 priority=args.priority,
                 progress=progress,
+                shard=args.shard,
             )
     except SourceError as error:
         raise UsageError(str(error)) from None
     except (Dinov3Error, OSError) as error:
-        progress.end()
-        print_error(describe(error))
-        lasting = isinstance(error, _LASTING) and not isinstance(error, FolderInUse)
-        if progress.total:
-            _advise(folder, "would be refused again" if lasting else "resumes from there")
-        return REFUSED if lasting else STOPPED
+        return report_error(error, folder, progress)
+    return report_totals(totals, args, progress)
+
+
+def add_allow_failed_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-failed",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="exit with 0, not 3, if at most N images have no features (default: %(default)s)",
+    )
+
+
+def report_error(error: Exception, folder: Path, progress: ProgressLine) -> int:
+    """Report the error that ended a command which writes to `folder`, and return the exit code."""
     progress.end()
-    print_line(f"{totals.rows} of {totals.images} images written to {folder} ({progress.summary()})")
+    print_error(describe(error))
+    lasting = isinstance(error, _LASTING) and not isinstance(error, FolderInUse)
+    if progress.total:
+        _advise(folder, "would be refused again" if lasting else "resumes from there")
+    return REFUSED if lasting else STOPPED
+
+
+def report_totals(totals: manifest.Totals, args: argparse.Namespace, progress: ProgressLine) -> int:
+    """Report what was written to `args.out`, and return the exit code."""
+    progress.end()
+    print_line(f"{totals.rows} of {totals.images} images written to {args.out} ({progress.summary()})")
     if totals.failed:
-        print_error(f"{totals.failed} of {totals.images} images have no features: see {folder / manifest.FAILED}")
+        print_error(f"{totals.failed} of {totals.images} images have no features: see {args.out / manifest.FAILED}")
     return IMAGES_FAILED if totals.failed > args.allow_failed else 0
 
 
-def _report_interrupt(args: argparse.Namespace) -> None:
+def report_interrupt_and_advise(args: argparse.Namespace) -> None:
     report_interrupt(args)
     if (args.out / manifest.MANIFEST).exists():
         _advise(args.out, "resumes from there")
@@ -274,6 +295,13 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N: 1/4, 2/4, 3/4 and 4/4 are all of 4")
+    return int(number), int(count)
 
 
 def _outputs(text: str) -> tuple[TokenKind, ...]:

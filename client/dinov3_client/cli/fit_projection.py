@@ -119,7 +119,7 @@ def _patches(
     """Yield the patches [P, D] of each image; log images that fail."""
     for images in iter_images(args.sources, failures):
         most_bytes = model.limits.max_message_bytes - SLACK_BYTES
-        with ImageReader(images, 0, most_bytes=most_bytes, batch_images=BATCH_IMAGES) as reader:
+        with ImageReader(images, range(len(images)), most_bytes=most_bytes, batch_images=BATCH_IMAGES) as reader:
             answers = client.extract_many(
                 reader.batches(),
                 ("patches",) if layer is None else (),

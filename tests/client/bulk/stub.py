@@ -139,6 +139,7 @@ def run(
     client: StubClient | None = None,
     progress: ProgressListener | None = None,
     batch_images: int = 4,
+    shard: tuple[int, int] | None = None,
 ) -> Totals:
     images = given if isinstance(given, sources.Images) else sources.find_images([str(given)])
     return extraction.extract(
@@ -151,6 +152,7 @@ def run(
         batch_images=batch_images,
         priority="bulk",
         progress=progress or ProgressListener(),
+        shard=shard,
     )
 
 

@@ -191,7 +191,7 @@ def test_reading_ahead_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch)
         return read(item, most)
 
     monkeypatch.setattr(sources.ImageRef, "read", counted)
-    with reading.ImageReader(sources.find_images([str(source)]), 0, most_bytes=1000, batch_images=1) as reader:
+    with reading.ImageReader(sources.find_images([str(source)]), range(12), most_bytes=1000, batch_images=1) as reader:
         batches = reader.batches()
         next(batches)
         # What was taken, 20 bytes (two files) that wait, and at most a file a thread besides.
@@ -206,7 +206,7 @@ def test_batches_end_at_images_and_bytes_of_files_and_of_features(
     images = sources.find_images([str(source)])
 
     def lengths(batch_images: int, row_nbytes: int) -> list[int]:
-        with reading.ImageReader(images, 2, most_bytes=1000, batch_images=batch_images) as reader:
+        with reading.ImageReader(images, range(2, 12), most_bytes=1000, batch_images=batch_images) as reader:
             lengths = []
             for batch in reader.batches():
                 lengths.append(len(batch))
@@ -223,7 +223,7 @@ def test_batches_end_at_images_and_bytes_of_files_and_of_features(
     assert lengths(4, 334) == [1, 2, 2, 2, 2, 1]
     assert lengths(4, 1001) == [1] * 10
     monkeypatch.setattr(reading, "BATCH_BYTES", 40)
-    with reading.ImageReader(images, 0, most_bytes=1000, batch_images=100) as reader:
+    with reading.ImageReader(images, range(12), most_bytes=1000, batch_images=100) as reader:
         reader.fit(1)
         batches = list(reader.batches())
     assert max(map(len, batches)) > 1
