@@ -37,7 +37,7 @@ def with_cls(dataset: ray.data.Dataset, target: str, actors: int, batch_size: in
         Extract,
         fn_constructor_args=[target],
         batch_size=batch_size,
-        concurrency=actors,
+        compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=1,
     )
 
