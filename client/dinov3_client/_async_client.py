@@ -25,7 +25,8 @@ from dinov3_serving.features import TokenKind
 class AsyncClient(BaseClient):
     """`Client` for asyncio: the same arguments, calls and errors, awaited. Cancelling a task cancels its call.
 
-    It belongs to the event loop of its first call. Make it after forking.
+    Each event loop that it is used in, one after the other (`asyncio.run`) or at a time in several threads, has
+    connections of its own. Make it after forking.
     """
 
     # Tests replace it.
@@ -37,10 +38,22 @@ class AsyncClient(BaseClient):
             return grpc.aio.insecure_channel(target, options)
         return grpc.aio.secure_channel(target, credentials, options)
 
+    @staticmethod
+    def _find_loop() -> asyncio.AbstractEventLoop | None:
+        try:
+            return asyncio.get_running_loop()
+        except RuntimeError:
+            return None
+
     async def close(self) -> None:
         """Close the connections. Calls in flight fail with a ServerError (CANCELLED)."""
-        for channel in self._session.close():
-            await channel.close()
+        running = asyncio.get_running_loop()
+        for loop, channels in self._session.close():
+            for channel in channels:
+                if loop is running:
+                    await channel.close()
+                elif loop.is_running():
+                    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(channel.close(), loop))
 
     async def __aenter__(self) -> Self:
         return self

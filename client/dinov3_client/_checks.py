@@ -15,7 +15,7 @@ UINT32_MAX = 2**32 - 1
 """The largest size, crop side or layer on the wire."""
 
 
-def check_choice(name: str, given: object, allowed: Iterable[str]) -> None:
+def check_choice(name: str, given: object, allowed: Iterable[str | None]) -> None:
     """Raise ValueError unless `given` is one of `allowed`."""
     allowed = tuple(allowed)
     if given not in allowed:
@@ -69,6 +69,6 @@ def pixel_size(name: str, size: int | Iterable[int]) -> tuple[int, int]:
     return height, width
 
 
-def quoted(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str | None]) -> str:
     """Return the names quoted, comma-separated."""
     return ", ".join(repr(name) for name in names)

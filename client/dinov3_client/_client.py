@@ -57,10 +57,15 @@ class Client(BaseClient):
             return grpc.insecure_channel(target, options)
         return grpc.secure_channel(target, credentials, options)
 
+    @staticmethod
+    def _find_loop() -> None:
+        return None
+
     def close(self) -> None:
         """Close the connections. Calls in flight fail with a ServerError (CANCELLED)."""
-        for channel in self._session.close():
-            channel.close()
+        for _, channels in self._session.close():
+            for channel in channels:
+                channel.close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, Literal, Self, TypeVar, overload
 
 import numpy as np
 
 from dinov3_client._answer import Answer, Block, TensorKey, Timings
-from dinov3_client._checks import pixel_size
+from dinov3_client._checks import check_choice, pixel_size
 from dinov3_client._dtypes import Array, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, image_errors
 from dinov3_client._packing import Packing
@@ -82,6 +82,21 @@ class ImageFeatures(LayerFeatures[Array]):
         self.image = int(packing.images[row])
         self.view = int(packing.views[row])
         self.error = errors.get(self.image)
+        self._packing = packing
+        self._row = row
+
+    def __repr__(self) -> str:
+        name = f"image {self.image}" + (f", view {self.view}" if self._packing.views.any() else "")
+        if self.error is not None:
+            return f"<ImageFeatures of {name}: failed, {self.error.message}>"
+        (height, width), (rows, columns) = self.input_size, self.grid
+        kinds = [
+            self._packing.format_shape(None, kind, self._row) for layer, kind in self._packing.shapes if layer is None
+        ]
+        return (
+            f"<ImageFeatures of {name}, {height}x{width}: {', '.join(kinds)}, grid {rows}x{columns}, "
+            f"layers {list(self.layers)}, {self._packing.format_dtype()}>"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,9 @@ class PackedFeatures(LayerFeatures[A]):
         return len(self._packing)
 
     def __repr__(self) -> str:
-        kinds = ", ".join(kind for layer, kind in self._packing.shapes if layer is None)
+        kinds = ", ".join(
+            self._packing.format_shape(None, kind) for layer, kind in self._packing.shapes if layer is None
+        )
         sizes = ", ".join(
             f"{sum(len(block.rows) for block in blocks)} of {height}x{width}"
             for (height, width), blocks in self._packing.sizes.items()
@@ -179,6 +196,22 @@ class Features(PackedFeatures[Array], Sequence[ImageFeatures]):
         if not self._packing.quantized:
             raise ValueError("these features are not int8: quantized() is for dtype='int8'")
         return self._packing.pack_quantized(layer, kind)
+
+    def numpy(self, dtype: Literal["float32", "float16"] | None = None) -> dict[str, Array]:
+        """Return writable copies of all arrays by name, for `numpy.savez(file, **arrays)`, Arrow and data frames.
+
+        The names are those of FeatureDataset: cls, patches, registers, and layerI_cls and so on of layer I as
+        requested. dtype: what to convert them to. None: as they are, but bfloat16, which numpy's files and Arrow do not
+        know, as float32.
+
+        Raises MixedSizes for patches of several input sizes: use `at_size`.
+        """
+        check_choice("dtype", dtype, ("float32", "float16", None))
+        to = dtype or ("float32" if self._packing.dtype.name == "bfloat16" else None)
+        return {
+            kind if layer is None else f"layer{layer}_{kind}": np.array(self._packing.pack(layer, kind), to)
+            for layer, kind in self._packing.shapes
+        }
 
     def torch(self, *, pin_memory: bool = False) -> TorchFeatures:
         """Return the same as writable torch tensors, copied once; with `pin_memory` into page-locked memory.

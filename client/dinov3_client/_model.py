@@ -32,6 +32,16 @@ class Model(ModelDescription):
     server_version: str
     presets: tuple[Preset, ...]
     """The size (None: pixels as they are) and interpolation of each `preset` of `extract`."""
+
+    def __repr__(self) -> str:
+        weights = f"random weights ({self.weights})" if self.random_weights else f"weights {self.weights}"
+        dims, strides = ("/".join(map(str, dict.fromkeys(each))) for each in (self.layer_dims, self.layer_strides))
+        return (
+            f"<Model {self.name}: {weights}, fingerprint {self.fingerprint}, {dims} channels, {self.depth} layers, "
+            f"patch {strides}, {self.register_tokens} registers, {self.dtype} on {', '.join(self.devices)}, "
+            f"features {'verified' if self.parity_check.verified else 'not verified'}>"
+        )
+
     image_formats: tuple[str, ...]
     """The formats of image files that the server decodes: "JPEG", "PNG", ..."""
 

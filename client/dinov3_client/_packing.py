@@ -130,6 +130,16 @@ class Packing:
         first, last = int(rows[0]), int(rows[-1])
         return slice(first, last + 1) if last - first + 1 == len(rows) else rows
 
+    def format_shape(self, layer: int | None, kind: TokenKind, row: int | None = None) -> str:
+        """Return the name of a tensor with its shape, of one row or of all, for representations of features."""
+        block = self.block(0 if row is None else row) if len(self) else None
+        shape = self.shapes[layer, kind] if block is None else block.tensors[layer, kind].row_shape
+        if row is not None:
+            return f"{kind} {list(shape)}"
+        if kind == "patches" and len({one.tensors[layer, kind].row_shape for one in self.blocks}) > 1:
+            return f"{kind} of {len(self.sizes)} sizes"
+        return f"{kind} {[len(self), *shape]}"
+
     def format_dtype(self) -> str:
         """Return the dtype as text, for the representation of features."""
         return str(self.dtype)

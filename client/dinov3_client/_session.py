@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -72,10 +73,11 @@ class Settings:
 class Session:
     """One client's connections and what it knows of its server. `dial(target, options, credentials)` makes a channel.
 
-    Its procedures may run concurrently, in several threads too.
+    Its procedures may run concurrently, in several threads too. `find_loop` returns the running event loop, to which
+    channels belong, so that each loop has a pool of its own; None of a client that blocks.
     """
 
-    def __init__(self, settings: Settings, dial: Callable[..., Any]) -> None:
+    def __init__(self, settings: Settings, dial: Callable[..., Any], find_loop: Callable[[], Any]) -> None:
         self._targets = check_targets(settings.target)
         self._deadline = check_deadline(settings.deadline)
         self._connections = settings.connections
@@ -92,17 +94,36 @@ class Session:
         self.now: Callable[[], float] = time.monotonic
         self.rand: Callable[[], float] = random.random
         self._first = random.randrange(len(self._targets))
-        self._pool = self._new_pool()
+        self._find_loop = find_loop
+        self._closed = False
+        self._pools: dict[Any, Pool] = {}
+        self._pools_lock = threading.Lock()
         _SESSIONS.add(self)
 
-    def close(self) -> list[Any]:
-        """Refuse further calls and return the channels, for the caller to close."""
-        return self._pool.close()
+    @property
+    def _pool(self) -> Pool:
+        """The pool of the running event loop, else the one that was made last."""
+        loop = self._find_loop()
+        with self._pools_lock:
+            if loop is None and self._pools:
+                return list(self._pools.values())[-1]
+            if loop not in self._pools:
+                for other in [each for each in self._pools if each is not None and each.is_closed()]:
+                    del self._pools[other]  # its channels cannot be closed any more
+                self._pools[loop] = self._new_pool()
+            return self._pools[loop]
+
+    def close(self) -> list[tuple[Any, list[Any]]]:
+        """Refuse further calls and return the channels of each event loop, for the caller to close."""
+        self._closed = True
+        with self._pools_lock:
+            return [(loop, pool.close()) for loop, pool in self._pools.items()]
 
     def after_fork(self) -> None:
-        """Start with a new pool in a forked child; the parent's connections and locks are left, not closed."""
-        _PARENT_POOLS.append(self._pool)
-        self._pool = self._new_pool(closed=self._pool.closed)
+        """Start with new pools in a forked child; the parent's connections and locks are left, not closed."""
+        _PARENT_POOLS.extend(self._pools.values())
+        self._pools = {}
+        self._pools_lock = threading.Lock()
 
     def model(self, deadline: float | None) -> Procedure[Model]:
         return (yield from self._get_model(Attempts(self._end(deadline), self.now, self.rand)))
@@ -258,7 +279,7 @@ class Session:
                 f" (no answer from {connection.target.name}{f' through the proxy {through}' if through else ''} within "
                 f"{round(attempts.allowed, 2):g} s)"
             )
-        if error.code is grpc.StatusCode.CANCELLED and not self._pool.closed:
+        if error.code is grpc.StatusCode.CANCELLED and not self._closed:
             # Not cancelled by this client: a server that shuts down ends its calls so.
             error = Unavailable(f"the server ended the call: {error.message}", code=error.code)
         if isinstance(error, Unavailable):
@@ -270,9 +291,9 @@ class Session:
     def _end(self, deadline: float | None) -> float:
         return self.now() + (self._deadline if deadline is None else check_deadline(deadline))
 
-    def _new_pool(self, closed: bool = False) -> Pool:
+    def _new_pool(self) -> Pool:
         pool = Pool(self._targets, self._connections, self._open, now=lambda: self.now(), first=self._first)
-        if closed:
+        if self._closed:
             pool.close()
         return pool
 
@@ -286,6 +307,7 @@ class BaseClient:
     """The base of `Client` and `AsyncClient`; see `Client`."""
 
     _dial: Callable[..., Any]
+    _find_loop: Callable[[], Any]
 
     def __init__(
         self,
@@ -304,7 +326,7 @@ class BaseClient:
         self._settings = Settings(
             target, connections, deadline, token, tls_ca, tls_cert, tls_key, fingerprint, keepalive, mixed_models
         )
-        self._session = Session(self._settings, self._dial)
+        self._session = Session(self._settings, self._dial, self._find_loop)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments alone: a copy, in a worker process for example, has connections of its own."""

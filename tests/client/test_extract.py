@@ -210,7 +210,10 @@ def test_answer_has_timings_frontend_and_fingerprint(client: Client) -> None:
     assert (timings.decode_seconds, timings.queue_seconds, timings.inference_seconds) == (0.25, 0.5, 0.75)
     assert (timings.batch_images, timings.batches) == (4, 2)
     assert (features.frontend, features.fingerprint) == (0, "f00d")
-    assert repr(features) == "<Features of 1 images (1 of 256x256): cls, patches, layers [], float16, 0 failed>"
+    assert (
+        repr(features)
+        == "<Features of 1 images (1 of 256x256): cls [1, 24], patches [1, 256, 24], layers [], float16, 0 failed>"
+    )
 
 
 def test_sequence_of_images(client: Client) -> None:

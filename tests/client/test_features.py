@@ -118,7 +118,9 @@ def test_two_large_and_three_small_views(client: Client) -> None:
         features.at_size(96)
     with pytest.raises(ValueError, match=r"size is 0"):
         features.at_size(0)
-    assert repr(features).startswith("<Features of 15 rows (6 of 64x64, 9 of 32x32): cls, patches, registers, ")
+    assert repr(features).startswith(
+        "<Features of 15 rows (6 of 64x64, 9 of 32x32): cls [15, 24], patches of 2 sizes, registers [15, 4, 24], "
+    )
 
 
 def test_views_beside_whole_images(client: Client) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -82,7 +82,13 @@ class FeatureDataset:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, key: SupportsIndex | str) -> dict[str, Any]:
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, key: SupportsIndex | str | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(key, slice):
+            return [self[index] for index in range(len(self))[key]]
         index = self.index(key) if isinstance(key, str) else self._index(key)
         size = self._sizes[self._places[index]["size"]]
         stored = self.raw(index)
@@ -115,9 +121,9 @@ class FeatureDataset:
         begin = int(self._id_ends[place - 1]) if place else 0
         return self._id_bytes[begin : self._id_ends[place]].tobytes().decode("utf-8", "surrogateescape")
 
-    def ids(self) -> Iterator[str]:
-        """Iterate over all ids, in order."""
-        return map(self.id, range(len(self)))
+    def ids(self) -> Sequence[str]:
+        """Return all ids, in order, as a sequence that reads each when it is used."""
+        return _Ids(self)
 
     def index(self, image: str) -> int:
         """Return the index of an image id. Raises KeyError. The first call in a process builds a lookup table."""
@@ -179,6 +185,29 @@ class FeatureDataset:
         for size, entry in commit["sizes"].items():
             grids = {name: (int(grid[0]), int(grid[1])) for name, grid in entry.items() if name != "rows"}
             self._grids.setdefault(size, grids)
+
+
+class _Ids(Sequence[str]):
+    """The ids of a dataset: as a list they would take memory in each worker of a DataLoader."""
+
+    def __init__(self, dataset: FeatureDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._dataset.id(each) for each in range(len(self))[index]]
+        return self._dataset.id(index)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self[:3]))
+        return f"<{len(self):,} ids: {shown}{', ...' if len(self) > 3 else ''}>"
 
 
 def _usable(stored: Array, scales: Array | None) -> Array:

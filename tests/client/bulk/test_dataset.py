@@ -218,3 +218,10 @@ def test_npz_files_are_for_numpy(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "out", ExtractionOptions(format="npz"))
     with pytest.raises(ExtractionError, match=r"holds npz files: numpy\.load reads them"):
         FeatureDataset(tmp_path / "out")
+
+
+def test_slices(dataset: FeatureDataset) -> None:
+    assert [item["id"] for item in dataset[1:3]] == dataset.ids()[1:3] == list(dataset.ids())[1:3]
+    assert dataset[:-1][-1]["id"] == dataset.ids()[-2]
+    assert len(dataset.ids()) == len(dataset)
+    assert repr(dataset.ids()).startswith(f"<{len(dataset)} ids: '")

@@ -70,7 +70,10 @@ def test_every_dtype(client: Client, dtype: Any, channels_first: bool) -> None:
     assert (tensors.images.tolist(), tensors.views.tolist()) == ([0, 1, 2], [0, 0, 0])
     assert (tensors.timings, tensors.frontend, tensors.fingerprint) == (features.timings, features.frontend, "f00d")
     assert tensors.errors == {}
-    assert repr(tensors).startswith("<TorchFeatures of 3 images (3 of 64x96): cls, patches, registers, layers [3, -1]")
+    patches = str(list(features.patches.shape))
+    assert repr(tensors).startswith(
+        f"<TorchFeatures of 3 images (3 of 64x96): cls [3, 24], patches {patches}, registers [3, 4, 24], layers [3, -1]"
+    )
 
 
 def test_outputs_that_were_not_requested_are_none(client: Client) -> None:
