@@ -259,6 +259,13 @@ def _pooled(
     return outputs
 
 
+async def _together(target: Target) -> Counter[str]:
+    """Fill what gRPC holds, the budget of answers and the budget of pictures at the same time."""
+    bombs = ("held open, 1 MB in each of 4096", "answers not read", "1-bit PNG, 9,900 x 9,900")
+    counts = await asyncio.gather(*(BOMBS[name](target) for name in bombs))
+    return sum(counts, Counter[str]())
+
+
 BOMBS: dict[str, Bomb] = {
     "gzip, no token": lambda target: _compressed(target, {}),
     "held open, no token": lambda target: _incomplete(target, EXTRACT, {}, 100 * MB),
@@ -268,6 +275,7 @@ BOMBS: dict[str, Bomb] = {
     "answers not read": _unread,
     "answers not read, streams": _unread_streams,
     "answers not read, 4096 small ones": _unread_small,
+    "held open, not read and pictures": _together,
     "1-bit PNG, 9,900 x 9,900": lambda target: _pictures(target, encoded(Image.new("1", (9900, 9900)), "PNG")),
     "WebP, 9,900 x 9,900": lambda target: _pictures(target, encoded(Image.new("RGB", (9900, 9900)), "WEBP")),
     "expensive files": _any_pictures,

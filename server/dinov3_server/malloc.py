@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -19,6 +20,8 @@ _STATM = Path("/proc/self/statm")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # How long freed memory is kept for reuse.
 _KEPT_SECONDS = 10.0
+# The shortest time between two trims.
+_TRIM_SECONDS = 0.5
 # The least excess worth a trim, which holds malloc's locks for about 0.1 ms per megabyte freed.
 _MIN_EXCESS_BYTES = 64 << 20
 
@@ -86,6 +89,7 @@ class Trimmer:
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque()
         self._trimming: threading.Thread | None = None
+        self._trimmed_at = -math.inf
 
     def look(self, allocated: int) -> threading.Thread | None:
         """Return free memory if the process holds over twice its peak use of the last 10 s plus 64 MiB.
@@ -98,10 +102,17 @@ class Trimmer:
         while self._recent[0][0] < now - _KEPT_SECONDS:
             self._recent.popleft()
         used = max(peak for _, peak in self._recent)
-        if not _has_mallinfo or (self._trimming is not None and self._trimming.is_alive()):
+        if not _has_mallinfo or anonymous_bytes() <= 2 * used + _MIN_EXCESS_BYTES:
             return None
-        if anonymous_bytes() <= 2 * used + _MIN_EXCESS_BYTES:
+        return self.trim()
+
+    def trim(self) -> threading.Thread | None:
+        """Return free memory in a thread. Returns the thread, or None if it is at work or began within
+        _TRIM_SECONDS."""
+        now = time.monotonic()
+        if now - self._trimmed_at < _TRIM_SECONDS or (self._trimming is not None and self._trimming.is_alive()):
             return None
+        self._trimmed_at = now
         self._trimming = threading.Thread(target=give_back_freed_memory, name="trim", daemon=True)
         self._trimming.start()
         return self._trimming

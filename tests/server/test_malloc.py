@@ -23,6 +23,9 @@ trimming = Trimmer().look(allocated_bytes())
 trimming.join()
 assert anonymous_bytes() < 128 << 20, anonymous_bytes()
 assert Trimmer().look(allocated_bytes()) is None
+trimmer = Trimmer()
+trimmer.trim().join()
+assert trimmer.trim() is None  # not again at once
 """
 
 

@@ -37,6 +37,7 @@ class ByteBudget:
         floors = {"messages": max_message_bytes, "pictures": pictures, "answers": max_message_bytes}
         assert all(floor > 0 for floor in floors.values()), floors
         self._loop = asyncio.get_running_loop()
+        self.nbytes = nbytes
         self.lock = threading.Lock()
         self.unread: dict[RequestMemory, None] = {}  # answers, the oldest first
         self._free = nbytes - sum(floors.values())  # of what is above the floors

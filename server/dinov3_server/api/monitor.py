@@ -58,8 +58,13 @@ class FrontendMonitor:
                 close_connections(peers, "too many calls were open")
 
     def _check_memory(self, allocated: Callable[[], int], each_second: bool) -> None:
-        # `allocated` costs 40 us, and is never more than the anonymous memory of the process.
-        if each_second or anonymous_bytes() > self._own + OWN_BYTES + self.receiver.limit:
+        held, own = anonymous_bytes(), self._own + OWN_BYTES + self.receiver.limit
+        if held > own + self.budget.nbytes - self.budget.pictures.used:
+            # Freed memory counts as much as used memory against a container's limit, which pictures share in processes
+            # of their own.
+            self._trimmer.trim()
+        # `allocated` costs 40 us, and is never more than `held`.
+        if each_second or held > own:
             now = allocated()
             self._most_allocated = max(self._most_allocated, now)
             counted = self.budget.messages.used + self.budget.answers.used

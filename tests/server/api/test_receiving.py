@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from dinov3_server.api import monitor as monitor_module
 from dinov3_server.api import receiving
 from dinov3_server.api.budget import ByteBudget
 from dinov3_server.api.monitor import OWN_BYTES, FrontendMonitor
@@ -118,3 +119,24 @@ async def test_grpc_holds_what_is_allocated_and_not_counted(monkeypatch: pytest.
     await until_async(lambda: held)
     running.cancel()
     assert held[0] == 5000
+
+
+@pytest.mark.parametrize(("decoding", "trims"), [(0, False), (20 << 20, True)])
+async def test_freed_memory_is_returned_before_the_frontend_exceeds_its_limit(
+    monkeypatch: pytest.MonkeyPatch, decoding: int, trims: bool
+) -> None:
+    """What malloc keeps, and pictures in decode processes, count against the limit of a container too."""
+    budget = ByteBudget(64 << 20, 16 << 20)
+    receiver, trimmed = Receiver(budget, limit=1000), list[bool]()
+    held = OWN_BYTES + receiver.limit + budget.nbytes - (10 << 20)
+    monkeypatch.setattr(monitor_module, "anonymous_bytes", lambda: held)
+    monkeypatch.setattr(monitor_module.Trimmer, "trim", lambda trimmer: trimmed.append(True))
+    monkeypatch.setattr(monitor_module.Trimmer, "look", lambda trimmer, allocated: None)
+    ended = list[int]()
+    monkeypatch.setattr(receiver, "end_slow_reads", ended.append)
+    monitor = FrontendMonitor(receiver, OpenCalls(1), budget, Metrics(), lambda: 0)
+    assert not decoding or budget.pictures.try_acquire(decoding) is not None
+    running = asyncio.create_task(monitor.run())
+    await until_async(lambda: ended)
+    running.cancel()
+    assert bool(trimmed) is trims
