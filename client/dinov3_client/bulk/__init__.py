@@ -3,7 +3,8 @@
     sources.py      lists the images: their order and ids
     reading.py      reads their bytes ahead, in threads
     rows.py         turns features into named arrays, one set per image
-    shards.py       writes safetensors shards and npz files
+    shards.py       writes shards and npz files
+    parquet.py      Parquet files, with pyarrow
     partial.py      keeps the rows of the unfinished shard
     manifest.py     records what is done, so that a killed extraction can resume
     extraction.py   runs an extraction

@@ -42,7 +42,7 @@ class FeatureDataset:
 
     unfinished: accept an extraction that is not complete, with the images committed so far.
 
-    Raises ExtractionError for a missing, unfinished or damaged extraction, or one of npz files (see numpy.load).
+    Raises ExtractionError for a missing, unfinished or damaged extraction, or one of other files than safetensors.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, unfinished: bool = False) -> None:
@@ -51,9 +51,8 @@ class FeatureDataset:
         """The first line of the manifest: model, weights, fingerprint, options, source."""
         form = self.header["options"]["format"]
         if form != "safetensors":
-            raise ExtractionError(
-                f"{self.folder} holds {form} files: numpy.load reads them, FeatureDataset safetensors"
-            )
+            reader = {"npz": "numpy.load", "parquet": "pyarrow, polars and DuckDB"}.get(form, "another version")
+            raise ExtractionError(f"{self.folder} holds {form} files: {reader} can read them, FeatureDataset cannot")
         self._shards: list[str] = []
         self._grids: dict[str, dict[str, tuple[int, int]]] = {}
         """By input size: grid, layerI_grid."""

@@ -76,12 +76,13 @@ def extract(
     span = manifest.span(header)
     labels = {"model": model.name, "weights": model.weights, "fingerprint": fingerprint}
     most_bytes = model.limits.max_message_bytes - SLACK_BYTES
+    shards = Shards(folder, options, labels)
     with manifest.open_journal(folder, header) as journal:
         if journal.complete:
             progress.begin(len(span), len(span))
             return journal.totals
         _check_unchanged(journal, images)
-        writer = Writer(journal, Shards(folder, options, labels))
+        writer = Writer(journal, shards)
         progress.begin(writer.images, len(span))
         with ImageReader(images, span[writer.images :], most_bytes=most_bytes, batch_images=batch_images) as reader:
             answers = client.extract_many(

@@ -187,7 +187,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _begin(folder: Path, header: Line, found: _ManifestState) -> None:
-    if found.header is None and any(folder.glob("features-*.safetensors")):
+    if found.header is None and any(folder.glob("features-*.*")):
         raise ExtractionError(
             f"{folder} holds features but no {MANIFEST} to say of what; give another --out, or remove them"
         )

@@ -23,12 +23,13 @@ def merge(parts: Sequence[Path], folder: Path, progress: ProgressListener) -> To
     ordered, header = _check(parts)
     options = ExtractionOptions.of_header(header["options"])
     labels = {name: header[name] for name in ("model", "weights", "fingerprint")}
+    shards = Shards(folder, options, labels)
     with manifest.open_journal(folder, header) as journal:
         total = len(manifest.span(header))
         progress.begin(journal.totals.images, total)
         if journal.complete:
             return journal.totals
-        writer = Writer(journal, Shards(folder, options, labels))
+        writer = Writer(journal, shards)
         done = expected = writer.images
         for result in chain.from_iterable(map(stored.results, ordered)):
             if result.index < done:

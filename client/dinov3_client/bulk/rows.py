@@ -14,7 +14,7 @@ from dinov3_client.bulk.reading import ImageEntry
 from dinov3_serving.features import FeatureDtype, TokenKind
 from dinov3_serving.presets import Interpolation, PresetName
 
-Format = Literal["safetensors", "npz"]
+Format = Literal["safetensors", "parquet", "npz"]
 
 SCALES = "_scales"
 """Suffix of the name of an int8 array's float32 scales, one per token: feature = value * scale."""
@@ -36,7 +36,7 @@ class ExtractionOptions:
     pool: tuple[int, int] | None = None
     projection: str | None = None
     shard_rows: int = 4096
-    """The most rows of a safetensors shard."""
+    """The most rows of a shard."""
 
     @classmethod
     def of_header(cls, options: Mapping[str, Any]) -> ExtractionOptions:
@@ -129,12 +129,15 @@ def _layers(image: ImageFeatures, layers: Iterable[int]) -> list[tuple[str, Laye
 
 
 def _arrays(image: ImageFeatures, options: ExtractionOptions) -> dict[str, Array]:
-    return {
+    found: dict[str, Array] = {
         f"{prefix}{kind}": getattr(of, kind)
         for prefix, of in _layers(image, options.layers)
         for kind in get_args(TokenKind)
         if kind in options.outputs
     }
+    if options.format == "parquet" and options.dtype == "bfloat16":  # which Arrow lacks; float32 has all its values
+        return {name: array.astype(np.float32) for name, array in found.items()}
+    return found
 
 
 def _quantized(

@@ -1,4 +1,4 @@
-"""Writes rows to files (safetensors shards, or one npz per image) and maps shards."""
+"""Writes rows to files (shards of safetensors or Parquet, or one npz per image) and maps shards."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from dinov3_client import _safetensors
 from dinov3_client._dtypes import Array
-from dinov3_client.bulk import durable
+from dinov3_client.bulk import durable, parquet
 from dinov3_client.bulk.errors import ExtractionError, SourceError
 from dinov3_client.bulk.manifest import FAILED, LOCK, MANIFEST, Line
 from dinov3_client.bulk.partial import PARTIAL
-from dinov3_client.bulk.rows import ExtractionOptions, Row
+from dinov3_client.bulk.rows import ExtractionOptions, Format, Row
 from dinov3_client.bulk.sources import Images
 
 SHARD_BYTES = 256 << 20
@@ -37,20 +37,22 @@ class Shards:
         self._options = options
         self._labels = labels
         """Stored in each file: the model's name, weights and fingerprint."""
+        if options.format == "parquet":
+            parquet.check_installed()
         self.most_rows = NPZ_ROWS if options.format == "npz" else options.shard_rows
 
     def write(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
         """Write rows durably; return the manifest line of each, and the entry of the shard in the commit."""
-        write = self._npz if self._options.format == "npz" else self._safetensors
-        return write(number, rows)
+        write = {"safetensors": self._safetensors, "parquet": self._parquet, "npz": self._npz}
+        return write[self._options.format](number, rows)
 
     def discard(self, number: int) -> None:
         """Remove the shard of this number, which a killed run may have written without committing it."""
-        for path in (self._folder / shard_name(number), self._folder / durable.DRAFT):
+        for path in (self._folder / shard_name(number, self._options.format), self._folder / durable.DRAFT):
             path.unlink(missing_ok=True)
 
     def _safetensors(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
-        name = shard_name(number)
+        name = shard_name(number, "safetensors")
         groups: dict[str, list[Row]] = {}
         lines = []
         for row in rows:
@@ -67,6 +69,12 @@ class Shards:
         durable.sync_folder(self._folder)
         sizes = {size: {"rows": len(group), **group[0].grids} for size, group in groups.items()}
         return lines, {"shard": name, "bytes": written, "sizes": sizes}
+
+    def _parquet(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
+        name = shard_name(number, "parquet")
+        written = durable.create(self._folder / name, [parquet.encode(rows, self._options, self._labels)])
+        durable.sync_folder(self._folder)
+        return [_line(row, name, place) for place, row in enumerate(rows)], {"shard": name, "bytes": written}
 
     def _npz(self, number: int, rows: Sequence[Row]) -> tuple[list[Line], Line]:
         lines = []
@@ -102,8 +110,8 @@ class Shards:
         }
 
 
-def shard_name(number: int) -> str:
-    return f"features-{number:05}.safetensors"
+def shard_name(number: int, form: Format) -> str:
+    return f"features-{number:05}.{form}"
 
 
 def size_name(size: tuple[int, int]) -> str:

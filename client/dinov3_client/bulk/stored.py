@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from dinov3_client._dtypes import Array
-from dinov3_client.bulk import manifest
+from dinov3_client.bulk import manifest, parquet
 from dinov3_client.bulk.errors import ExtractionError
 from dinov3_client.bulk.manifest import Line
 from dinov3_client.bulk.partial import Result
-from dinov3_client.bulk.rows import ExtractionOptions, Failure, Row
+from dinov3_client.bulk.rows import ExtractionOptions, Failure, Format, Row
 from dinov3_client.bulk.shards import NPZ_LABELS, check_shard, map_shard, npz_stem, tensor_name
 
 _ShardReader = Callable[[Path, list[Line], Line], Iterator[Row]]
@@ -28,9 +28,13 @@ def results(folder: Path) -> Iterator[Result]:
     """
     header, lines, _ = manifest.read(folder)
     options = ExtractionOptions.of_header(header["options"])
-    read: _ShardReader = _npz if options.format == "npz" else partial(_safetensors, options)
+    readers: dict[Format, _ShardReader] = {
+        "safetensors": partial(_safetensors, options),
+        "parquet": _parquet,
+        "npz": _npz,
+    }
     try:
-        found: list[Iterator[Result]] = [_rows(folder, lines, read), _failures(folder)]
+        found: list[Iterator[Result]] = [_rows(folder, lines, readers[options.format]), _failures(folder)]
         yield from heapq.merge(*found, key=lambda result: result.index)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ExtractionError(
@@ -71,6 +75,12 @@ def _safetensors(options: ExtractionOptions, folder: Path, lines: list[Line], co
             if name.startswith(prefix)
         }
         yield _row(line, _pair(size.split("x")), sizes[size], arrays)
+
+
+def _parquet(folder: Path, lines: list[Line], commit: Line) -> Iterator[Row]:
+    check_shard(folder, commit)
+    for line, stored in zip(lines, parquet.read(folder / commit["shard"]), strict=True):
+        yield _row(line, *stored)
 
 
 def _npz(folder: Path, lines: list[Line], commit: Line) -> Iterator[Row]:

@@ -53,9 +53,10 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         "extract",
         parents=[server],
         help="write the features of a data set to files",
-        description="Writes the features of all images to DIR, as safetensors shards with a manifest "
-        "(dinov3_client.FeatureDataset reads them), or as one npz file per image. Run it again to resume after an "
-        "interruption of any kind. Broken images are skipped and listed in DIR/failed.jsonl.",
+        description="Writes the features of all images to DIR, as shards with a manifest (safetensors, which\n"
+        "dinov3_client.FeatureDataset reads, or Parquet), or as one npz file per image. Run it again to\n"
+        "resume after an interruption of any kind. Broken images are skipped and listed in\n"
+        "DIR/failed.jsonl.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,7 +75,12 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         help="file with the name of an image or shard in each line",
     )
     extract.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, made if missing")
-    extract.add_argument("--format", choices=get_args(Format), default="safetensors", help="default: %(default)s")
+    extract.add_argument(
+        "--format",
+        choices=get_args(Format),
+        default="safetensors",
+        help="parquet needs dinov3-serving[parquet] (default: %(default)s)",
+    )
     extract.add_argument(
         "--shard-rows",
         type=_positive,
@@ -108,7 +114,7 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=get_args(FeatureDtype),
         default="float16",
-        help="int8 has one scale per token; not bfloat16 with npz files (default: %(default)s)",
+        help="int8 has one scale per token; bfloat16 is float32 in parquet, impossible in npz (default: %(default)s)",
     )
     features.add_argument("--pool", type=image_size, metavar="N|HxW", help="average the patches to a grid of this size")
     features.add_argument("--projection", metavar="NAME", help="a projection of the server, applied to the patches")

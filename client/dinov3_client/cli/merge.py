@@ -24,8 +24,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "merge",
         help="merge the shards of an extraction on several machines",
-        description="Writes the features of all shards of an extraction (`extract --shard I/N`) to DIR: the same files "
-        "as those of a run without --shard. Run it again to resume.",
+        description="Writes the features of all shards of an extraction (`extract --shard I/N`) to DIR: the same\n"
+        "files as those of a run without --shard. Run it again to resume.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -216,7 +216,7 @@ def test_no_image_with_features(tmp_path: Path) -> None:
 
 def test_npz_files_are_for_numpy(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "out", ExtractionOptions(format="npz"))
-    with pytest.raises(ExtractionError, match=r"holds npz files: numpy\.load reads them"):
+    with pytest.raises(ExtractionError, match=r"holds npz files: numpy\.load can read them"):
         FeatureDataset(tmp_path / "out")
 
 
