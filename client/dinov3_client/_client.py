@@ -17,6 +17,7 @@ from dinov3_client._checks import check_count
 from dinov3_client._features import Features
 from dinov3_client._images import ImageLike, as_list
 from dinov3_client._model import Model
+from dinov3_client._pytorch import not_compiled
 from dinov3_client._request import ExtractOptions, RequestOptions
 from dinov3_client._session import BaseClient
 from dinov3_client._transport.blocking import CancelScope, SleepFunction, run
@@ -75,6 +76,7 @@ class Client(BaseClient):
     ) -> None:
         self.close()
 
+    @not_compiled
     def model(self, *, deadline: float | None = None) -> Model:
         """Return the server's model and limits.
 
@@ -82,6 +84,7 @@ class Client(BaseClient):
         """
         return self._run(self._session.model(deadline))
 
+    @not_compiled
     def wait_ready(self, timeout: float = 60.0) -> Model:
         """Wait for up to `timeout` seconds until a server answers and its model is ready; return the model.
 
@@ -90,6 +93,7 @@ class Client(BaseClient):
         """
         return self._run(self._session.wait_ready(timeout))
 
+    @not_compiled
     def extract(
         self,
         images: ImageLike | Iterable[ImageLike],
@@ -111,6 +115,7 @@ class Client(BaseClient):
         """
         return self._run(self._session.extract(images, _request.check_options(outputs, **options)))
 
+    @not_compiled
     def extract_many(
         self,
         batches: Iterable[ImageLike | Iterable[ImageLike]],

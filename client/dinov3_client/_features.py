@@ -6,7 +6,7 @@ another copy; `array.copy()` is writable. int8 features are read as float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Generic, Literal, Self, TypeVar, overload
@@ -18,11 +18,15 @@ from dinov3_client._checks import check_choice, pixel_size
 from dinov3_client._dtypes import Array, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, image_errors
 from dinov3_client._packing import Packing
+from dinov3_client._pytorch import not_compiled
 from dinov3_client._request import OnError, RequestOptions
 from dinov3_client._split import PreparedRequest
 from dinov3_serving.features import TokenKind
 
 if TYPE_CHECKING:
+    from torch import device as TorchDevice
+    from torch import dtype as TorchDtype
+
     from dinov3_client.torch._tensors import TorchFeatures
 
 A = TypeVar("A")  # an array or a tensor
@@ -143,6 +147,7 @@ class PackedFeatures(LayerFeatures[A]):
         """The input sizes that `at_size` accepts, in order of first use."""
         return tuple(self._packing.sizes)
 
+    @not_compiled
     def at_size(self, size: int | tuple[int, int]) -> Self:
         """Return the rows of one input size, given as pixels or (height, width), in their order.
 
@@ -169,7 +174,7 @@ class PackedFeatures(LayerFeatures[A]):
         )
 
 
-class Features(PackedFeatures[Array], Sequence[ImageFeatures]):
+class Features(PackedFeatures[Array]):
     """The features of one call: a row for each image, or for each of its views, in their order.
 
     cls, patches, registers: tokens of the last layer after the final norm, packed over all rows.
@@ -184,8 +189,12 @@ class Features(PackedFeatures[Array], Sequence[ImageFeatures]):
     `cls` and `registers` stay packed. `at_size(224)` gives the rows of one size and `features[i]` one row.
 
     A call that was split has the sums of times and bytes (the largest wait and batch), and the first one's frontend.
+
+    It has a length, indices and iteration, but is no Sequence: Lightning rebuilds the sequences in a batch from their
+    items. Objects with a method `to` are moved to the device by that.
     """
 
+    @not_compiled
     def quantized(self, kind: TokenKind, layer: int | None = None) -> tuple[Array, Array] | None:
         """Return int8 features as received, (int8 values, float32 scales), if possible without another copy.
 
@@ -197,6 +206,7 @@ class Features(PackedFeatures[Array], Sequence[ImageFeatures]):
             raise ValueError("these features are not int8: quantized() is for dtype='int8'")
         return self._packing.pack_quantized(layer, kind)
 
+    @not_compiled
     def numpy(self, dtype: Literal["float32", "float16"] | None = None) -> dict[str, Array]:
         """Return writable copies of all arrays by name, for `numpy.savez(file, **arrays)`, Arrow and data frames.
 
@@ -213,6 +223,7 @@ class Features(PackedFeatures[Array], Sequence[ImageFeatures]):
             for layer, kind in self._packing.shapes
         }
 
+    @not_compiled
     def torch(self, *, pin_memory: bool = False) -> TorchFeatures:
         """Return the same as writable torch tensors, copied once; with `pin_memory` into page-locked memory.
 
@@ -221,6 +232,12 @@ class Features(PackedFeatures[Array], Sequence[ImageFeatures]):
         from dinov3_client.torch._tensors import TorchFeatures
 
         return TorchFeatures.copied(self._packing, self._result, pin_memory=pin_memory)
+
+    def to(
+        self, device: TorchDevice | str | int, dtype: TorchDtype | None = None, *, non_blocking: bool = False
+    ) -> TorchFeatures:
+        """Return `self.torch().to(...)`: the same as torch tensors on `device`, as frameworks move a batch."""
+        return self.torch().to(device, dtype, non_blocking=non_blocking)
 
     @overload
     def __getitem__(self, index: int) -> ImageFeatures: ...
@@ -231,6 +248,9 @@ class Features(PackedFeatures[Array], Sequence[ImageFeatures]):
         if isinstance(rows, range):
             return [self[row] for row in rows]
         return ImageFeatures(self._packing, rows, self.layers, self.errors)
+
+    def __iter__(self) -> Iterator[ImageFeatures]:
+        return (self[row] for row in range(len(self)))
 
 
 def join(requests: Sequence[PreparedRequest], answers: Sequence[Answer], on_error: OnError) -> Features:

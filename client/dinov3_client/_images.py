@@ -37,7 +37,7 @@ PictureLike: TypeAlias = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: Lightning copies the data classes in a batch field by field
 class ImageViews:
     """A picture that is sent and decoded once, and views of it: one row of features for each view."""
 

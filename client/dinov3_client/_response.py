@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
 from dinov3_client._answer import Answer, Block, TensorKey, Timings, TokenArray
 from dinov3_client._dtypes import Array, name_of, numpy_of
 from dinov3_client._errors import InvalidResponse, StatusError, from_status
+from dinov3_client._pytorch import in_dataloader_worker
 from dinov3_client._request import RequestOptions
 from dinov3_client._split import PreparedRequest
 from dinov3_client._text import printable
@@ -159,8 +161,14 @@ def _tokens(
     nbytes = 4 * math.prod(tokens) if dtype == "int8" else 0
     if len(scales) != nbytes:
         raise InvalidResponse(f"{name} of shape {list(shape)} and {dtype} has {len(scales)} bytes of scales")
-    values = np.frombuffer(data, item).reshape(shape)
-    return TokenArray(values, np.frombuffer(scales, np.dtype("<f4")).reshape(tokens) if dtype == "int8" else None)
+    values = _array(data, item).reshape(shape)
+    return TokenArray(values, _array(scales, np.dtype("<f4")).reshape(tokens) if dtype == "int8" else None)
+
+
+def _array(data: memoryview, dtype: np.dtype[Any]) -> Array:
+    """Return a view of `data`; in a DataLoader's worker a copy, since torch's collation warns of read-only arrays."""
+    array: Array = np.frombuffer(data, dtype)
+    return array.copy() if in_dataloader_worker() else array
 
 
 def _expected_shape(

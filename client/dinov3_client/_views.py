@@ -12,7 +12,7 @@ from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import INTERPOLATIONS
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen: Lightning copies the data classes in a batch field by field
 class View:
     """A part of a picture: cropped, then resized, then flipped, as Pillow does it to the decoded picture.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
@@ -19,6 +21,7 @@ from dinov3_client import Client, Features, Model, ModelMismatch
 from dinov3_client._checks import check_choice
 from dinov3_client._dtypes import Array
 from dinov3_client._files import atomic_path
+from dinov3_client._pytorch import not_compiled
 from dinov3_serving.features import FeatureDtype, TokenKind
 
 Layout = Literal["BCHW", "BHWC"]
@@ -27,6 +30,8 @@ FeatureType = Literal["cls_token", "patch_tokens"]
 _OUTPUTS: dict[FeatureType, TokenKind] = {"cls_token": "cls", "patch_tokens": "patches"}
 # Model names used in configurations; full names are accepted too.
 _ALIASES = {"small": "vits16", "base": "vitb16", "large": "vitl16", "huge": "vith16plus", "7b": "vit7b16"}
+_OFFICIAL_FILE = re.compile(r"(dinov3_\w+_pretrain_\w+)-[0-9a-f]{8}\.pth")
+_OFFICIAL_REPOSITORY = re.compile(r"(?:hf://)?facebook/(dinov3-[\w-]+-pretrain-\w+)(?:@\w+)?")
 
 
 class RemoteDinoV3Teacher(nn.Module):
@@ -34,13 +39,13 @@ class RemoteDinoV3Teacher(nn.Module):
 
     config: a mapping, or the path of a YAML file, with the keys (all optional)
         model_type: must name the served model, such as dinov3_vitb16, vitb16, base or vit_base.
-        checkpoint_path: must name the served weights: file name, hf://OWNER/REPO, fingerprint or the model's name. The
-            file is not read and need not exist here.
+        checkpoint_path: must name the served weights: file name, hf://OWNER/REPO, fingerprint or the model's name; for
+            Meta's own, the file and the repository count as the same. The file is not read and need not exist here.
         patch_size: must be that of the served model.
         extract_cls_token, extract_patch_tokens: which features to return; default true.
-        device: of the returned tensors; default CUDA if available. `.to()` changes it.
+        device: of the returned tensors; default, or "auto": CUDA if available. `.to()` changes it.
         feature_output_dir: the folder for saved features.
-        Other keys are ignored, except those that look like misspelt keys of these, which are refused.
+        Other keys are ignored; those that look like a misspelling of a missing one of these are warned of.
     client, target: the client to use, or the server to connect to.
     layout: of the images, "BCHW" or "BHWC". It is never guessed.
     dtype: the dtype in which features are sent. Tensors are float32 anyway, unless `.to()` or `.half()` changes that.
@@ -76,6 +81,7 @@ class RemoteDinoV3Teacher(nn.Module):
         # An empty buffer, so that `.to()`, `.cuda()` and `.half()` set the features' device and dtype, as for a model.
         self.register_buffer("_like", _empty(self._config.device), persistent=False)
 
+    @not_compiled
     def extract_features(
         self,
         images: torch.Tensor | Array,
@@ -110,6 +116,7 @@ class RemoteDinoV3Teacher(nn.Module):
         tensors = copied.to(self._like.device, self._like.dtype, non_blocking=True)
         return {name: getattr(tensors, _OUTPUTS[name]) for name in self._config.feature_types}
 
+    @not_compiled
     def forward(self, x: torch.Tensor | Array) -> dict[str, torch.Tensor]:
         """Call `extract_features` without saving."""
         return self.extract_features(x)
@@ -144,6 +151,13 @@ class RemoteDinoV3Teacher(nn.Module):
             "num_trainable_parameters": 0,
             "frozen": True,
         }
+
+    def _replicate_for_data_parallel(self) -> RemoteDinoV3Teacher:
+        """Refuse torch's DataParallel, which replicates a module for each GPU and batch."""
+        raise RuntimeError(
+            "DataParallel cannot hold a remote teacher: it would send a part of each batch from a thread for each GPU. "
+            "Call the teacher outside of the module that is wrapped, or use DistributedDataParallel"
+        )
 
     def extra_repr(self) -> str:
         return f"{self._model.name}, {self._model.weights}, layout={self._layout}"
@@ -187,7 +201,7 @@ class _Config:
 
     @classmethod
     def read(cls, config: Mapping[str, Any] | str | os.PathLike[str]) -> _Config:
-        given = config if isinstance(config, Mapping) else _yaml(Path(config))
+        given = _mapping(config)
         kinds: dict[str, tuple[type, ...]] = {
             "model_type": (str,),
             "checkpoint_path": (str, os.PathLike),
@@ -197,9 +211,7 @@ class _Config:
             "device": (str, torch.device),
             "feature_output_dir": (str, os.PathLike),
         }
-        for key in given:
-            if key not in kinds and (near := difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.85)):
-                raise ValueError(f"the configuration has the key {key!r}; did you mean {near[0]!r}?")
+        _warn_of_misspellings(given, kinds)
         found: dict[str, Any] = {key: given[key] for key in kinds if given.get(key) is not None}
         for key, value in found.items():
             if not isinstance(value, kinds[key]) or (key == "patch_size" and isinstance(value, bool)):
@@ -232,10 +244,18 @@ def _names(given: str, model: Model) -> bool:
     """Return whether a checkpoint_path names the weights of `model`."""
     if given in (model.weights, model.fingerprint) or _full_name(given) == model.name:
         return True
+    if _official(given) is not None and _official(given) == _official(model.weights):
+        return True
     if model.weights.startswith("hf://"):
         repository = model.weights.removeprefix("hf://").partition("@")[0]
         return given.removeprefix("hf://") == repository
     return PurePath(given).name == PurePath(model.weights).name
+
+
+def _official(weights: str) -> str | None:
+    """Return the name that Meta's file of weights and its repository on Hugging Face have in common."""
+    found = _OFFICIAL_FILE.fullmatch(PurePath(weights).name) or _OFFICIAL_REPOSITORY.fullmatch(weights)
+    return found and found[1].replace("_", "-")
 
 
 def _full_name(name: str) -> str:
@@ -254,6 +274,29 @@ def _mismatch(message: str) -> ModelMismatch:
     return ModelMismatch(message, code=grpc.StatusCode.FAILED_PRECONDITION)
 
 
+def _mapping(config: object) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    if isinstance(config, str | os.PathLike):
+        return _yaml(Path(config))
+    raise TypeError(
+        f"config is a {type(config).__name__}; it must be a mapping, such as vars(config) of a namespace, or the path "
+        "of a YAML file"
+    )
+
+
+def _warn_of_misspellings(given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Warn once of all keys that may be meant to be a key that is missing: other code has keys of its own."""
+    meant = {}
+    for key in given:
+        near = difflib.get_close_matches(str(key), [name for name in known if name not in given], n=1, cutoff=0.85)
+        if key not in known and near and near[0][0] == str(key)[0]:  # unlike batch_size and patch_size
+            meant[key] = near[0]
+    if meant:
+        pairs = ", ".join(f"{key!r} (did you mean {name!r}?)" for key, name in meant.items())
+        warnings.warn(f"the teacher ignores these keys of its configuration: {pairs}", stacklevel=4)
+
+
 def _yaml(path: Path) -> Mapping[str, Any]:
     try:
         import yaml
@@ -268,6 +311,7 @@ def _yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _empty(device: str | None) -> torch.Tensor:
+    device = None if device == "auto" else device
     try:
         return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError

@@ -13,6 +13,7 @@ from dinov3_client._answer import Block, TokenArray
 from dinov3_client._dtypes import Array
 from dinov3_client._features import CallResult, PackedFeatures
 from dinov3_client._packing import Packing
+from dinov3_client._pytorch import not_compiled
 
 _DTYPES = {
     "float32": torch.float32,
@@ -48,6 +49,7 @@ class TorchFeatures(PackedFeatures[torch.Tensor]):
         dtype, device = _DTYPES[packing.dtype.name], torch.device("cpu")
         return cls(_TorchPacking(images, views, blocks, packing.shapes, packing.quantized, dtype, device), result)
 
+    @not_compiled
     def to(
         self, device: torch.device | str | int, dtype: torch.dtype | None = None, *, non_blocking: bool = False
     ) -> TorchFeatures:

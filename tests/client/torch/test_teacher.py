@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -183,77 +182,6 @@ def test_a_copy_works(client: Client) -> None:
     check(copy.deepcopy(make(client, layout="BHWC", dtype="float32"))(PIXELS), PIXELS)
 
 
-def test_the_configuration_may_be_a_file(client: Client, tmp_path: Path) -> None:
-    path = tmp_path / "dinov3.yaml"
-    path.write_text(
-        'name: "DinoV3Teacher"\nmodel_type: "vit_small"\npretrained: true\nfreeze_teacher: true\n'
-        'checkpoint_path: "weights/dinov3_vits16.pth"\npatch_size: 16\nextract_cls_token: true\n'
-        'extract_patch_tokens: false\ndevice: "cpu"\nfeature_output_dir: "teacher_features/dino/"\nformat: "npz"\n'
-    )
-    teacher = make(client, path)
-    assert teacher.get_feature_types() == ["cls_token"]
-    assert teacher.get_model_info()["model_type"] == "vit_small"
-    assert make(client, str(path)).get_feature_types() == ["cls_token"]
-    path.write_text("- 1\n")
-    with pytest.raises(ValueError, match="holds no mapping"):
-        make(client, path)
-
-
-def test_a_file_without_pyyaml_is_a_clear_error(
-    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ImportError, match="pip install pyyaml"):
-        make(client, tmp_path / "dinov3.yaml")
-
-
-@pytest.mark.parametrize("key", ["small", "vit_small", "vits16", "dinov3_vits16", "dinov3-vits16", "DINOv3_ViTS16"])
-def test_names_of_the_model(client: Client, key: str) -> None:
-    make(client, {"model_type": key, "device": "cpu"})
-
-
-@pytest.mark.parametrize(
-    ("weights", "path"),
-    [
-        ("dinov3_vits16.pth", "weights/dinov3_vits16.pth"),
-        ("/models/dinov3_vits16.pth", Path("/home/me/dinov3_vits16.pth")),
-        ("dinov3_vits16.pth", "f00d"),
-        ("dinov3_vits16.pth", "dinov3_vits16"),
-        ("hf://facebook/dinov3-vits16@abc", "facebook/dinov3-vits16"),
-        ("hf://facebook/dinov3-vits16@abc", "hf://facebook/dinov3-vits16"),
-        ("hf://facebook/dinov3-vits16@abc", "hf://facebook/dinov3-vits16@abc"),
-        ("random:7", "random:7"),
-    ],
-)
-def test_names_of_the_weights(server: FakeServer, client: Client, weights: str, path: object) -> None:
-    server.model = replace(MODEL, weights=weights)
-    make(client, {"checkpoint_path": path, "device": "cpu"})
-
-
-@pytest.mark.parametrize(
-    ("config", "named", "weights"),
-    [
-        ({"model_type": "vit_base"}, "model_type is 'vit_base'", "dinov3_vits16.pth"),
-        ({"model_type": "vit_giant2"}, "no giant2", "dinov3_vits16.pth"),
-        ({"patch_size": 14}, "patch_size is 14", "dinov3_vits16.pth"),
-        ({"checkpoint_path": "weights/other.pth"}, "checkpoint_path is 'weights/other.pth'", "dinov3_vits16.pth"),
-        ({"checkpoint_path": "dinov3_vits14_pretrain.pth"}, "a name of DINOv2", "dinov3_vits16.pth"),
-        ({"checkpoint_path": "f00"}, "checkpoint_path is 'f00'", "dinov3_vits16.pth"),
-        ({"checkpoint_path": "other/dinov3-vits16"}, "checkpoint_path", "hf://facebook/dinov3-vits16@abc"),
-        ({"checkpoint_path": "facebook/dinov3-vitb16"}, "checkpoint_path", "hf://facebook/dinov3-vits16@abc"),
-        ({"checkpoint_path": "hf://facebook/dinov3-vits16@abd"}, "checkpoint", "hf://facebook/dinov3-vits16@abc"),
-        ({"checkpoint_path": "dinov3_vits16.pth"}, "checkpoint_path is 'dinov3_vits16.pth'", "random:0"),
-    ],
-)
-def test_another_model_than_is_named_is_refused_with_both_named(
-    server: FakeServer, client: Client, config: dict[str, Any], named: str, weights: str
-) -> None:
-    server.model = replace(MODEL, weights=weights)
-    with pytest.raises(ModelMismatch, match=named) as caught:
-        make(client, config)
-    assert f"the server serves dinov3_vits16 with the weights '{weights}' (fingerprint f00d)" in str(caught.value)
-
-
 def test_another_model_behind_the_same_address_is_refused(server: FakeServer, client: Client) -> None:
     teacher = make(client, layout="BHWC")
     teacher(PIXELS)
@@ -261,22 +189,6 @@ def test_another_model_behind_the_same_address_is_refused(server: FakeServer, cl
     for _ in range(2):  # however often it is tried
         with pytest.raises(ModelMismatch):
             teacher(PIXELS)
-
-
-@pytest.mark.parametrize(
-    ("config", "kind", "problem"),
-    [
-        ({"extract_cls_tokn": False}, ValueError, "'extract_cls_tokn'; did you mean 'extract_cls_token'"),
-        ({"extract_cls_token": "no"}, TypeError, "extract_cls_token is 'no' in the configuration; it must be bool"),
-        ({"patch_size": True}, TypeError, "patch_size is True"),
-        ({"model_type": 5}, TypeError, "model_type is 5"),
-        ({"extract_cls_token": False, "extract_patch_tokens": False}, ValueError, "nothing to extract"),
-        ({"device": "gpu"}, ValueError, "device is 'gpu', which cannot be used here"),
-    ],
-)
-def test_a_wrong_configuration(client: Client, config: Any, kind: type[Exception], problem: str) -> None:
-    with pytest.raises(kind, match=problem):
-        make(client, config)
 
 
 def test_one_server_is_named(server: FakeServer, client: Client) -> None:
