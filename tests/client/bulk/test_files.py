@@ -130,3 +130,26 @@ def test_mapped_shards_are_checked(tmp_path: Path) -> None:
         path.write_bytes(len(good).to_bytes(8, "little") + good + bytes(tail))
         with pytest.raises(ExtractionError, match=r"F32 \[2\] at bytes 0 to 8"):
             shards.map_shard(path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+def test_tensors_begin_at_multiples_of_64_bytes(source: Path, tmp_path: Path, dtype: Any) -> None:
+    """All of such a size do; the others are aligned to their items, at least."""
+    kinds: Any = ("cls", "patches", "registers")
+    run(source, tmp_path / "out", ExtractionOptions(shard_rows=8, dtype=dtype, outputs=kinds, layers=(3,)))
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        tensors = shards.map_shard(path)
+        assert len(tensors) == (12 if dtype == "int8" else 6)
+        for name, tensor in tensors.items():
+            address = tensor.__array_interface__["data"][0]  # files are mapped at the beginning of a page
+            assert address % (64 if tensor.nbytes % 64 == 0 else tensor.itemsize) == 0, name
+            assert tensor.flags.aligned
+
+
+def test_tensors_of_other_writers_are_aligned_by_a_copy(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]}}).encode()
+    data = np.array([1.5, 2.5], np.float32).tobytes()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" + data)
+    [tensor] = shards.map_shard(tmp_path / "x.safetensors").values()
+    assert tensor.flags.aligned
+    assert tensor.tolist() == [1.5, 2.5]
