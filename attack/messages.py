@@ -204,6 +204,11 @@ def _request(rng: random.Random) -> pb.ExtractRequest:
     request.preprocessing.preset = _enum(rng, 0, 0, 1, 2, 3)
     request.preprocessing.interpolation = _enum(rng, 0, 0, 1, 2, 3, 4)
     request.preprocessing.apply_exif_orientation = rng.random() < 0.2
+    request.preprocessing.allow_truncated = rng.random() < 0.2
+    if rng.random() < 0.2:
+        request.preprocessing.background.CopyFrom(_color(rng))
+    if rng.random() < 0.3:
+        request.preprocessing.fit.CopyFrom(_fit(rng))
     if rng.random() < 0.7:
         request.outputs.CopyFrom(_outputs(rng))
     if rng.random() < 0.06:
@@ -349,6 +354,21 @@ def _bytes_of(rng: random.Random, message: Message, damage: float = 0.06) -> byt
     else:
         body = bytearray(rng.randbytes(rng.choice((1, 10, 1000))))
     return bytes(body)
+
+
+def _color(rng: random.Random) -> pb.Color:
+    return pb.Color(red=rng.randrange(256), green=rng.choice((0, 255, 255, 256)), blue=rng.choice((0, 7, 2**32 - 1)))
+
+
+def _fit(rng: random.Random) -> pb.Fit:
+    """Return a fit: one of two is possible for most sizes."""
+    if rng.random() < 0.5:
+        return pb.Fit(method=_enum(rng, 0, 1, 2, 3))
+    fit = pb.Fit(resize_shorter=rng.choice((0, 1, 16, 256, 4096, 2**32 - 1)))
+    fit.method = _enum(rng, 0, 1, 2, 3)
+    if rng.random() < 0.5:
+        fit.pad_color.CopyFrom(_color(rng))
+    return fit
 
 
 def _enum(rng: random.Random, *values: int) -> Any:

@@ -29,6 +29,7 @@ from dinov3_client._errors import (
     Unavailable,
 )
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures
+from dinov3_client._fit import Fit
 from dinov3_client._images import ImageViews
 from dinov3_client._model import Model
 from dinov3_client._request import ExtractOptions, Layer, Pooling
@@ -46,6 +47,7 @@ __all__ = [
     "FeatureDataset",
     "Features",
     "FieldViolation",
+    "Fit",
     "ImageErrors",
     "ImageFeatures",
     "ImageViews",

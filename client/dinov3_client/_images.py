@@ -20,6 +20,8 @@ from dinov3_client._dtypes import Array
 from dinov3_client._errors import FieldViolation, InvalidRequest, StatusError
 from dinov3_client._request import OnError
 from dinov3_client._views import View
+from dinov3_serving.images import Decoding
+from dinov3_serving.pillow import over, truncated_files
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -114,10 +116,12 @@ def as_list(batch: ImageLike | Iterable[ImageLike]) -> ImageLike | Iterable[Imag
     return list(batch) if isinstance(batch, Iterator) and not _is_file(batch) else batch
 
 
-def load(images: ImageLike | Iterable[ImageLike], exif: bool, on_error: OnError = "raise") -> Iterator[LoadedImage]:
+def load(
+    images: ImageLike | Iterable[ImageLike], decoding: Decoding, on_error: OnError = "raise"
+) -> Iterator[LoadedImage]:
     """Load the images of a call one by one, reading files.
 
-    exif: rotate PIL images by their EXIF orientation here, as their pixels no longer carry it.
+    decoding: applied to PIL images here, as their pixels no longer carry EXIF and alpha.
     on_error: "return" yields images that cannot be read with their errors; "raise" raises OSError or ValueError.
     """
     several = _several(images)
@@ -126,7 +130,7 @@ def load(images: ImageLike | Iterable[ImageLike], exif: bool, on_error: OnError 
     for index, image in enumerate(several):
         empty = LoadedImage(b"", _label(image), _views_of(image))
         try:
-            loaded = _load_one(image, index, exif)
+            loaded = _load_one(image, index, decoding)
             if loaded.nbytes > _MAX_NBYTES:
                 raise ValueError(f"images[{index}] has {loaded.nbytes} bytes; at most {_MAX_NBYTES} can be sent")
         except (OSError, ValueError) as error:
@@ -167,7 +171,7 @@ def _unpack(images: Array) -> Iterable[Array]:
     return images
 
 
-def _load_one(image: Any, index: int, exif: bool) -> LoadedImage:
+def _load_one(image: Any, index: int, decoding: Decoding) -> LoadedImage:
     if isinstance(image, bytes | bytearray | memoryview):
         return LoadedImage(bytes(image))
     if isinstance(image, str) and _URL.match(image):
@@ -175,14 +179,14 @@ def _load_one(image: Any, index: int, exif: bool) -> LoadedImage:
     if isinstance(image, str | os.PathLike):
         return LoadedImage(_read_path(image))
     if isinstance(image, Image.Image):
-        image = np.asarray(_rgb(image, index, exif))
+        image = np.asarray(_rgb(image, index, decoding))
     elif _is_tensor(image):
         image = _of_tensor(image, index)
     if isinstance(image, np.ndarray):
         _check(image, index)
         return LoadedImage(image)
     if isinstance(image, ImageViews):
-        return _load_views(image, index, exif)
+        return _load_views(image, index, decoding)
     if _is_file(image):
         return LoadedImage(_read_file(image, index))
     if _is_mapping(image):
@@ -209,10 +213,10 @@ def _views_of(image: Any) -> tuple[pb.View, ...]:
     return tuple(map(_views.message, image.views)) if isinstance(image, ImageViews) else ()
 
 
-def _load_views(image: ImageViews, index: int, exif: bool) -> LoadedImage:
+def _load_views(image: ImageViews, index: int, decoding: Decoding) -> LoadedImage:
     if isinstance(image.image, ImageViews):
         raise TypeError(f"images[{index}] is ImageViews of ImageViews; give the picture, and all views of it together")
-    source = _load_one(image.image, index, exif)
+    source = _load_one(image.image, index, decoding)
     if isinstance(source.data, np.ndarray) and source.data.dtype == np.float32:
         raise ValueError(
             f"images[{index}] has views of a float32 array: normalized pixels are never cropped, resized or "
@@ -245,17 +249,19 @@ def _read_file(file: Any, index: int) -> bytes:
     return bytes(data)
 
 
-def _rgb(image: Image.Image, index: int, exif: bool) -> Image.Image:
+def _rgb(image: Image.Image, index: int, decoding: Decoding) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         raise ValueError(
             f"images[{index}] is a PIL image of mode {image.mode}, which has no 8-bit values; "
             "scale it to 0..255 and convert it to RGB, or send the file itself"
         )
     try:
-        turned = ImageOps.exif_transpose(image) if exif else image
+        with truncated_files(decoding.allow_truncated):
+            image.load()
+        turned = ImageOps.exif_transpose(image) if decoding.apply_exif_orientation else image
         if "transparency" in turned.info:  # Pillow warns when such an image is converted to RGB directly
             turned = turned.convert("RGBA")
-        return turned.convert("RGB")
+        return over(turned, decoding.background).convert("RGB")
     except Exception as error:  # Pillow reads the file only now, and raises many kinds of errors for broken ones
         name = _label(image)
         raise OSError(f"images[{index}]{f' ({name})' if name else ''} cannot be decoded: {error}") from error

@@ -11,7 +11,7 @@ from dinov3_client._dtypes import name_of
 from dinov3_client._errors import InvalidResponse
 from dinov3_client._text import printable
 from dinov3_serving.model import Limits, ModelDescription, OutputParity, ParityCheck, Projection
-from dinov3_serving.presets import PRESETS, Preset
+from dinov3_serving.presets import PRESETS, FitMethod, Preset
 from dinov3_serving.v1 import enums
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
@@ -44,6 +44,8 @@ class Model(ModelDescription):
 
     image_formats: tuple[str, ...]
     """The formats of image files that the server decodes: "JPEG", "PNG", ..."""
+    fit_methods: tuple[FitMethod, ...]
+    """What `fit` may be."""
 
 
 def read_model(data: bytes) -> Model:
@@ -81,6 +83,7 @@ def read_model(data: bytes) -> Model:
         ),
         presets=_presets(response),
         image_formats=tuple(map(printable, response.image_formats)),
+        fit_methods=_fit_methods(response),
     )
     _check(model, response)
     return model
@@ -134,6 +137,12 @@ def _presets(response: pb.GetModelResponse) -> tuple[Preset, ...]:
             preset = Preset(preset.name, size, _INTERPOLATIONS.get(each.interpolation, preset.interpolation))
         found.append(preset)
     return tuple(found)
+
+
+def _fit_methods(response: pb.GetModelResponse) -> tuple[FitMethod, ...]:
+    """Return the methods that this client knows. A server that lists none is older than the others."""
+    listed = {*response.fit_methods, pb.FIT_METHOD_STRETCH}
+    return tuple(name for name, number in enums.FIT_METHODS.items() if number in listed)
 
 
 def _parity_check(response: pb.GetModelResponse) -> ParityCheck:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack, get_args
 
+from dinov3_client import _fit
 from dinov3_client._checks import (
     UINT32_MAX,
     check_bool,
@@ -16,14 +17,18 @@ from dinov3_client._checks import (
     quoted,
 )
 from dinov3_client._dtypes import wire_of
+from dinov3_client._fit import ColorLike, Fit
 from dinov3_client._model import Model
 from dinov3_serving.features import FeatureDtype, PoolingMethod, TokenKind
-from dinov3_serving.presets import Interpolation, PresetName
+from dinov3_serving.images import Color, Decoding
+from dinov3_serving.presets import FitMethod, Interpolation, PresetName
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from dinov3_serving.v1.enums import INTERPOLATIONS, POOLING_METHODS, PRESETS
+from dinov3_serving.v1.enums import FIT_METHODS, INTERPOLATIONS, POOLING_METHODS, PRESETS
 
 Priority = Literal["interactive", "bulk"]
 OnError = Literal["raise", "return"]
+
+_METHODS = {number: name for name, number in FIT_METHODS.items()}
 
 KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 
@@ -92,6 +97,14 @@ class ExtractOptions(TypedDict, total=False):
     """"nearest", "bilinear", "bicubic" or "lanczos", instead of the preset's."""
     exif: bool
     """Rotate images by their EXIF orientation first. Default False, as in training loaders."""
+    fit: Fit | FitMethod
+    """How to bring pictures to the size if their aspect ratio differs: "stretch" (default), "crop" (resize until the
+    input is covered, and crop the center), "pad" (resize until it fits, and add borders), or a Fit with details."""
+    background: ColorLike | None
+    """The color under transparent pixels, (red, green, blue) or text such as "white". None (default) drops alpha, as
+    training loaders do: the color stored under it shows."""
+    allow_truncated: bool
+    """Decode files whose end is missing, as Pillow does with ImageFile.LOAD_TRUNCATED_IMAGES. Default False."""
     priority: Priority
     """"bulk" requests give way to "interactive" (default) ones."""
     on_error: OnError
@@ -114,6 +127,9 @@ _DEFAULTS: ExtractOptions = {
     "layers": (),
     "interpolation": None,
     "exif": False,
+    "fit": "stretch",
+    "background": None,
+    "allow_truncated": False,
     "priority": "interactive",
     "on_error": "raise",
     "deadline": None,
@@ -145,6 +161,9 @@ class RequestOptions:
     size: tuple[int, int] | None
     interpolation: Interpolation | None
     exif: bool
+    fit: pb.Fit
+    background: Color | None
+    allow_truncated: bool
     priority: Priority
     on_error: OnError
     deadline: float | None
@@ -152,6 +171,11 @@ class RequestOptions:
     projection: str
     """Empty: none."""
     channels_first: bool
+
+    @property
+    def decoding(self) -> Decoding:
+        """The options for decoding files."""
+        return Decoding(self.exif, self.background, self.allow_truncated)
 
     def layer_indices(self, model: Model) -> tuple[int, ...]:
         """Return the 0-based index of each of `layers`. Raises ValueError for layers that `model` does not have."""
@@ -168,13 +192,19 @@ class RequestOptions:
         return indices
 
     def message(self, model: Model) -> pb.ExtractRequest:
-        """Return the request without its images."""
+        """Return the request without its images. Raises ValueError for what the server does not have."""
+        fit = _METHODS[self.fit.method]
+        if fit not in model.fit_methods:
+            raise ValueError(f"fit is {fit!r}; this server, version {model.server_version}, only stretches")
         request = pb.ExtractRequest(
             preprocessing=pb.Preprocessing(
                 preset=PRESETS[self.preset],
                 size=pb.Size(height=self.size[0], width=self.size[1]) if self.size else None,
                 interpolation=INTERPOLATIONS[self.interpolation] if self.interpolation else None,
                 apply_exif_orientation=self.exif,
+                fit=self.fit if fit != "stretch" else None,
+                background=pb.Color(**self.background._asdict()) if self.background else None,
+                allow_truncated=self.allow_truncated,
             ),
             priority=_PRIORITIES[self.priority],
             outputs=pb.Outputs(
@@ -213,6 +243,7 @@ def check_options(
         asked["deadline"],
         asked["projection"],
     )
+    background = asked["background"]
     if interpolation is not None:
         check_choice("interpolation", interpolation, INTERPOLATIONS)
     if projection is not None and not (isinstance(projection, str) and projection):
@@ -227,6 +258,9 @@ def check_options(
         size=None if size is None else pixel_size("size", size),
         interpolation=interpolation,
         exif=check_bool("exif", asked["exif"]),
+        fit=_fit.message(asked["fit"]),
+        background=None if background is None else _fit.read_color("background", background),
+        allow_truncated=check_bool("allow_truncated", asked["allow_truncated"]),
         priority=asked["priority"],
         on_error=asked["on_error"],
         deadline=None if deadline is None else check_deadline(deadline),

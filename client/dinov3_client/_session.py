@@ -135,7 +135,7 @@ class Session:
     def extract(self, images: ImageLike | Iterable[ImageLike], options: RequestOptions) -> Procedure[Features]:
         """Extract features; repeat the call once if the server has another model or other limits than we knew."""
         end = self._end(options.deadline)
-        reading = Reading(_images.load(images, options.exif, options.on_error))
+        reading = Reading(_images.load(images, options.decoding, options.on_error))
         yield Offload(reading.read)
         known = self._model
         model = known or (yield from self._get_model(Attempts(end, self.now, self.rand)))

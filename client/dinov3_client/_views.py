@@ -6,8 +6,10 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dinov3_client import _fit
 from dinov3_client._checks import UINT32_MAX, check_bool, lookup, pixel_size
-from dinov3_serving.presets import Interpolation
+from dinov3_client._fit import Fit
+from dinov3_serving.presets import FitMethod, Interpolation
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import INTERPOLATIONS
 
@@ -16,8 +18,8 @@ from dinov3_serving.v1.enums import INTERPOLATIONS
 class View:
     """A part of a picture: cropped, then resized, then flipped, as Pillow does it to the decoded picture.
 
-    Pixel for pixel it equals `image.crop((left, top, left + width, top + height))`, `.resize(size, interpolation)` and,
-    with `flip`, `.transpose(Image.Transpose.FLIP_LEFT_RIGHT)`; this is what torchvision's
+    Pixel for pixel it equals `image.crop((left, top, left + width, top + height))`, `.resize(size, interpolation)` (or
+    what its `fit` says) and, with `flip`, `.transpose(Image.Transpose.FLIP_LEFT_RIGHT)`; this is what torchvision's
     RandomResizedCrop and RandomHorizontalFlip do to PIL images.
 
     Raises ValueError or TypeError for impossible values. The server checks whether a crop lies within its picture.
@@ -32,6 +34,8 @@ class View:
     """Size of the model's input in pixels, one number or (height, width). None: that of the call."""
     interpolation: Interpolation | None = None
     """None: that of the call."""
+    fit: Fit | FitMethod | None = None
+    """How the crop is brought to the size if its aspect ratio differs. None: that of the call."""
 
     def __post_init__(self) -> None:
         message(self)
@@ -48,6 +52,8 @@ def message(view: View) -> pb.View:
         sent.size.CopyFrom(pb.Size(height=height, width=width))
     if view.interpolation is not None:
         sent.interpolation = lookup("interpolation", view.interpolation, INTERPOLATIONS)
+    if view.fit is not None:
+        sent.fit.CopyFrom(_fit.message(view.fit))
     return sent
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dinov3_serving.errors import InvalidInput
-from dinov3_serving.presets import Interpolation
+from dinov3_serving.presets import FitMethod, Interpolation
 
 PixelFormat = Literal["uint8", "float32"]
 
@@ -35,24 +35,68 @@ class Box(NamedTuple):
     width: int
 
 
+class Color(NamedTuple):
+    """An RGB color, 0 to 255 each."""
+
+    red: int
+    green: int
+    blue: int
+
+
+class Decoding(NamedTuple):
+    """The options for decoding files: the fields of Preprocessing with these names."""
+
+    apply_exif_orientation: bool = False
+    background: Color | None = None
+    allow_truncated: bool = False
+
+
+class Fit(NamedTuple):
+    """How a picture is brought to the size of the model's input: see `Fit` in feature_service.proto."""
+
+    method: FitMethod = "stretch"
+    pad_color: Color = Color(0, 0, 0)
+    resize_shorter: int = 0
+    """0: as little as covers the input."""
+
+    def resized(self, picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+        """Return the size to which a picture is resized, before it is cropped or padded to `size`.
+
+        All are (height, width). Rounds as torchvision's resize does.
+        """
+        (height, width), (out_height, out_width) = picture, size
+        if self.method == "stretch":
+            return size
+        if self.resize_shorter:
+            out_height = out_width = self.resize_shorter
+        if (out_height * width >= out_width * height) == (self.method == "crop"):
+            return out_height, max(1, int(out_height * width / height))
+        return max(1, int(out_width * height / width)), out_width
+
+
+STRETCH = Fit()
+
+
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """A transform of an image: crop, then resize, then flip.
+    """A transform of an image: crop, then resize and fit, then flip.
 
     In Pillow: `image.crop(...).resize(size, interpolation).transpose(FLIP_LEFT_RIGHT)`. `size` is (height, width) of
-    the model's input in pixels; None does not resize. The aspect ratio is not kept, and nothing is cropped unless a
-    view asks for it, as in Meta's transform. All filters but "nearest" widen with the scale when they shrink an image
-    (antialias).
+    the model's input in pixels; None does not resize. Unless `fit` says otherwise the aspect ratio is not kept, and
+    nothing is cropped unless a view asks for it, as in Meta's transform. All filters but "nearest" widen with the scale
+    when they shrink an image (antialias).
     """
 
     size: tuple[int, int] | None
     interpolation: Interpolation
     crop: Box | None = None
     flip: bool = False
+    fit: Fit = STRETCH
 
-    def resizes(self, height: int, width: int) -> bool:
-        """Return whether an image of that size must be resampled."""
-        return self.size not in (None, self.crop[2:] if self.crop else (height, width))
+    def changes_size(self, height: int, width: int) -> bool:
+        """Return whether an image of that size must be resampled or padded."""
+        picture = self.crop[2:] if self.crop else (height, width)
+        return self.size is not None and not self.size == picture == self.fit.resized(picture, self.size)
 
 
 class RowSpec(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 PresetName = Literal["dinov3", "hf", "none"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+FitMethod = Literal["stretch", "crop", "pad"]
 
 
 class Preset(NamedTuple):

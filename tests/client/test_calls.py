@@ -362,6 +362,7 @@ def test_public_names() -> None:
         "FeatureDataset",
         "Features",
         "FieldViolation",
+        "Fit",
         "ImageErrors",
         "ImageFeatures",
         "ImageViews",

@@ -28,6 +28,7 @@ from dinov3_client.cli import main
 from dinov3_client.testing import MODEL, Failure, FakeServer
 from dinov3_client.testing._answer import answer
 from dinov3_client.testing._model import message_of
+from dinov3_serving.images import Decoding
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.client.adapters import Adapter
 
@@ -210,7 +211,7 @@ def test_whatever_comes_is_an_answer_or_an_error_of_ours(seed: int) -> None:
     """Honest messages with bytes changed, taken out and put in."""
     rand = random.Random(seed)
     wanted = check_options(("cls", "patches", "registers"), preset="none", dtype="int8", layers=[0, -1], pooling=(2, 2))
-    [query] = split(list(load([PIXELS, PIXELS], exif=False)), wanted, MODEL)
+    [query] = split(list(load([PIXELS, PIXELS], Decoding())), wanted, MODEL)
     honest = answer(query.message, MODEL, {}, {}).SerializeToString()
 
     def features(data: bytes) -> None:

@@ -8,9 +8,11 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 
-from dinov3_client import ExtractOptions, Layer, Pooling
+from dinov3_client import ExtractOptions, Fit, Layer, Pooling, View, _views
+from dinov3_client._model import read_model
 from dinov3_client._request import check_options
 from dinov3_client.testing import MODEL
+from dinov3_client.testing._model import message_of
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -20,6 +22,17 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"outputs": (), "layers": 3}, ValueError, "outputs is empty"),
     ({"outputs": (), "layers": (Layer(3, "cls"), 4)}, ValueError, "outputs is empty"),
     ({"exif": "no"}, TypeError, "exif is 'no'; allowed are True and False"),
+    ({"allow_truncated": "no"}, TypeError, "allow_truncated is 'no'; allowed are True and False"),
+    ({"fit": "cover"}, ValueError, "fit has 'cover'; allowed are 'stretch', 'crop', 'pad'"),
+    (
+        {"background": (1, 2, 256)},
+        ValueError,
+        r"background is \(1, 2, 256\); it must be \(red, green, blue\), 0 to 255",
+    ),
+    ({"background": (1, 2)}, ValueError, r"background is \(1, 2\)"),
+    ({"background": "#01020304"}, ValueError, "background is '#01020304'"),
+    ({"background": "pinkish"}, ValueError, "background is 'pinkish'; .*text such as 'white', '#7c7468'"),
+    ({"background": 7}, ValueError, "background is 7"),
     ({"channels_first": 1}, TypeError, "channels_first is 1; allowed are True and False"),
     ({"preset": "imagenet"}, ValueError, "preset has 'imagenet'; allowed are 'dinov3', 'hf', 'none'"),
     ({"dtype": "int4"}, ValueError, "dtype has 'int4'; allowed are 'float32', 'float16', 'bfloat16', 'int8'"),
@@ -75,6 +88,40 @@ def test_wrong_layers_and_poolings_are_named_where_they_are_made(
         make()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "fill"}, "fit's method has 'fill'; allowed are 'stretch', 'crop', 'pad'"),
+        ({"pad_color": "white"}, "pad_color is given for fit 'stretch'; only \"pad\" has borders"),
+        ({"method": "crop", "pad_color": (0, 0, 0)}, "pad_color is given for fit 'crop'"),
+        ({"method": "pad", "pad_color": (0, 0, -1)}, r"pad_color is \(0, 0, -1\)"),
+        ({"method": "pad", "resize_shorter": 256}, "resize_shorter is given for fit 'pad'; only \"crop\""),
+        ({"method": "crop", "resize_shorter": 0}, "resize_shorter is 0; it must be a number of pixels, at least 1"),
+    ],
+)
+def test_impossible_fits_are_refused_where_they_are_made(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Fit(**given)
+
+
+def test_the_fit_of_a_view() -> None:
+    assert not _views.message(View()).HasField("fit")
+    assert _views.message(View(fit="stretch")).fit == pb.Fit(method=pb.FIT_METHOD_STRETCH)
+    assert _views.message(View(fit=Fit("crop", resize_shorter=9))).fit == pb.Fit(method=2, resize_shorter=9)
+    with pytest.raises(ValueError, match="fit has 'cover'"):
+        View(fit="cover")  # type: ignore[arg-type]
+
+
+def test_a_server_that_only_stretches() -> None:
+    message = message_of(MODEL, 0)
+    del message.fit_methods[:]
+    old = read_model(message.SerializeToString())
+    assert old.fit_methods == ("stretch",)
+    check_options(fit="stretch").message(old)
+    with pytest.raises(ValueError, match=r"fit is 'crop'; this server, version 0\.1\.0, only stretches"):
+        check_options(fit="crop").message(old)
+
+
 def preprocessing(**fields: Any) -> pb.ExtractRequest:
     return pb.ExtractRequest(preprocessing=pb.Preprocessing(**{"preset": pb.PRESET_DINOV3, **fields}))
 
@@ -96,6 +143,17 @@ ON_THE_WIRE: list[tuple[dict[str, Any], pb.ExtractRequest]] = [
     ({"size": None, "interpolation": None, "pooling": None, "projection": None, "deadline": None}, outputs()),
     ({"interpolation": "lanczos"}, preprocessing(interpolation=pb.INTERPOLATION_LANCZOS)),
     ({"exif": True}, preprocessing(apply_exif_orientation=True)),
+    ({"fit": "stretch"}, preprocessing()),
+    ({"fit": "crop"}, preprocessing(fit=pb.Fit(method=pb.FIT_METHOD_CROP))),
+    ({"fit": Fit("crop", resize_shorter=256)}, preprocessing(fit=pb.Fit(method=2, resize_shorter=256))),
+    (
+        {"fit": Fit("pad", pad_color="white")},
+        preprocessing(fit=pb.Fit(method=3, pad_color=pb.Color(red=255, green=255, blue=255))),
+    ),
+    ({"background": (1, 2, 3)}, preprocessing(background=pb.Color(red=1, green=2, blue=3))),
+    ({"background": "#010203"}, preprocessing(background=pb.Color(red=1, green=2, blue=3))),
+    ({"background": "black"}, preprocessing(background=pb.Color())),
+    ({"allow_truncated": True}, preprocessing(allow_truncated=True)),
     ({"priority": "bulk"}, pb.ExtractRequest(priority=pb.PRIORITY_BULK)),
     ({"dtype": "float32"}, outputs(dtype=pb.DATA_TYPE_FLOAT32)),
     ({"dtype": "bfloat16"}, outputs(dtype=pb.DATA_TYPE_BFLOAT16)),

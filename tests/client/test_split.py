@@ -38,6 +38,7 @@ from dinov3_client.testing import MODEL, Failure, FakeServer, expected
 from dinov3_client.testing._answer import answer
 from dinov3_client.testing._model import message_of
 from dinov3_client.testing._projection import read_projection
+from dinov3_serving.images import Decoding
 from dinov3_serving.presets import PRESETS
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from tests.support.waiting import LIMIT
@@ -160,7 +161,7 @@ def test_the_size_of_an_answer_is_known_before(case: str) -> None:
     image, asked = ANSWERS[case]
     wanted = check_options(**{"outputs": ("cls", "patches"), **asked})
     model = replace(WIDE, projections=(NARROW.described("narrow"),))
-    sources = list(load([image] * 4, False))
+    sources = list(load([image] * 4, Decoding()))
 
     def parts(nbytes: int) -> int:
         return len(split(sources, wanted, replace(model, limits=replace(model.limits, max_message_bytes=nbytes))))

@@ -54,8 +54,12 @@ def size(height: int, width: int | None = None) -> pb.Size:
     return pb.Size(height=height, width=height if width is None else width)
 
 
-def resized(height: int, width: int | None = None) -> pb.Preprocessing:
-    return pb.Preprocessing(size=size(height, width))
+def resized(height: int, width: int | None = None, **options: Any) -> pb.Preprocessing:
+    return pb.Preprocessing(size=size(height, width), **options)
+
+
+CROP, PAD = pb.Fit(method=pb.FIT_METHOD_CROP), pb.Fit(method=pb.FIT_METHOD_PAD)
+RED = pb.Fit(method=pb.FIT_METHOD_PAD, pad_color=pb.Color(red=9))
 
 
 def file(height: int = 40, width: int = 50, *views: pb.View) -> pb.Image:
@@ -92,9 +96,11 @@ def layers_projected(*entries: pb.LayerOutputs) -> pb.ExtractRequest:
     return wants(layers=entries, projection="narrow")
 
 
-def saved(format: str, **options: Any) -> pb.Image:
-    file = io.BytesIO()
-    Image.fromarray(picture(48, 64)).save(file, format, **options)
+def saved(format: str, mode: str = "RGB", **options: Any) -> pb.Image:
+    file, image = io.BytesIO(), Image.fromarray(picture(48, 64))
+    if mode == "RGBA":
+        image.putalpha(image.convert("L"))
+    image.save(file, format, **options)
     return pb.Image(encoded=file.getvalue())
 
 
@@ -155,6 +161,54 @@ REQUESTS: dict[str, pb.ExtractRequest] = {
     "model pinned": ask(model="dinov3_vitb16"),
     "fingerprint pinned": ask(fingerprint="cafe"),
     "fingerprint pinned well": ask(fingerprint="f0"),
+    "cropped": ask(
+        file(),
+        pixels(61, 90),
+        file(9, 200, pb.View(), crop(0, 3, 9, 40)),
+        preprocessing=resized(64, 32, fit=CROP),
+    ),
+    "cropped, resized before": ask(
+        file(), pixels(64, 64), preprocessing=resized(64, fit=pb.Fit(method=2, resize_shorter=80))
+    ),
+    "padded": ask(
+        file(),
+        pixels(61, 90),
+        file(2, 200),
+        preprocessing=resized(64, 32, fit=RED),
+    ),
+    "views fitted": ask(
+        file(70, 90, pb.View(fit=pb.Fit()), pb.View(fit=PAD), pb.View(fit=CROP, size=size(48))),
+        file(70, 90),
+        preprocessing=resized(32, fit=pb.Fit(method=2, resize_shorter=40)),
+    ),
+    "view larger than what is resized": ask(
+        file(70, 90, pb.View(size=size(48)), pb.View(fit=pb.Fit(method=2, resize_shorter=31))),
+        pixels(),
+        preprocessing=resized(32, fit=pb.Fit(method=2, resize_shorter=40)),
+    ),
+    "no such fit": ask(preprocessing=resized(32, fit=pb.Fit(method=9))),  # type: ignore[arg-type]
+    "no such fit of a view": ask(file(70, 90, pb.View(fit=pb.Fit(method=9))), pixels()),  # type: ignore[arg-type]
+    "fit of no size": ask(preprocessing=pb.Preprocessing(preset=pb.PRESET_NONE, fit=CROP)),
+    "view's fit of no size": ask(file(64, 64, pb.View(fit=PAD)), pixels()),
+    "stretched pads": ask(preprocessing=resized(32, fit=pb.Fit(pad_color=pb.Color()))),
+    "padded after resizing": ask(preprocessing=resized(32, fit=pb.Fit(method=3, resize_shorter=40))),
+    "resized to less": ask(preprocessing=resized(32, 64, fit=pb.Fit(method=2, resize_shorter=63))),
+    "no color": ask(preprocessing=resized(32, fit=pb.Fit(method=3, pad_color=pb.Color(blue=256)))),
+    "no background": ask(preprocessing=resized(32, background=pb.Color(red=2**32 - 1))),
+    "floats cropped": ask(pb.Image(pixels=floats()), pixels(), preprocessing=pb.Preprocessing(fit=CROP)),
+    "packed floats padded": pb.ExtractRequest(
+        pixels=tensor(np.ones((2, 3, 32, 48), np.float32)), preprocessing=pb.Preprocessing(fit=PAD)
+    ),
+    "over a color": ask(
+        *(saved(format, mode="RGBA") for format in ("PNG", "WEBP", "TIFF", "GIF")),
+        saved("JPEG"),
+        pixels(),
+        preprocessing=resized(32, background=pb.Color(red=200, green=9)),
+    ),
+    "truncated": ask(
+        *(pb.Image(encoded=saved(format).encoded[:-400]) for format in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")),
+        preprocessing=resized(32, allow_truncated=True),
+    ),
     "views": ask(
         file(70, 90, crop(0, 0, 40, 41), crop(3, 4, 50, 60, horizontal_flip=True), pb.View()),
         pixels(64, 64, crop(32, 32, 32, 32, interpolation=pb.INTERPOLATION_LANCZOS)),

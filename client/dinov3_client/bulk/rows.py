@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dinov3_client._dtypes import Array
 from dinov3_client._features import Features, ImageFeatures, LayerFeatures
+from dinov3_client._fit import Fit
 from dinov3_client.bulk.reading import ImageEntry
 from dinov3_serving.features import FeatureDtype, TokenKind
 from dinov3_serving.presets import Interpolation, PresetName
@@ -32,6 +33,9 @@ class ExtractionOptions:
     size: tuple[int, int] | None = None
     interpolation: Interpolation | None = None
     exif: bool = False
+    fit: Fit = field(default_factory=Fit)
+    background: tuple[int, int, int] | None = None
+    allow_truncated: bool = False
     dtype: FeatureDtype = "float16"
     pool: tuple[int, int] | None = None
     projection: str | None = None
@@ -60,6 +64,9 @@ class ExtractionOptions:
             "size": self.size,
             "interpolation": self.interpolation,
             "exif": self.exif,
+            "fit": self.fit,
+            "background": self.background,
+            "allow_truncated": self.allow_truncated,
             "dtype": self.dtype,
             "pooling": self.pool,
             "projection": self.projection,

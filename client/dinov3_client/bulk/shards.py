@@ -99,6 +99,7 @@ class Shards:
         labels = {
             "preset": self._options.preset,
             "exif": self._options.exif,
+            "fit": self._options.fit.method,
             "source": row.source,
             **self._labels,
         }

@@ -8,14 +8,18 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 from dinov3_client._checks import check_deadline
 from dinov3_client._client import Client
 from dinov3_client._errors import Unauthenticated
+from dinov3_client._fit import Fit, read_color
 from dinov3_client._model import Model
 from dinov3_client._text import printable
 from dinov3_client.bulk.errors import SourceError
 from dinov3_client.bulk.sources import Images, find_images
+from dinov3_serving.images import Color
+from dinov3_serving.presets import FitMethod
 
 DEFAULT_TARGET = "localhost:50051"
 _ARGUMENTS = re.compile(r"\btls_(?:ca|cert|key)\b|^target(?= )|\b(?:deadline|on_error)(?==)")
@@ -132,6 +136,54 @@ def add_size_flag(parser: argparse.ArgumentParser, default: tuple[int, int] | No
         metavar="N|HxW",
         help=f"size of the model's input in pixels, multiples of its patch size; default: {default_text}",
     )
+
+
+def add_picture_flags(parser: argparse._ActionsContainer) -> None:
+    """Add the flags for decoding files."""
+    parser.add_argument("--exif", action="store_true", help="rotate images by their EXIF orientation first")
+    parser.add_argument(
+        "--background",
+        type=_color,
+        metavar="COLOR",
+        help="color under transparent pixels, such as white or '#7c7468'; default: alpha is dropped",
+    )
+    parser.add_argument(
+        "--allow-truncated", action="store_true", help="decode files whose end is missing, as far as they go"
+    )
+
+
+def add_fit_flags(parser: argparse._ActionsContainer) -> None:
+    """Add the flags for images of another aspect ratio than the model's input; `fit_of` reads them."""
+    parser.add_argument(
+        "--fit",
+        choices=get_args(FitMethod),
+        default="stretch",
+        help="for images of another aspect ratio than the input: stretch them, resize and crop their center, or resize "
+        "and pad them (default: %(default)s)",
+    )
+    parser.add_argument("--pad-color", type=_color, metavar="COLOR", help="of --fit pad; default: black")
+    parser.add_argument(
+        "--resize-shorter",
+        type=int,
+        metavar="N",
+        help="pixels of the shorter side before --fit crop, such as 256 with --size 224; default: as few as cover the "
+        "input",
+    )
+
+
+def fit_of(args: argparse.Namespace) -> Fit:
+    """Return the fit that the flags describe. Raises UsageError."""
+    try:
+        return Fit(args.fit, args.pad_color, args.resize_shorter)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _color(text: str) -> Color:
+    try:
+        return read_color("it", text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a color, such as white or '#7c7468'") from None
 
 
 def image_size(text: str) -> tuple[int, int]:

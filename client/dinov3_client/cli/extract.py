@@ -16,9 +16,12 @@ from dinov3_client.bulk.errors import ExtractionError, FolderInUse, SourceError
 from dinov3_client.bulk.rows import ExtractionOptions, Format
 from dinov3_client.cli.common import (
     UsageError,
+    add_fit_flags,
+    add_picture_flags,
     add_size_flag,
     connect,
     describe,
+    fit_of,
     get_model,
     image_size,
     layer_list,
@@ -122,7 +125,8 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     images.add_argument("--preset", choices=get_args(PresetName), default="dinov3", help="default: %(default)s")
     add_size_flag(images, None, "the preset's")
     images.add_argument("--interpolation", choices=get_args(Interpolation), help="default: the preset's")
-    images.add_argument("--exif", action="store_true", help="rotate images by their EXIF orientation first")
+    add_fit_flags(images)
+    add_picture_flags(images)
     requests = extract.add_argument_group("requests")
     requests.add_argument(
         "--batch-size", type=_positive, default=32, metavar="N", help="images in a request (default: %(default)s)"
@@ -144,6 +148,7 @@ def _extract(args: argparse.Namespace) -> int:
         raise UsageError("--dtype bfloat16 is not possible in npz files; use float16, float32 or int8")
     if not args.sources and not args.list:
         raise UsageError("nothing to extract: give a SOURCE, or a --list of images")
+    fit = fit_of(args)
     folder: Path = args.out
     progress = ProgressLine(sys.stderr, time.monotonic)
     try:
@@ -158,6 +163,9 @@ def _extract(args: argparse.Namespace) -> int:
                 size=args.size,
                 interpolation=args.interpolation,
                 exif=args.exif,
+                fit=fit,
+                background=args.background,
+                allow_truncated=args.allow_truncated,
                 dtype=args.dtype,
                 pool=args.pool,
                 projection=args.projection,

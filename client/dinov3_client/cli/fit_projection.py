@@ -25,8 +25,11 @@ from dinov3_client.bulk.reading import ImageReader
 from dinov3_client.cli.common import (
     FailureLog,
     UsageError,
+    add_fit_flags,
+    add_picture_flags,
     add_size_flag,
     connect,
+    fit_of,
     get_model,
     iter_images,
     layer_numbers,
@@ -64,7 +67,8 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
     fit.add_argument("--layer", type=int, metavar="I", help="use the patches of this layer (default: the last)")
     fit.add_argument("--preset", choices=get_args(PresetName), default="dinov3", help="default: %(default)s")
     add_size_flag(fit, None, "the preset's")
-    fit.add_argument("--exif", action="store_true", help="rotate images by their EXIF orientation first")
+    add_fit_flags(fit)
+    add_picture_flags(fit)
     fit.set_defaults(command=_fit)
 
 
@@ -127,6 +131,9 @@ def _patches(
                 preset=args.preset,
                 size=args.size,
                 exif=args.exif,
+                fit=fit_of(args),
+                background=args.background,
+                allow_truncated=args.allow_truncated,
                 layers=() if layer is None else Layer(layer, "patches"),
                 priority="bulk",
                 on_error="return",

@@ -20,7 +20,10 @@ from dinov3_client._pictures import sheet
 from dinov3_client._pictures.sheet import Legend, Pair
 from dinov3_client._request import Layer
 from dinov3_client.bulk.sources import ImageRef
+from dinov3_client.cli import common
 from dinov3_client.cli.common import FailureLog, UsageError, image_size, layer_numbers
+from dinov3_serving.images import Decoding
+from dinov3_serving.pillow import over, truncated_files
 
 # A finer grid than the preset's 16 x 16: with 32 patches a side, shapes are visible.
 SIDE = 512
@@ -53,7 +56,7 @@ class PatchExtractor:
     """Requests patch features as the flags describe. Photos differ in input size, so each gets a request of its own."""
 
     def __init__(self, args: argparse.Namespace, client: Client, model: Model, failures: FailureLog) -> None:
-        self._exif: bool = args.exif
+        self._decoding = Decoding(args.exif, args.background, args.allow_truncated)
         self._size: int | tuple[int, int] = args.size
         self._client = client
         self._patch = model.patch_size
@@ -83,7 +86,7 @@ class PatchExtractor:
             self._failures(item.source, error.strerror or str(error))
             return None
         try:
-            picture = _rgb(Image.open(io.BytesIO(data)), self._exif)
+            picture = _rgb(Image.open(io.BytesIO(data)), self._decoding)
         except UnidentifiedImageError:
             self._failures(item.source, f"not an image: {len(data)} bytes")
         except Exception as error:  # decoders raise many kinds of errors for broken files
@@ -100,7 +103,9 @@ class PatchExtractor:
                 ("patches",) if self.layer is None else (),
                 size=input_size_for(self._size, photo.size, self._patch),
                 layers=() if self.layer is None else Layer(self.layer, "patches"),
-                exif=self._exif,
+                exif=self._decoding.apply_exif_orientation,
+                background=self._decoding.background,
+                allow_truncated=self._decoding.allow_truncated,
                 priority="bulk",
                 on_error="return",
             )
@@ -118,7 +123,7 @@ class PatchExtractor:
 def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     """Add --output, --exif, --size and --layer."""
     parser.add_argument("-o", "--output", type=_picture_file, required=True, metavar="FILE", help="such as map.png")
-    parser.add_argument("--exif", action="store_true", help="rotate photos by their EXIF orientation first")
+    common.add_picture_flags(parser)
     parser.add_argument(
         "--size",
         type=_picture_size,
@@ -166,16 +171,18 @@ def model_label(model: Model, layer: int | None) -> str:
     return f"{model.name}{weights}{'' if layer is None else f', layer {layer}'}"
 
 
-def _rgb(photo: Image.Image, exif: bool) -> Image.Image:
+def _rgb(photo: Image.Image, decoding: Decoding) -> Image.Image:
     """Convert to RGB as the server does (docs/preprocessing.md)."""
-    if exif:
+    with truncated_files(decoding.allow_truncated):
+        photo.load()
+    if decoding.apply_exif_orientation:
         photo = ImageOps.exif_transpose(photo)
     # convert() alone would clip these modes to white and black.
     if photo.mode.startswith("I"):
         photo = Image.fromarray((np.asarray(photo).clip(0, 0xFFFF) // 256).astype(np.uint8))
     elif photo.mode == "F":
         photo = Image.fromarray(np.round(np.asarray(photo).clip(0, 1) * 255).astype(np.uint8))
-    return photo.convert("RGB")
+    return over(photo, decoding.background).convert("RGB")
 
 
 def _picture_file(text: str) -> Path:

@@ -37,7 +37,7 @@ def answer(
         max_tokens=limits.max_image_tokens,
         presets=model.presets,
     )
-    rows = feature_rows(reader, limits.max_image_pixels, request.preprocessing.apply_exif_orientation)
+    rows = feature_rows(reader, limits.max_image_pixels)
     failures: dict[int, Failure | ServingError] = {**reader.failures}
     failures |= {image: failing[image] for image in {row.image for row in rows} & set(failing)}
     sizes: dict[tuple[int, int], list[FeatureRow]] = {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from PIL import features
 
 from dinov3_client._model import Model
 from dinov3_serving.model import Limits, ParityCheck
-from dinov3_serving.presets import PRESETS
+from dinov3_serving.presets import PRESETS, FitMethod
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.model import model_message
 
@@ -39,6 +41,7 @@ MODEL = Model(
     projections=(),
     presets=PRESETS,
     image_formats=("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF", *(("AVIF",) if HAS_AVIF else ())),
+    fit_methods=get_args(FitMethod),
 )
 """The default model of a `FakeServer`: a ViT with 24 channels, so that features are small. Derive others with
 `dataclasses.replace`."""

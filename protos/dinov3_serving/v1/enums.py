@@ -10,7 +10,7 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from dinov3_serving.errors import InvalidInput
 from dinov3_serving.features import FeatureDtype, PoolingMethod
 from dinov3_serving.images import PixelFormat
-from dinov3_serving.presets import Interpolation, PresetName
+from dinov3_serving.presets import FitMethod, Interpolation, PresetName
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 E = TypeVar("E", bound=int)
@@ -26,6 +26,11 @@ INTERPOLATIONS: dict[Interpolation, pb.Interpolation] = {
     "bilinear": pb.INTERPOLATION_BILINEAR,
     "bicubic": pb.INTERPOLATION_BICUBIC,
     "lanczos": pb.INTERPOLATION_LANCZOS,
+}
+FIT_METHODS: dict[FitMethod, pb.FitMethod] = {
+    "stretch": pb.FIT_METHOD_STRETCH,
+    "crop": pb.FIT_METHOD_CROP,
+    "pad": pb.FIT_METHOD_PAD,
 }
 FEATURE_DTYPES: dict[FeatureDtype, pb.DataType] = {
     "float32": pb.DATA_TYPE_FLOAT32,

@@ -31,6 +31,13 @@ class Interpolation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INTERPOLATION_BICUBIC: _ClassVar[Interpolation]
     INTERPOLATION_LANCZOS: _ClassVar[Interpolation]
 
+class FitMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FIT_METHOD_UNSPECIFIED: _ClassVar[FitMethod]
+    FIT_METHOD_STRETCH: _ClassVar[FitMethod]
+    FIT_METHOD_CROP: _ClassVar[FitMethod]
+    FIT_METHOD_PAD: _ClassVar[FitMethod]
+
 class PoolingMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     POOLING_METHOD_UNSPECIFIED: _ClassVar[PoolingMethod]
@@ -63,6 +70,10 @@ INTERPOLATION_NEAREST: Interpolation
 INTERPOLATION_BILINEAR: Interpolation
 INTERPOLATION_BICUBIC: Interpolation
 INTERPOLATION_LANCZOS: Interpolation
+FIT_METHOD_UNSPECIFIED: FitMethod
+FIT_METHOD_STRETCH: FitMethod
+FIT_METHOD_CROP: FitMethod
+FIT_METHOD_PAD: FitMethod
 POOLING_METHOD_UNSPECIFIED: PoolingMethod
 POOLING_METHOD_AREA: PoolingMethod
 POOLING_METHOD_BILINEAR: PoolingMethod
@@ -96,16 +107,18 @@ class Image(_message.Message):
     def __init__(self, encoded: _Optional[bytes] = ..., pixels: _Optional[_Union[Tensor, _Mapping]] = ..., views: _Optional[_Iterable[_Union[View, _Mapping]]] = ...) -> None: ...
 
 class View(_message.Message):
-    __slots__ = ("crop", "horizontal_flip", "size", "interpolation")
+    __slots__ = ("crop", "horizontal_flip", "size", "interpolation", "fit")
     CROP_FIELD_NUMBER: _ClassVar[int]
     HORIZONTAL_FLIP_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
     crop: Box
     horizontal_flip: bool
     size: Size
     interpolation: Interpolation
-    def __init__(self, crop: _Optional[_Union[Box, _Mapping]] = ..., horizontal_flip: bool = ..., size: _Optional[_Union[Size, _Mapping]] = ..., interpolation: _Optional[_Union[Interpolation, str]] = ...) -> None: ...
+    fit: Fit
+    def __init__(self, crop: _Optional[_Union[Box, _Mapping]] = ..., horizontal_flip: bool = ..., size: _Optional[_Union[Size, _Mapping]] = ..., interpolation: _Optional[_Union[Interpolation, str]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ...) -> None: ...
 
 class Box(_message.Message):
     __slots__ = ("top", "left", "height", "width")
@@ -127,17 +140,43 @@ class Size(_message.Message):
     width: int
     def __init__(self, height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
+class Fit(_message.Message):
+    __slots__ = ("method", "pad_color", "resize_shorter")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    PAD_COLOR_FIELD_NUMBER: _ClassVar[int]
+    RESIZE_SHORTER_FIELD_NUMBER: _ClassVar[int]
+    method: FitMethod
+    pad_color: Color
+    resize_shorter: int
+    def __init__(self, method: _Optional[_Union[FitMethod, str]] = ..., pad_color: _Optional[_Union[Color, _Mapping]] = ..., resize_shorter: _Optional[int] = ...) -> None: ...
+
+class Color(_message.Message):
+    __slots__ = ("red", "green", "blue")
+    RED_FIELD_NUMBER: _ClassVar[int]
+    GREEN_FIELD_NUMBER: _ClassVar[int]
+    BLUE_FIELD_NUMBER: _ClassVar[int]
+    red: int
+    green: int
+    blue: int
+    def __init__(self, red: _Optional[int] = ..., green: _Optional[int] = ..., blue: _Optional[int] = ...) -> None: ...
+
 class Preprocessing(_message.Message):
-    __slots__ = ("preset", "size", "interpolation", "apply_exif_orientation")
+    __slots__ = ("preset", "size", "interpolation", "apply_exif_orientation", "fit", "background", "allow_truncated")
     PRESET_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
     APPLY_EXIF_ORIENTATION_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
+    BACKGROUND_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     preset: Preset
     size: Size
     interpolation: Interpolation
     apply_exif_orientation: bool
-    def __init__(self, preset: _Optional[_Union[Preset, str]] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., interpolation: _Optional[_Union[Interpolation, str]] = ..., apply_exif_orientation: bool = ...) -> None: ...
+    fit: Fit
+    background: Color
+    allow_truncated: bool
+    def __init__(self, preset: _Optional[_Union[Preset, str]] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., interpolation: _Optional[_Union[Interpolation, str]] = ..., apply_exif_orientation: bool = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., background: _Optional[_Union[Color, _Mapping]] = ..., allow_truncated: bool = ...) -> None: ...
 
 class Outputs(_message.Message):
     __slots__ = ("cls", "patches", "registers", "layers", "dtype", "pooling", "projection", "patch_layout")
@@ -324,7 +363,7 @@ class ServerLimits(_message.Message):
     def __init__(self, max_message_bytes: _Optional[int] = ..., max_images_per_request: _Optional[int] = ..., max_image_pixels: _Optional[int] = ..., max_image_tokens: _Optional[int] = ..., stream_window: _Optional[int] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "parity_check", "projections", "layer_dims", "layer_strides", "presets", "image_formats")
+    __slots__ = ("model", "weights", "random_weights", "fingerprint", "dtype", "devices", "embed_dim", "depth", "patch_size", "register_tokens", "mean", "std", "parameters", "limits", "frontends", "frontend", "server_version", "parity_check", "projections", "layer_dims", "layer_strides", "presets", "image_formats", "fit_methods")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     RANDOM_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -348,6 +387,7 @@ class GetModelResponse(_message.Message):
     LAYER_STRIDES_FIELD_NUMBER: _ClassVar[int]
     PRESETS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FORMATS_FIELD_NUMBER: _ClassVar[int]
+    FIT_METHODS_FIELD_NUMBER: _ClassVar[int]
     model: str
     weights: str
     random_weights: bool
@@ -371,7 +411,8 @@ class GetModelResponse(_message.Message):
     layer_strides: _containers.RepeatedScalarFieldContainer[int]
     presets: _containers.RepeatedCompositeFieldContainer[PresetInfo]
     image_formats: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., parity_check: _Optional[_Union[ParityCheck, _Mapping]] = ..., projections: _Optional[_Iterable[_Union[Projection, _Mapping]]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ..., presets: _Optional[_Iterable[_Union[PresetInfo, _Mapping]]] = ..., image_formats: _Optional[_Iterable[str]] = ...) -> None: ...
+    fit_methods: _containers.RepeatedScalarFieldContainer[FitMethod]
+    def __init__(self, model: _Optional[str] = ..., weights: _Optional[str] = ..., random_weights: bool = ..., fingerprint: _Optional[str] = ..., dtype: _Optional[_Union[DataType, str]] = ..., devices: _Optional[_Iterable[str]] = ..., embed_dim: _Optional[int] = ..., depth: _Optional[int] = ..., patch_size: _Optional[int] = ..., register_tokens: _Optional[int] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., parameters: _Optional[int] = ..., limits: _Optional[_Union[ServerLimits, _Mapping]] = ..., frontends: _Optional[int] = ..., frontend: _Optional[int] = ..., server_version: _Optional[str] = ..., parity_check: _Optional[_Union[ParityCheck, _Mapping]] = ..., projections: _Optional[_Iterable[_Union[Projection, _Mapping]]] = ..., layer_dims: _Optional[_Iterable[int]] = ..., layer_strides: _Optional[_Iterable[int]] = ..., presets: _Optional[_Iterable[_Union[PresetInfo, _Mapping]]] = ..., image_formats: _Optional[_Iterable[str]] = ..., fit_methods: _Optional[_Iterable[_Union[FitMethod, str]]] = ...) -> None: ...
 
 class PresetInfo(_message.Message):
     __slots__ = ("preset", "size", "interpolation")

@@ -10,9 +10,20 @@ import numpy as np
 
 from dinov3_serving.errors import InvalidInput, ServingError, without_traceback
 from dinov3_serving.framing import BytesResolver
-from dinov3_serving.images import Box, PixelFormat, PixelShape, RowSpec, Transform, check_box, check_size
+from dinov3_serving.images import (
+    Box,
+    Color,
+    Decoding,
+    Fit,
+    PixelFormat,
+    PixelShape,
+    RowSpec,
+    Transform,
+    check_box,
+    check_size,
+)
 from dinov3_serving.model import ModelDescription
-from dinov3_serving.presets import PRESETS, Interpolation, Preset
+from dinov3_serving.presets import PRESETS, FitMethod, Interpolation, Preset
 from dinov3_serving.v1 import enums
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import enum_of
@@ -24,6 +35,10 @@ _PIXEL_FORMATS = {number: name for name, number in enums.PIXEL_FORMATS.items()}
 _INTERPOLATIONS: dict[pb.Interpolation, Interpolation | None] = {
     pb.INTERPOLATION_UNSPECIFIED: None,
     **{number: name for name, number in enums.INTERPOLATIONS.items()},
+}
+_FIT_METHODS: dict[pb.FitMethod, FitMethod] = {
+    pb.FIT_METHOD_UNSPECIFIED: "stretch",
+    **{number: name for name, number in enums.FIT_METHODS.items()},
 }
 
 
@@ -52,6 +67,8 @@ class RequestedImage(NamedTuple):
 class ImageReader:
     """Reads the images of a request into `images`, and the errors of single images into `failures`, by index.
 
+    `decoding` has the options for its files.
+
     max_images: the most images, or views of them, in a request. max_tokens: the most tokens of one image.
     """
 
@@ -72,20 +89,28 @@ class ImageReader:
         self._max_images = max_images
         self._max_tokens = max_tokens
         self._resolve_bytes = resolve_bytes
-        preprocessing, size = request.preprocessing, request.preprocessing.size
-        self._size = (size.height, size.width) if preprocessing.HasField("size") else None
+        preprocessing, given = request.preprocessing, request.preprocessing.size
+        self._size = (given.height, given.width) if preprocessing.HasField("size") else None
         known = {enums.PRESETS[preset.name]: preset for preset in presets}
         preset = enum_of(pb.Preset, known, preprocessing.preset or pb.PRESET_DINOV3, "preprocessing.preset")
         filter = enum_of(pb.Interpolation, _INTERPOLATIONS, preprocessing.interpolation, "preprocessing.interpolation")
-        self._transform = Transform(self._size or preset.size, filter or preset.interpolation)
+        color = preprocessing.background
+        self.decoding = Decoding(
+            preprocessing.apply_exif_orientation,
+            read_color(color, "preprocessing.background") if preprocessing.HasField("background") else None,
+            preprocessing.allow_truncated,
+        )
+        fit, size = read_fit(preprocessing.fit, "preprocessing.fit"), self._size or preset.size
+        check_fit(fit, size, "preprocessing.fit")
+        self._transform = Transform(size, filter or preset.interpolation, fit=fit)
         # The shape of every file, uint8 tensor and view without a size of its own.
         self._shape: PixelShape | None = None
         if self._transform.size:
             field = "preprocessing.size" if self._size else "preprocessing.preset"
             self._shape = self._input_shape(*self._transform.size, "uint8", field)
         if bool(request.images) == request.HasField("pixels"):
-            given = "both images and pixels are" if request.images else "neither images nor pixels is"
-            raise InvalidInput(f"{given} set: send one of them", field="images")
+            found = "both images and pixels are" if request.images else "neither images nor pixels is"
+            raise InvalidInput(f"{found} set: send one of them", field="images")
         if request.images:
             self._read_list(request.images)
         else:
@@ -163,6 +188,12 @@ class ImageReader:
                     f"{self._size[0]}x{self._size[1]}; leave it out or send uint8 pixels",
                     field=f"{field}.shape",
                 )
+            if self._transform.fit.method != "stretch":
+                raise InvalidInput(
+                    f"float pixels are never resized: leave out preprocessing.fit ({self._transform.fit.method}), or "
+                    "send uint8 pixels",
+                    field=f"{field}.shape",
+                )
             shape = None
         if pixels and not shape:
             shape = self._input_shape(pixels.height, pixels.width, pixels.format, f"{field}.shape")
@@ -181,7 +212,13 @@ class ImageReader:
             if crop:
                 check_box(crop, picture, f"{row.field}.crop")
             filter = enum_of(pb.Interpolation, _INTERPOLATIONS, view.interpolation, f"{row.field}.interpolation")
-            transform = Transform(size or transform.size, filter or transform.interpolation, crop, view.horizontal_flip)
+            fit, fit_field = transform.fit, "preprocessing.fit"
+            if view.HasField("fit"):
+                fit, fit_field = read_fit(view.fit, f"{row.field}.fit"), f"{row.field}.fit"
+            check_fit(fit, size or transform.size, fit_field)
+            transform = Transform(
+                size or transform.size, filter or transform.interpolation, crop, view.horizontal_flip, fit
+            )
         return row._replace(transform=transform)
 
     def _view_shape(
@@ -213,6 +250,44 @@ class ImageReader:
 def count_rows(image: pb.Image) -> int:
     """Return the number of rows of an image: one for each view, or one for the whole."""
     return len(image.views) or 1
+
+
+def read_color(color: pb.Color, field: str) -> Color:
+    """Return a color. Raises InvalidInput, naming `field`, for numbers over 255."""
+    found = Color(color.red, color.green, color.blue)
+    if max(found) > 255:
+        raise InvalidInput(f"the color {tuple(found)} (red, green, blue) has a number over 255", field=field)
+    return found
+
+
+def read_fit(fit: pb.Fit, field: str) -> Fit:
+    """Return a fit. Raises InvalidInput, naming `field` or one below it, for options that its method does not have."""
+    method = enum_of(pb.FitMethod, _FIT_METHODS, fit.method, f"{field}.method")
+    if fit.HasField("pad_color") and method != "pad":
+        raise InvalidInput(
+            f"pad_color is set for {method}: only FIT_METHOD_PAD has borders", field=f"{field}.pad_color"
+        )
+    if fit.resize_shorter and method != "crop":
+        raise InvalidInput(
+            f"resize_shorter is {fit.resize_shorter} for {method}: only FIT_METHOD_CROP resizes the shorter side",
+            field=f"{field}.resize_shorter",
+        )
+    return Fit(method, read_color(fit.pad_color, f"{field}.pad_color"), fit.resize_shorter)
+
+
+def check_fit(fit: Fit, size: tuple[int, int] | None, field: str) -> None:
+    """Raise InvalidInput, naming `field` or one below it, unless a picture can be fitted to an input of `size`."""
+    if size is None and fit.method != "stretch":
+        raise InvalidInput(
+            f"{fit.method} needs the size of the model's input: set a size, or another preset than PRESET_NONE",
+            field=f"{field}.method",
+        )
+    if size and 0 < fit.resize_shorter < max(size):
+        raise InvalidInput(
+            f"resize_shorter is {fit.resize_shorter}, less than the input of {size[0]}x{size[1]} (height x width): "
+            f"allowed are {max(size)} and more, or 0 to just cover the input",
+            field=f"{field}.resize_shorter",
+        )
 
 
 def read_pixels(tensor: pb.Tensor, data: bytes | memoryview, field: str, packed: bool = False) -> Pixels:

@@ -9,7 +9,7 @@ from typing import Any
 from dinov3_serving.model import Limits, ModelDescription, ParityCheck
 from dinov3_serving.presets import Preset
 from dinov3_serving.v1 import feature_service_pb2 as pb
-from dinov3_serving.v1.enums import FEATURE_DTYPES, INTERPOLATIONS, PRESETS
+from dinov3_serving.v1.enums import FEATURE_DTYPES, FIT_METHODS, INTERPOLATIONS, PRESETS
 
 
 def model_message(
@@ -48,6 +48,7 @@ def model_message(
         projections=[pb.Projection(**asdict(projection)) for projection in model.projections],
         presets=map(_preset, presets),
         image_formats=image_formats,
+        fit_methods=FIT_METHODS.values(),
     )
 
 

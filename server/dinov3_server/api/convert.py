@@ -69,8 +69,7 @@ def read_request(
         max_tokens=settings.max_batch_tokens,
         resolve_bytes=resolve_bytes,
     )
-    exif = request.preprocessing.apply_exif_orientation
-    sources = [source_of(image, reader, settings.max_image_pixels, exif) for image in reader.images]
+    sources = [source_of(image, reader, settings.max_image_pixels) for image in reader.images]
     row_counts = tuple(len(source.rows) for source in sources)
     has_views = any(image.views for image in request.images)
     fingerprint = answer_fingerprint(model, spec.projection)

@@ -36,13 +36,13 @@ class Source(NamedTuple):
     rows_with_size: Callable[[tuple[int, int]], tuple[RowSpec, ...]] | None = None
 
 
-def source_of(image: RequestedImage, reader: ImageReader, max_pixels: int, exif: bool) -> Source:
+def source_of(image: RequestedImage, reader: ImageReader, max_pixels: int) -> Source:
     """Return the source of an image that `reader` has read."""
     if image.content is None:
         return Source(image.index, image.rows, write=None)
     if isinstance(image.content, Pixels):
         return _pixel_source(image, image.content)
-    file, rows = File(image.content, max_pixels, exif), image.rows
+    file, rows = File(image.content, max_pixels, *reader.decoding), image.rows
 
     def cost() -> Cost:
         return cost_of(file).with_transforms([row.transform for row in rows])
@@ -63,7 +63,7 @@ def _pixel_source(image: RequestedImage, pixels: Pixels) -> Source:
     if pixels.format == "float32":
         return Source(image.index, rows, partial(_write_floats, pixels, f"{image.field}.data"))
     size = pixels.height, pixels.width
-    resized = any(row.transform.resizes(*size) for row in rows)
+    resized = any(row.transform.changes_size(*size) for row in rows)
     cost = partial(transform_cost, *size, [row.transform for row in rows]) if resized else None
     return Source(image.index, rows, partial(_write_pixels, pixels, rows), cost)
 

@@ -27,7 +27,7 @@ SHORT_BYTES = 4096
 _MAX_TEXT_BYTES = 1024
 # Elements of a kind that are always allowed, whatever max_images_per_request: a request has layers too.
 _MIN_ELEMENTS = 64
-# Allowed fields per element, and for the rest of a request. A view has at most 11, an image of pixels 7.
+# Allowed fields per element, and for the rest of a request. A view has at most 18, an image of pixels 7.
 _FIELDS_PER_ELEMENT = 20
 _OTHER_FIELDS = 256
 

@@ -24,6 +24,8 @@ from dinov3_serving.images import Transform
 # 20 ns a byte.
 PLAIN_PIXELS = 1 << 22
 PLAIN_BYTES = 1 << 24
+# For resampling and fitting a plain file: some tenths of a second.
+_PLAIN_TRANSFORM_BYTES = 1 << 28
 # Compressed bytes of text and color profiles in a plain PNG; zlib inflates at most 1032-fold.
 _PLAIN_PACKED_BYTES = 1 << 15
 _MAX_INFLATION = 1032
@@ -42,6 +44,8 @@ _EXTRA_BYTES = 1 << 26
 
 # Peak memory of Pillow in bytes a pixel: the image in its own mode, and the RGB image that it is converted to, 4 bytes.
 _RGB, _NARROW, _WIDE, _SIXTEEN, _INT_OR_FLOAT = 4, 5, 8, 13, 22
+# What alpha over a color adds: the image and the color in RGBA, and their composite.
+_COMPOSITE = 12
 
 
 class Cost(NamedTuple):
@@ -67,7 +71,11 @@ class Cost(NamedTuple):
     def with_transforms(self, transforms: Iterable[Transform]) -> Cost:
         """Return the cost with the memory of the largest transform; they run one after the other."""
         height, width, nbytes, plain = self
-        return Cost(height, width, nbytes + max(_transform_bytes(height, width, each) for each in transforms), plain)
+        most = max(_transform_bytes(height, width, each) for each in transforms)
+        # An elongated picture can be resized to many pixels before its center is cropped.
+        if plain and most > _PLAIN_TRANSFORM_BYTES:
+            return Cost(height, width, nbytes + most + _EXTRA_BYTES, False)
+        return Cost(height, width, nbytes + most, plain)
 
 
 class _Header(NamedTuple):
@@ -99,8 +107,10 @@ def cost_of(file: File) -> Cost:
         return Cost(0, 0, len(data) + _EXTRA_BYTES, False)
     check_pixels(data, "the image", header.width, header.height, file.max_pixels)
     pixels = header.height * header.width
+    composite = 0 if file.background is None else _COMPOSITE
     plain = header.plain and pixels <= PLAIN_PIXELS and len(data) <= PLAIN_BYTES
-    nbytes = pixels * (header.bytes_per_pixel + _RGB * file.apply_exif_orientation) + header.extra + 2 * len(data)
+    per_pixel = header.bytes_per_pixel + _RGB * file.apply_exif_orientation + composite
+    nbytes = pixels * per_pixel + header.extra + 2 * len(data)
     return Cost(header.height, header.width, nbytes + (_PLAIN_EXTRA_BYTES if plain else _EXTRA_BYTES), plain)
 
 
@@ -115,8 +125,10 @@ def _transform_bytes(height: int, width: int, transform: Transform) -> int:
         height, width = min(transform.crop.height, height), min(transform.crop.width, width)
         cropped = _RGB * height * width
     out_height, out_width = transform.size or (height, width)
-    # The two passes of resampling, the flipped image, and its bytes twice.
-    return cropped + _RGB * out_width * height + (_RGB + _RGB + 3 + 3) * out_height * out_width
+    resized = transform.fit.resized((height, width), (out_height, out_width)) if height and width else (0, 0)
+    # The two passes of resampling, the fitted and the flipped image, and its bytes twice.
+    resampling = _RGB * resized[1] * height + _RGB * resized[0] * resized[1]
+    return cropped + resampling + (_RGB + _RGB + 3 + 3) * out_height * out_width
 
 
 def _jpeg(data: bytes | memoryview) -> _Header | None:

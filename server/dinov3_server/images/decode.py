@@ -36,6 +36,8 @@ from PIL import (
 
 from dinov3_server.errors import InvalidInput
 from dinov3_server.images.formats import HAS_PILLOW, PILLOW_NAMES, READS_ALL_TIFF, describe, unidentified
+from dinov3_serving.images import Color
+from dinov3_serving.pillow import over, truncated_files
 
 # Process-wide settings, which cannot be changed for one thread.
 # Pillow's limit is global and only warns; ours is checked on every header and is an error.
@@ -75,6 +77,8 @@ class File(NamedTuple):
     data: bytes | memoryview
     max_pixels: int  # height * width
     apply_exif_orientation: bool = False
+    background: Color | None = None
+    allow_truncated: bool = False
 
     def decode(self) -> Image.Image:
         """Decode the first (or only) image of the file, in mode RGB.
@@ -86,7 +90,7 @@ class File(NamedTuple):
             image = _open(bytes(self.data), self.max_pixels)
             image.load()
             orientation = _orientation(image) if self.apply_exif_orientation else None
-            rgb = _to_rgb(image)
+            rgb = _to_rgb(image, self.background)
             return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
 
     def read_size(self) -> tuple[int, int]:
@@ -109,7 +113,8 @@ class File(NamedTuple):
         bad files.
         """
         try:
-            yield
+            with truncated_files(self.allow_truncated):
+                yield
         except InvalidInput:
             raise
         except UnidentifiedImageError as error:
@@ -154,11 +159,17 @@ def _orientation(image: ImageFile.ImageFile) -> object:
     return image.getexif().get(ExifTags.Base.Orientation)
 
 
-def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+def _to_rgb(image: ImageFile.ImageFile, background: Color | None) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        rgb = _gray_to_rgb(_integers_to_uint8(image), image)
+        transparent = image.info.get("transparency")
+        if background and isinstance(transparent, int):  # a gray level of a PNG
+            rgb.paste(background, mask=Image.fromarray(np.asarray(image) == transparent))
+        return rgb
+    if background and image.has_transparency_data:
+        return over(image, background).convert("RGB")
     if image.mode == "RGB":
         return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _gray_to_rgb(_integers_to_uint8(image), image)
     if image.mode == "F":
         return _gray_to_rgb(_floats_to_uint8(image), image)
     # The transparent color of a palette or a tRNS chunk: alpha is dropped, and converting it can fail.

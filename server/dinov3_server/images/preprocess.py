@@ -17,7 +17,7 @@ from PIL import Image, features
 
 from dinov3_server.images.formats import HAS_AVIF, LIBHEIF
 from dinov3_serving import presets
-from dinov3_serving.images import Transform
+from dinov3_serving.images import Fit, Transform
 
 # Part of the model's fingerprint, as it determines the pixels: Pillow resamples and converts, its libjpeg decodes (the
 # JPEG standard leaves the last bit of the inverse DCT open), libavif and libheif convert colors. Increment the last
@@ -43,14 +43,27 @@ def transform_into(image: Image.Image, transform: Transform, out: memoryview) ->
     if transform.crop is not None:
         top, left, height, width = transform.crop
         image = image.crop((left, top, left + width, top + height))
-    if transform.resizes(image.height, image.width):
+    if transform.changes_size(image.height, image.width):
         assert transform.size is not None
-        height, width = transform.size
+        height, width = transform.fit.resized((image.height, image.width), transform.size)
         # Resize the cropped image: `resize(box=...)` would mix pixels outside the box into its borders.
         image = image.resize((width, height), Image.Resampling[transform.interpolation.upper()])
+        image = _centered(image, *transform.size, transform.fit)
     if transform.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     out[:] = image.tobytes()
+
+
+def _centered(image: Image.Image, height: int, width: int, fit: Fit) -> Image.Image:
+    """Crop the center of an image, or put the image into the center of a larger one, as torchvision's center_crop."""
+    if fit.method == "crop":
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)  # halves to even
+        return image.crop((left, top, left + width, top + height))
+    if fit.method == "pad":
+        canvas = Image.new("RGB", (width, height), fit.pad_color)
+        canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        return canvas
+    return image
 
 
 def transform_pixels_into(pixels: npt.NDArray[np.uint8], transform: Transform, out: memoryview) -> None:
@@ -58,7 +71,7 @@ def transform_pixels_into(pixels: npt.NDArray[np.uint8], transform: Transform, o
     if transform.crop is not None:
         top, left, height, width = transform.crop
         pixels = pixels[top : top + height, left : left + width]
-    if transform.resizes(*pixels.shape[:2]):
+    if transform.changes_size(*pixels.shape[:2]):
         # This copy cannot be avoided: Pillow resamples four bytes a pixel.
         image = Image.fromarray(pixels)
         transform_into(image, replace(transform, crop=None), out)

@@ -159,7 +159,7 @@ def test_npz(source: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.glob("*.npz")) == [f"{index}.npz" for index in range(8)]
     with np.load(out / "3.npz") as file:
         arrays = {"cls", "patches", "layer0_cls", "layer0_patches", "grid", "layer0_grid", "input_size"}
-        assert set(file.files) == arrays | {"preset", "exif", "source", "model", "weights", "fingerprint"}
+        assert set(file.files) == arrays | {"preset", "exif", "fit", "source", "model", "weights", "fingerprint"}
         assert np.array_equal(file["layer0_patches"], expected(pattern(3), "patches", layer=0))
         assert {key: str(file[key]) for key in ("preset", "exif", "source", "model", "weights", "fingerprint")} == {
             "preset": "none",

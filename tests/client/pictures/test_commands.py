@@ -138,16 +138,16 @@ def test_pca_leaves_broken_images_out(
 ) -> None:
     cut = tmp_path / "cut.png"
     cut.write_bytes((photos / "photo0.png").read_bytes()[:2000])
-    gif = tmp_path / "a.gif"
-    Image.fromarray(pattern(1)).save(gif)
+    ppm = tmp_path / "a.ppm"
+    Image.fromarray(pattern(1)).save(ppm)
     missing = tmp_path / "missing.jpg"
-    sources = (broken, cut, gif, missing, photos / "photo0.png")
+    sources = (broken, cut, ppm, missing, photos / "photo0.png")
     assert run("pca", *sources, "-o", tmp_path / "pca.jpg", "--size", "64x128") == 1
     captured = capsys.readouterr()
     assert [line.split(": ")[1:3] for line in captured.err.splitlines()] == [
         [str(broken), "not an image"],
         [str(cut), "cannot be decoded"],
-        [str(gif), captured.err.splitlines()[2].split(": ")[2]],  # as the server has it
+        [str(ppm), captured.err.splitlines()[2].split(": ")[2]],  # as the server has it
         [f"there is no file or folder {missing}"],
     ]
     assert captured.out == f"{tmp_path}/pca.jpg: 1 of 5 images\n"
@@ -322,7 +322,7 @@ def test_a_failing_server_ends_the_command(
 ) -> None:
     server.script = [Failure(grpc.StatusCode.UNAUTHENTICATED, "this server wants a token")]
     assert run(*command, photos / "photo0.png", "-o", tmp_path / "p.png") == 1
-    assert capsys.readouterr().err == "dinov3-client: this server wants a token\n"
+    assert capsys.readouterr().err.startswith("dinov3-client: this server wants a token: give the server's token by --")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 

@@ -130,7 +130,7 @@ def test_a_view_is_random_resized_crop_and_flip_of_torchvision(size: int, scale:
 )
 def test_pixels_that_need_no_resizing_are_only_copied(how: Transform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov3_server.images.preprocess.transform_into", pytest.fail)
-    assert not how.resizes(HEIGHT, WIDTH)
+    assert not how.changes_size(HEIGHT, WIDTH)
     cropped = PHOTO[1:17, 2:34]
     np.testing.assert_array_equal(pixels_of(PHOTO, how), cropped[:, ::-1] if how.flip else cropped)
 
