@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 
 from dinov3_server.signals import unwinding
+from dinov3_serving.standard_streams import run
 
 # The import names of the packages that only the extra "server" installs.
 NEEDED = ("grpc_health", "grpc_reflection", "huggingface_hub", "prometheus_client", "safetensors", "torch", "yaml")
@@ -17,6 +18,10 @@ NEEDED = ("grpc_health", "grpc_reflection", "huggingface_hub", "prometheus_clien
 
 def main() -> int:
     """Run `cli.main`; return 2 if the server's packages are not installed."""
+    return run("dinov3-server", _main)
+
+
+def _main() -> int:
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         sys.stderr.write(

@@ -15,9 +15,14 @@ from dinov3_client._errors import Dinov3Error
 from dinov3_client.cli import extract, fit_projection, info, merge, pca, similarity
 from dinov3_client.cli.common import UsageError, describe, print_error, report_interrupt, server_flags
 from dinov3_client.cli.interrupts import end_on_signals
+from dinov3_serving.standard_streams import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return run("dinov3-client", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else gRPC logs each failed handshake, besides our error
     parser = _parser()
     args = parser.parse_args(argv)
