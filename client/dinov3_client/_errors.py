@@ -19,6 +19,7 @@ Invalid arguments raise ValueError or TypeError before anything is sent. Files t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import NamedTuple, Self
@@ -32,6 +33,8 @@ from grpc_status import rpc_status
 from dinov3_client._text import printable
 
 _SHOWN_IMAGES = 5
+# The ids that the server makes or accepts. Others could garble a message.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -53,6 +56,7 @@ class StatusError(Dinov3Error):
     code, message: the status and its text.
     violations: the invalid fields.
     retry_after: seconds after which the server suggests a retry; None if it suggests none.
+    request_id: the id of the (last) request in the server's logs, if the server sent one.
     attempts: how often the call was tried.
     previous: the error of the attempt before, if there was one.
     image, path: of the error of one image, its index within the call, and the path of its file if it has one.
@@ -74,6 +78,7 @@ class StatusError(Dinov3Error):
         self.code = code
         self.violations = violations
         self.retry_after = retry_after
+        self.request_id: str | None = None
         self.attempts = 1
         self.previous: StatusError | None = None
 
@@ -91,6 +96,8 @@ class StatusError(Dinov3Error):
             if self.previous is not None and self.previous.code is not self.code:
                 text += f"; the one before: {self.previous.code.name}: {self.previous.message}"
             text += ")"
+        if self.request_id is not None:
+            text += f" (request id {self.request_id})"
         return text
 
 
@@ -199,7 +206,11 @@ def from_rpc_error(error: grpc.RpcError) -> StatusError:
         status = rpc_status.from_call(call)
     except (ValueError, DecodeError):  # malformed details, or details of another status: use the status
         status = None
-    return from_status(call.code().value[0], call.details() or call.code().name, status.details if status else ())
+    found = from_status(call.code().value[0], call.details() or call.code().name, status.details if status else ())
+    for key, value in call.trailing_metadata() or ():
+        if key == "x-request-id" and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            found.request_id = value
+    return found
 
 
 def model_mismatch(pinned: str, served: str) -> ModelMismatch:

@@ -37,6 +37,7 @@ from dinov3_client._model import Model, read_model
 from dinov3_client._reading import Reading, check_range
 from dinov3_client._request import RequestOptions
 from dinov3_client._split import PreparedRequest
+from dinov3_client._tracing import traced
 from dinov3_client._transport import channels, failures, proxy
 from dinov3_client._transport.channels import PathLike
 from dinov3_client._transport.effects import CloseChannel, Gather, Offload, Procedure, Rpc, Sleep
@@ -125,13 +126,16 @@ class Session:
         self._pools = {}
         self._pools_lock = threading.Lock()
 
+    @traced
     def model(self, deadline: float | None) -> Procedure[Model]:
         return (yield from self._get_model(Attempts(self._end(deadline), self.now, self.rand)))
 
+    @traced
     def wait_ready(self, timeout: float) -> Procedure[Model]:
         end = self.now() + check_deadline(timeout, "timeout")
         return (yield from self._get_model(Attempts(end, self.now, self.rand, patient=True)))
 
+    @traced
     def extract(self, images: ImageLike | Iterable[ImageLike], options: RequestOptions) -> Procedure[Features]:
         """Extract features; repeat the call once if the server has another model or other limits than we knew."""
         end = self._end(options.deadline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -247,3 +248,29 @@ def _changed(data: bytes, rand: random.Random) -> bytes:
             case _:
                 changed[place:place] = changed[rand.randrange(len(changed)) :][:64]
     return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        ("5f0c-17", "5f0c-17"),
+        ("job-7/epoch_3:1", "job-7/epoch_3:1"),
+        ("two words", None),
+        ("x" * 129, None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_an_error_ends_with_the_id_of_the_request_if_the_server_sent_a_harmless_one(
+    adapter: type[Adapter], sent: str | None, shown: str | None
+) -> None:
+    def fail(context: grpc.ServicerContext) -> bytes:
+        context.set_trailing_metadata(() if sent is None else (("x-request-id", sent),))
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no such layer")
+        raise AssertionError
+
+    with raw_server(fail) as target, adapter(target) as client, pytest.raises(InvalidRequest) as caught:
+        client.model()
+    assert (caught.value.request_id, caught.value.message) == (shown, "no such layer")
+    assert str(caught.value) == "no such layer" + ("" if shown is None else f" (request id {shown})")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

@@ -40,6 +40,7 @@ class Access(NamedTuple):
     response_bytes: int
     milliseconds: float
     error: str | None
+    trace_id: str | None = None
 
 
 class AccessLog:

@@ -18,6 +18,7 @@ from dinov3_server.api.decode_pool import DecodePool, decode_tasks
 from dinov3_server.api.outputs import check_answer_size
 from dinov3_server.api.requests import note_images
 from dinov3_server.api.response import PlacedBlock, response_pieces, stream_answer
+from dinov3_server.api.tracing import RequestTrace
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.admission import Reservation
 from dinov3_server.engine.block import Block
@@ -53,6 +54,7 @@ class _Call:
     deadline: float | None
     request_memory: RequestMemory
     message_id: int | None
+    trace: RequestTrace | None
 
 
 @dataclass(eq=False)
@@ -92,9 +94,11 @@ class Extraction:
         Raises ServingError if the request fails as a whole.
         """
         images = min(count_images(request), self.settings.max_images_per_request)
-        note_images(images)
+        trace = note_images(images)
         try:
             model = self.model
+            if trace is not None:
+                trace.note({"dinov3.model": model.name, "dinov3.fingerprint": model.fingerprint})
             bulk = request.priority == pb.PRIORITY_BULK
             least = Demand(images=max(1, images), nbytes=0, tokens=images, caller=caller, bulk=bulk)
             self.engine.refuse_early(least, deadline)
@@ -103,7 +107,7 @@ class Extraction:
             del request, resolve_bytes
             if query.needs_sizes:
                 await self.decode_pool.read_sizes(query.sources, query.failures, deadline)
-            call = _Call(query, model, plan_blocks(query, model), deadline, request_memory, message_id)
+            call = _Call(query, model, plan_blocks(query, model), deadline, request_memory, message_id, trace)
             if not call.placed:
                 return await self._respond(call, memoryview(b""), pb.Timings())
             blocks = [one.block for one in call.placed]
@@ -130,26 +134,33 @@ class Extraction:
 
     async def _extract(self, call: _Call, reservation: Reservation) -> bytes:
         query, failures = call.query, call.query.failures
-        started = time.perf_counter()
+        started = time.monotonic()
         tasks = decode_tasks(query.sources, failures, call.placed, reservation.memory)
         decoding = self.decode_pool.decode(tasks, failures, call.deadline)
         del tasks
         await decoding
-        decode_seconds = time.perf_counter() - started
+        decode_seconds = time.monotonic() - started
+        if call.trace is not None:
+            call.trace.stage("decode", started, started + decode_seconds, {"dinov3.images": len(query.row_counts)})
         query.sources.clear()
         call.request_memory.message.release()
 
+        if call.trace is not None:
+            call.trace.event("rows submitted")  # the only sign of a wait that is cancelled or too long
         results = await self._run(call, reservation)
         for one, result in zip(call.placed, results, strict=True):
             for row, error in result.failed.items():
                 failures.setdefault(one.images[row], error)
+        batches = [batch for result in results for batch in result.batches]
         timings = pb.Timings(
             decode_seconds=decode_seconds,
-            queue_seconds=max(result.queue_seconds for result in results),
-            inference_seconds=sum(result.inference_seconds for result in results),
-            batch_images=max(result.batch_images for result in results),
-            batches=sum(result.batches for result in results),
+            queue_seconds=max((batch.queue_seconds for batch in batches), default=0.0),
+            inference_seconds=sum(batch.inference_seconds for batch in batches),
+            batch_images=max((batch.batch_images for batch in batches), default=0),
+            batches=len(batches),
         )
+        if call.trace is not None:
+            _trace_batches(call.trace, results)
         return await self._respond(call, reservation.memory, timings)
 
     async def _run(self, call: _Call, reservation: Reservation) -> list[BlockResult]:
@@ -167,7 +178,7 @@ class Extraction:
         return [task.result() for task in tasks]
 
     async def _respond(self, call: _Call, memory: memoryview, timings: pb.Timings) -> bytes:
-        started = time.perf_counter()
+        started = time.monotonic()
         query, failures = call.query, call.query.failures
         for one in call.placed:
             for row, image in enumerate(one.images):
@@ -182,7 +193,12 @@ class Extraction:
             raise too_large(f"{nbytes} bytes, with the errors of {len(failures)} images", limit)
         await call.request_memory.acquire_answer(nbytes, call.deadline)
         answer = b"".join(pieces)
-        self.metrics.stage_seconds.observe(time.perf_counter() - started, "respond")
+        ended = time.monotonic()
+        self.metrics.stage_seconds.observe(ended - started, "respond")
+        if call.trace is not None:
+            call.trace.stage("respond", started, ended)
+            if failures:
+                call.trace.note({"dinov3.failed_images": len(failures)})
         outcomes = Counter[str]()
         for image, rows in enumerate(query.row_counts):
             error = failures.get(image)
@@ -190,6 +206,18 @@ class Extraction:
         for outcome, rows in outcomes.items():
             self.metrics.images.inc(outcome, value=rows)
         return answer
+
+
+def _trace_batches(trace: RequestTrace, results: list[BlockResult]) -> None:
+    """Add a span of each block's time in the queue, until its first batch began, and of each batch on the device."""
+    for result in results:
+        if result.batches:
+            first = result.enqueued + min(batch.queue_seconds for batch in result.batches)
+            trace.stage("queue", result.enqueued, first)
+        for batch in result.batches:
+            launched = result.enqueued + batch.queue_seconds
+            attributes = {"dinov3.rows": len(batch.rows), "dinov3.batch_images": batch.batch_images}
+            trace.stage("device", launched, launched + batch.inference_seconds, attributes)
 
 
 def plan_blocks(query: Query, model: ModelInfo) -> list[PlacedBlock]:

@@ -16,6 +16,7 @@ from dinov3_server.api.peers import OpenCalls
 from dinov3_server.api.receiving import Receiver, deadline_of
 from dinov3_server.api.requests import REQUEST_ID, RequestRecord, request_id
 from dinov3_server.api.status import abort, serving_error, status_of
+from dinov3_server.api.tracing import Tracing
 from dinov3_server.errors import InternalError, ServingError
 from dinov3_server.metrics import METHODS, Metrics
 
@@ -47,6 +48,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     tokens: BearerTokens | None
     open_calls: OpenCalls
     access_log: AccessLog | None
+    tracing: Tracing | None
     handlers: dict[str, Handler] = field(default_factory=dict)  # by method
     active: set[asyncio.Task[Any]] = field(default_factory=set)
 
@@ -115,6 +117,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
             with record:
                 self._authenticate(context)
+                if self.tracing is not None:
+                    metadata = context.invocation_metadata() or ()
+                    record.trace = self.tracing.start(f"{SERVICE}/{label}", metadata, call_id)
                 data, request_memory = await self.receiver.message(context)
                 record.received(len(data))
                 context.add_done_callback(request_memory.release)  # type: ignore[arg-type]  # untyped

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from dinov3_server.api.access_log import Access, AccessLog
+from dinov3_server.api.tracing import RequestTrace
 from dinov3_server.errors import InternalError, Overloaded, ServingError, Unauthenticated, Unavailable
 from dinov3_server.metrics import Metrics
 
@@ -39,7 +40,7 @@ def request_id(metadata: Iterable[tuple[str, str | bytes]]) -> str:
 class RequestRecord:
     """A context manager that counts, times and logs one request: a unary call, or a message of a stream.
 
-    `expired` returns whether a cancellation was caused by the deadline.
+    `expired` returns whether a cancellation was caused by the deadline. `trace` is None if requests are not traced.
     """
 
     metrics: Metrics
@@ -51,6 +52,7 @@ class RequestRecord:
     images: int = 0
     request_bytes: int = 0
     response_bytes: int = 0
+    trace: RequestTrace | None = None
     started: float = field(default_factory=time.perf_counter)
     _token: Token[RequestRecord | None] | None = None
 
@@ -59,6 +61,8 @@ class RequestRecord:
         self.request_bytes = nbytes
         self.metrics.request_bytes.inc(self.method, value=nbytes)
         self.started = time.perf_counter()
+        if self.trace is not None:
+            self.trace.event("message received")
 
     def answered(self, nbytes: int) -> None:
         """Note the size of the answer."""
@@ -89,6 +93,8 @@ class RequestRecord:
         self.metrics.requests.inc(self.method, code)
         if not isinstance(error, Unauthenticated):  # refused before its message is read
             self.metrics.request_seconds.observe(seconds, self.method)
+        if self.trace is not None:
+            self.trace.end(code, error, {"dinov3.images": self.images})
         if error is not None or self.access_log is not None:
             self.log(code, error, seconds)
 
@@ -105,7 +111,7 @@ class RequestRecord:
             self.access_log.write(
                 Access(
                     self.id, self.method, peer, code, self.images, self.request_bytes, self.response_bytes,
-                    round(seconds * 1e3, 3), text,
+                    round(seconds * 1e3, 3), text, None if self.trace is None else self.trace.trace_id,
                 )
             )  # fmt: skip
 
@@ -113,8 +119,10 @@ class RequestRecord:
 _current: ContextVar[RequestRecord | None] = ContextVar("request", default=None)
 
 
-def note_images(images: int) -> None:
-    """Note the images of the request that the current task serves."""
+def note_images(images: int) -> RequestTrace | None:
+    """Note the images of the request that the current task serves, and return its trace."""
     record = _current.get()
-    if record is not None:
-        record.images = images
+    if record is None:
+        return None
+    record.images = images
+    return record.trace

@@ -22,6 +22,7 @@ from dinov3_server.api.peers import OpenCalls
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.reflection import reflection_handlers
 from dinov3_server.api.servicer import FeatureService
+from dinov3_server.api.tracing import configure
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.engine import Engine
 from dinov3_server.errors import StartupError
@@ -67,7 +68,8 @@ class FrontendServer:
     ) -> None:
         """`allocated` is passed to FrontendMonitor.
 
-        Raises ConfigError for a token or TLS file that cannot be read or is invalid.
+        Raises ConfigError for a token or TLS file that cannot be read or is invalid, and StartupError for an access log
+        or a trace exporter that cannot be made.
         """
         threads = settings.decode_threads or max(1, available_threads() // frontends)
         self.credentials = Credentials(settings, metrics)
@@ -80,13 +82,14 @@ class FrontendServer:
         extraction = Extraction(engine, settings, metrics, self._decode_pool, index)
         tokens = self.credentials.tokens
         access_log = self._access_log = AccessLog(settings.access_log) if settings.access_log else None
+        tracing = self._tracing = configure()
         self.service = FeatureService(
-            engine, extraction, receiver, settings, metrics, tokens, access_log, index, frontends
+            engine, extraction, receiver, settings, metrics, tokens, access_log, tracing, index, frontends
         )
         open_calls = OpenCalls(max(_MOST_CALLS, 2 * settings.max_queue_images))
         self._monitor = FrontendMonitor(receiver, open_calls, self.budget, metrics, allocated)
         self.health = Health()
-        self.calls = CallInterceptor(metrics, receiver, tokens, open_calls, access_log)
+        self.calls = CallInterceptor(metrics, receiver, tokens, open_calls, access_log, tracing)
         self._server = grpc.aio.server(interceptors=[self.calls], options=_options(settings))
         self._server.add_generic_rpc_handlers(
             (self.service.handlers(), self.health.handlers(), *reflection_handlers((SERVICE, HEALTH)))
@@ -133,6 +136,8 @@ class FrontendServer:
         self._decode_pool.close()
         if self._access_log is not None:
             self._access_log.close()
+        if self._tracing is not None:
+            self._tracing.close()
 
     async def _keep_reloading(self) -> None:
         while True:

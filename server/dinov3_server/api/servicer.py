@@ -15,6 +15,7 @@ from dinov3_server.api.interceptors import SERVICE, Context
 from dinov3_server.api.peers import caller_of
 from dinov3_server.api.receiving import Receiver
 from dinov3_server.api.stream import Stream
+from dinov3_server.api.tracing import Tracing
 from dinov3_server.api.wire import parse
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.engine import Engine
@@ -38,6 +39,7 @@ class FeatureService:
     metrics: Metrics
     tokens: BearerTokens | None
     access_log: AccessLog | None
+    tracing: Tracing | None
     index: int  # of this frontend, of `frontends`
     frontends: int
     streams: set[Stream] = field(default_factory=set, init=False)  # the open ones
@@ -74,7 +76,7 @@ class FeatureService:
         caller = caller_of(context, by_token=self.tokens is not None)
         stream = Stream(
             context, self.extraction, self.receiver, self.metrics, self.settings, caller, call_id, self.access_log,
-            self.tokens,
+            self.tokens, self.tracing,
         )  # fmt: skip
         self.streams.add(stream)
         try:

@@ -13,10 +13,11 @@ from dinov3_server.api.access_log import AccessLog
 from dinov3_server.api.budget import RequestMemory
 from dinov3_server.api.credentials import BearerTokens
 from dinov3_server.api.extraction import Extraction
-from dinov3_server.api.interceptors import Context
+from dinov3_server.api.interceptors import STREAM, Context
 from dinov3_server.api.receiving import Receiver, deadline_of
 from dinov3_server.api.requests import RequestRecord
 from dinov3_server.api.status import serving_error, status_of
+from dinov3_server.api.tracing import Tracing
 from dinov3_server.api.wire import ParsedMessage, TooManyElements, message_id, parse
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.shares import Caller
@@ -57,6 +58,7 @@ class Stream:
     call_id: str = ""
     access_log: AccessLog | None = None
     tokens: BearerTokens | None = None
+    tracing: Tracing | None = None
 
     def __post_init__(self) -> None:
         self._deadline = deadline_of(self.context)
@@ -157,6 +159,9 @@ class Stream:
                 f"{self.call_id}/{message_id}", self._expired,
             )  # fmt: skip
             with record:
+                if self.tracing is not None:
+                    metadata = self.context.invocation_metadata() or ()
+                    record.trace = self.tracing.start(STREAM.lstrip("/"), metadata, record.id)
                 record.received(received.nbytes)
                 if not received.has_new_id:
                     raise InvalidInput(

@@ -131,7 +131,7 @@ class Engine:
         """
         run = Run(block, reservation, deadline, bulk, time.monotonic(), self._loop.create_future(), set(rows))
         if not rows:
-            return BlockResult({}, 0.0, 0.0, 0, 0)
+            return BlockResult({}, run.enqueued, ())
         self._check_worker(deadline)
         for chunk in self._spread(list(rows)):
             self._assign(self._new_job(run, chunk, quarantined=False))
@@ -145,7 +145,7 @@ class Engine:
                 self._abandon(run)
                 if not run.done.cancelled():
                     run.done.exception()  # mark it as retrieved, also if this coroutine was cancelled just then
-        return BlockResult(run.failed, run.queue_seconds, run.inference_seconds, run.batch_images, run.batches)
+        return BlockResult(run.failed, run.enqueued, run.batches)
 
     def _seconds_to_worker(self, now: float) -> float:
         """Return the seconds until a worker is expected to be ready; 0 while one is."""
@@ -336,10 +336,7 @@ class Engine:
             error = InternalError(message)
             log.error("image %d of a request: %s", row, error)
             run.failed[row] = error
-        run.queue_seconds = max(run.queue_seconds, result.queue_seconds)
-        run.inference_seconds += result.inference_seconds
-        run.batch_images = max(run.batch_images, result.batch_images)
-        run.batches += 1
+        run.batches.append(result)
         run.resolve(result.rows)
 
     def _flush(self, channel: Channel) -> None:

@@ -14,20 +14,22 @@ from typing import NamedTuple
 from dinov3_server.engine.admission import Reservation
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.channel import Channel
-from dinov3_server.engine.messages import NO_LOAD, Load, Submit
+from dinov3_server.engine.messages import NO_LOAD, JobResult, Load, Submit
 from dinov3_server.engine.pace import BatchTime, Pace
 from dinov3_server.errors import ServingError
 from dinov3_server.models.interface import ModelInfo
 
 
 class BlockResult(NamedTuple):
-    """Result of a run. `failed` maps rows to their errors; the features of the others are in the arena."""
+    """Result of a run, from the time `enqueued` of time.monotonic() on.
+
+    `failed` maps rows to their errors; the features of the others are in the arena. `batches` has a result for each
+    batch that had rows of the run, in the order in which they ended.
+    """
 
     failed: dict[int, ServingError]
-    queue_seconds: float
-    inference_seconds: float
-    batch_images: int
-    batches: int
+    enqueued: float
+    batches: Sequence[JobResult]
 
 
 @dataclass(eq=False)
@@ -42,10 +44,7 @@ class Run:
     done: asyncio.Future[None]
     unanswered: set[int]
     failed: dict[int, ServingError] = field(default_factory=dict)
-    queue_seconds: float = 0.0
-    inference_seconds: float = 0.0
-    batch_images: int = 0
-    batches: int = 0
+    batches: list[JobResult] = field(default_factory=list)
 
     def resolve(self, rows: Sequence[int]) -> None:
         """Count `rows` as answered."""

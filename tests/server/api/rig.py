@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,6 +25,7 @@ from dinov3_server.api.server import FrontendServer
 from dinov3_server.config.settings import Settings
 from dinov3_server.engine.block import Block
 from dinov3_server.engine.forecast import Demand
+from dinov3_server.engine.messages import JobResult
 from dinov3_server.engine.worker_connection import BlockResult
 from dinov3_server.errors import ServingError
 from dinov3_server.metrics import Metrics
@@ -148,7 +150,8 @@ class FakeEngine:
             for buffer, start in zip(buffers, block.row_output_offsets(row), strict=True):
                 self.memory[start : start + buffer.nbytes] = features(pixels, buffer.output, buffer.nbytes)
         failed = {row: error for row, error in self.bad_rows.items() if row in rows}
-        return BlockResult(failed, 0.25, 0.5, 3 + len(rows), 2)
+        batches = [JobResult(0, tuple(part), {}, 0.25, 0.25, 3 + len(rows)) for part in (rows[:1], rows[1:])]
+        return BlockResult(failed, time.monotonic() - 0.75, batches)
 
     def untouched(self) -> bool:
         """Return whether nothing is reserved, and nothing was written outside of reservations."""

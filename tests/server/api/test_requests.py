@@ -73,7 +73,7 @@ async def test_the_access_log_has_a_line_for_each_request(tmp_path: Path) -> Non
     assert good["request_bytes"] == REQUEST.ByteSize()
     assert good["response_bytes"] == answer.ByteSize()
     assert good["peer"].startswith("ipv4:127.0.0.1:")
-    assert good["error"] is None
+    assert good["error"] is good["trace_id"] is None
     assert good["milliseconds"] > 0
     assert (bad["request_id"], bad["status"], bad["response_bytes"]) == ("bad", "INVALID_ARGUMENT", 0)
     assert "77" in bad["error"]

@@ -46,8 +46,9 @@ async def test_a_run_returns_the_results_of_its_rows_and_release_frees_the_range
     result = await task
     assert list(result.failed) == [2]
     assert isinstance(result.failed[2], InternalError)
-    assert (result.queue_seconds, result.inference_seconds) == (0.5, 0.5)
-    assert (result.batch_images, result.batches) == (7, 2)
+    assert [(batch.rows, batch.batch_images) for batch in result.batches] == [((0,), 7), ((1, 2), 2)]
+    assert all(batch.queue_seconds and batch.inference_seconds for batch in result.batches)
+    assert submit.enqueued == result.enqueued
     assert engine.admission.arena.used_bytes
     reservation.release()
     reservation.release()
