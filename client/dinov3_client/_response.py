@@ -20,11 +20,13 @@ from dinov3_client._wire import Response
 from dinov3_serving.features import TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
+_ALIGNMENT = 64  # bytes, of copies; as Arrow recommends
+
 
 def read(data: bytes, prepared: PreparedRequest) -> Answer:
-    """Read the ExtractResponse `data`, whose tensors become views of it.
+    """Read the ExtractResponse `data`, whose tensors become views of it if they are aligned.
 
-    The views need not be aligned to their items; numpy accepts that. Raises InvalidResponse if `data` does not answer
+    Raises InvalidResponse if `data` does not answer
     `prepared`.
     """
     response = Response(data)
@@ -166,9 +168,19 @@ def _tokens(
 
 
 def _array(data: memoryview, dtype: np.dtype[Any]) -> Array:
-    """Return a view of `data`; in a DataLoader's worker a copy, since torch's collation warns of read-only arrays."""
+    """Return a view of `data`, or a copy: in a DataLoader's worker, since torch's collation warns of read-only arrays,
+    and if it is not aligned to its items, as Arrow and Lance need it (the server aligns a message's largest tensor).
+    """
     array: Array = np.frombuffer(data, dtype)
-    return array.copy() if in_dataloader_worker() else array
+    in_worker = in_dataloader_worker()
+    if array.flags.aligned and not in_worker:
+        return array
+    buffer = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    begin = -buffer.ctypes.data % _ALIGNMENT
+    copy: Array = buffer[begin : begin + array.nbytes].view(dtype)
+    copy[:] = array
+    copy.flags.writeable = in_worker
+    return copy
 
 
 def _expected_shape(

@@ -21,10 +21,10 @@ from dinov3_serving.features import TokenKind
 from dinov3_serving.v1 import feature_service_pb2 as pb
 
 # Upper bounds, in bytes, of a message without its data. Of a request: for each image and view. Of a response: in all,
-# for each tensor of a row (which may have an input size, and so a block, of its own), and for the error of each image,
-# which may come in addition to its rows.
+# for the block of a row (which may have an input size of its own) with its padding, for each tensor of a row, and for
+# the error of each image, which may come in addition to its rows.
 _IMAGE_NBYTES, _VIEW_NBYTES = 64, 64
-_ANSWER_NBYTES, _TENSOR_NBYTES, _ERROR_NBYTES = 1024, 80, 1024
+_ANSWER_NBYTES, _BLOCK_NBYTES, _TENSOR_NBYTES, _ERROR_NBYTES = 1024, 160, 80, 1024
 # The sizes of requests are balanced to this fraction of a limit.
 _STEPS = 64
 
@@ -225,7 +225,7 @@ class _RowNbytes(dict[tuple[int, int] | None, int]):
     def __missing__(self, size: tuple[int, int]) -> int:
         item = numpy_of(self._options.dtype).itemsize
         scale = 4 if self._options.dtype == "int8" else 0
-        total = _TENSOR_NBYTES
+        total = _BLOCK_NBYTES
         for kinds, channels, stride in self._layers:
             for kind in kinds:
                 tokens, width = self._tokens(kind, size, stride), self._channels(kind, channels)

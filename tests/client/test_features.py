@@ -336,3 +336,23 @@ def test_features_of_one_row_at_a_time(client: Client) -> None:
     features: Features = client.extract([photo(), photo(seed=1)], preset="none", dtype="float32")
     assert [np.array_equal(row.patches, features.patches[index]) for index, row in enumerate(features)] == [True, True]
     assert features[-1].image == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_arrays_are_aligned_to_their_items(client: Client, dtype: Any) -> None:
+    """As Arrow and Lance need them. The fake server begins tensors at any byte, as others may."""
+    for count in (1, 2, 3):
+        features = client.extract(
+            [np.zeros((32, 32, 3), np.uint8)] * count,
+            ("cls", "patches", "registers"),
+            layers=[3],
+            preset="none",
+            dtype=dtype,
+        )
+        for holder in (features, features.layers[3], features[0], features[0].layers[3]):
+            for array in (holder.cls, holder.patches, holder.registers):
+                assert array is not None
+                assert array.flags.aligned
+        for kind in ("cls", "patches"):
+            for array in (features.quantized(kind) or ()) if dtype == "int8" else ():
+                assert array.flags.aligned

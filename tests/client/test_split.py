@@ -172,7 +172,7 @@ def test_the_size_of_an_answer_is_known_before(case: str) -> None:
     rows = sum(max(1, views) for views in query.views)
     tensors = len(wanted.kinds) + sum(len(layer.kinds) for layer in wanted.layers)
     assert parts(truth - 1) > 1
-    assert parts(truth + 1024 + 4 * 1024 + rows * 80 * (1 + tensors)) == 1
+    assert parts(truth + 1024 + 4 * 1024 + rows * (160 + 80 * tensors)) == 1
 
 
 def test_pictures_are_measured_by_their_headers_only_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:

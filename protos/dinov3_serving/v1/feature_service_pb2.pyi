@@ -311,18 +311,20 @@ class Timings(_message.Message):
     def __init__(self, decode_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., inference_seconds: _Optional[float] = ..., batch_images: _Optional[int] = ..., batches: _Optional[int] = ...) -> None: ...
 
 class ExtractResponse(_message.Message):
-    __slots__ = ("blocks", "errors", "timings", "frontend", "fingerprint")
+    __slots__ = ("blocks", "errors", "timings", "frontend", "fingerprint", "padding")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     FRONTEND_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[FeatureBlock]
     errors: _containers.RepeatedCompositeFieldContainer[ImageError]
     timings: Timings
     frontend: int
     fingerprint: str
-    def __init__(self, blocks: _Optional[_Iterable[_Union[FeatureBlock, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ImageError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., frontend: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    padding: bytes
+    def __init__(self, blocks: _Optional[_Iterable[_Union[FeatureBlock, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ImageError, _Mapping]]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., frontend: _Optional[int] = ..., fingerprint: _Optional[str] = ..., padding: _Optional[bytes] = ...) -> None: ...
 
 class ExtractStreamRequest(_message.Message):
     __slots__ = ("id", "request", "timeout_seconds")

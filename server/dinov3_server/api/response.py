@@ -3,7 +3,8 @@
 protobuf's Python API takes tensor data as `bytes` only and copies it three times: out of the arena, into the message,
 and into the serialized message. So protobuf serializes only the few bytes around the tensors, and this module frames
 them (https://protobuf.dev/programming-guides/encoding/): fields in the order of their numbers, each message or byte
-string as tag, length and content. The result equals `SerializeToString` of the same message.
+string as tag, length and content. The result equals `SerializeToString` of the same message, but for the padding, which
+comes before each block.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ Frames = list[bytes]
 
 _BLOCK_FIELDS = {"cls": 6, "patches": 7, "registers": 8}
 _LAYERS_FIELD = 9
+_PADDING_FIELD = pb.ExtractResponse.PADDING_FIELD_NUMBER
+# Readers that view tensors in the received message need them aligned to their items (Arrow, Lance). 64 bytes are what
+# Arrow recommends.
+_ALIGNMENT = 64
 _TENSOR_FIELDS = (3, 4)  # data and scales
 _LAYER_FIELDS = {"cls": 2, "patches": 3, "registers": 4}
 
@@ -62,8 +67,12 @@ def response_pieces(
 ) -> Pieces:
     """Return the pieces of an ExtractResponse. `errors` are by image, whose rows are already zero in the arena."""
     pieces: Pieces = []
+    nbytes = 0
     for same_size in _by_size(blocks):
-        pieces += _feature_block(memory, model, same_size)
+        block = _feature_block(memory, model, same_size)
+        block = [_padding(nbytes, block), *block]
+        nbytes += sum(map(len, block))
+        pieces += block
     rest = pb.ExtractResponse(
         errors=[pb.ImageError(image_index=image, status=status_of(errors[image])) for image in sorted(errors)],
         timings=timings,
@@ -83,7 +92,7 @@ def max_answer_nbytes(blocks: Iterable[Block], fingerprint: str) -> int:
     """Return an upper bound of the bytes of an answer without errors, close to the bytes of its features."""
     total = 128 + len(fingerprint.encode())
     for block in blocks:
-        total += 64 + 10 * block.count + sum(64 + block.count * stride for stride in block.strides)
+        total += 66 + _ALIGNMENT + 10 * block.count + sum(64 + block.count * stride for stride in block.strides)
     return total
 
 
@@ -105,6 +114,24 @@ def _feature_block(memory: memoryview, model: ModelInfo, blocks: Sequence[Placed
         pieces.append(head)
         pieces += [_rows(memory, run, buffer) for run in runs]
     return [*pieces, end]
+
+
+def _padding(position: int, block: Pieces) -> bytes:
+    """Return the padding at `position` of the message, after which the largest tensor of `block` is aligned.
+
+    The smaller ones are not: they lie in messages of their own, whose lengths padding would change.
+    """
+    tensors: dict[int, int] = {}  # the bytes of each, by where it begins in the block
+    begin = offset = 0
+    for piece in block:
+        if isinstance(piece, bytes):
+            begin = offset + len(piece)
+        else:
+            tensors[begin] = tensors.get(begin, 0) + len(piece)
+        offset += len(piece)
+    header = len(tag(_PADDING_FIELD, 0))
+    nbytes = -(position + header + max(tensors, key=tensors.__getitem__)) % _ALIGNMENT
+    return tag(_PADDING_FIELD, nbytes) + bytes(nbytes)
 
 
 @lru_cache(maxsize=256)  # the requests of a caller are mostly alike

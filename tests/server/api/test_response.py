@@ -1,4 +1,4 @@
-"""The framed answer equals, byte for byte, what protobuf serializes."""
+"""The framed answer equals, byte for byte and but for its padding, what protobuf serializes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from dinov3_server.api.status import status_of
 from dinov3_server.engine.block import Block
 from dinov3_server.errors import InvalidInput, Overloaded, ServingError, Unavailable
 from dinov3_server.models.interface import FeatureSpec, Output, PixelShape, Pooling, Projection
+from dinov3_serving.framing import Scan, schema
 from dinov3_serving.v1 import feature_service_pb2 as pb
 from dinov3_serving.v1.enums import FEATURE_DTYPES
 from tests.server.api.rig import MODEL
@@ -150,10 +152,36 @@ def test_equals_protobuf(answer, message_id: int) -> None:
     model, placed, memory, failed, timings, frontend = answer
     pieces = response_pieces(memory, model, placed, failed, timings, frontend, model.fingerprint)
     expected = as_protobuf(*answer)
-    assert b"".join(pieces) == expected.SerializeToString(deterministic=True)
+    found = pb.ExtractResponse.FromString(b"".join(pieces))
+    assert len(found.padding) < 64
+    assert not any(found.padding)
+    found.ClearField("padding")
+    assert found.SerializeToString(deterministic=True) == expected.SerializeToString(deterministic=True)
 
-    streamed = pb.ExtractStreamResponse(id=message_id, response=expected)
-    assert b"".join(stream_answer(message_id, pieces)) == streamed.SerializeToString(deterministic=True)
+    streamed = pb.ExtractStreamResponse.FromString(b"".join(stream_answer(message_id, pieces)))
+    streamed.response.ClearField("padding")
+    wanted = pb.ExtractStreamResponse(id=message_id, response=expected)
+    assert streamed.SerializeToString(deterministic=True) == wanted.SerializeToString(deterministic=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(answers())
+def test_the_largest_tensor_of_each_block_is_aligned(answer) -> None:
+    model, placed, memory, failed, timings, frontend = answer
+    data = b"".join(response_pieces(memory, model, placed, failed, timings, frontend, model.fingerprint))
+    scan = Scan(data)
+    blocks = pb.ExtractResponse.BLOCKS_FIELD_NUMBER
+    whole = np.frombuffer(data, np.uint8).ctypes.data
+    for block in scan.parse(pb.ExtractResponse, {blocks: schema(pb.ExtractResponse.DESCRIPTOR)[blocks]}).blocks:
+        holders = [block, *block.layers]
+        tensors = [getattr(one, kind) for one in holders for kind in ("cls", "patches", "registers")]
+        contents = [scan.resolve(field) for each in tensors for field in (each.data, each.scales) if field]
+        largest = max(contents, key=len)
+        assert any(
+            (np.frombuffer(each, np.uint8).ctypes.data - whole) % 64 == 0
+            for each in contents
+            if len(each) == len(largest)
+        )
 
 
 @settings(max_examples=100, deadline=None)
@@ -169,7 +197,7 @@ def test_the_upper_bound_holds_and_is_close(answer) -> None:
     bound = max_answer_nbytes([block for block, *_ in placed], model.fingerprint)
     tensors = sum(len(block.output_offsets) for block, *_ in placed)
     rows = sum(block.count for block, *_ in placed)
-    assert actual <= bound <= actual + 128 + 64 * len(placed) + 64 * tensors + 10 * rows
+    assert actual <= bound <= actual + 128 + 130 * len(placed) + 64 * tensors + 10 * rows
 
 
 def test_features_are_not_copied_before_they_are_joined() -> None:
