@@ -1,6 +1,11 @@
 """Features of whole data sets in files, written by `dinov3-client extract` and read by `FeatureDataset`.
 
     sources.py      lists the images: their order and ids
+    images.py       the images themselves, and where each is
+    lists.py        reads lists of images
+    tars.py         lists the images of tar files
+    remote.py       reads files at URLs
+    left_out.py     counts what is not extracted
     reading.py      reads their bytes ahead, in threads
     rows.py         turns features into named arrays, one set per image
     shards.py       writes shards and npz files

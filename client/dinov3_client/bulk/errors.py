@@ -15,3 +15,18 @@ class FolderInUse(ExtractionError):
 
 class SourceError(ValueError):
     """The images of an extraction cannot be listed."""
+
+
+class StoreError(OSError):
+    """A file at a URL cannot be read: errno, words, and as `filename` the URL without credentials."""
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+class TooLarge(Exception):
+    """A file is too large for a request."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.size = size

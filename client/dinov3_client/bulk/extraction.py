@@ -16,12 +16,12 @@ from dinov3_client._model import Model
 from dinov3_client._request import Priority
 from dinov3_client.bulk import manifest
 from dinov3_client.bulk.errors import ExtractionError
+from dinov3_client.bulk.images import Images
 from dinov3_client.bulk.manifest import Journal, Line, Totals
 from dinov3_client.bulk.partial import Result
 from dinov3_client.bulk.reading import ImageEntry, ImageReader
 from dinov3_client.bulk.rows import ExtractionOptions, Failure, Row, rows
 from dinov3_client.bulk.shards import SHARD_BYTES, Shards, check_npz_names
-from dinov3_client.bulk.sources import Images
 
 # Left free in a request for all but the image.
 SLACK_BYTES = 64 << 10

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from dinov3_client.bulk.sources import ImageRef, Images, TooLarge
+from dinov3_client.bulk.errors import TooLarge
+from dinov3_client.bulk.images import ImageRef, Images
 
-THREADS = 4
+THREADS, REMOTE_THREADS = 4, 32
+"""Files read at a time: of URLs more, since each waits for its server."""
 AHEAD_BYTES = 64 << 20
 BATCH_BYTES = 32 << 20
 """The most bytes of a request's files, and of its features."""
@@ -63,7 +65,8 @@ class ImageReader:
         self._ready: dict[int, _Loaded | BaseException] = {}
         self._held = 0
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, name=f"read-{n}", daemon=True) for n in range(THREADS)]
+        count = REMOTE_THREADS if images.remote else THREADS
+        self._threads = [threading.Thread(target=self._work, name=f"read-{n}", daemon=True) for n in range(count)]
 
     def __enter__(self) -> Self:
         for thread in self._threads:

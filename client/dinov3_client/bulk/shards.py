@@ -13,10 +13,10 @@ from dinov3_client import _safetensors
 from dinov3_client._dtypes import Array
 from dinov3_client.bulk import durable, parquet
 from dinov3_client.bulk.errors import ExtractionError, SourceError
+from dinov3_client.bulk.images import Images
 from dinov3_client.bulk.manifest import FAILED, LOCK, MANIFEST, Line
 from dinov3_client.bulk.partial import PARTIAL
 from dinov3_client.bulk.rows import ExtractionOptions, Format, Row
-from dinov3_client.bulk.sources import Images
 
 SHARD_BYTES = 256 << 20
 """The most bytes of features in a shard, unless a single row has more."""

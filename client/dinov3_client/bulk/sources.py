@@ -1,177 +1,188 @@
 """Lists the images of an extraction, in order and with ids.
 
 Order and ids depend on the arguments and on names alone, so that a later run finds the same. An image takes about as
-much memory as its id; no files are opened but tar files, whose headers are read.
+much memory as its id; no files are opened but lists and tar files, whose headers are read.
 """
 
 from __future__ import annotations
 
-import errno
 import glob
-import hashlib
 import os
 import re
-import stat
-import tarfile
-from array import array
-from bisect import bisect_right
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, chain, groupby
-from pathlib import Path
-from typing import overload
+from itertools import groupby
 
+from dinov3_client.bulk import lists, remote
+from dinov3_client.bulk.endings import EXTENSIONS, PACKED_TARS, is_image, is_tar
 from dinov3_client.bulk.errors import SourceError
+from dinov3_client.bulk.images import FileGroup, Group, Images, Listed, RemoteGroup, TarGroup
+from dinov3_client.bulk.left_out import LeftOut
+from dinov3_client.bulk.remote import Entry, RemoteFile, Store
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "heic", "heif")
-"""Extensions of images in folders and tar shards; of a sample in a tar shard the first of these counts."""
-
-_ENDINGS = tuple(f".{extension}" for extension in EXTENSIONS)
-_TAR = ".tar"
-_PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_TAR_BLOCK = 512
 
 
-class TooLarge(Exception):
-    """A file is too large for a request."""
+def find_images(
+    given: Iterable[str],
+    listed: Iterable[str | os.PathLike[str]] = (),
+    *,
+    list_column: str | None = None,
+    image_keys: Sequence[str] = (),
+) -> Images:
+    """Return the images of folders, files, globs, tar shards, brace ranges and URLs, then those that lists name.
 
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.size = size
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRef:
-    """A reference to one image, not yet read."""
-
-    id: str
-    """Unique in its extraction."""
-    path: str
-    """The file, or the tar file that contains it."""
-    span: tuple[int, int] | None
-    """First byte and length within a tar file; None of a plain file."""
-    stem: str
-    """Relative path, without extension, of a file named after it; not necessarily unique."""
-
-    @property
-    def source(self) -> str:
-        """The location to show in messages."""
-        return self.path if self.span is None else self.id
-
-    def read(self, most: int | None = None) -> bytes:
-        """Read its bytes. Raises OSError, and TooLarge, without reading, if there are more than `most`."""
-        with open(self.path, "rb", opener=_open_nonblocking) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.ENXIO, "not a regular file", self.path)
-            begin, size = self.span or (0, status.st_size)
-            if most is not None and size > most:
-                raise TooLarge(size)
-            file.seek(begin)
-            data = file.read(size)
-        if self.span is not None and len(data) < size:
-            raise OSError(f"{self.path} ends within it")
-        return data
-
-
-class _FileGroup:
-    """Files below a folder, with ids relative to it; or, without a folder, under the names given."""
-
-    def __init__(self, folder: str, names: list[str]) -> None:
-        self._folder = folder
-        self.ids = names
-
-    def item(self, index: int) -> ImageRef:
-        name = self.ids[index]
-        inner = name if self._folder else os.path.basename(name)  # noqa: PTH119 - see ImageRef.read
-        return ImageRef(name, os.path.join(self._folder, name), None, _without_ending(inner))  # noqa: PTH118
-
-
-class _TarGroup:
-    """The samples of a webdataset shard that have an image."""
-
-    def __init__(self, path: str, name: str) -> None:
-        self._path = path
-        self._stem = os.path.basename(name).removesuffix(_TAR)  # noqa: PTH119
-        self._spans = array("Q")
-        self.ids: list[str] = []
-        for key, begin, size in _samples(path):
-            self.ids.append(f"{name}:{key}")
-            self._spans.extend((begin, size))
-        self._prefix = len(name) + 1
-
-    def item(self, index: int) -> ImageRef:
-        sample = self.ids[index]
-        begin, size = self._spans[2 * index : 2 * index + 2]
-        return ImageRef(sample, self._path, (begin, size), f"{self._stem}/{sample[self._prefix :]}")
-
-
-class Images(Sequence[ImageRef]):
-    """All images, in order. Raises SourceError if two have the same id."""
-
-    def __init__(self, groups: Sequence[_FileGroup | _TarGroup]) -> None:
-        self._groups = groups
-        self._ends = list(accumulate(len(group.ids) for group in groups))
-        known: set[str] = set()
-        for index, name in enumerate(self.ids()):
-            if name in known:
-                first = next(other for other, earlier in enumerate(self.ids()) if earlier == name)
-                raise SourceError(
-                    f"two images have the id {name}: {self._location(first)} and {self._location(index)}; give each "
-                    "image once; for different images of the same name use runs with different --out folders"
-                )
-            known.add(name)
-
-    def ids(self) -> Iterator[str]:
-        """Iterate over all ids, in order."""
-        return chain.from_iterable(group.ids for group in self._groups)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of all ids, in order."""
-        digest = hashlib.sha256()
-        for name in self.ids():
-            digest.update(os.fsencode(name) + b"\0")
-        return digest.hexdigest()
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, index: int) -> ImageRef: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ImageRef]: ...
-    def __getitem__(self, index: int | slice) -> ImageRef | list[ImageRef]:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return [self[place] for place in places]
-        group = bisect_right(self._ends, places)
-        return self._groups[group].item(places - (self._ends[group - 1] if group else 0))
-
-    def _location(self, index: int) -> str:
-        item = self[index]
-        return f"{item.path} (image {index})" if item.span is None else f"{item.path} (byte {item.span[0]})"
-
-
-def find_images(given: Iterable[str], lists: Iterable[Path] = ()) -> Images:
-    """Return the images of folders, files, globs, tar shards and brace ranges, then those that the files `lists` name.
-
-    Raises SourceError for sources that do not exist or contain no image, and OSError.
+    `listed` are lists, "-" for standard input; with `list_column`, CSV files. `image_keys` choose the image of a sample
+    in tar files; see tars.samples. Raises SourceError for sources that do not exist or contain no image, and OSError.
     """
-    groups: list[_FileGroup | _TarGroup] = []
+    finder = _Finder(image_keys)
+    groups: list[Group] = []
     for source in given:
-        for path in _expanded(source):
-            groups.extend(_of_folder(path) if os.path.isdir(path) else _of_files([path]))  # noqa: PTH112
-    for file in lists:
-        # Not splitlines: names may contain other line separators, such as U+2028.
-        lines = [line.removesuffix("\r") for line in os.fsdecode(file.read_bytes()).split("\n")]
-        if any("\0" in line for line in lines):
-            raise SourceError(f"{file} is no list of images: it contains null bytes, which names cannot")
-        groups.extend(_of_files([line for line in lines if line.strip()]))
-    images = Images(groups)
+        groups.extend(finder.of_source(source))
+    for each in listed:
+        groups.extend(finder.of_list(os.fspath(each), list_column))
+    images = Images(groups, image_keys, finder.left_out)
     if not images:
-        raise SourceError(f"the list holds no image: {', '.join(map(str, lists))}")
+        raise SourceError(f"the list holds no image: {', '.join(remote.without_secrets(str(each)) for each in listed)}")
     return images
+
+
+class _Finder:
+    """Finds groups of images, and counts what it leaves out."""
+
+    def __init__(self, image_keys: Sequence[str]) -> None:
+        self.left_out = LeftOut()
+        self._image_keys = image_keys
+        self._stores: dict[str, Store] = {}
+
+    def of_source(self, source: str) -> Iterator[Group]:
+        """Yield the groups of a folder, a file, a glob, a tar shard or a brace range, local or at a URL."""
+        if remote.is_url(source):
+            for url in _ranges(source):
+                yield from self._of_url(url)
+            return
+        for path in _expanded(source):
+            if not os.path.isdir(path):  # noqa: PTH112
+                yield from self._of_files("", [path])
+            elif names := sorted(_below(path, self.left_out)):
+                yield from self._of_files(path, names)
+            else:
+                raise self._no_image(path)
+
+    def of_list(self, source: str, column: str | None) -> Iterator[Group]:
+        """Yield the groups of the files that a list names."""
+        shown = "standard input" if source == lists.STDIN else remote.without_secrets(source)
+        names, lines = lists.parse(self._contents(source), shown, column)
+        if remote.is_url(source):
+            names = [name if remote.is_url(name) else f"{remote.parent(source)}/{name}" for name in names]
+        elif names and source != lists.STDIN:
+            _check_base(source, names[0])
+        for store, run in groupby(range(len(names)), key=lambda index: self._store(names[index])):
+            of_run = list(run)
+            found, listed = [names[index] for index in of_run], Listed(shown, [lines[index] for index in of_run])
+            if store is None:
+                yield from self._of_files("", found, listed)
+            else:
+                entries = [Entry(store.path(name), None) for name in found]
+                yield from self._of_entries(store, "", entries, list(map(remote.without_secrets, found)), listed)
+
+    def _contents(self, source: str) -> bytes:
+        if source == lists.STDIN:
+            return sys.stdin.buffer.read()
+        store = self._store(source)
+        if store is not None:
+            return store.read(Entry(store.path(source), None), None)
+        with open(source, "rb") as file:  # noqa: PTH123
+            return file.read()
+
+    def _store(self, name: str) -> Store | None:
+        """Return the store of a URL, one for all of a scheme and host; None for a local file."""
+        if not remote.is_url(name):
+            return None
+        key = "web" if remote.is_web(name) else "/".join(name.split("/", 3)[:3])
+        if key not in self._stores:
+            self._stores[key] = Store(name)
+        return self._stores[key]
+
+    def _of_url(self, url: str) -> Iterator[Group]:
+        store = self._store(url)
+        assert store is not None, "it is a URL"
+        path, shown = store.path(url), remote.without_secrets(url)
+        is_pattern = store.is_pattern(path)
+        kind = None if store.web and is_pattern else store.kind(path)
+        if kind == "file":
+            yield from self._of_entries(store, "", [Entry(path, None)], [shown])
+        elif kind == "directory":
+            begin = len(path.rstrip("/")) + 1
+            entries = [each for each in store.below(path) if self._is_wanted(each.path[begin:])]
+            if not entries:
+                raise self._no_image(shown)
+            yield from self._of_entries(store, shown, entries, [each.path[begin:] for each in entries])
+        elif not is_pattern:
+            raise SourceError(f"there is no file or folder {shown}")
+        elif entries := store.matches(path):
+            yield from self._of_entries(store, "", entries, [store.url(each.path) for each in entries])
+        else:
+            raise SourceError(f"no file matches {shown}")
+
+    def _of_files(self, folder: str, names: list[str], listed: Listed | None = None) -> Iterator[Group]:
+        """Yield groups of files below `folder` ("" for the current one); consecutive plain files share a group."""
+        for of_tars, run in _runs(names):
+            found = [names[index] for index in run]
+            if of_tars:
+                for name in found:
+                    yield TarGroup(os.path.join(folder, name), name, self._image_keys, self.left_out)  # noqa: PTH118
+            else:
+                yield FileGroup(folder, found, _part(listed, run))
+
+    def _of_entries(
+        self, store: Store, folder: str, entries: Sequence[Entry], ids: list[str], listed: Listed | None = None
+    ) -> Iterator[Group]:
+        for of_tars, run in _runs(ids):
+            if of_tars:
+                for index in run:
+                    file = RemoteFile(store, entries[index])
+                    yield TarGroup(store.url(file.entry.path), ids[index], self._image_keys, self.left_out, file)
+            else:
+                of_run = (entries[index] for index in run)
+                yield RemoteGroup(folder, [ids[index] for index in run], _part(listed, run), store, of_run)
+
+    def _is_wanted(self, name: str) -> bool:
+        """Return whether a file in a folder is an image or a shard; count it otherwise."""
+        if any(part.startswith(".") for part in name.split("/")):
+            self.left_out.add_kind("hidden", name)
+        elif not is_image(name) and not is_tar(name):
+            self.left_out.add(name)
+        else:
+            return True
+        return False
+
+    def _no_image(self, folder: str) -> SourceError:
+        left_out = f"; left out: {self.left_out}" if str(self.left_out) else ""
+        return SourceError(f"{folder} holds no image ({', '.join(EXTENSIONS)}) and no uncompressed tar shard{left_out}")
+
+
+def _runs(names: Sequence[str]) -> Iterator[tuple[bool, list[int]]]:
+    """Yield the places of consecutive names of tar shards, and of consecutive others. Raises SourceError."""
+    for name in names:
+        if name.lower().endswith(PACKED_TARS):
+            raise SourceError(f"{name} is a compressed tar file, which has no random access; decompress it first")
+    for of_tars, run in groupby(range(len(names)), key=lambda index: is_tar(names[index])):
+        yield of_tars, list(run)
+
+
+def _part(listed: Listed | None, places: Sequence[int]) -> Listed | None:
+    return listed and Listed(listed.source, [listed.lines[place] for place in places])
+
+
+def _check_base(source: str, first: str) -> None:
+    """Raise SourceError if the first name of a list is found beside the list and not in the current folder."""
+    folder = os.path.dirname(source)  # noqa: PTH120
+    if not os.path.lexists(first) and folder and os.path.lexists(os.path.join(folder, first)):  # noqa: PTH118
+        raise SourceError(
+            f"{source}: names in a list are relative to the current folder, where there is no {first}; there is one "
+            f"beside the list: run the command in {folder}"
+        )
 
 
 def _expanded(source: str) -> list[str]:
@@ -204,30 +215,7 @@ def _ranges(pattern: str) -> Iterator[str]:
         yield from _ranges(f"{pattern[: found.start()]}{number:0{width}}{pattern[found.end() :]}")
 
 
-def _of_files(paths: list[str]) -> Iterator[_FileGroup | _TarGroup]:
-    for path in paths:
-        if path.lower().endswith(_PACKED_TARS):
-            raise SourceError(f"{path} is a compressed tar file, which has no random access; decompress it first")
-    return _groups("", paths)
-
-
-def _of_folder(folder: str) -> Iterator[_FileGroup | _TarGroup]:
-    names = sorted(_below(folder))
-    if not names:
-        raise SourceError(f"{folder} holds no image ({', '.join(EXTENSIONS)}) and no uncompressed tar shard")
-    return _groups(folder, names)
-
-
-def _groups(folder: str, names: list[str]) -> Iterator[_FileGroup | _TarGroup]:
-    """Yield groups of files below `folder` ("" for the current one); consecutive plain files share a group."""
-    for is_tar, run in groupby(names, key=lambda name: name.lower().endswith(_TAR)):
-        if is_tar:
-            yield from (_shard(os.path.join(folder, name), name) for name in run)  # noqa: PTH118
-        else:
-            yield _FileGroup(folder, list(run))
-
-
-def _below(folder: str) -> Iterator[str]:
+def _below(folder: str, left_out: LeftOut) -> Iterator[str]:
     """Yield the names of images and shards, except hidden ones. Links to folders are followed, but not in a cycle."""
     waiting = [(folder, "", frozenset[tuple[int, int]]())]
     while waiting:
@@ -235,92 +223,16 @@ def _below(folder: str) -> Iterator[str]:
         status = os.stat(path)  # noqa: PTH116
         here = (status.st_dev, status.st_ino)
         if here in above:
+            left_out.add_kind("links to a folder above them", prefix)
             continue
         with os.scandir(path) as entries:
             for entry in entries:
+                name = prefix + entry.name
                 if entry.name.startswith("."):
-                    continue
-                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
-                    waiting.append((entry.path, f"{prefix}{entry.name}/", above | {here}))
-                elif entry.name.lower().endswith((*_ENDINGS, _TAR)):
-                    yield prefix + entry.name
-
-
-def _open_nonblocking(path: str, flags: int) -> int:
-    """Open a file; a pipe too, without waiting for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _shard(path: str, name: str) -> _TarGroup:
-    shard = _TarGroup(path, name)
-    if not shard.ids:
-        raise SourceError(f"{path} holds no sample with an image ({', '.join(EXTENSIONS)})")
-    return shard
-
-
-def _samples(path: str) -> Iterator[tuple[str, int, int]]:
-    """Yield key, first byte and length of the image of each sample that has one.
-
-    As in webdataset, a sample is adjacent members whose names agree up to the first dot of the last part
-    (https://github.com/webdataset/webdataset, "The WebDataset Format").
-    """
-    current, best = "", len(EXTENSIONS)
-    span = (0, 0)
-    for name, begin, size in _members(path):
-        folder, _, last = name.rpartition("/")
-        stem, _, extension = last.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if key != current:
-            if best < len(EXTENSIONS):
-                yield current, *span
-            current, best = key, len(EXTENSIONS)
-        rank = EXTENSIONS.index(extension.lower()) if extension.lower() in EXTENSIONS else len(EXTENSIONS)
-        if rank < best:
-            best, span = rank, (begin, size)
-    if best < len(EXTENSIONS):
-        yield current, *span
-
-
-def _members(path: str) -> Iterator[tuple[str, int, int]]:
-    """Yield name, first byte and length of each regular member. Raises SourceError for a damaged file, and OSError."""
-    with open(path, "rb") as file:  # noqa: PTH123
-        nbytes = os.fstat(file.fileno()).st_size
-        end = 0
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all of them
-                    if tar.offset <= end or member.size < 0:
-                        raise SourceError(f"{path} is a damaged tar file: {member.name} has {member.size} bytes")
-                    end = tar.offset
-                    if not member.isreg() or os.path.basename(member.name).startswith("."):  # noqa: PTH119
-                        continue
-                    if member.sparse is not None:
-                        if member.name.lower().endswith(_ENDINGS):
-                            raise SourceError(f"{path} has {member.name} as a sparse file; make it without --sparse")
-                        continue
-                    if member.offset_data + member.size > nbytes:
-                        raise SourceError(
-                            f"{path} is a damaged tar file: {member.name} of {member.size} bytes, from byte "
-                            f"{member.offset_data} on, goes beyond its end at {nbytes}"
-                        )
-                    yield member.name.removeprefix("./"), member.offset_data, member.size
-                end = tar.offset
-        except SourceError:
-            raise
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # EINVAL is of a seek to an absurd offset
-                raise OSError(error.errno, error.strerror, path) from None
-            raise SourceError(f"{path} is a damaged tar file: {error.strerror}") from None
-        except Exception as error:  # absurd headers make tarfile raise many kinds of errors
-            raise SourceError(f"{path} is no tar file, or a damaged one: {error}") from None
-        # tarfile takes an unreadable header for the end of the file.
-        file.seek(max(end, 0))
-        rest = file.read(_TAR_BLOCK)
-    if rest.strip(b"\0"):
-        raise SourceError(f"{path} is a damaged tar file: at byte {end} is neither a member nor the end")
-
-
-def _without_ending(name: str) -> str:
-    stem, ending = os.path.splitext(name)  # noqa: PTH122
-    return stem if ending.lower() in _ENDINGS else name
+                    left_out.add(name)
+                elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():  # noqa: PTH112
+                    waiting.append((entry.path, f"{name}/", above | {here}))
+                elif is_image(name) or is_tar(name):
+                    yield name
+                else:
+                    left_out.add(name)

@@ -17,7 +17,8 @@ from dinov3_client._fit import Fit, read_color
 from dinov3_client._model import Model
 from dinov3_client._text import printable
 from dinov3_client.bulk.errors import SourceError
-from dinov3_client.bulk.sources import Images, find_images
+from dinov3_client.bulk.images import Images
+from dinov3_client.bulk.sources import find_images
 from dinov3_serving.images import Color
 from dinov3_serving.presets import FitMethod
 

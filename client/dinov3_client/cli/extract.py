@@ -14,6 +14,7 @@ from dinov3_client._request import Priority
 from dinov3_client.bulk import extraction, manifest, sources
 from dinov3_client.bulk.errors import ExtractionError, FolderInUse, SourceError
 from dinov3_client.bulk.rows import ExtractionOptions, Format
+from dinov3_client.bulk.tars import parse_image_keys
 from dinov3_client.cli.common import (
     UsageError,
     add_fit_flags,
@@ -67,15 +68,28 @@ def add(commands: Any, server: argparse.ArgumentParser) -> None:
         "sources",
         nargs="*",
         metavar="SOURCE",
-        help="folder (recursive), image, webdataset shard (.tar), 'glob*.jpg' or 'shards-{000..099}.tar'",
+        help="folder (recursive), image, webdataset shard (.tar), 'glob*.jpg' or 'shards-{000..099}.tar'; URLs too "
+        "(s3://, gs://, hf://, https://, ...), with dinov3-serving[fsspec]",
     )
     extract.add_argument(
         "--list",
         action="append",
         default=[],
-        type=Path,
         metavar="FILE",
-        help="file with the name of an image or shard in each line",
+        help="file, or URL, with the name or URL of an image or shard in each line; - is standard input",
+    )
+    extract.add_argument(
+        "--list-column",
+        metavar="NAME",
+        help="the column of the names; each --list is then a CSV file with a header",
+    )
+    extract.add_argument(
+        "--image-key",
+        type=_image_keys,
+        default=(),
+        metavar="KEY[;KEY...]",
+        help="the image of a sample in a tar shard: what follows the first dot of its name, such as jpg or input.png; "
+        "of several the first that a sample has; '*' makes each image a sample. Default: a sample's only image",
     )
     extract.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder, made if missing")
     extract.add_argument(
@@ -148,11 +162,17 @@ def _extract(args: argparse.Namespace) -> int:
         raise UsageError("--dtype bfloat16 is not possible in npz files; use float16, float32 or int8")
     if not args.sources and not args.list:
         raise UsageError("nothing to extract: give a SOURCE, or a --list of images")
+    if args.list_column is not None and not args.list:
+        raise UsageError("--list-column is the column of a --list, and none is given")
+    if args.list.count("-") > 1:
+        raise UsageError("--list - is standard input, which can be read only once")
     fit = fit_of(args)
     folder: Path = args.out
     progress = ProgressLine(sys.stderr, time.monotonic)
+    left_out = ""
     try:
-        images = sources.find_images(args.sources, args.list)
+        images = sources.find_images(args.sources, args.list, list_column=args.list_column, image_keys=args.image_key)
+        left_out = str(images.left_out)
         with connect(args) as client:
             model = get_model(client)
             options = ExtractionOptions(
@@ -186,8 +206,12 @@ def _extract(args: argparse.Namespace) -> int:
     except SourceError as error:
         raise UsageError(str(error)) from None
     except (Dinov3Error, OSError) as error:
-        return report_error(error, folder, progress)
-    return report_totals(totals, args, progress)
+        code = report_error(error, folder, progress)
+    else:
+        code = report_totals(totals, args, progress)
+    if left_out:
+        print_error(f"left out: {left_out}")
+    return code
 
 
 def add_allow_failed_flag(parser: argparse.ArgumentParser) -> None:
@@ -316,6 +340,13 @@ def _shard(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N: 1/4, 2/4, 3/4 and 4/4 are all of 4")
     return int(number), int(count)
+
+
+def _image_keys(text: str) -> tuple[str, ...]:
+    try:
+        return parse_image_keys(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _outputs(text: str) -> tuple[TokenKind, ...]:

@@ -19,7 +19,7 @@ from dinov3_client._model import Model
 from dinov3_client._pictures import sheet
 from dinov3_client._pictures.sheet import Legend, Pair
 from dinov3_client._request import Layer
-from dinov3_client.bulk.sources import ImageRef
+from dinov3_client.bulk.images import ImageRef
 from dinov3_client.cli import common
 from dinov3_client.cli.common import FailureLog, UsageError, image_size, layer_numbers
 from dinov3_serving.images import Decoding

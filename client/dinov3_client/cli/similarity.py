@@ -17,7 +17,7 @@ from dinov3_client._pictures import sheet
 from dinov3_client._pictures.colormap import magma, ticks
 from dinov3_client._pictures.sheet import Legend, Pair
 from dinov3_client._pictures.similarity import Point, cosines, patch_at, read_point
-from dinov3_client.bulk.sources import ImageRef
+from dinov3_client.bulk.images import ImageRef
 from dinov3_client.cli.common import FailureLog, UsageError, connect, get_model, iter_images, print_line
 from dinov3_client.cli.pictures import PatchExtractor, Photo, PhotoPatches, add_picture_flags, model_label, save
 

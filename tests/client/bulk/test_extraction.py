@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dinov3_client import Unavailable
-from dinov3_client.bulk import durable, reading, sources
+from dinov3_client.bulk import durable, images, reading, sources
 from dinov3_client.bulk.rows import ExtractionOptions
 from tests.client.bulk.stub import (
     ProgressListener,
@@ -140,15 +140,15 @@ def test_unreadable_files_fail_alone(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_is_no_broken_image(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = sources.ImageRef.read
+    read = images.ImageRef.read
 
-    def failing(item: sources.ImageRef, most: int | None = None) -> bytes:
+    def failing(item: images.ImageRef, most: int | None = None) -> bytes:
         if item.id == "07.jpg":
             raise OSError(errno.EIO, "Input/output error", item.path)
         return read(item, most)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sources.ImageRef, "read", failing)
+        patched.setattr(images.ImageRef, "read", failing)
         with pytest.raises(OSError, match="Input/output error"):
             run(source, tmp_path / "out", batch_images=1)
     run(source, tmp_path / "out")
@@ -184,13 +184,13 @@ def test_a_full_disk_names_the_file_and_leaves_no_draft(
 def test_reading_ahead_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "AHEAD_BYTES", 20)
     begun: set[str] = set()
-    read = sources.ImageRef.read
+    read = images.ImageRef.read
 
-    def counted(item: sources.ImageRef, most: int | None = None) -> bytes:
+    def counted(item: images.ImageRef, most: int | None = None) -> bytes:
         begun.add(item.id)
         return read(item, most)
 
-    monkeypatch.setattr(sources.ImageRef, "read", counted)
+    monkeypatch.setattr(images.ImageRef, "read", counted)
     with reading.ImageReader(sources.find_images([str(source)]), range(12), most_bytes=1000, batch_images=1) as reader:
         batches = reader.batches()
         next(batches)

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinov3_client.bulk.errors import SourceError
-from dinov3_client.bulk.sources import Images, TooLarge, find_images
+from dinov3_client.bulk.errors import SourceError, TooLarge
+from dinov3_client.bulk.images import Images
+from dinov3_client.bulk.sources import find_images
 
 
 def write(folder: Path, *names: str) -> None:
@@ -41,6 +42,8 @@ def test_a_folder_with_all_below_it_in_the_order_of_the_names(tmp_path: Path) ->
     write(tmp_path, "b/2.JPG", "b/10.png", "a.tiff", "c.webp", "b.bmp", "notes.txt", ".hidden.jpg", ".git/x.jpg", "b/y")
     images = find_images([str(tmp_path)])
     assert list(images.ids()) == ["a.tiff", "b.bmp", "b/10.png", "b/2.JPG", "c.webp"]
+    assert str(images.left_out).startswith("2 hidden (e.g. .")
+    assert str(images.left_out).endswith("), 1 .txt (e.g. notes.txt), 1 without ending (e.g. b/y)")
     assert [item.read() for item in images] == [name.encode() for name in images.ids()]
     assert [item.stem for item in images] == ["a", "b", "b/10", "b/2", "c"]
     assert images[2].source == f"{tmp_path}/b/10.png"
@@ -88,19 +91,25 @@ def test_a_shard_has_the_samples_with_an_image(tmp_path: Path, form: int) -> Non
     long = "x" * 90 if form == tarfile.USTAR_FORMAT else "x" * 300
     members = [
         "a/0001.cls", "a/0001.jpg", "a/0001.json",
-        "0002.png", "0002.jpeg", "0002.seg.png",
+        "0002.tags", "0002.jpeg", "0002.seg.npy",
         "0003.txt",
         "./b/0004.TIFF",
         "._0004.jpg",
         f"{long}.webp",
         "0.5.jpg",
+        "22.05.png",
+        "c/x.input.JFIF",
     ]  # fmt: skip
     path = write_tar(tmp_path / "s-0.tar", members, form)
     images = find_images([str(path)])
-    assert list(images.ids()) == [f"{path}:{key}" for key in ("a/0001", "0002", "b/0004", long)]
-    data = [b"a/0001.jpg", b"0002.jpeg", b"./b/0004.TIFF", f"{long}.webp".encode()]
-    assert [item.read() for item in images] == [b"data of " + name for name in data]
-    assert [item.stem for item in images] == ["s-0/a/0001", "s-0/0002", "s-0/b/0004", f"s-0/{long}"]
+    assert list(images.ids()) == [f"{path}:{key}" for key in ("a/0001", "0002", "b/0004", long, "0", "22", "c/x")]
+    data = ["a/0001.jpg", "0002.jpeg", "./b/0004.TIFF", f"{long}.webp", "0.5.jpg", "22.05.png", "c/x.input.JFIF"]
+    assert [item.read() for item in images] == [f"data of {name}".encode() for name in data]
+    assert [item.stem for item in images][:3] == ["s-0/a/0001", "s-0/0002", "s-0/b/0004"]
+    assert str(images.left_out) == (
+        f"1 .cls (e.g. {path}:a/0001.cls), 1 .json (e.g. {path}:a/0001.json), 1 .npy (e.g. {path}:0002.seg.npy), "
+        f"1 .tags (e.g. {path}:0002.tags), 1 .txt (e.g. {path}:0003.txt), 1 hidden (e.g. {path}:._0004.jpg)"
+    )
 
 
 def test_ranges_of_shards_and_shards_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +143,7 @@ def test_two_images_of_one_id_are_both_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"a/1\.jpg \(image 0\) and .*a/1\.jpg \(image 1\)"):
         find_images([f"{tmp_path}/a/1.jpg"] * 2)
     path = write_tar(tmp_path / "s.tar", ["k.jpg", "l.jpg", "k.png"])
-    with pytest.raises(SourceError, match=rf"{path}:k: .*byte 512\) and .*byte \d{{4}}\)"):
+    with pytest.raises(SourceError, match=r"the name k: k\.jpg \(byte 512\) and k\.png \(byte \d{4}\)"):
         find_images([str(path)])
 
 
