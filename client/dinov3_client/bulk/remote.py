@@ -316,9 +316,12 @@ def _fault(error: Exception, web: bool) -> tuple[int, str] | None:
 
 def _status(error: Exception) -> int | None:
     """Return the HTTP status of an error of aiohttp, gcsfs or huggingface_hub."""
-    found = (getattr(error, "status", None), getattr(error, "code", None))
-    response = getattr(getattr(error, "response", None), "status_code", None)
-    return next((each for each in (*found, response) if isinstance(each, int)), None)
+    status = getattr(error, "status", None)
+    if status is None:
+        status = getattr(error, "code", None)
+    if status is None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _words(error: Exception) -> str:

@@ -113,6 +113,8 @@ class _Finder:
         if kind == "file":
             yield from self._of_entries(store, "", [Entry(path, None)], [shown])
         elif kind == "directory":
+            if store.web and "?" in path:
+                raise SourceError(f"{shown}: the URL of a folder has no query")
             begin = len(path.rstrip("/")) + 1
             entries = [each for each in store.below(path) if self._is_wanted(each.path[begin:])]
             if not entries:
