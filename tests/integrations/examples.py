@@ -150,6 +150,7 @@ EXAMPLES = (
         "webdataset.md",
         python("webdataset", "examples/webdataset_shards.py", shards, out),
     ),
+    Example("parquet", "parquet_tables.py", "parquet.md", python("parquet", "examples/parquet_tables.py", photos, out)),
     Example("torchrun", "torchrun_ddp.py", "torchrun.md", torchrun),
     Example("notebook", "features.ipynb", "notebook.md", notebook),
 )

@@ -13,7 +13,7 @@ from tests.integrations.examples import EXAMPLES, Example
 from tests.support.paths import ROOT, tracked
 
 PAGES = ROOT / "docs" / "integrations"
-ENVIRONMENTS = ("raw-stubs", "ray", "daft", "datasets", "webdataset", "torchrun", "notebook")
+ENVIRONMENTS = ("raw-stubs", "ray", "daft", "datasets", "webdataset", "parquet", "torchrun", "notebook")
 OTHER_EXAMPLES = {"demo.py", "distill.py"}  # `make demo`, and docs/training.md
 
 
