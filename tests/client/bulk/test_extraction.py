@@ -240,5 +240,6 @@ def test_options_reach_the_calls(source: Path, tmp_path: Path) -> None:
     assert client.options == {
         "outputs": ("registers",), "in_flight": 2, "priority": "bulk", "on_error": "return", "layers": (),
         "preset": "hf", "size": (32, 64), "interpolation": "lanczos", "exif": True, "dtype": "float16",
-        "pooling": (2, 3), "projection": None,
+        "pooling": (2, 3), "projection": None, "fit": ExtractionOptions().fit, "background": None,
+        "allow_truncated": False,
     }  # fmt: skip
