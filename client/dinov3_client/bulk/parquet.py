@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def encode(rows: Sequence[Row], options: ExtractionOptions, labels: Mapping[str,
         **{name: _lists([np.array(row.grids[name]) for row in rows]) for name in first.grids},
         **{name: _lists([row.arrays[name] for row in rows], ragged=_ragged(name, options)) for name in first.arrays},
     }
-    table = pa.table(columns).replace_schema_metadata({**labels, "options": json.dumps(vars(options))})
+    table = pa.table(columns).replace_schema_metadata({**labels, "options": json.dumps(asdict(options))})
     sink = pa.BufferOutputStream()
     # Features hardly become smaller, and no two values are likely to be equal.
     pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=list(_TEXTS))

@@ -45,10 +45,11 @@ class ExtractionOptions:
     @classmethod
     def of_header(cls, options: Mapping[str, Any]) -> ExtractionOptions:
         """Return the options that a manifest's header has as JSON."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-        }
-        return cls(**values)
+
+        def values(given: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+        return cls(**values(options) | {"fit": Fit(**values(options.get("fit", {})))})
 
     @property
     def mixed(self) -> bool:

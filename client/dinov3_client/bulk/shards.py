@@ -22,7 +22,7 @@ SHARD_BYTES = 256 << 20
 """The most bytes of features in a shard, unless a single row has more."""
 NPZ_ROWS = 64
 """npz files per commit."""
-NPZ_LABELS = ("preset", "exif", "source", "model", "weights", "fingerprint")
+NPZ_LABELS = ("preset", "fit", "exif", "source", "model", "weights", "fingerprint")
 """The texts in an npz file."""
 
 # Linux's limits for a name and, less room for the temporary name, for a path.
