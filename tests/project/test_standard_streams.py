@@ -11,7 +11,7 @@ import pytest
 
 COMMANDS = {
     "server": "from dinov3_server.__main__ import main; sys.exit(main())",
-    "client": "from dinov3_client.cli import main; sys.exit(main())",
+    "client": "from dinov3_serving.client_command import main; sys.exit(main())",
 }
 
 

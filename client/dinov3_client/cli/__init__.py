@@ -7,7 +7,6 @@ SIGTERM. `extract` has more: see `dinov3-client extract --help`.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,7 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else gRPC logs each failed handshake, besides our error
     parser = _parser()
     args = parser.parse_args(argv)
     with end_on_signals(partial(args.report_interrupt, args)):
