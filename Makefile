@@ -37,7 +37,7 @@ test: install .venv-protoc/installed
 
 # Folders whose tests start no server process and are quick: half a minute on two cores.
 FAST := tests/project tests/deploy tests/client tests/server/config tests/server/cli tests/server/engine
-NOT_FAST := tests/project/test_python_examples.py \
+NOT_FAST := tests/project/test_python_examples.py tests/project/test_example_types.py \
   $(addprefix tests/client/,bulk pictures torch test_processes.py test_testing_is_real.py)
 test-fast: install .venv-protoc/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal $(FAST) $(addprefix --ignore ,$(NOT_FAST))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Generic, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 import numpy as np
 
@@ -35,6 +35,8 @@ A = TypeVar("A")  # an array or a tensor
 class LayerFeatures(Generic[A]):
     """The tokens of one layer, of all rows of a call or of one row. Outputs that were not requested are None.
 
+    Type checkers take all as requested (`A | Any`): a caller knows, and need not ask.
+
     Layers of a ConvNeXt have a D and a grid of their own.
     """
 
@@ -43,12 +45,12 @@ class LayerFeatures(Generic[A]):
         self._grid = grid
 
     @cached_property
-    def cls(self) -> A | None:
+    def cls(self) -> A | Any:
         """[N, D], or [D] of one row: the CLS token."""
         return self._get("cls")
 
     @cached_property
-    def patches(self) -> A | None:
+    def patches(self) -> A | Any:
         """[N, P, D], or [P, D] of one row: the patch tokens in row-major order, without registers.
 
         With `channels_first` [N, D, rows, columns], or [D, rows, columns].
@@ -56,7 +58,7 @@ class LayerFeatures(Generic[A]):
         return self._get("patches")
 
     @cached_property
-    def registers(self) -> A | None:
+    def registers(self) -> A | Any:
         """[N, G, D], or [G, D] of one row: the register tokens."""
         return self._get("registers")
 

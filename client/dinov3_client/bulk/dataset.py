@@ -7,7 +7,7 @@ import os
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 
@@ -18,8 +18,15 @@ from dinov3_client.bulk.manifest import Line
 from dinov3_client.bulk.rows import SCALES
 from dinov3_client.bulk.shards import check_shard, map_shard, tensor_name
 
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
-class FeatureDataset:
+    MapDataset = Dataset[Any]
+else:  # which is all that torch's DataLoader wants, and does not import torch
+    MapDataset = object
+
+
+class FeatureDataset(MapDataset):
     """The features of an extraction by index or image id: a map-style dataset for torch's DataLoader.
 
         dataset = FeatureDataset("features")

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar, Unpack
+from typing import Any, Generic, TypeVar, Unpack
 
 import grpc
 
@@ -91,6 +91,16 @@ class FeatureLoader(Generic[Batch]):
     def __len__(self) -> int:
         """The number of batches in an epoch, if the loader has a length."""
         return len(self._loader)  # type: ignore[arg-type]  # else TypeError, as of any iterable
+
+    @property
+    def sampler(self) -> Any:
+        """The loader's, or None: Lightning calls its `set_epoch`."""
+        return getattr(self._loader, "sampler", None)
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The loader's, or None: Lightning calls `set_epoch` of its sampler."""
+        return getattr(self._loader, "batch_sampler", None)
 
     def __iter__(self) -> Iterator[tuple[Batch, Features]]:
         if self._answers is not None:

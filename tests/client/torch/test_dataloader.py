@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,15 @@ class Extracted(Photos):
         return torch.from_numpy(np.array(cls))
 
 
+class Collated(Extracted):
+    """Arrays as the client gives them, for torch's collation."""
+
+    def __getitem__(self, index: int) -> Any:
+        warnings.simplefilter("error")
+        features = self.client.extract(image(index), **OPTIONS)
+        return {"cls": features.cls[0], "patches": torch.from_numpy(features[0].patches), "image": features.images}
+
+
 def check(index: int, batch: torch.Tensor, features: Features) -> None:
     images = [image(index * BATCH + i) for i in range(BATCH)]
     np.testing.assert_array_equal(batch.numpy(), images)
@@ -99,6 +109,14 @@ def test_a_client_used_in_workers(server: Server, context: str) -> None:
             np.testing.assert_array_equal(rows[:, 0], [expected(image(index), Output("cls")) for index in range(12)])
             # And it still works where it came from.
             client.extract(image(0), **OPTIONS)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_collating_the_arrays_of_a_client_in_a_worker_warns_of_nothing(server: Server, context: str) -> None:
+    with server.client() as client:
+        loader = DataLoader(Collated(8, client), batch_size=BATCH, num_workers=1, multiprocessing_context=context)
+        rows = torch.cat([batch["cls"] for batch in loader]).numpy()
+        np.testing.assert_array_equal(rows, [expected(image(index), Output("cls")) for index in range(8)])
 
 
 def test_a_client_used_in_workers_and_beside_them(server: Server) -> None:
