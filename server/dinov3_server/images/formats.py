@@ -5,11 +5,13 @@ from __future__ import annotations
 import PIL
 from PIL import features
 
+LIBHEIF: str | None = None
 try:
     import pillow_heif
-except ImportError:
-    pillow_heif = None
+except ImportError:  # the extra "heif" is not installed
+    pass
 else:
+    LIBHEIF = pillow_heif.libheif_version()
     pillow_heif.register_heif_opener()
     # A decode process has memory for one thread and one picture.
     pillow_heif.options.DECODE_THREADS = 1
@@ -20,7 +22,6 @@ if HAS_AVIF:
     from PIL import AvifImagePlugin
 
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-LIBHEIF: str | None = pillow_heif and pillow_heif.libheif_version()
 
 # Names of the server, each with that of Pillow's plugin.
 _PLUGINS = {
