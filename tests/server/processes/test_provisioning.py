@@ -153,9 +153,11 @@ def test_a_signal_also_ends_git_and_removes_unfinished_files(
     start: Start, tmp_path: Path, home: Path, signals: int
 ) -> None:
     """git has its own session: a killed provisioner would leave it running."""
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(DATA)
     with git_server(tmp_path) as git:
         git.answers = [STALL]
-        server = start("--parity-check", "true", "--weights", "w.pth", "--upstream-repo", git.url("dinov3.git"))
+        server = start("--parity-check", "true", "--weights", str(weights), "--upstream-repo", git.url("dinov3.git"))
         until(lambda: git.paths)
         family = psutil.Process(server.process.pid).children(recursive=True)
         assert any(child.name() == "git" for child in family)
