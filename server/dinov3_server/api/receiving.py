@@ -24,7 +24,7 @@ from dinov3_server.errors import InvalidInput, Overloaded
 EOF: object = grpc.aio.EOF
 # The message of a unary call follows its headers at once. If a read is pending for longer, the sender is slow.
 SLOW_SENDER_SECONDS = 1.0
-# Reads that are ended in one check. Ending one takes a third of a millisecond of the event loop.
+# Reads that are ended in one check, so that a check does not hold the event loop for long.
 _MOST_AT_ONCE = 64
 
 
